@@ -1,0 +1,1 @@
+"""Photos in, teacher features out: sources, teachers and the extraction engine."""

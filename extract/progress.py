@@ -1,0 +1,93 @@
+"""How long work says how far it is: a bar on a terminal, a line every ten seconds elsewhere; rate, bytes, ETA."""
+
+import math
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+from rich.progress import Progress as Bar
+
+PLAIN_LINE_SECONDS = 10.0
+RATE_WINDOW_SECONDS = 60.0  # a rate over the last minute follows a disk that slows down, and forgets the warm-up
+
+
+def human_time(seconds: float) -> str:
+    """`seconds` as a reader says them: '45 s', '3 min 20 s', '5 h 02 min', '2 d 03 h'; '?' for none."""
+    if not math.isfinite(seconds):
+        return "?"
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86_400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86_400} d {s % 86_400 // 3600:02d} h"
+
+
+def human_bytes(n: float) -> str:
+    """`n` bytes in decimal units, three significant digits: '301 kB', '1.29 GB'."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(n) < 999.5:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
+        n /= 1000
+    return f"{n:.3g} TB"
+
+
+class Progress:
+    """Counts `total` things called `unit`; use it as a context manager, call `add` as they are done."""
+
+    def __init__(self, what: str, total: int, unit: str = "images", *, console: Console | None = None) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.done = 0
+        self.bytes = 0
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+        self._bar = Bar(*columns, console=self.console) if self.console.is_terminal else None
+        self._marks = [(time.monotonic(), 0)]  # (time, done), at most the last minute's
+        self._said = time.monotonic()
+
+    def __enter__(self) -> "Progress":
+        if self._bar:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self.total)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+        elif kind is None and self.total:
+            self.console.print(f"{self.what} {self.line()}")
+
+    def add(self, n: int = 1, *, bytes: int = 0) -> None:
+        """`n` more are done, `bytes` more were written."""
+        self.done += n
+        self.bytes += bytes
+        now = time.monotonic()
+        self._marks.append((now, self.done))
+        while len(self._marks) > 2 and self._marks[1][0] < now - RATE_WINDOW_SECONDS:
+            self._marks.pop(0)
+        if self._bar:
+            self._bar.update(self._task, completed=self.done, description=self.rates())
+        elif now - self._said >= PLAIN_LINE_SECONDS:
+            self._said = now
+            self.console.print(f"{self.what} {self.line()}")
+
+    def rate(self) -> float:
+        """Things per second over the last minute."""
+        (t0, n0), (t1, n1) = self._marks[0], self._marks[-1]
+        return (n1 - n0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def rates(self) -> str:
+        """Rate, bytes so far and ETA."""
+        rate = self.rate()
+        left = (self.total - self.done) / rate if rate else math.inf
+        written = f"  {human_bytes(self.bytes)}" if self.bytes else ""
+        return f"{rate:.3g} {self.unit}/s{written}  ETA {human_time(left)}"
+
+    def line(self) -> str:
+        """One plain line: how many of how many, and the rates."""
+        return f"{self.done}/{self.total} {self.unit}  {self.rates()}"

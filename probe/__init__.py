@@ -1,0 +1,1 @@
+"""How good are the features: evaluation of students, teachers and cache columns."""

@@ -1,0 +1,1 @@
+"""The feature cache: views, quantised columns, shards, commits and the manifest."""
