@@ -6,9 +6,8 @@ from typing import Any
 import click
 
 from mrmae.extract.run import Options, extract_features
+from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.spec import ViewRecipe
-
-DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -46,15 +45,14 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
-        code = extract_features(chosen, dry_run=dry_run, say=click.echo)
+        extract_features(chosen, dry_run=dry_run, say=click.echo)
     except (ValueError, OSError) as error:
         if traceback:
             raise
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
         click.echo(f"stopped; committed shards are kept in {cache}; the same command continues", err=True)
-        code = 130
-    raise SystemExit(code)
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,14 +13,19 @@ Row = tuple[str, int, str]  # key, bytes, sha256 in hex
 CHUNK = 256  # images per round of the pool: bounds what is in memory
 
 
-def digest_images(sources: Sources, order: list[int], spool: Path, *, workers: int) -> list[Row]:
-    """(key, bytes, sha256) of the images in `order`.
+def digest_images(
+    sources: Sources, order: Sequence[int], known_rows: Iterable[Row], spool: Path, *, workers: int
+) -> list[Row]:
+    """(key, bytes, sha256) of the images in `order`; an image that cannot be read counts as empty.
 
-    spool: a JSONL file of the rows done so far; rows in it whose key and byte length still agree are not read again.
+    known_rows: from before; images whose key and byte length still agree are not read again. spool: a JSONL file where
+    rows are kept until the pass is complete.
     """
-    known = {row[0]: row for row in read_spool(spool)}
+    known = {row[0]: row for row in [*known_rows, *read_spool(spool)]}
     images = sources.images
     wanted = [i for i in order if not same_size(known.get(images[i].key), images[i].size_bytes)]
+    if not wanted:
+        return [known[images[i].key] for i in order]
     with Progress("hashing", len(wanted)) as progress, ThreadPoolExecutor(workers) as pool, open(spool, "a") as out:
         for start in range(0, len(wanted), CHUNK):
             for row in pool.map(lambda i: digest(sources, i), wanted[start : start + CHUNK]):
@@ -33,7 +38,10 @@ def digest_images(sources: Sources, order: list[int], spool: Path, *, workers: i
 
 def digest(sources: Sources, i: int) -> Row:
     """Key, byte length and sha256 of one encoded image."""
-    data = sources.read(i)
+    try:
+        data = sources.read(i)
+    except OSError:
+        data = b""
     return sources.images[i].key, len(data), hashlib.sha256(data).hexdigest()
 
 

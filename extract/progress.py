@@ -3,6 +3,7 @@
 import math
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
@@ -48,7 +49,7 @@ class Progress:
         self._marks = [(time.monotonic(), 0)]  # (time, done), at most the last minute's
         self._said = time.monotonic()
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         if self._bar:
             self._bar.start()
             self._task = self._bar.add_task("", total=self.total)

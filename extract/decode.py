@@ -1,0 +1,126 @@
+"""From encoded images to the views that students and teachers see, decoded ahead of use in a pool of threads."""
+
+import dataclasses
+import hashlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from mrmae.extract.images import Sources
+from mrmae.shards.plan import Plan, Source, shard_ranges, tar_path
+from mrmae.shards.reader import read_members
+from mrmae.shards.spec import ViewRecipe, key_hash
+from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render
+from mrmae.shards.webdataset_io import PixelRow, parse_row, read_index
+
+AHEAD = 3  # batches decoded or being decoded while one is with the teachers
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`."""
+
+    sources: Sources
+    rows: Sequence[Source]
+    order: Sequence[int]
+    max_pixels: int
+
+    def decode(self, number: int) -> Pixels:
+        """The image, uint8 [height, width, 3]. BadImage where it does not decode.
+
+        ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
+        """
+        row, position = self.rows[number], self.order[number]
+        try:
+            data = self.sources.read(position)
+        except OSError as error:
+            if row.bytes == 0:  # it could not be read when the plan was made either
+                raise BadImage(f"cannot be read: {error.strerror or error}") from None
+            raise
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise ValueError(
+                f"{self.sources.where(position)}: its bytes changed since the plan was made ({row.bytes} bytes then, "
+                f"{len(data)} now); expected the same image; restore it, or write to a new cache"
+            )
+        return decode_rgb(data, max_pixels=self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One sample's views as stored (`rows`) and as pixels; a bad image has rows with a reason and no pixels."""
+
+    number: int
+    rows: Mapping[int, PixelRow]
+    pixels: Mapping[int, Pixels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A fixed part of a shard. views: the views that something is still to be done for."""
+
+    shard: int
+    numbers: range
+    views: tuple[int, ...]
+
+
+StoredRows = dict[int, dict[int, PixelRow]]  # by view, then number
+
+
+def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows) -> Prepared:
+    """The sample's views: those in `stored` as they are, the others drawn, rendered and encoded.
+
+    Pixels are always those of the decoded JPEG: what the student will see is what the teachers see.
+    """
+    rows = {view: stored[view][number] for view in views if view in stored}
+    if len(rows) < len(views):
+        source = images.rows[number]
+        try:
+            image = images.decode(number)
+            for view in set(views) - set(rows):
+                crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
+                jpeg = encode_jpeg(render(image, crop, recipe))
+                rows[view] = PixelRow(number, source.key, source.label, crop, jpeg)
+        except BadImage as error:
+            for view in set(views) - set(rows):
+                rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
+    pixels = {view: decode_jpeg(row.jpeg) for view, row in rows.items() if row.jpeg is not None}
+    return Prepared(number, rows, pixels)
+
+
+def prepared_batches(
+    images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int
+) -> Generator[tuple[Batch, list[Prepared]], None, None]:
+    """Every batch with its prepared samples, in order, a few batches ahead of use.
+
+    stored: gives the views of a shard whose pixels are committed already; called once per run of its batches.
+    """
+    ahead: deque[tuple[Batch, list[Future[Prepared]]]] = deque()
+    pool = ThreadPoolExecutor(workers, "decode")
+    shard, known = -1, StoredRows()
+    try:
+        for batch in batches:
+            if batch.shard != shard:
+                shard, known = batch.shard, stored(batch.shard)
+            calls = [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
+            ahead.append((batch, calls))
+            if len(ahead) > AHEAD:
+                ready, calls = ahead.popleft()
+                yield ready, [call.result() for call in calls]
+        while ahead:
+            ready, calls = ahead.popleft()
+            yield ready, [call.result() for call in calls]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:
+    """The rows of a committed pixel tar, with their JPEGs, by sample number, every byte verified."""
+    tar = tar_path(path, view, shard)
+    index, numbers = read_index(tar), shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    abouts = read_members(tar, range(len(numbers)), index.abouts)
+    rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
+    good = [i for i, number in enumerate(numbers) if rows[number].view is not None]
+    for i, jpeg in zip(good, read_members(tar, good, index.jpegs)):
+        rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], jpeg=jpeg)
+    return rows

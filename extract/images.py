@@ -1,0 +1,255 @@
+"""Where the images are: folders, tars and lists become one list of (key, label), read as encoded bytes from any thread.
+
+Nothing is decoded and nothing is extracted to disk here: a tar is indexed once, then its members are read by offset.
+"""
+
+import dataclasses
+import fnmatch
+import os
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+
+from mrmae.extract.tars import cls_text, file_member, read_headers, read_range
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image. key: path below the root (or the tar member's name), POSIX separators, with extension."""
+
+    key: str
+    label: str | None
+    size_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where an image's bytes are: a whole file (offset None), or a part of a tar."""
+
+    path: str
+    offset: int | None
+
+
+Found = tuple[SourceImage, Place]
+
+
+class Sources:
+    """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread."""
+
+    def __init__(self, found: Iterable[Found]) -> None:
+        ordered = sorted(found, key=lambda pair: pair[0].key)
+        self.images = [image for image, _ in ordered]
+        self._places = [place for _, place in ordered]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> SourceImage:
+        return self.images[i]
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        return iter(self.images)
+
+    def where(self, i: int) -> str:
+        """A person's name for the place of image i: its file, or its tar and member."""
+        place = self._places[i]
+        return place.path if place.offset is None else f"{place.path}: {self.images[i].key}"
+
+    def read(self, i: int) -> bytes:
+        """Encoded bytes of image i. OSError where the file is gone or shorter than when it was listed."""
+        place, image = self._places[i], self.images[i]
+        if place.offset is None:
+            with open(place.path, "rb", buffering=0) as file:
+                return file.readall()
+        assert image.size_bytes is not None
+        # A descriptor per read: no shared file position, no limit on the number of tars, and the object can be pickled.
+        descriptor = os.open(place.path, os.O_RDONLY)
+        try:
+            return read_range(descriptor, place.offset, image.size_bytes, where=self.where(i))
+        finally:
+            os.close(descriptor)
+
+
+def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str] = ()) -> Sources:
+    """Every image of the given folders, tars, brace patterns and lists, sorted by key.
+
+    images: a folder (searched recursively), a `.tar` (plain or webdataset: a `.cls` member is its stem's label), a
+    pattern such as `train-{000..009}.tar`, or a text file with one path per line (relative to the text file).
+    include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
+    The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
+    tars, files without an image suffix are passed over.
+    Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
+    """
+    found = [image for root in expand(images) for image in list_one(root)]
+    if not found:
+        raise ValueError(
+            f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path"
+        )
+    chosen = [pair for pair in found if matches(pair[0].key, include)]
+    if not chosen:
+        raise ValueError(
+            f"--include {' '.join(include)}: matches none of the {len(found)} images; "
+            f"keys look like {found[0][0].key!r}; correct the pattern"
+        )
+    refuse_duplicates(chosen)
+    return Sources(chosen)
+
+
+def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The paths themselves, brace patterns expanded. An existing path is never taken for a pattern."""
+    paths: list[Path] = []
+    for image in images:
+        text = os.fspath(image)
+        paths += [Path(text)] if os.path.exists(text) else [Path(p) for p in braceexpand(text)]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: does not exist; expected a folder, a .tar or a text file of paths; check IMAGES")
+    return paths
+
+
+def list_one(root: Path) -> list[Found]:
+    if root.is_dir():
+        return list(walk(root))
+    with open(root, "rb") as file:
+        head = file.read(8)
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
+    if head and tarfile.is_tarfile(root):
+        return index_tar(root)
+    return list(read_list(root))
+
+
+def matches(key: str, include: Sequence[str]) -> bool:
+    return not include or any(fnmatch.fnmatchcase(key, pattern) for pattern in include)
+
+
+def visible(key: str) -> bool:
+    """False for hidden files and folders (.DS_Store, ._photo.jpg, .git/…) and macOS's resource copies."""
+    hidden = (part.startswith(".") and part not in (".", "..") for part in key.split("/"))
+    return not any(hidden) and "__MACOSX" not in key.split("/")
+
+
+def is_image(key: str) -> bool:
+    return key.lower().endswith(SUFFIXES)
+
+
+def parent_label(key: str) -> str | None:
+    return PurePosixPath(key).parent.name or None
+
+
+def refuse_duplicates(found: Sequence[Found]) -> None:
+    seen: dict[str, Place] = {}
+    for image, place in found:
+        first = seen.setdefault(image.key, place)
+        if first is not place:
+            raise ValueError(
+                f"{image.key!r}: two images have this key, in {first.path} and {place.path}; keys must be unique "
+                "(a key is the path below the root); give one common parent folder, or rename"
+            )
+
+
+def checked_key(key: str, where: object) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{where}: the name {key!r} is not valid UTF-8; keys are UTF-8; rename the file") from None
+    return key
+
+
+# --- folders
+
+
+def walk(root: Path) -> Iterator[Found]:
+    """Images below `root`. Linked folders are followed, except into one of their own ancestors (a loop).
+
+    A dangling link stays in the list: reading it fails, and the caller reports it like any unreadable image.
+    """
+    stack = [(str(root), "", frozenset([identity(os.stat(root))]))]
+    while stack:
+        folder, prefix, ancestors = stack.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                key = prefix + entry.name
+                if not visible(entry.name):
+                    continue
+                if is_folder(entry):
+                    inside = identity(entry.stat())
+                    if inside not in ancestors:
+                        stack.append((entry.path, key + "/", ancestors | {inside}))
+                elif is_image(entry.name):
+                    image = SourceImage(checked_key(key, root), parent_label(key), size_of(entry))
+                    yield image, Place(entry.path, None)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def size_of(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat().st_size
+    except OSError:
+        return None
+
+
+# --- lists
+
+
+def read_list(path: Path) -> Iterator[Found]:
+    """Images named in a text file. Keys are relative to the file's folder, or to the images' common folder outside it."""
+    try:
+        lines = [line.strip("\r\n") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}: is neither a folder, a tar nor a UTF-8 text file of paths; to use one image, give its folder "
+            "and --include"
+        ) from None
+    base = os.path.abspath(path.parent)
+    files = [os.path.normpath(os.path.join(base, line)) for line in lines if line.strip()]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(files)} listed files do not exist, first {missing[0]}; "
+            f"paths are relative to {base}; correct the list"
+        )
+    if not all(file.startswith(base + os.sep) for file in files):
+        base = os.path.commonpath([os.path.dirname(file) for file in files])
+    for file in files:
+        key = checked_key(os.path.relpath(file, base).replace(os.sep, "/"), path)
+        yield SourceImage(key, parent_label(key), os.path.getsize(file)), Place(file, None)
+
+
+# --- tars
+
+
+def index_tar(path: Path) -> list[Found]:
+    """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
+
+    ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
+    """
+    members = read_headers(path)
+    found = []
+    with open(path, "rb", buffering=0) as file:
+        for name in members:
+            if is_image(name) and visible(name) and (data := file_member(members, name, path)):
+                label = cls_text(members, name, file.fileno()) or parent_label(name)
+                image = SourceImage(checked_key(name, path), label, data.size_bytes)
+                found.append((image, Place(str(path), data.offset)))
+    return found
+
+
+def join(images: Sequence[str | os.PathLike[str]]) -> str:
+    return " ".join(os.fspath(image) for image in images) or "IMAGES"

@@ -1,0 +1,94 @@
+"""A plain tar as an index of members: names, offsets and sizes. Nothing is ever extracted to disk."""
+
+import dataclasses
+import os
+import tarfile
+from pathlib import Path
+
+TAR_BLOCK_BYTES = 512
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Member:
+    """What is kept of a tar header (tarfile's own objects are ten times larger). link: name of the member it leads to."""
+
+    offset: int
+    size_bytes: int
+    is_file: bool
+    link: str | None
+
+
+def read_headers(path: Path) -> dict[str, Member]:
+    """Name -> member. ValueError where the tar is cut, also exactly between two members, or holds a name twice."""
+    members: dict[str, Member] = {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while (info := tar.next()) is not None:
+                name = info.name.removeprefix("./")
+                if name in members and not info.isdir():
+                    raise ValueError(f"{path}: holds {name!r} twice; keys must be unique; repack the tar")
+                members[name] = Member(info.offset_data, info.size, info.isreg() and not info.issparse(), link_of(info))
+                tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: gigabytes for ImageNet
+            refuse_cut(path, tar.offset)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path}: is not a whole tar ({error}); copy it again, or repack it") from None
+    return members
+
+
+def link_of(info: tarfile.TarInfo) -> str | None:
+    if info.islnk():
+        return os.path.normpath(info.linkname)
+    return os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)) if info.issym() else None
+
+
+def file_member(members: dict[str, Member], name: str, path: Path) -> Member | None:
+    """The member that holds the bytes of `name` (links lead to another one), or None for folders and devices."""
+    member: Member | None = members[name]
+    for _ in range(8):
+        if member is None or member.link is None:
+            break
+        member = members.get(member.link)
+    if member is None or member.link is not None:
+        raise ValueError(f"{path}: {name!r} is a link that leads to no member of this tar; repack the tar")
+    return member if member.is_file else None
+
+
+def cls_text(members: dict[str, Member], name: str, descriptor: int) -> str | None:
+    """Text of the webdataset member `<stem>.cls`; the stem ends at the first dot of the file name."""
+    folder, _, file = name.rpartition("/")
+    stem = (folder + "/" if folder else "") + file.split(".", 1)[0]
+    member = members.get(stem + ".cls")
+    if member is None or not member.is_file:
+        return None
+    text = read_range(descriptor, member.offset, member.size_bytes, where=stem + ".cls")
+    return text.decode("utf-8", errors="replace").strip() or None
+
+
+def refuse_cut(path: Path, end_bytes: int) -> None:
+    """ValueError unless the last member, which ended at `end_bytes`, is followed by zero blocks and nothing else."""
+    with open(path, "rb") as file:
+        file.seek(end_bytes)
+        block = file.read(TAR_BLOCK_BYTES)
+        if len(block) < TAR_BLOCK_BYTES:
+            raise ValueError(f"{path}: has no end mark, so it may be cut after a member; copy it again, or repack it")
+        while block:
+            if block.strip(b"\0"):
+                raise ValueError(
+                    f"{path}: a damaged header or another tar follows the last member, near byte {end_bytes}; "
+                    "copy it again, or repack it as one tar"
+                )
+            block = file.read(1 << 20)
+
+
+def read_range(descriptor: int, offset: int, size_bytes: int, *, where: str) -> bytes:
+    """Exactly `size_bytes` bytes from `offset`; OSError naming `where` if the file ends before."""
+    parts: list[bytes] = []
+    while size_bytes:
+        part = os.pread(descriptor, size_bytes, offset)
+        if not part:
+            raise OSError(
+                f"{where}: the file ends {size_bytes} bytes early; it changed since it was listed; list again"
+            )
+        parts.append(part)
+        offset, size_bytes = offset + len(part), size_bytes - len(part)
+    return b"".join(parts)

@@ -1,0 +1,221 @@
+"""The ahead-of-time gate: what the compiler makes of every kernel, without a GPU. `python -m mrmae.kernels.gate` prints the table.
+
+Each case is the launch that `triton_pixels.py` or `triton_mimic.py` would start for the shapes of a ViT-B/16 run, compiled for sm_80,
+sm_90 and sm_100 with the launcher's own hints (an argument of 1 is a constant, a multiple of 16 is declared as one), then read back with
+`cuobjdump` and `nvdisasm`: registers, stack, local (spill) instructions, shared memory in bytes, barriers, the widest global load and
+store in bits, and how many offsets are multiplied in 64 bits (those of samples).
+"""
+
+import csv
+import io
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mrmae.kernels.launch import OPTIONS, Launch
+
+ARCHITECTURES = (80, 90, 100)
+TYPES = {
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int64: "i64",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+}
+COLUMNS = (
+    "case",
+    "sm",
+    "warps",
+    "registers",
+    "stack",
+    "local",
+    "shared",
+    "barriers",
+    "load_bits",
+    "store_bits",
+    "int64_rows",
+)
+N, L, K, M = 4, 196, 49, 147
+
+
+def picture(dtype: torch.dtype, *, channels: int = 3, side: int = 224, channels_last: bool = False) -> Tensor:
+    """An image batch as the kernels get it: a [b, c, h, w] view."""
+    if channels_last:
+        return torch.zeros(N, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
+    return torch.zeros(N, channels, side, side, dtype=dtype)
+
+
+def gather_case(image: Tensor, dtype: torch.dtype, patch: int = 16) -> Launch:
+    from mrmae.kernels import triton_pixels
+
+    channels = image.shape[1]
+    one, ids = torch.ones(channels), torch.zeros(N, K, dtype=torch.int64)
+    out = torch.empty(N, K, channels * patch**2, dtype=dtype)
+    return triton_pixels.gather_patches(image, ids, one, one, out, patch=patch)
+
+
+def embed_case(dtype: torch.dtype) -> Launch:
+    from mrmae.kernels import triton_pixels
+
+    ids = torch.zeros(N, K, dtype=torch.int64)
+    out = torch.empty(N, K + 1, 768)
+    return triton_pixels.embed_tokens(
+        torch.zeros(N, K, 768, dtype=dtype), torch.zeros(L, 768), torch.zeros(768), ids, out
+    )
+
+
+def pixel_case(image: Tensor, dtype: torch.dtype, *, backward: bool, patch: int = 16) -> Launch:
+    """pred is the strided tail of the decoder's [b, 1 + k + m, P] output; grad is a mean's: expanded."""
+    from mrmae.kernels import triton_pixels
+
+    channels = image.shape[1]
+    one, ids = torch.ones(channels), torch.zeros(N, M, dtype=torch.int64)
+    pred = torch.zeros(N, 1 + K + M, channels * patch**2, dtype=dtype)[:, 1 + K :]
+    loss, stats = torch.empty(N, M), torch.empty(2, N, M)
+    if not backward:
+        return triton_pixels.pixel_loss(image, pred, ids, one, one, loss, stats, patch=patch, norm_pix=True)
+    grad, out = torch.ones(()).expand(N, M), torch.empty(pred.shape, dtype=dtype)
+    return triton_pixels.pixel_loss_backward(grad, image, pred, ids, one, one, stats, out, patch=patch)
+
+
+def mimic_case(codes: torch.dtype, target: str, distance: str, *, backward: bool, d: int = 768) -> Launch:
+    """student is the strided tail of [cls | tokens]; int8 codes come with all the quantiser's factors."""
+    from mrmae.kernels import triton_mimic
+
+    student = torch.zeros(N, 1 + K, d, dtype=torch.bfloat16)[:, 1:]
+    ids, one = torch.zeros(N, K, dtype=torch.int64), torch.ones(d)
+    factors = (torch.ones(N, L, dtype=torch.float16), one, one) if codes == torch.int8 else (None, None, None)
+    stats = (one, one) if target == "channel" else (None, None)
+    rest = (ids, *factors, *stats, target, distance, 1.0)
+    teacher = torch.zeros(N, L, d, dtype=codes)
+    if backward:
+        out = torch.empty(N, K, d, dtype=torch.bfloat16)
+        return triton_mimic.mimic_loss_backward(torch.ones(()).expand(N, K), out, student, teacher, *rest)
+    return triton_mimic.mimic_loss(torch.empty(N, K), student, teacher, *rest)
+
+
+U8, BF16, FP32 = torch.uint8, torch.bfloat16, torch.float32
+CASES: dict[str, Callable[[], Launch]] = {
+    "gather u8 NCHW -> bf16": lambda: gather_case(picture(U8), BF16),
+    "gather u8 NHWC -> bf16": lambda: gather_case(picture(U8, channels_last=True), BF16),
+    "gather fp32 NCHW -> fp32": lambda: gather_case(picture(FP32), FP32),
+    "gather u8 NHWC -> bf16, patch 14": lambda: gather_case(picture(U8, channels_last=True), BF16, 14),
+    "gather fp32 NCHW -> bf16, 13 channels, patch 8": lambda: gather_case(
+        picture(FP32, channels=13, side=112), BF16, 8
+    ),
+    "embed bf16 -> fp32": lambda: embed_case(BF16),
+    "pixel forward u8 NCHW, bf16": lambda: pixel_case(picture(U8), BF16, backward=False),
+    "pixel forward u8 NHWC, bf16": lambda: pixel_case(picture(U8, channels_last=True), BF16, backward=False),
+    "pixel backward u8 NCHW, bf16": lambda: pixel_case(picture(U8), BF16, backward=True),
+    "pixel backward u8 NHWC, bf16": lambda: pixel_case(picture(U8, channels_last=True), BF16, backward=True),
+    "pixel forward u8 NHWC, bf16, patch 14": lambda: pixel_case(
+        picture(U8, channels_last=True), BF16, backward=False, patch=14
+    ),
+    "mimic forward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=False),
+    "mimic backward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True),
+    "mimic forward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=False),
+    "mimic backward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=True),
+    "mimic forward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=False, d=1024),
+    "mimic backward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=True, d=1024),
+}
+
+
+def hint(value: Any) -> tuple[str, Any, list[Any]]:
+    """Type, constant or None, and attributes of one launch argument, as triton's launcher specialises it."""
+    aligned = [["tt.divisibility", 16]]
+    if isinstance(value, Tensor):
+        return f"*{TYPES[value.dtype]}", None, aligned  # the caching allocator aligns to 512 bytes
+    if isinstance(value, float):
+        return "fp32", None, []
+    if value == 1:
+        return "constexpr", 1, []
+    return "i32" if abs(value) < 2**31 else "i64", None, aligned if value % 16 == 0 else []
+
+
+def compile_for(launch: Launch, sm: int) -> Any:
+    """The launch compiled for one architecture, no device needed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    hints = {name: hint(value) for name, value in launch.arguments.items()}
+    names = list(launch.kernel.arg_names)
+    constants = {name: c for name, (_, c, _) in hints.items() if c is not None} | launch.constants
+    signature = {name: "constexpr" if name in constants else hints[name][0] for name in names}
+    attributes = {(names.index(name),): a for name, (_, _, a) in hints.items() if a}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": launch.warps, **OPTIONS})
+
+
+def tool(name: str, cubin: bytes, *flags: str) -> str:
+    """Output of one of the NVIDIA tools inside the triton wheel."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([path, *flags, file.name], check=True, capture_output=True, text=True).stdout
+
+
+def widest(sass: str, instruction: str) -> int:
+    """Bits of the widest global load (LDG) or store (STG); 0 when there is none."""
+    found = re.findall(rf"\b{instruction}\.E([.\w]*)", sass)
+    return max((access_bits(suffix) for suffix in found), default=0)
+
+
+def access_bits(suffix: str) -> int:
+    """Bits of one access, from what follows `LDG.E`: 32 unless a width is named."""
+    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return next((widths[part] for part in suffix.split(".") if part in widths), 32)
+
+
+def row_multiplications(ttir: str) -> int:
+    """64-bit multiplications: the offsets of samples, which outgrow 32 bits; nothing else may need them."""
+    return len(re.findall(r"arith\.muli .*: i64", ttir))
+
+
+def measure(launch: Launch, sm: int) -> dict[str, int]:
+    """One row of the table, without the name of its case."""
+    compiled = compile_for(launch, sm)
+    cubin = compiled.asm["cubin"]
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", cubin, "-res-usage")))
+    sass = tool("nvdisasm", cubin, "-c", "-ndf")
+    return {
+        "sm": sm,
+        "warps": launch.warps,
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]) + len(re.findall(r"\b(?:LDL|STL)\b", sass)),
+        "shared": int(compiled.metadata.shared),
+        "barriers": len(re.findall(r"\bBAR\.", sass)),
+        "load_bits": widest(sass, "LDG"),
+        "store_bits": widest(sass, "STG"),
+        "int64_rows": row_multiplications(compiled.asm["ttir"]),
+    }
+
+
+def table() -> list[dict[str, Any]]:
+    """Every case on every architecture."""
+    return [{"case": name, **measure(case(), sm)} for name, case in CASES.items() for sm in ARCHITECTURES]
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    """The table as committed in benchmarks/results/kernels_gate.csv."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(as_csv(table()))

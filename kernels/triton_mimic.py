@@ -1,0 +1,292 @@
+# mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
+"""Triton twin of mimic_loss: one token per program, forward and backward. Imported only where triton is installed.
+
+Both directions read the student token and the teacher's stored token once, in any dtype, and keep them in registers. Offsets, masks
+and stores as in `triton_pixels.py`; the definition is in `reference.py`.
+"""
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mrmae.kernels.launch import Launch, power_of_two, warps_for
+from mrmae.kernels.triton_pixels import strides
+
+LN_EPS = tl.constexpr(1e-5)
+UNIT_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def load_pair(
+    student,
+    codes,
+    ids,
+    scale,
+    channel_mean,
+    channel_std,
+    stat_mean,
+    stat_std,
+    n_images,
+    n_tokens,
+    student_stride_v,
+    student_stride_n,
+    student_stride_d,
+    codes_stride_b,
+    codes_stride_l,
+    codes_stride_d,
+    ids_stride_v,
+    ids_stride_n,
+    scale_stride_b,
+    scale_stride_l,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TARGET: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """Student token, normalised teacher token (both fp32, 0 outside) and the mask of real channels."""
+    row = tl.program_id(0) // n_tokens
+    slot = tl.program_id(0) % n_tokens
+    d = tl.arange(0, WIDTH)
+    mask = d < D
+    at = slot
+    if not GATHERED:
+        at = tl.load(ids + row.to(tl.int64) * ids_stride_v + slot * ids_stride_n).to(tl.int32)
+    image = (row % n_images).to(tl.int64)
+    source = student + row.to(tl.int64) * student_stride_v + (slot * student_stride_n + d * student_stride_d)
+    x = tl.load(source, mask=mask, other=0).to(tl.float32)
+    y = tl.load(codes + image * codes_stride_b + (at * codes_stride_l + d * codes_stride_d), mask=mask, other=0)
+    y = y.to(tl.float32)
+    if SCALE:
+        y = y * tl.load(scale + image * scale_stride_b + at * scale_stride_l).to(tl.float32)
+    if STD:
+        y = y * tl.load(channel_std + d, mask=mask, other=0)
+    if MEAN:
+        y = y + tl.load(channel_mean + d, mask=mask, other=0)
+    if TARGET == "ln0":
+        centred = tl.where(mask, y - tl.sum(y, axis=0) / D, 0.0)
+        y = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + LN_EPS)
+    if TARGET == "l2":
+        y = y * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
+    if TARGET == "channel":
+        y = (y - tl.load(stat_mean + d, mask=mask, other=0)) / tl.load(stat_std + d, mask=mask, other=1)
+    return x, y, mask
+
+
+@triton.jit
+def mimic_loss_kernel(
+    loss,
+    student,
+    codes,
+    ids,
+    scale,
+    channel_mean,
+    channel_std,
+    stat_mean,
+    stat_std,
+    beta,
+    n_images,
+    n_tokens,
+    student_stride_v,
+    student_stride_n,
+    student_stride_d,
+    codes_stride_b,
+    codes_stride_l,
+    codes_stride_d,
+    ids_stride_v,
+    ids_stride_n,
+    scale_stride_b,
+    scale_stride_l,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TARGET: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """The distance of one token pair."""
+    x, y, mask = load_pair(
+        student,
+        codes,
+        ids,
+        scale,
+        channel_mean,
+        channel_std,
+        stat_mean,
+        stat_std,
+        n_images,
+        n_tokens,
+        student_stride_v,
+        student_stride_n,
+        student_stride_d,
+        codes_stride_b,
+        codes_stride_l,
+        codes_stride_d,
+        ids_stride_v,
+        ids_stride_n,
+        scale_stride_b,
+        scale_stride_l,
+        D,
+        WIDTH,
+        TARGET,
+        GATHERED,
+        SCALE,
+        MEAN,
+        STD,
+    )
+    if DISTANCE == "cosd":
+        lengths = tl.rsqrt(tl.sum(x * x, axis=0) + UNIT_EPS) * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
+        tl.store(loss + tl.program_id(0), 1.0 - tl.sum(x * y, axis=0) * lengths)
+    else:
+        e = tl.where(mask, x - y, 0.0)
+        cost = e * e
+        if DISTANCE == "sl1":
+            size = tl.abs(e)
+            cost = tl.where(size < beta, 0.5 * cost / beta, size - 0.5 * beta)
+            cost = tl.where(mask, cost, 0.0)
+        tl.store(loss + tl.program_id(0), tl.sum(cost, axis=0) / D)
+
+
+@triton.jit
+def mimic_loss_backward_kernel(
+    grad,
+    out,
+    student,
+    codes,
+    ids,
+    scale,
+    channel_mean,
+    channel_std,
+    stat_mean,
+    stat_std,
+    beta,
+    n_images,
+    n_tokens,
+    grad_stride_v,
+    grad_stride_n,
+    student_stride_v,
+    student_stride_n,
+    student_stride_d,
+    codes_stride_b,
+    codes_stride_l,
+    codes_stride_d,
+    ids_stride_v,
+    ids_stride_n,
+    scale_stride_b,
+    scale_stride_l,
+    D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TARGET: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SCALE: tl.constexpr,
+    MEAN: tl.constexpr,
+    STD: tl.constexpr,
+):
+    """The gradient of one student token, the pair read and normalised again."""
+    x, y, mask = load_pair(
+        student,
+        codes,
+        ids,
+        scale,
+        channel_mean,
+        channel_std,
+        stat_mean,
+        stat_std,
+        n_images,
+        n_tokens,
+        student_stride_v,
+        student_stride_n,
+        student_stride_d,
+        codes_stride_b,
+        codes_stride_l,
+        codes_stride_d,
+        ids_stride_v,
+        ids_stride_n,
+        scale_stride_b,
+        scale_stride_l,
+        D,
+        WIDTH,
+        TARGET,
+        GATHERED,
+        SCALE,
+        MEAN,
+        STD,
+    )
+    row = (tl.program_id(0) // n_tokens).to(tl.int64)
+    slot = tl.program_id(0) % n_tokens
+    g = tl.load(grad + row * grad_stride_v + slot * grad_stride_n).to(tl.float32)
+    if DISTANCE == "cosd":
+        length = tl.rsqrt(tl.sum(x * x, axis=0) + UNIT_EPS)
+        y = y * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
+        slope = tl.sum(x * y, axis=0) * length * length * length * x - length * y
+    elif DISTANCE == "mse":
+        slope = (x - y) * (2.0 / D)
+    else:
+        slope = tl.minimum(tl.maximum((x - y) / beta, -1.0), 1.0) * (1.0 / D)
+    d = tl.arange(0, WIDTH)
+    tl.store(out + row * n_tokens * D + (slot * D + d), (g * slope).to(out.dtype.element_ty), mask=mask)
+
+
+def pair_arguments(
+    student: Tensor,
+    codes: Tensor,
+    ids: Tensor | None,
+    scale: Tensor | None,
+    channel_mean: Tensor | None,
+    channel_std: Tensor | None,
+    stat_mean: Tensor | None,
+    stat_std: Tensor | None,
+    beta: float,
+) -> dict[str, Any]:
+    """Tensors, sizes and strides; an absent tensor becomes `student`, which the kernel never reads in its place."""
+    vectors = {"channel_mean": channel_mean, "channel_std": channel_std, "stat_mean": stat_mean, "stat_std": stat_std}
+    return {
+        "student": student,
+        "codes": codes,
+        "ids": student if ids is None else ids,
+        "scale": student if scale is None else scale,
+        **{name: student if x is None else x.float().contiguous() for name, x in vectors.items()},
+        "beta": float(beta),
+        "n_images": codes.shape[0],
+        "n_tokens": student.shape[1],
+        **strides("student_stride", student, "vnd"),
+        **strides("codes_stride", codes, "bld"),
+        **({"ids_stride_v": 0, "ids_stride_n": 0} if ids is None else strides("ids_stride", ids, "vn")),
+        **({"scale_stride_b": 0, "scale_stride_l": 0} if scale is None else strides("scale_stride", scale, "bl")),
+    }
+
+
+def build(kernel: Any, first: dict[str, Any], student: Tensor, codes: Tensor, *rest: Any) -> Launch:
+    """A launch of either kernel; `first` are the arguments only one of them has."""
+    ids, scale, channel_mean, channel_std, stat_mean, stat_std, target, distance, beta = rest
+    d = student.shape[2]
+    constants = {
+        "D": d,
+        "WIDTH": power_of_two(d),
+        "TARGET": target,
+        "DISTANCE": distance,
+        "GATHERED": ids is None,
+        "SCALE": scale is not None,
+        "MEAN": channel_mean is not None,
+        "STD": channel_std is not None,
+    }
+    arguments = pair_arguments(student, codes, ids, scale, channel_mean, channel_std, stat_mean, stat_std, beta)
+    return Launch(kernel, student.shape[0] * student.shape[1], first | arguments, constants, warps_for(power_of_two(d)))
+
+
+def mimic_loss(loss: Tensor, student: Tensor, codes: Tensor, *rest: Any) -> Launch:
+    """student and codes of any strides; loss [v, n] fp32, contiguous; rest as `mimic.ARGUMENTS`."""
+    return build(mimic_loss_kernel, {"loss": loss}, student, codes, *rest)
+
+
+def mimic_loss_backward(grad: Tensor, out: Tensor, student: Tensor, codes: Tensor, *rest: Any) -> Launch:
+    """grad [v, n] of any strides; out [v, n, d] in the student's dtype, contiguous."""
+    first = {"grad": grad, "out": out, **strides("grad_stride", grad, "vn")}
+    return build(mimic_loss_backward_kernel, first, student, codes, *rest)

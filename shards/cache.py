@@ -1,0 +1,307 @@
+"""A cache, opened: checked once, then read by number or key, alone or in batches.
+
+    cache = open_cache("photos.cache")
+    cache["cats/a.jpg"].views[0]["clip"]["tokens"]        # float32 [patches, channels]
+
+Reads are thread-safe, every chunk is verified by its crc32c, and an opened cache may be pickled (spawned workers).
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+from mrmae.shards import verify
+from mrmae.shards.commit import Unit, bad_images, commit_path, committed, units
+from mrmae.shards.plan import PIXELS, Plan, column_folder, load_plan, read_samples, tail_path, tar_path
+from mrmae.shards.quantize import Quantiser, dequantise
+from mrmae.shards.reader import Damaged, ShardFile, read_members
+from mrmae.shards.spec import TeacherSpec, signed_hashes
+from mrmae.shards.views import BadImage, View, decode_jpeg
+from mrmae.shards.webdataset_io import PixelIndex, parse_row, read_index
+from mrmae.shards.zarr_io import Layout, shard_path
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+Indices = Sequence[int] | Numbers | Tensor
+PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One teacher's column: what made it, how it is stored, the id of its numbers, its arrays."""
+
+    spec: TeacherSpec
+    quantiser: Quantiser
+    id: str
+    layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """One sample. views: per view its `pixels` uint8 [h, w, 3], its `view`, and a dict of tensors per teacher name.
+
+    A bad image has valid=False, a reason, and no views.
+    """
+
+    number: int
+    key: str
+    label: str | None
+    valid: bool
+    reason: str | None
+    views: list[dict[str, Any]]
+
+
+class Cache:
+    """A cache opened by open_cache.
+
+    keys, labels, reasons: per sample, in canonical order. numbers: the samples that can be read.
+    columns: by name `<teacher>.<tap>`; teachers: column name by teacher name; ids: dataset, geometry and column ids.
+    """
+
+    def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
+                 readable: Sequence[bool], threads: int) -> None:  # fmt: skip
+        self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
+        self.keys: list[str] = table["key"]
+        self.labels: list[str | None] = table["label"]
+        self.reasons: list[str | None] = table["reason"]
+        self.readable = np.asarray(readable, bool)
+        self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
+        self.size, self.grid, self.n_views = plan.recipe.size, plan.grid, plan.n_views
+        self.shard_samples, self.dtype = plan.shard_samples, plan.dtype
+        self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
+                        for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
+        self.teachers = {column.spec.name: name for name, column in self.columns.items()}
+        self.ids = {"dataset": plan.dataset_id, "geometry": plan.geometry_id,
+                    **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
+        self._opened: dict[Path, Any] = {}  # shard files and tar indices, by path: their indices stay in memory
+        self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}, "_pool": None}
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __getitem__(self, which: int | str) -> Sample:
+        """The sample of this number or key, tokens dequantised. Raises IndexError or KeyError."""
+        number = self.number_of[which] if isinstance(which, str) else range(len(self))[which]
+        readable = bool(self.readable[number])
+        views = [self.read_view(number, view) for view in range(self.n_views)] if readable else []
+        return Sample(number, self.keys[number], self.labels[number], readable, self.reasons[number], views)
+
+    @functools.cached_property
+    def hashes(self) -> Int64[Tensor, "n"]:
+        """Hash of every sample's key, as signed 64-bit integers."""
+        return torch.from_numpy(signed_hashes(self.keys))
+
+    @functools.cached_property
+    def number_of(self) -> dict[str, int]:
+        """Sample number by key."""
+        return {key: number for number, key in enumerate(self.keys)}
+
+    def read_view(self, number: int, view: int) -> dict[str, Any]:
+        """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""
+        one: dict[str, Any] = {"pixels": self.read_pixels([number], [view])[0], "view": self.read_crop(number, view)}
+        for teacher, name in self.teachers.items():
+            raw = self.read_column(name, [number], [view], tuple(self.columns[name].layout.arrays()))
+            tokens = dequantise(raw.pop("tokens"), raw.pop("scale", None), self.columns[name].quantiser)
+            one[teacher] = {"tokens": tokens[0], **{array: values[0].float() for array, values in raw.items()}}
+        return one
+
+    def read_pixels(
+        self, numbers: Indices, views: Indices, *, out: UInt8[Tensor, "b h w 3"] | None = None
+    ) -> UInt8[Tensor, "b h w 3"]:
+        """Decoded views, uint8 [b, size, size, 3]. views: which view of each sample. out: a buffer to fill."""
+        at, of = self.checked(numbers, views)
+        out = torch.empty(len(at), self.size, self.size, 3, dtype=torch.uint8) if out is None else out
+        pixels = out.numpy()
+
+        def read(positions: Numbers, view: int, shard: int) -> None:
+            path, rows = tar_path(self.path, view, shard), (at[positions] % self.shard_samples).tolist()
+            for i, row, content in zip(positions, rows, read_members(path, rows, self.pixel_index(view, shard).jpegs)):
+                try:
+                    pixels[i] = decode_jpeg(content)
+                except (BadImage, ValueError) as error:
+                    raise Damaged(path, row, str(error)) from None
+
+        self.run(PIXELS, read, at, of, at_once=PIXELS_AT_ONCE)
+        return out
+
+    def read_crop(self, number: int, view: int) -> View:
+        """The recorded crop and flip of one sample's view."""
+        at, of = self.checked([number], [view])
+        found: list[View | None] = []
+
+        def read(positions: Numbers, view: int, shard: int) -> None:
+            path, row = tar_path(self.path, view, shard), number % self.shard_samples
+            found.extend(parse_row(c).view for c in read_members(path, [row], self.pixel_index(view, shard).abouts))
+
+        self.run(PIXELS, read, at, of)
+        assert found[0] is not None, "a readable sample has a view"
+        return found[0]
+
+    def read_column(
+        self, column: str, numbers: Indices, views: Indices, arrays: Sequence[str] = ("tokens", "scale"),
+        *, out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The named arrays of a column for these samples, [b, ...] in their stored dtypes.
+
+        views: which view of each sample. `scale` is left out where tokens are not int8. out: buffers to fill.
+        Raises ValueError for an array that the column does not have.
+        """
+        at, of = self.checked(numbers, views)
+        if column not in self.columns:
+            raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
+                             "choose one, or extract with that teacher")  # fmt: skip
+        stored = self.columns[column].layout.arrays()
+        arrays = [name for name in arrays if name != "scale" or self.dtype == "int8"]
+        if lacking := [name for name in arrays if name not in stored]:
+            raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "
+                             "choose a teacher that has it")  # fmt: skip
+        tensors = dict(out or {name: torch.empty(len(at), *stored[name][0], dtype=getattr(torch, stored[name][1]))
+                               for name in arrays})  # fmt: skip
+        buffers = {name: tensors[name].numpy() for name in arrays}
+
+        def read(positions: Numbers, view: int, shard: int) -> None:
+            rows = (at[positions] % self.shard_samples).tolist()
+            for name, buffer in buffers.items():
+                file = self.shard_file(column, view, shard, name, buffer.ndim)
+                file.read(rows, [buffer[i] for i in positions])
+
+        self.run(column, read, at, of)
+        return tensors
+
+    def read_tokens(self, column: str, numbers: Indices, views: Indices) -> Float[Tensor, "b l d"]:
+        """Dequantised tokens, float32 [b, l, d]."""
+        raw = self.read_column(column, numbers, views)
+        return dequantise(raw["tokens"], raw.get("scale"), self.columns[column].quantiser)
+
+    def tail(self, teacher: str) -> dict[str, Tensor]:
+        """A teacher's final norm and projection, by tensor name."""
+        path = tail_path(self.path, teacher)
+        if not path.exists():
+            raise ValueError(f"{path}: this cache stores no tail for teacher {teacher}; taps after it need one")
+        return safetensors.torch.load_file(path)
+
+    def checked(self, numbers: Indices, views: Indices) -> tuple[Numbers, Numbers]:
+        """Both as int64 arrays. Raises ValueError for samples that cannot be read, and for views that are not there."""
+        at, of = np.asarray(numbers, np.int64), np.asarray(views, np.int64)
+        if at.shape != of.shape or at.ndim != 1:
+            raise ValueError(f"{self.path}: {at.shape} numbers and {of.shape} views; expected one view per number")
+        for name, values, n in (("sample", at, len(self)), ("view", of, self.n_views)):
+            if (wrong := values[(values < 0) | (values >= n)]).size:
+                raise ValueError(f"{self.path}: {name} {wrong[0]} is not in the cache; it has {n}")
+        if (wrong := at[~self.readable[at]]).size:
+            why = self.reasons[wrong[0]] or "it is not extracted yet"
+            raise ValueError(f"{self.path}: sample {wrong[0]} ({self.keys[wrong[0]]!r}) cannot be read: {why}; "
+                             "take samples from Cache.numbers")  # fmt: skip
+        return at, of
+
+    def run(
+        self, column: str, read: Callable[[Numbers, int, int], None], numbers: Numbers, views: Numbers,
+        *, at_once: int = 2**62,
+    ) -> None:  # fmt: skip
+        """Call read(positions, view, shard) in threads for each shard's part of the batch.
+
+        at_once: positions per call, at most. Raises ValueError that names shard, sample and repair.
+        """
+
+        def explained(part: tuple[Numbers, int, int]) -> None:
+            try:
+                read(*part)
+            except Damaged as error:
+                raise ValueError(self.repair_text(error, column, *part[1:])) from None
+
+        parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
+        if len(parts) <= 1:
+            for part in parts:
+                explained(part)
+            return
+        calls = [self.pool().submit(explained, part) for part in parts]
+        concurrent.futures.wait(calls)  # all of them: nobody writes to the buffer after an error
+        for call in calls:
+            call.result()
+
+    def repair_text(self, error: Damaged, column: str, view: int, shard: int) -> str:
+        """What is damaged, whose sample it is, and how to repair it."""
+        number = shard * self.shard_samples + (error.row or 0)
+        whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
+        return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
+                f"{commit_path(self.path, view, column, shard)} and run the same extract-features command again, "
+                "which rewrites this shard only")  # fmt: skip
+
+    def shard_file(self, column: str, view: int, shard: int, name: str, dims: int) -> ShardFile:
+        """The opened shard file of one array."""
+        path = shard_path(column_folder(self.path, view, column), name, shard, dims)
+        file = self._opened.get(path) or self._opened.setdefault(path, ShardFile(path, self.shard_samples))
+        assert isinstance(file, ShardFile)
+        return file
+
+    def pixel_index(self, view: int, shard: int) -> PixelIndex:
+        """The index of a pixel tar, once its keys are known to be this cache's."""
+        path = tar_path(self.path, view, shard)
+        index = self._opened.get(path)
+        if index is None:
+            try:
+                index = read_index(path)
+            except ValueError as error:
+                raise Damaged(path, None, str(error)) from None
+            start = shard * self.shard_samples
+            if index.keys != self.keys[start : start + self.shard_samples]:
+                raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
+            self._opened[path] = index
+        assert isinstance(index, PixelIndex)
+        return index
+
+    def pool(self) -> concurrent.futures.ThreadPoolExecutor:
+        """This process's reading threads (threads do not survive a fork)."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = (os.getpid(), concurrent.futures.ThreadPoolExecutor(self.threads, "cache"))
+        return self._pool[1]
+
+
+def shard_parts(shards: Numbers, views: Numbers, at_once: int) -> Iterator[tuple[Numbers, int, int]]:
+    """(positions, view, shard) for each part of a batch that lies in one shard, positions ascending."""
+    order = np.lexsort((shards, views))
+    cuts = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(views[order]) != 0)) + 1
+    for part in np.split(order, cuts) if len(order) else []:
+        for start in range(0, len(part), at_once):
+            yield part[start : start + at_once], int(views[part[0]]), int(shards[part[0]])
+
+
+def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False, threads: int | None = None) -> Cache:
+    """The cache at `path`, after checking that every file is there and of its size.
+
+    allow_partial: also open an unfinished cache, with the samples whose every view and column is committed.
+    threads: for reading; default: as many as there are cores, at most 8.
+    Raises ValueError with all problems at once, or with how far an unfinished cache is.
+    """
+    path = Path(path)
+    plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
+    table = read_samples(path)
+    if not (path / "manifest.json").exists():
+        done = committed(path, plan)
+        if not allow_partial:
+            verify.refuse_unfinished(path, plan, len(done))
+        return open_unfinished(path, plan, table, done, threads)
+    manifest = verify.read_manifest(path)
+    verify.refuse_problems(path, plan, manifest, table)
+    return Cache(path, plan, manifest, table, table["valid"], threads)
+
+
+def open_unfinished(path: Path, plan: Plan, table: dict[str, list[Any]], done: set[Unit], threads: int) -> Cache:
+    """A cache without a manifest, restricted to the shards whose every view and column is committed."""
+    whole = [all(unit in done for unit in units(plan) if unit[2] == shard) for shard in range(plan.n_shards)]
+    bad = bad_images(path, plan)
+    readable = [whole[number // plan.shard_samples] and number not in bad for number in range(plan.n_samples)]
+    reasons = [bad.get(number) for number in range(plan.n_samples)]
+    return Cache(path, plan, {}, {**table, "reason": reasons}, readable, threads)

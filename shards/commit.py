@@ -1,0 +1,238 @@
+"""Commit records, resume and the manifest. docs/format.md, "Commit protocol".
+
+Shards are written in any order, each followed by its commit record; the manifest comes last. What is missing is always
+plan minus valid commits, so a killed extraction leaves nothing to clean up by hand.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mrmae.shards import zarr_io
+from mrmae.shards.plan import (
+    PIXELS,
+    Plan,
+    column_folder,
+    read_samples,
+    readable_json,
+    shard_ranges,
+    tail_path,
+    tar_path,
+    write_samples,
+)
+from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain
+from mrmae.shards.webdataset_io import PixelRow, index_path, write_pixel_tar
+from mrmae.shards.write import publish, remove, remove_leftovers
+
+Unit = tuple[int, str, int]  # view, column, shard: the unit of work
+
+
+def units(plan: Plan) -> Iterator[Unit]:
+    """Every unit of work: by view, then shard, pixels before teachers."""
+    for view in range(plan.n_views):
+        for shard in range(plan.n_shards):
+            for column in (PIXELS, *(teacher.column for teacher in plan.columns)):
+                yield view, column, shard
+
+
+def unit_files(path: Path, plan: Plan, view: int, column: str, shard: int) -> list[Path]:
+    """The files of one unit of work."""
+    if column == PIXELS:
+        tar = tar_path(path, view, shard)
+        return [tar, index_path(tar)]
+    folder, arrays = column_folder(path, view, column), plan.layout(column).arrays()
+    return [zarr_io.shard_path(folder, name, shard, 1 + len(shape)) for name, (shape, _) in arrays.items()]
+
+
+def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
+    """Where a unit's commit record lies."""
+    return path / "commits" / str(view) / column / f"{shard:06d}.json"
+
+
+def store_pixels(
+    path: Path, plan: Plan, view: int, shard: int, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None
+) -> None:
+    """Write and commit the pixels of a shard, clearing what a killed run left of it. about: more for the record."""
+    clear(path, plan, view, PIXELS, shard)
+    expected = shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    if [row.number for row in rows] != list(expected):
+        raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
+                         f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
+    record = write_pixel_tar(tar_path(path, view, shard), rows)
+    commit(path, plan, view, PIXELS, shard, {**(about or {}), **record})
+
+
+def store_column(
+    path: Path, plan: Plan, view: int, column: str, shard: int,
+    arrays: Mapping[str, zarr_io.Array], valid: Sequence[bool] | zarr_io.Array, about: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
+    """Write and commit a shard of a teacher's column, clearing what a killed run left of it.
+
+    arrays, valid: as zarr_io.write_column_shard takes them. about: more for the record, `quality` among it.
+    """
+    clear(path, plan, view, column, shard)
+    folder = column_folder(path, view, column)
+    zarr_io.create_column(folder, plan.layout(column), column_attributes(plan, view, column))
+    record = zarr_io.write_column_shard(folder, shard, arrays, valid)
+    commit(path, plan, view, column, shard, {**(about or {}), **record})
+
+
+def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
+    """Attributes of a column's zarr group: enough to dequantise without the rest of the cache."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "column_id": plan.ids[column],
+        "view": view,
+        "teacher": plain(plan.teacher(column)),
+        "quantiser": plan.quantisers[column].to_json(),
+        "value": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
+    }
+
+
+def clear(path: Path, plan: Plan, view: int, column: str, shard: int) -> None:
+    """Remove an uncommitted, or invalidly committed, shard. FileExistsError when it is validly committed."""
+    record = commit_path(path, view, column, shard)
+    if valid_record(path, plan, view, column, shard) is not None:
+        raise FileExistsError(f"{record}: this shard is committed already; each shard has one writer; "
+                              "is the same command running twice?")  # fmt: skip
+    for file in (record, *unit_files(path, plan, view, column, shard)):
+        remove(file)
+
+
+def commit(path: Path, plan: Plan, view: int, column: str, shard: int, record: Mapping[str, Any]) -> None:
+    """Publish the commit record of a shard whose files are on disk.
+
+    record: what the writer returned (`files` by absolute path), and anything else worth keeping: seconds, versions.
+    """
+    files = {Path(file).relative_to(path).as_posix(): about for file, about in record["files"].items()}
+    unit = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard}
+    content = {**record, **unit, "id": plan.ids[column], "files": files}
+    publish(commit_path(path, view, column, shard), canonical_json(content) + b"\n")
+
+
+def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> dict[str, Any] | None:
+    """A unit's commit record; None when it is absent, unreadable, of another plan, or a file is missing or resized."""
+    try:
+        record: dict[str, Any] = json.loads(commit_path(path, view, column, shard).read_bytes())
+        if record["format_version"] != FORMAT_VERSION or record["id"] != plan.ids[column]:
+            return None
+        expected = {file.relative_to(path).as_posix() for file in unit_files(path, plan, view, column, shard)}
+        sizes = {name: about["bytes"] for name, about in record["files"].items()}
+        good = set(sizes) == expected and all((path / name).stat().st_size == size for name, size in sizes.items())
+        return record if good else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def committed(path: Path, plan: Plan) -> set[Unit]:
+    """The units of work that are validly committed."""
+    return {unit for unit in units(plan) if valid_record(path, plan, *unit) is not None}
+
+
+def missing(path: Path, plan: Plan) -> list[Unit]:
+    """The units of work that still have to be done, by view, then shard, pixels before teachers."""
+    return [unit for unit in units(plan) if valid_record(path, plan, *unit) is None]
+
+
+def bad_images(path: Path, plan: Plan) -> dict[int, str]:
+    """Reason why each bad image is bad, by sample number, as far as pixels are committed."""
+    records = (valid_record(path, plan, *unit) for unit in units(plan) if unit[1] == PIXELS)
+    return {int(n): reason for record in records if record for n, reason in record["bad"].items()}
+
+
+def finalise(path: Path, plan: Plan) -> dict[str, Any]:
+    """The manifest, written with the final samples.parquet once every shard is committed.
+
+    It holds nothing of time, host or versions: equal runs give equal manifests.
+    Raises ValueError when shards are missing, or disagree about which images are bad.
+    """
+    records = {unit: valid_record(path, plan, *unit) for unit in units(plan)}
+    if absent := [unit for unit, record in records.items() if record is None]:
+        raise ValueError(f"{path}: {len(absent)} of {len(records)} shards are not committed, the first is view "
+                         f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
+    complete = {unit: record for unit, record in records.items() if record is not None}
+    refuse_disagreement(path, complete)
+    table = {**read_samples(path), **decoded_columns(plan, complete)}
+    write_samples(path, table)
+    body = {
+        **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
+        "geometry_id": plan.geometry_id,
+        "n_valid": sum(table["valid"]),
+        "samples_id": samples_id(table),
+        "columns": [column_summary(path, plan, teacher.column, complete) for teacher in plan.columns],
+        "shards": shard_table(complete),
+    }
+    manifest = {**body, "manifest_id": content_id(body)}
+    publish(path / "manifest.json", readable_json(manifest), replace=True)
+    remove_leftovers(path)
+    return manifest
+
+
+def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:
+    """ValueError when a view or a column counts other bad images than the pixels of view 0."""
+    for (view, column, shard), record in records.items():
+        first = records[0, PIXELS, shard]
+        if record["valid"] != first["valid"] or record.get("bad", first["bad"]) != first["bad"]:
+            raise ValueError(f"{commit_path(path, view, column, shard)}: {record['valid']} valid images; the pixels of "
+                             f"view 0 have {first['valid']}; delete the commit records of this shard and run the "
+                             "same extract-features command again")  # fmt: skip
+
+
+def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """height, width, valid and reason of every sample, as the pixels of view 0 tell."""
+    pixels = [records[0, PIXELS, shard] for shard in range(plan.n_shards)]
+    bad = {int(number): reason for record in pixels for number, reason in record["bad"].items()}
+    return {
+        "height": [n for record in pixels for n in record["heights"]],
+        "width": [n for record in pixels for n in record["widths"]],
+        "valid": [number not in bad for number in range(plan.n_samples)],
+        "reason": [bad.get(number) for number in range(plan.n_samples)],
+    }
+
+
+def samples_id(table: Mapping[str, Sequence[Any]]) -> str:
+    """Content id of the rows of samples.parquet, as columns (not of its bytes: they depend on pyarrow's version)."""
+    return content_id(dict(table))
+
+
+def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
+    """A column as the manifest names it: id, teacher, quantiser, tail, and the worst quality of its shards."""
+    teacher = plan.teacher(column)
+    tail = tail_path(path, teacher.name)
+    return {
+        "name": column,
+        "id": plan.ids[column],
+        "teacher": plain(teacher),
+        "quantiser": plan.quantisers[column].to_json(),
+        "quality": worst_quality([record for unit, record in records.items() if unit[1] == column]),
+        "tail": file_summary(path, tail) if tail.exists() else None,
+    }
+
+
+def file_summary(path: Path, file: Path) -> dict[str, Any]:
+    """Name, size and sha256 of a small file."""
+    data = file.read_bytes()
+    return {"file": file.relative_to(path).as_posix(), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int] | None:
+    """The lowest SNR, the largest 1 - cos and all zero tokens of a column's shards; None where none was measured."""
+    quality = [record["quality"] for record in records if record.get("quality")]
+    if not quality:
+        return None
+    return {
+        "snr_db": min(q["snr_db"] for q in quality),
+        "p999_one_minus_cos": max(q["p999_one_minus_cos"] for q in quality),
+        "zero_tokens": sum(q["zero_tokens"] for q in quality),
+    }
+
+
+def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Count, valid count, and size and sha256 of every file, by view and column, in the order of shards."""
+    table: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (view, column, _), record in sorted(records.items(), key=lambda item: (item[0][0], item[0][2])):
+        entry = {name: record[name] for name in ("count", "valid", "files")}
+        table.setdefault(str(view), {}).setdefault(column, []).append(entry)
+    return table

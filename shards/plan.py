@@ -1,0 +1,264 @@
+"""The plan of a cache (plan.json): what will be written, under which names, and what proves it.
+
+The plan is written first and never changes, except that calibration freezes the quantisers in it, once.
+docs/format.md, "Plan". Commit records, resume and the manifest are in commit.py.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import safetensors.torch
+from torch import Tensor
+
+from mrmae.shards import zarr_io
+from mrmae.shards.quantize import Quantiser
+from mrmae.shards.spec import (
+    FORMAT_VERSION,
+    TeacherSpec,
+    ViewRecipe,
+    canonical_order,
+    column_id,
+    compare_specs,
+    dataset_id,
+    from_json,
+    geometry_id,
+    plain,
+)
+from mrmae.shards.write import TEMPORARY, publish
+
+PIXELS = "pixels"  # the column that every cache has
+SAMPLES = pa.schema([
+    ("number", pa.int64()), ("key", pa.string()), ("label", pa.string()), ("bytes", pa.int64()),
+    ("sha256", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("valid", pa.bool_()),
+    ("reason", pa.string()),
+])  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An image of the data set: key, label, size and sha256 (hex) of the encoded file."""
+
+    key: str
+    label: str | None
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything needed to resume, and to refuse a command with other options.
+
+    quantisers: by column name; empty until calibration. Ids and names follow from the fields.
+    """
+
+    dataset_id: str
+    n_samples: int
+    recipe: ViewRecipe
+    grid: tuple[int, int]
+    n_views: int
+    shard_samples: int
+    dtype: str
+    columns: tuple[TeacherSpec, ...]
+    quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = [teacher.name for teacher in self.columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"plan: teacher names {names} repeat; expected one name per teacher; rename one")
+        for teacher in self.columns:
+            if teacher.grid != self.grid:
+                raise ValueError(f"plan: teacher {teacher.name} has grid {teacher.grid}; the cache has {self.grid}; "
+                                 "all teachers of a cache share one grid")  # fmt: skip
+        if min(self.n_views, self.shard_samples, self.n_samples) < 1:
+            raise ValueError(f"plan: {self.n_samples} samples, {self.n_views} views, shards of {self.shard_samples}; "
+                             "expected at least one of each")  # fmt: skip
+
+    @functools.cached_property
+    def geometry_id(self) -> str:
+        """Id of the views that all columns share."""
+        return geometry_id(self.dataset_id, self.recipe)
+
+    @functools.cached_property
+    def ids(self) -> dict[str, str]:
+        """Id of the numbers of every column that has a quantiser, by name; for the pixels, of the views."""
+        named = {t.column: column_id(t, self.geometry_id, self.quantisers[t.column].to_json())
+                 for t in self.columns if t.column in self.quantisers}  # fmt: skip
+        return {PIXELS: self.geometry_id, **named}
+
+    @property
+    def n_shards(self) -> int:
+        """Shards per view and column."""
+        return len(shard_ranges(self.n_samples, self.shard_samples))
+
+    def teacher(self, column: str) -> TeacherSpec:
+        """The teacher of a column."""
+        return next(teacher for teacher in self.columns if teacher.column == column)
+
+    def layout(self, column: str) -> zarr_io.Layout:
+        """The arrays of a teacher's column."""
+        teacher, (h, w) = self.teacher(column), self.grid
+        return zarr_io.Layout(self.n_samples, h * w, teacher.width, self.shard_samples, self.dtype,
+                              teacher.has_cls, teacher.has_attention)  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plan.json holds it."""
+        fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return fields | {"quantisers": {name: q.to_json() for name, q in self.quantisers.items()}}
+
+
+def shard_ranges(n: int, shard_samples: int) -> list[range]:
+    """The sample numbers of every shard: consecutive ranges, the last may be shorter."""
+    return [range(start, min(start + shard_samples, n)) for start in range(0, n, shard_samples)]
+
+
+def default_shard_samples(n: int, token_bytes: int) -> int:
+    """Samples per shard: the smaller of 512 MB of tokens and n / 64, at least 16. token_bytes: of one sample."""
+    return max(16, min(512 * 10**6 // max(token_bytes, 1), n // 64))
+
+
+def canonical_sources(sources: Iterable[Source]) -> list[Source]:
+    """The sources in canonical order: position = sample number. ValueError names duplicate keys."""
+    sources = list(sources)
+    return [sources[i] for i in canonical_order([source.key for source in sources])]
+
+
+def start(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
+    """The plan as it stands on disk: newly written, or an equal one from before, with its quantisers.
+
+    sources: in canonical order. Raises ValueError, and changes nothing, where the plan on disk differs (naming the
+    first field and both values), or where the folder holds something else.
+    """
+    if dataset_id((s.key, s.bytes, s.sha256) for s in sources) != plan.dataset_id:
+        raise ValueError(f"{path}: the plan's dataset id is not that of these images; compute it from them")
+    if (path / "plan.json").exists():
+        old = load_plan(path)
+        if old.dataset_id != plan.dataset_id:
+            refuse_other_images(path, sources)
+        unfrozen = dataclasses.replace(plan, quantisers=old.quantisers)
+        compare_specs(old.to_json(), unfrozen.to_json(), str(path / "plan.json"))
+        return old
+    if path.exists():
+        ours = {"samples.parquet", *(file.name for file in path.glob(TEMPORARY))}
+        if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
+            raise ValueError(f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "
+                             "expected a new or empty folder; choose another one")  # fmt: skip
+    table = {name: [getattr(source, name) for source in sources] for name in ("key", "label", "bytes", "sha256")}
+    unknown = {name: [None] * len(sources) for name in ("height", "width", "valid", "reason")}  # until finalised
+    write_samples(path, table | unknown)
+    publish(path / "plan.json", readable_json(plan.to_json()))
+    return plan
+
+
+def refuse_other_images(path: Path, sources: Sequence[Source]) -> None:
+    """ValueError that names an image by which the cache's data set and these images differ."""
+    table = read_samples(path)
+    then = dict(zip(table["key"], table["sha256"]))
+    now = {source.key: source.sha256 for source in sources}
+    changed = [key for key in then if now.get(key, then[key]) != then[key]]
+    gone, new = [key for key in then if key not in now], [key for key in now if key not in then]
+    example = next((f"{what} {keys[0]!r}" for what, keys in
+                    (("gone is", gone), ("new is", new), ("changed is", changed)) if keys), "the order")  # fmt: skip
+    raise ValueError(f"{path}: it was begun with {len(then)} images and this command has {len(now)}: {len(gone)} gone, "
+                     f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
+                     "give the same images, or write to a new folder (nothing was changed)")  # fmt: skip
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan of the cache at `path`. ValueError when there is none or it is of another format version."""
+    file = path / "plan.json"
+    try:
+        fields = json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or extract anew") from None
+    if fields.pop("format_version", None) != FORMAT_VERSION:
+        raise ValueError(f"{file}: another format version; this mrmae reads {FORMAT_VERSION}; use a matching one")
+    return Plan(
+        **{
+            **fields,
+            "recipe": from_json(ViewRecipe, fields["recipe"], str(file)),
+            "grid": tuple(fields["grid"]),
+            "columns": tuple(from_json(TeacherSpec, column, str(file)) for column in fields["columns"]),
+            "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
+        }
+    )
+
+
+def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser]) -> Plan:
+    """The plan with its columns' quantisers, on disk too. ValueError when others were frozen before."""
+    frozen = dataclasses.replace(plan, quantisers=dict(quantisers))
+    if set(quantisers) != {teacher.column for teacher in plan.columns}:
+        raise ValueError(f"{path}: quantisers for {sorted(quantisers)}; expected one for every column of the plan")
+    on_disk = load_plan(path)
+    if on_disk.quantisers:
+        compare_specs(on_disk.to_json(), frozen.to_json(), str(path / "plan.json"))
+        return on_disk
+    publish(path / "plan.json", readable_json(frozen.to_json()), replace=True)
+    return frozen
+
+
+def write_samples(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
+    """Write samples.parquet. table: its columns by name, without the number, which is the position."""
+    columns = {"number": list(range(len(table["key"]))), **table}
+    out = pa.BufferOutputStream()
+    pq.write_table(pa.table(columns, SAMPLES), out, compression="zstd", write_page_checksum=True)
+    publish(path / "samples.parquet", out.getvalue().to_pybytes(), replace=True)
+
+
+def read_samples(path: Path) -> dict[str, list[Any]]:
+    """The columns of samples.parquet by name, without the number. ValueError when it is missing or damaged."""
+    file = path / "samples.parquet"
+    try:
+        table = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
+    if not table.schema.equals(SAMPLES) or table["number"].to_pylist() != list(range(len(table))):
+        raise ValueError(f"{file}: not a table of samples; expected {SAMPLES.names}, numbered from 0; restore it")
+    return {name: table[name].to_pylist() for name in SAMPLES.names[1:]}
+
+
+def read_sources(path: Path) -> list[Source]:
+    """The images of the cache at `path`, in canonical order, as they were when the plan was made."""
+    table = read_samples(path)
+    return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
+
+
+def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store a teacher's final norm and projection beside the cache; replaced if there."""
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    publish(tail_path(path, teacher), data, replace=True)
+
+
+def tail_path(path: Path, teacher: str) -> Path:
+    """Where a teacher's tail lies."""
+    return path / "tail" / f"{teacher}.safetensors"
+
+
+def tar_path(path: Path, view: int, shard: int) -> Path:
+    """The pixel tar of a shard."""
+    return path / "views" / str(view) / PIXELS / f"{shard:06d}.tar"
+
+
+def column_folder(path: Path, view: int, column: str) -> Path:
+    """The zarr group of a column of one view."""
+    return path / "views" / str(view) / f"{column}.zarr"
+
+
+def readable_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys, lists of numbers on one line."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    one_line = re.sub(
+        r"\[[\s\d.,eE+-]*\]",
+        lambda found: re.sub(r"\s+(?=\])|(?<=\[)\s+", "", re.sub(r"\s+", " ", found.group())),
+        text,
+    )
+    return (one_line + "\n").encode()

@@ -1,0 +1,209 @@
+"""Stored dtypes: calibration, quantisation and, the definition kernels are tested against, dequantisation.
+
+int8: value = channel_mean + channel_std * (scale[token] * code). Without standardisation mean and std are 0 and 1.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, Shaped
+from torch import Tensor
+
+SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
+TOP = 127
+FP16_MAX = 65504.0
+SAMPLES_AT_ONCE = 32  # in calibration: bounds its float64 copies
+Channels = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Quantiser:
+    """How a column's tokens are stored. channel_mean, channel_std: float32 [d], None without standardisation."""
+
+    dtype: str
+    channel_mean: Channels | None = None
+    channel_std: Channels | None = None
+    standardised: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("int8", "float16"):
+            raise ValueError(f"quantiser: dtype {self.dtype!r} is not known; expected int8 or float16; choose one")
+
+    @property
+    def sentinel(self) -> float:
+        """What an element that was never written reads as."""
+        return SENTINEL if self.dtype == "int8" else math.nan
+
+    def to_json(self) -> dict[str, Any]:
+        """The quantiser as JSON; nine significant digits carry a float32 exactly."""
+        parts = {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
+        lists = {k: None if v is None else [float(f"{x:.9g}") for x in v.tolist()] for k, v in parts.items()}
+        return {"dtype": self.dtype, "standardised": self.standardised, **lists}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> "Quantiser":
+        """The quantiser that `to_json` described."""
+        arrays = {k: fields[k] if fields[k] is None else np.array(fields[k], np.float32)
+                  for k in ("channel_mean", "channel_std")}  # fmt: skip
+        return Quantiser(fields["dtype"], standardised=bool(fields["standardised"]), **arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Sums over tokens from which quality follows; parts of a shard add up. Per-channel sums are float64 [d]."""
+
+    tokens: int
+    zero_tokens: int
+    sum: Float[Tensor, "d"]
+    sum_sq: Float[Tensor, "d"]
+    noise: float
+    one_minus_cos: Float[Tensor, "n"]
+
+
+def calibrate(features: Float[Tensor, "n l d"], *, dtype: str = "int8") -> Quantiser:
+    """The quantiser, with or without channel standardisation, that has the higher SNR on these features.
+
+    features: float32, the first samples in canonical order. Raises ValueError for NaN or infinities.
+    """
+    refuse_nonfinite(features, "calibration")
+    if dtype != "int8":
+        return Quantiser(dtype)
+    mean, std = channel_moments(features)
+    # A channel that is dead in the sample may live later: give it an average channel's step.
+    average = std.square().mean().sqrt()
+    std = torch.where(std > 1e-6 * std.max(), std, average if average > 0 else torch.ones_like(average))
+    candidates = [
+        Quantiser("int8", host_fp32(mean), host_fp32(std), standardised=True),
+        Quantiser("int8"),
+    ]
+    return max(candidates, key=lambda q: round_trip_snr(features, q))
+
+
+def channel_moments(features: Float[Tensor, "n l d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+    """Float64 mean and (population) standard deviation of every channel, a few samples at a time to save memory."""
+    n = features.shape[0] * features.shape[1]
+    parts = torch.split(features, SAMPLES_AT_ONCE)
+    mean = torch.stack([part.double().sum(dim=(0, 1)) for part in parts]).sum(dim=0) / n
+    squares = torch.stack([(part.double() - mean).square().sum(dim=(0, 1)) for part in parts])
+    return mean, (squares.sum(dim=0) / n).sqrt()
+
+
+def round_trip_snr(features: Float[Tensor, "n l d"], q: Quantiser) -> float:
+    """SNR in dB of quantising and dequantising, -inf where the quantiser cannot hold the features."""
+    try:
+        measured = [measure(part, *quantise(part, q), q) for part in torch.split(features, SAMPLES_AT_ONCE)]
+    except ValueError:
+        return -math.inf
+    return float(summarise(measured)["snr_db"])
+
+
+def quantise(
+    tokens: Float[Tensor, "b l d"], q: Quantiser
+) -> tuple[Shaped[Tensor, "b l d"], Float16[Tensor, "b l"] | None]:
+    """Codes (int8 within ±127, or float16) and per-token scale (float16; None for float16 codes).
+
+    The codes are computed from the scale as stored, so that its rounding costs nothing.
+    Raises ValueError for NaN, infinities, and values that float16 cannot hold.
+    """
+    refuse_nonfinite(tokens, "quantise")
+    if q.dtype == "float16":
+        refuse_overflow(tokens.abs().amax() if tokens.numel() else tokens.new_zeros(()), "a token value")
+        return tokens.to(torch.float16), None
+    centred = tokens.float()
+    if q.channel_mean is not None and q.channel_std is not None:
+        centred = (centred - on(q.channel_mean, tokens)) / on(q.channel_std, tokens)
+    step = centred.abs().amax(dim=-1) / TOP
+    refuse_overflow(step.amax() if step.numel() else step.new_zeros(()), "a token's scale")
+    scale = step.to(torch.float16)
+    safe = torch.where(scale > 0, scale.float(), 1.0)  # scale 0: nothing float16 can tell from zero
+    codes = (centred / safe[..., None]).round().clamp(-TOP, TOP)
+    return torch.where(scale[..., None] > 0, codes, 0.0).to(torch.int8), scale
+
+
+def dequantise(
+    codes: Shaped[Tensor, "b l d"], scale: Float16[Tensor, "b l"] | None, q: Quantiser
+) -> Float[Tensor, "b l d"]:
+    """Float32 tokens; NaN where int8 codes hold the sentinel, so that nothing unwritten is ever used silently."""
+    if q.dtype == "float16":
+        return codes.float()
+    assert scale is not None, "int8 codes need their scale"
+    values = codes.float() * scale.float()[..., None]
+    if q.channel_mean is not None and q.channel_std is not None:
+        values = on(q.channel_mean, codes) + on(q.channel_std, codes) * values
+    return torch.where(codes == SENTINEL, torch.nan, values)
+
+
+def quality(
+    tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser
+) -> dict[str, float | int]:
+    """What quantisation cost these tokens: snr_db, p999_one_minus_cos, zero_tokens."""
+    return summarise([measure(tokens, codes, scale, q)])
+
+
+def measure(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
+    """The sums behind `quality` for one batch; on any device, brought to the host once."""
+    d = tokens.shape[-1]
+    x = tokens.reshape(-1, d).float()
+    y = dequantise(codes, scale, q).reshape(-1, d)
+    zero = (x == 0).all(dim=-1)
+    # |a - b|^2 / 2 of unit vectors: 1 - cos itself would drown in float32 rounding
+    apart = torch.nn.functional.normalize(x, dim=-1) - torch.nn.functional.normalize(y, dim=-1)
+    wide = x.double()
+    return Measured(
+        tokens=len(x),
+        zero_tokens=int(zero.sum()),
+        sum=wide.sum(dim=0).cpu(),
+        sum_sq=wide.square().sum(dim=0).cpu(),
+        noise=float((y.double() - wide).square().sum()),
+        one_minus_cos=(apart.square().sum(dim=-1) / 2)[~zero].cpu(),
+    )
+
+
+def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
+    """snr_db about the channel mean, the 99.9th percentile of 1 - cos, and how many tokens were all zero.
+
+    snr_db is 300 where nothing was lost (JSON has no infinity) and -300 where there was no signal to lose.
+    """
+    n = sum(part.tokens for part in parts)
+    total, squares = sum(part.sum for part in parts), sum(part.sum_sq for part in parts)
+    noise = sum(part.noise for part in parts)
+    assert isinstance(total, Tensor) and isinstance(squares, Tensor), "at least one part"
+    signal = float((squares - total.square() / max(n, 1)).clamp(min=0).sum())
+    snr = 300.0 if noise == 0 else -300.0 if signal == 0 else 10 * math.log10(signal / noise)
+    worst = np.concatenate([part.one_minus_cos.numpy() for part in parts])
+    return {
+        "snr_db": round(min(max(snr, -300.0), 300.0), 4),
+        "p999_one_minus_cos": float(np.quantile(worst, 0.999)) if len(worst) else 0.0,
+        "zero_tokens": sum(part.zero_tokens for part in parts),
+    }
+
+
+def refuse_nonfinite(tokens: Tensor, where: str) -> None:
+    """ValueError that counts NaN and infinite values and names the first, unless all are finite."""
+    wrong = ~torch.isfinite(tokens)
+    count = int(wrong.sum())
+    if count:
+        first = wrong.nonzero()[0].tolist()
+        raise ValueError(f"{where}: {count} of {tokens.numel()} features are NaN or infinite, the first at {first} "
+                         f"(sample, token, channel); expected finite values; try --precision fp32")  # fmt: skip
+
+
+def refuse_overflow(largest: Tensor, what: str) -> None:
+    """ValueError when `largest` does not fit float16."""
+    if float(largest) > FP16_MAX:
+        raise ValueError(f"quantise: {what} is {float(largest):.4g}; float16 holds at most {FP16_MAX:.0f}; "
+                         "is this the right tap of the teacher?")  # fmt: skip
+
+
+def host_fp32(values: Tensor) -> Channels:
+    """The values as a float32 array on the host."""
+    return np.asarray(values.float().cpu().numpy(), np.float32)
+
+
+def on(channels: Channels, like: Tensor) -> Tensor:
+    """Per-channel constants as a float32 tensor on the device of `like`."""
+    return torch.from_numpy(channels).to(like.device)

@@ -1,0 +1,240 @@
+"""Views: decode an image as a viewer shows it, draw a crop and a flip from (seed, key, view), render it, exactly.
+
+A drawn view is recorded; replaying it never draws again. Everything here is uint8 height x width x 3 in sRGB.
+"""
+
+import dataclasses
+import io
+import math
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from mrmae.shards.spec import ViewRecipe
+
+Pixels = np.ndarray[Any, np.dtype[np.uint8]]
+
+# A closed list: Pillow's other plugins include one that starts Ghostscript.
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
+MAX_PIXELS = 178_956_970  # Pillow's own bomb warning: 0.5 GB of RGB
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+FILTERS = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+ATTEMPTS = 10  # of RandomResizedCrop, before its centred fallback
+
+
+class BadImage(ValueError):
+    """An image that cannot be decoded; `reason` says why, in one line."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """A crop box and a flip, in pixels of the decoded, upright image of source_height x source_width."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+    source_height: int
+    source_width: int
+
+
+def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
+    """The first frame as uint8 [height, width, 3], as a viewer shows it.
+
+    EXIF orientation is applied, ICC profiles are converted to sRGB (a broken profile is ignored), alpha is laid over
+    white, 16-bit gray is rounded to 8 bits, CMYK, palette and gray become RGB.
+    Raises BadImage for anything that does not decode completely, and, before decoding, above `max_pixels`.
+    """
+    if not data:
+        raise BadImage("the file has zero bytes")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return decode_open(image, max_pixels)
+    except (BadImage, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImage(f"not an image in a known format; first bytes {data[:8]!r}") from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"refused before decoding: {error}") from None
+    except Exception as error:  # noqa: BLE001  Pillow's parsers raise nearly any type on damaged files
+        raise BadImage(f"does not decode: {error or type(error).__name__}") from None
+
+
+def decode_open(image: Image.Image, max_pixels: int) -> Pixels:
+    """Pixels of an opened, not yet loaded image."""
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadImage(f"refused before decoding: {width} x {height} pixels; at most {max_pixels} are allowed")
+    inverted = image.format == "TIFF" and photometric(image) == 0
+    bits = sample_bits(image)
+    profile = image.info.get("icc_profile")
+    image.load()
+    turn = orientation(image)  # after load: TIFF images come upright from it
+    if image.mode.startswith("I;16"):
+        image = eight_bits(image, bits, inverted)
+    elif image.mode in ("I", "F"):
+        raise BadImage(f"samples are 32-bit or signed (mode {image.mode}), so white is undefined; "
+                       "save it with 8 or 16 unsigned bits")  # fmt: skip
+    colour, alpha = split_alpha(image)
+    colour = to_srgb(colour, profile)
+    if alpha is not None:
+        white = Image.new("RGB", colour.size, "white")
+        colour = Image.composite(colour, white, alpha)
+    if turn in UPRIGHT:
+        colour = colour.transpose(UPRIGHT[turn])
+    return np.asarray(colour, np.uint8).copy()
+
+
+def photometric(image: Image.Image) -> int | None:
+    """TIFF's PhotometricInterpretation; 0 means that zero is white, which Pillow overlooks in 16-bit files."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return tags.get(262)  # type: ignore[no-any-return]
+
+
+def sample_bits(image: Image.Image) -> int:
+    """Bits per sample of a 16-bit gray image: 12 in 12-bit TIFFs, which Pillow unpacks without scaling."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return int(tags.get(258, (16,))[0]) if tags else 16
+
+
+def eight_bits(image: Image.Image, bits: int, inverted: bool) -> Image.Image:
+    """A 16-bit gray image rounded to 8 bits (Pillow's own conversion clips), as L, or LA where a gray is transparent."""
+    top = 2**bits - 1
+    wide = np.asarray(image).astype(np.uint32)
+    gray = ((wide * 255 + top // 2) // top).clip(0, 255).astype(np.uint8)
+    out = Image.fromarray(255 - gray if inverted else gray)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        out.putalpha(Image.fromarray(np.where(wide == transparent, 0, 255).astype(np.uint8)))
+    return out
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF orientation 1 to 8; 1 where there is none or the EXIF block is broken."""
+    try:
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # noqa: BLE001  a damaged EXIF block does not make the pixels bad
+        return 1
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """Colour channels without alpha or palette, and alpha as L where the image has any transparency."""
+    if image.mode in ("RGBa", "La"):
+        image = image.convert(image.mode.upper())
+    if image.mode == "PA" or (image.mode == "P" and "transparency" in image.info):
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    elif image.mode in ("1", "L", "RGB") and "transparency" in image.info:
+        image = image.convert("RGBA" if image.mode == "RGB" else "LA")
+    if image.mode in ("RGBA", "LA"):
+        return image.convert("RGB" if image.mode == "RGBA" else "L"), image.getchannel("A")
+    return (image.convert("L") if image.mode == "1" else image), None
+
+
+def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """The image in sRGB: through its ICC profile where that works, else by Pillow's plain conversion."""
+    if image.mode == "LAB":
+        return through_profile(image, ImageCms.createProfile("LAB"), 0)
+    if profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if not ImageCms.getProfileDescription(source).strip().startswith("sRGB"):
+                return through_profile(image, source, ImageCms.getDefaultIntent(source))
+        except Exception:  # noqa: BLE001  a broken or mismatched profile is ignored, as viewers do
+            return image.convert("RGB")
+    return image.convert("RGB")
+
+
+def through_profile(image: Image.Image, source: Any, intent: Any) -> Image.Image:
+    """The image converted from `source` to sRGB."""
+    out = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), intent, outputMode="RGB")
+    assert out is not None  # None only with inPlace=True
+    return out
+
+
+def draw_view(hash: int, view: int, height: int, width: int, recipe: ViewRecipe) -> View:
+    """The view of this number of an image of this size: RandomResizedCrop's rule and a flip.
+
+    hash: the key's hash, signed or unsigned. Philox4x64 with key (recipe.seed, hash) and counter (0, 0, 0, view); word
+    0 is the flip, words 1 + 4k to 4 + 4k are area, ratio, top and left of attempt k. No state is shared between views.
+    """
+    seed_and_hash = np.array([recipe.seed, hash % 2**64], np.uint64)
+    counter = np.array([0, 0, 0, view], np.uint64)
+    words = [int(w) for w in np.random.Philox(key=seed_and_hash, counter=counter).random_raw(1 + 4 * ATTEMPTS)]
+    flip = share(words[0]) < recipe.flip
+    low, high = recipe.crop_scale
+    log_low, log_high = (math.log(ratio) for ratio in recipe.crop_ratio)
+    for area_word, ratio_word, top_word, left_word in zip(*(iter(words[1:]),) * 4):
+        area = height * width * (low + (high - low) * share(area_word))
+        ratio = math.exp(log_low + (log_high - log_low) * share(ratio_word))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = below(top_word, height - h + 1), below(left_word, width - w + 1)
+            return View(top, left, h, w, flip, height, width)
+    return centred(height, width, recipe.crop_ratio, flip)
+
+
+def share(word: int) -> float:
+    """A 64-bit word as a float in [0, 1), from its upper 53 bits."""
+    return (word >> 11) * 2.0**-53
+
+
+def below(word: int, n: int) -> int:
+    """A 64-bit word as an integer in [0, n), by multiplication and shift."""
+    return (word * n) >> 64
+
+
+def centred(height: int, width: int, ratios: tuple[float, float], flip: bool) -> View:
+    """The largest centred crop whose width / height lies within `ratios`."""
+    ratio = min(max(width / height, ratios[0]), ratios[1])
+    h = min(height, max(1, round(width / ratio)))
+    w = min(width, max(1, round(height * ratio)))
+    return View((height - h) // 2, (width - w) // 2, h, w, flip, height, width)
+
+
+def render(image: Pixels, view: View, recipe: ViewRecipe) -> Pixels:
+    """The view's pixels, uint8 [size, size, 3]: crop, resize with Pillow's antialiased filter, mirror.
+
+    image: as decode_rgb gave it. ValueError when its size is not the one the view was drawn for.
+    """
+    if image.shape != (view.source_height, view.source_width, 3):
+        raise ValueError(f"render: the image is {image.shape}; the view was drawn for "
+                         f"({view.source_height}, {view.source_width}, 3); is this the same file?")  # fmt: skip
+    crop = image[view.top : view.top + view.height, view.left : view.left + view.width]
+    out = Image.fromarray(crop).resize((recipe.size, recipe.size), FILTERS[recipe.interpolation])
+    return np.asarray(out.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if view.flip else out, np.uint8).copy()
+
+
+def encode_jpeg(pixels: Pixels) -> bytes:
+    """Baseline JPEG, quality 95, full chroma resolution (4:4:4)."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=95, subsampling="4:4:4")
+    return out.getvalue()
+
+
+def decode_jpeg(data: bytes) -> Pixels:
+    """Pixels of a stored view, uint8 [h, w, 3]. Raises BadImage when it does not decode."""
+    try:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            return np.asarray(image.convert("RGB"), np.uint8).copy()
+    except OSError as error:
+        raise BadImage(f"stored view does not decode: {error}") from None

@@ -1,0 +1,168 @@
+"""Columns as zarr v3 groups of sharded arrays: zarr writes the metadata, we write the shard files, byte by byte.
+
+A shard file (zarr v3 `sharding_indexed`) is one chunk per sample, each its raw bytes and their crc32c, then an index of
+(offset, bytes) per sample, then the index's crc32c. Absent chunks read as the fill value: the sentinel.
+docs/format.md, "Columns".
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
+
+from mrmae.shards.quantize import SENTINEL
+from mrmae.shards.write import Published, publish
+
+ABSENT = 2**64 - 1  # in the index: this chunk was never written
+DIMENSIONS = {
+    "tokens": ("sample", "patch", "channel"),
+    "scale": ("sample", "patch"),
+    "cls": ("sample", "channel"),
+    "attention": ("sample", "patch"),
+    "norm": ("sample", "patch"),
+}
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype."""
+
+    n: int
+    l: int
+    d: int
+    shard_samples: int
+    dtype: str
+    has_cls: bool
+    has_attention: bool
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """(shape of one sample, dtype) of every stored array, by name."""
+        stored = {
+            "tokens": ((self.l, self.d), self.dtype),
+            "scale": ((self.l,), "float16") if self.dtype == "int8" else None,
+            "cls": ((self.d,), "float16") if self.has_cls else None,
+            "attention": ((self.l,), "float16") if self.has_attention else None,
+            "norm": ((self.l,), "float16"),
+        }
+        return {name: array for name, array in stored.items() if array is not None}
+
+    def count(self, shard: int) -> int:
+        """How many samples the shard holds: shard_samples, fewer in the last."""
+        return max(0, min(self.shard_samples, self.n - shard * self.shard_samples))
+
+
+def shard_path(folder: Path, name: str, shard: int, dims: int) -> Path:
+    """A shard file of an array with this many dimensions, under zarr's default chunk key encoding."""
+    return folder.joinpath(name, "c", str(shard), *["0"] * (dims - 1))
+
+
+def metadata_paths(folder: Path, layout: Layout) -> list[Path]:
+    """The zarr.json files of a column."""
+    return [folder / "zarr.json", *(folder / name / "zarr.json" for name in layout.arrays())]
+
+
+def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> None:
+    """Write the zarr metadata of a column: a group with `attrs`, and one sharded array per stored array.
+
+    Metadata that exists is left as it is: it was written from the same plan.
+    """
+    absent = [path for path in metadata_paths(folder, layout) if not path.exists()]
+    if not absent:
+        return
+    memory: dict[str, Any] = {}
+    group = zarr.create_group(
+        MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": dataclasses.asdict(layout)}
+    )
+    for name, (shape, dtype) in layout.arrays().items():
+        group.create_array(
+            name,
+            shape=(layout.n, *shape),
+            shards=(layout.shard_samples, *shape),
+            chunks=(1, *shape),
+            dtype=dtype,
+            fill_value=SENTINEL if dtype == "int8" else np.nan,
+            filters=None,
+            compressors=Crc32cCodec(),
+            dimension_names=DIMENSIONS[name],
+        )
+    for path in absent:
+        publish(path, memory[path.relative_to(folder).as_posix()].to_bytes(), replace=True)
+
+
+def read_layout(folder: Path) -> Layout:
+    """The layout of a column that create_column made."""
+    try:
+        attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
+        return Layout(**attributes["layout"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: this is not a column of a cache ({error}); create it first") from None
+
+
+def write_column_shard(
+    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array
+) -> dict[str, Any]:
+    """The commit record of one shard of a column: files, count, valid.
+
+    arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
+    others are not written and read as the sentinel. Raises ValueError for a wrong name, shape, dtype or value.
+    """
+    layout = read_layout(folder)
+    keep = np.asarray(valid, bool)
+    where = f"{folder} shard {shard}"
+    if len(keep) != layout.count(shard):
+        raise ValueError(f"{where}: {len(keep)} rows; the plan says {layout.count(shard)}; write whole shards")
+    check_arrays(arrays, keep, layout, where)
+    files: list[Published] = []
+    for name, (shape, _) in layout.arrays().items():
+        path = shard_path(folder, name, shard, 1 + len(shape))
+        files.append(publish(path, shard_chunks(arrays[name], keep, layout.shard_samples)))
+    return {
+        "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
+        "count": len(keep),
+        "valid": int(keep.sum()),
+    }
+
+
+def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where: str) -> None:
+    """Refuse, with ValueError, what would be written wrongly: names, shapes, dtypes, NaN, infinities, sentinels."""
+    expected = layout.arrays()
+    if set(arrays) != set(expected):
+        raise ValueError(f"{where}: arrays {sorted(arrays)} were given; expected {sorted(expected)}")
+    for name, (shape, dtype) in expected.items():
+        array = arrays[name]
+        if array.shape != (len(keep), *shape) or array.dtype != np.dtype(dtype):
+            raise ValueError(f"{where}: {name} is {array.dtype}{list(array.shape)}; "
+                             f"expected {dtype}{[len(keep), *shape]}")  # fmt: skip
+        rows = array[keep]
+        wrong = int((rows == SENTINEL).sum() if dtype == "int8" else (~np.isfinite(rows)).sum())
+        if wrong:
+            kind = "the sentinel -128" if dtype == "int8" else "NaN or infinite"
+            raise ValueError(f"{where}: {wrong} values of {name} are {kind}; expected numbers; "
+                             "this teacher's features cannot be stored so")  # fmt: skip
+
+
+def shard_chunks(array: Array, keep: Array, shard_samples: int) -> Iterator[Any]:
+    """The bytes of a shard file: chunks with their crc32c, the index, the index's crc32c."""
+    index = np.full((shard_samples, 2), ABSENT, "<u8")
+    array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
+    offset, chunk_bytes = 0, array[:1].nbytes + 4
+    for i in np.flatnonzero(keep):
+        yield array[i]
+        yield crc32c_bytes(array[i])
+        index[i] = offset, chunk_bytes
+        offset += chunk_bytes
+    yield index
+    yield crc32c_bytes(index)
+
+
+def crc32c_bytes(array: Array) -> bytes:
+    """crc32c of a contiguous array, as the four little-endian bytes that zarr stores."""
+    return int(google_crc32c.value(array)).to_bytes(4, "little")

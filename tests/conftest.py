@@ -1,0 +1,142 @@
+"""Small synthetic caches, written through the real writers."""
+
+import hashlib
+import io
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mrmae.shards import commit, plan, quantize, views
+from mrmae.shards.plan import Plan, Source
+from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.webdataset_io import PixelRow
+
+TEACHERS: Mapping[str, Mapping[str, Any]] = {
+    "a": {"width": 8, "has_cls": True, "has_attention": True},
+    "b": {"width": 6, "has_cls": False, "has_attention": False},
+}
+BROKEN = b"not an image at all"
+
+
+def write_synthetic_cache(
+    path: Path, n: int = 24, size: int = 32, grid: int = 4, n_views: int = 2,
+    teachers: Mapping[str, Mapping[str, Any]] = TEACHERS, shard_samples: int = 8, labels: bool = True,
+    dtype: str = "int8", seed: int = 0, bad: Sequence[int] = (), finalise: bool = True,
+) -> Path:  # fmt: skip
+    """A complete cache of n smooth random images, whose features are functions of the pixels that can be learnt.
+
+    size: a multiple of 2 * grid.
+    bad: positions of images (in the order they are made) that do not decode.
+    """
+    images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(smooth_images(n, seed, labels).items())}
+    sources = plan.canonical_sources(
+        Source(key, key.split("/")[0] if labels else None, len(data), hashlib.sha256(data).hexdigest())
+        for key, data in images.items()
+    )
+    specs = tuple(teacher_spec(name, size, grid, **about) for name, about in teachers.items())
+    data_id = dataset_id((s.key, s.bytes, s.sha256) for s in sources)
+    recipe = ViewRecipe(size=size, seed=seed)
+    made = plan.start(path, Plan(data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs), sources)
+    rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
+    sample = [row for row in rows[0] if row.jpeg][:16]
+    made = plan.freeze_quantisers(path, made, {
+        spec.column: quantize.calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs
+    })  # fmt: skip
+    for view, column, shard in commit.missing(path, made):
+        write_unit(path, made, view, column, shard, rows[view][shard * shard_samples : (shard + 1) * shard_samples])
+    for spec in specs:
+        plan.write_tail(path, spec.name, {"norm.weight": torch.ones(spec.width), "norm.bias": torch.zeros(spec.width)})
+    if finalise:
+        commit.finalise(path, made)
+    return path
+
+
+def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows: Sequence[PixelRow]) -> None:
+    """Store one shard of the pixels or of one teacher's column."""
+    if column == plan.PIXELS:
+        return commit.store_pixels(path, made, view, shard, rows, {"seconds": {"write": 0.0}})
+    keep, quantiser = torch.tensor([row.jpeg is not None for row in rows]), made.quantisers[column]
+    arrays = features(rows, made.teacher(column))
+    tokens = arrays.pop("tokens")
+    codes, scale = quantize.quantise(tokens, quantiser)
+    arrays |= {} if scale is None else {"scale": scale}
+    stored = {"tokens": codes.numpy(), **{name: array.half().numpy() for name, array in arrays.items()}}
+    kept = None if scale is None else scale[keep]
+    quality = quantize.quality(tokens[keep], codes[keep], kept, quantiser) if keep.any() else None
+    commit.store_column(path, made, view, column, shard, stored, keep.numpy(), {"quality": quality})
+
+
+def smooth_images(n: int, seed: int, labels: bool) -> dict[str, bytes]:
+    """PNG files of different sizes by key; the class decides on the colour, so that it can be learnt."""
+    rng = np.random.default_rng(seed)
+    images = {}
+    for i in range(n):
+        coarse = rng.integers(0, 256, (5, 5, 3)).astype(np.uint8)
+        coarse[..., i % 3] //= 4
+        smooth = Image.fromarray(coarse).resize((40 + i % 7, 36 + i % 5), Image.Resampling.BICUBIC)
+        out = io.BytesIO()
+        smooth.save(out, "PNG")
+        images[f"{f'class {i % 3}/' if labels else ''}bild {i:03d} ü.png"] = out.getvalue()
+    return images
+
+
+def pixel_row(number: int, source: Source, data: bytes, view: int, recipe: ViewRecipe) -> PixelRow:
+    """The stored view of one image, or its reason."""
+    try:
+        image = views.decode_rgb(data)
+    except views.BadImage as error:
+        return PixelRow(number, source.key, source.label, None, None, error.reason)
+    drawn = views.draw_view(key_hash(source.key), view, *image.shape[:2], recipe)
+    return PixelRow(number, source.key, source.label, drawn, views.encode_jpeg(views.render(image, drawn, recipe)))
+
+
+def features(rows: Sequence[PixelRow], spec: TeacherSpec) -> dict[str, Tensor]:
+    """A teacher's arrays, float32, for stored views: a fixed random map of each patch's 2 x 2 block means."""
+    (size, _), (grid, _) = spec.input_size, spec.grid
+    blank = np.zeros((size, size, 3), np.uint8)
+    pixels = torch.from_numpy(np.stack([views.decode_jpeg(row.jpeg) if row.jpeg else blank for row in rows]))
+    half = size // grid // 2  # pixels per side of a block: two by two blocks make a patch
+    x = pixels.float() / 127.5 - 1
+    blocks = x.reshape(len(rows), grid, 2, half, grid, 2, half, 3).mean(dim=(3, 6))
+    patches = blocks.permute(0, 1, 3, 2, 4, 5).reshape(len(rows), grid * grid, 12)
+    generator = torch.Generator().manual_seed(key_hash(spec.name) % 2**31)
+    tokens = torch.sin(patches @ torch.randn(12, spec.width, generator=generator))
+    norm = tokens.norm(dim=-1)
+    arrays = {"tokens": tokens, "norm": norm}
+    arrays |= {"cls": tokens.mean(dim=1)} if spec.has_cls else {}
+    return arrays | ({"attention": norm.softmax(dim=-1)} if spec.has_attention else {})
+
+
+def teacher_spec(name: str, size: int, grid: int, *, width: int, has_cls: bool, has_attention: bool) -> TeacherSpec:
+    """A teacher that exists in these tests only."""
+    return TeacherSpec(
+        name=name, library="synthetic", model="sine", weights="random", tag=None,
+        weights_sha256=hashlib.sha256(name.encode()).hexdigest(), activation=None, input_size=(size, size),
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", antialias=True, tap="pre_tail",
+        prefix_tokens=int(has_cls), native_grid=(grid, grid), grid=(grid, grid), resample="none", width=width,
+        has_cls=has_cls, has_attention=has_attention, precision="fp32", attention_backend="none",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def make_cache() -> Callable[..., Path]:
+    """The function that writes a synthetic cache: make_cache(path, n=24, size=32, grid=4, ...)."""
+    return write_synthetic_cache
+
+
+@pytest.fixture(scope="session")
+def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache: 24 images of 32 px, grid 4 x 4, 2 views, teachers a (CLS, attention) and b. Do not change it."""
+    return write_synthetic_cache(tmp_path_factory.mktemp("caches") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_images() -> dict[str, bytes]:
+    """The encoded images that `tiny_cache` was made from, by key."""
+    return smooth_images(24, seed=0, labels=True)

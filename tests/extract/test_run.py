@@ -1,0 +1,259 @@
+"""The extraction as a whole: what lies in the cache, resume, bad images, refusals. Tiny teachers with random weights."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import zarr
+from click.testing import CliRunner
+from PIL import Image
+
+from mrmae.extract import engine, run
+from mrmae.extract.cli import main
+from mrmae.extract.run import Options, TooManyBad, extract_features
+from mrmae.shards.cache import open_cache
+from mrmae.shards.quantize import dequantise
+from mrmae.shards.spec import ViewRecipe
+
+VIT = "vit=timm:test_vit/random"
+CNN = "cnn=timm:test_efficientnet/random"
+BASE = {"recipe": ViewRecipe(32), "grid": 4, "batch_size": 4, "device": "cpu", "workers": 2}
+
+
+def photos(folder: Path, n: int = 20) -> Path:
+    """`n` random images in two classes, of different sizes."""
+    draw = np.random.default_rng(0)
+    for i in range(n):
+        path = folder / f"class {i % 2}" / f"photo-{i:03d} é.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        coarse = draw.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((40 + i, 60 - i), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def extract(images: Path, cache: Path, *teachers: str, **options: Any) -> dict[str, Any]:
+    said: list[str] = []
+    chosen = Options(images=[images], cache=cache, teachers=teachers or (VIT,), **{**BASE, **options})
+    return extract_features(chosen, say=said.append)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return photos(tmp_path_factory.mktemp("photos"))
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("cache") / "cache"
+    extract(folder, cache, VIT, CNN, views=2)
+    return cache
+
+
+def test_cache_holds_every_image_label_and_column(folder: Path, finished: Path) -> None:
+    cache = open_cache(finished)
+    assert sorted(cache.keys) == sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.png"))
+    assert {key.split("/")[0] for key in cache.keys} == set(cache.labels)
+    assert set(cache.columns) == {"vit.pre_tail", "cnn.last"} and cache.n_views == 2
+    assert cache.columns["vit.pre_tail"].spec.weights == "random"
+    assert not list(finished.glob(".*")), "no spool or temporary file stays behind"
+
+
+def test_features_are_the_plain_models_on_the_stored_view(folder: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weights = timm.create_model("test_vit", pretrained=False).state_dict()
+    torch.save(weights, tmp_path / "vit.pth")
+    extract(folder, tmp_path / "c", f"vit=timm:test_vit@{tmp_path / 'vit.pth'}", dtype="float16")
+    cache = open_cache(tmp_path / "c")
+    spec = cache.columns["vit.pre_tail"].spec
+    model = timm.create_model("test_vit", pretrained=False, img_size=spec.input_size, num_classes=0).eval()
+    model.load_state_dict(timm.create_model("test_vit", pretrained=False, img_size=spec.input_size).state_dict() and
+                          {k: v for k, v in resized(weights, model).items()})  # fmt: skip
+    pixels = cache.read_pixels(cache.numbers, np.zeros_like(cache.numbers)).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
+    image = torch.nn.functional.interpolate(pixels, spec.input_size, mode=spec.interpolation, antialias=True)
+    image = (image.clamp(0, 255) / 255 - mean) / std
+    seen: list[torch.Tensor] = []
+    hook = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
+    with torch.no_grad():
+        model(image)
+    hook.remove()
+    got = cache.read_tokens("vit.pre_tail", cache.numbers, np.zeros_like(cache.numbers))
+    assert torch.allclose(got, seen[0][:, model.num_prefix_tokens :], atol=2e-3, rtol=1e-3)
+
+
+def resized(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """timm's own filter: positions interpolated to the model's grid, no classifier."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    filtered = checkpoint_filter_fn(dict(weights), model)
+    return {key: value for key, value in filtered.items() if not key.startswith("head.")}
+
+
+def test_stored_int8_tokens_are_the_quantised_features(folder: Path, finished: Path) -> None:
+    cache = open_cache(finished)
+    group = zarr.open_group(finished / "views/1/cnn.last.zarr", mode="r")
+    tokens, scale = (torch.from_numpy(np.asarray(group[name][:])) for name in ("tokens", "scale"))
+    expected = dequantise(tokens, scale, cache.columns["cnn.last"].quantiser)
+    got = cache.read_tokens("cnn.last", cache.numbers, np.ones_like(cache.numbers))
+    assert torch.equal(got, expected[torch.from_numpy(cache.numbers)])
+
+
+def test_the_same_command_again_does_nothing_and_says_so(folder: Path, finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.tar")}
+    said: list[str] = []
+    options = Options(images=[folder], cache=finished, teachers=(VIT, CNN), views=2, **BASE)
+    extract_features(options, say=said.append)
+    assert "nothing was left to do" in said[-1]
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.tar")}
+
+
+def test_a_run_stopped_anywhere_ends_in_the_same_manifest(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = json.loads((finished / "manifest.json").read_text())
+    for stop_after in (0, 1, 3):
+        calls = 0
+        real = engine.commits.store_column
+
+        def store_column(*args: Any, limit: int = stop_after, real: Any = real, **kwargs: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls > limit:
+                raise OSError(28, "No space left on device")
+            real(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.commits, "store_column", store_column)
+            with pytest.raises(OSError, match="No space left"):
+                extract(folder, tmp_path / f"c{stop_after}", VIT, CNN, views=2)
+        assert not (tmp_path / f"c{stop_after}/manifest.json").exists()
+        assert extract(folder, tmp_path / f"c{stop_after}", VIT, CNN, views=2) == whole
+
+
+def test_kill_during_extraction_leaves_a_state_that_continues(folder: Path, finished: Path, tmp_path: Path) -> None:
+    whole = json.loads((finished / "manifest.json").read_text())
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-m", "mrmae.extract.cli", str(folder), str(cache), "--teacher", VIT, "--teacher", CNN,
+               "--size", "32", "--grid", "4", "--views", "2", "--batch-size", "4"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list(cache.glob("commits/*/*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
+    process.wait()
+    assert extract(folder, cache, VIT, CNN, views=2) == whole
+
+
+def broken(folder: Path) -> Path:
+    """A copy of the photographs with one truncated, one empty and one that is no image, and a bomb."""
+    photos(folder, 8)
+    whole = next(folder.rglob("photo-000*")).read_bytes()
+    (folder / "class 0" / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "class 0" / "empty.jpg").write_bytes(b"")
+    (folder / "class 1" / "text.jpeg").write_bytes(b"not an image at all")
+    Image.new("L", (3000, 3000)).save(folder / "class 1" / "bomb.png")
+    return folder
+
+
+def test_bad_images_are_listed_flagged_and_past_the_limit_refused(tmp_path: Path) -> None:
+    images = broken(tmp_path / "images")
+    with pytest.raises(TooManyBad) as refused:
+        extract(images, tmp_path / "c", max_pixels=1_000_000)
+    message = str(refused.value)
+    assert "4 of 12" in message and "--max-bad to 4" in message
+    for name in ("class 0/cut.png", "class 0/empty.jpg", "class 1/text.jpeg", "class 1/bomb.png"):
+        assert name in message
+    assert "zero bytes" in message and "refused before decoding" in message
+    assert not (tmp_path / "c/manifest.json").exists()
+    tars = {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*.tar")}
+    manifest = extract(images, tmp_path / "c", max_pixels=1_000_000, max_bad=4)
+    assert tars == {path: path.stat().st_mtime_ns for path in (tmp_path / "c").rglob("*.tar")}, "nothing ran again"
+    cache = open_cache(tmp_path / "c")
+    assert manifest["n_valid"] == len(cache.numbers) == 8 and len(cache) == 12
+    bad = cache["class 0/empty.jpg"]
+    assert not bad.valid and "zero bytes" in str(bad.reason)
+
+
+def test_a_folder_without_a_readable_image_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.jpg").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 1 images can be read.*zero bytes"):
+        extract(tmp_path / "images", tmp_path / "c")
+
+
+def test_an_image_changed_since_the_plan_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = photos(tmp_path / "images", 4)
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "calibrated", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extract(images, tmp_path / "c")
+    victim = next(images.rglob("*.png"))
+    data = bytearray(victim.read_bytes())
+    data[-20] ^= 1
+    victim.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="its bytes changed since the plan"):
+        extract(images, tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [({"recipe": ViewRecipe(32, seed=1)}, "recipe.seed is 0 there and 1"), ({"views": 1}, "n_views is 2 there and 1"),
+     ({"dtype": "float16"}, "dtype is 'int8' there and 'float16'")],
+)  # fmt: skip
+def test_other_options_are_refused_by_name_and_change_nothing(
+    folder: Path, finished: Path, changed: dict[str, Any], field: str
+) -> None:
+    before = {path: path.read_bytes() for path in finished.rglob("*.json")}
+    with pytest.raises(ValueError, match=field):
+        extract(folder, finished, VIT, CNN, **{"views": 2, **changed})
+    assert before == {path: path.read_bytes() for path in finished.rglob("*.json")}
+
+
+def test_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / f"{seed}.pth")
+    extract(folder, tmp_path / "c", f"vit=timm:test_vit@{tmp_path / '0.pth'}")
+    with pytest.raises(ValueError, match="weights_sha256"):
+        extract(folder, tmp_path / "c", f"vit=timm:test_vit@{tmp_path / '1.pth'}")
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="holds.*no plan.json|no cache"):
+        extract(folder, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def cli(arguments: Sequence[str | Path]) -> tuple[int, str]:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    return result.exit_code, result.output
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
+    code, output = cli([folder, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4", "--views", "3", "--dry-run"])
+    assert code == 0, output
+    for word in ("20 images", "2 labels", "3 views", "vit.pre_tail", "RANDOM weights", "are free"):
+        assert word in output
+    assert not (tmp_path / "c").exists()
+
+
+def test_cli_errors_are_one_line_without_a_traceback(folder: Path, tmp_path: Path) -> None:
+    code, output = cli([folder, tmp_path / "c", "--teacher", VIT, "--size", "33", "--grid", "4"])
+    assert code == 1 and "not a multiple of --grid 4" in output and "Traceback" not in output
+    (tmp_path / "empty").mkdir()
+    code, output = cli([tmp_path / "empty", tmp_path / "c", "--teacher", VIT])
+    assert code == 1 and "no images" in output
+    code, output = cli([folder, tmp_path / "c", "--teacher", "vit=timm:vit_bse_patch16_224/random"])
+    assert code == 1 and "vit_base_patch16_224" in output

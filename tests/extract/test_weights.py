@@ -1,0 +1,204 @@
+import argparse
+import hashlib
+import socket
+import struct
+import time
+
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+
+from mrmae.extract import hub
+from mrmae.extract.weights import fit_weights, load_weights, nearest, weights_sha256
+
+
+def small_model() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {k: torch.randn(v.shape) if v.is_floating_point() else v for k, v in small_model().state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_safetensors_and_checkpoints_give_the_same_tensors(tmp_path, weights):
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    torch.save(weights, tmp_path / "w.pth")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("w.safetensors", "w.pth", "old.pth"):
+        assert same(load_weights(tmp_path / name), weights)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda w: {"model": w, "args": argparse.Namespace(lr=1.0), "epoch": 3, "optimizer": {"state": {}}},
+        lambda w: {"state_dict": {f"module.{k}": v for k, v in w.items()}, "epoch": 3},
+        lambda w: {f"module._orig_mod.{k}": v for k, v in w.items()},
+        lambda w: {
+            "student": {"x": torch.zeros(1)},
+            "teacher": {f"module.backbone.{k}": v for k, v in w.items()} | {"module.head.mlp.0.weight": torch.zeros(2)},
+        },
+        lambda w: {"model": {"state_dict": w}},
+    ],
+    ids=["mae", "data-parallel", "compiled", "dino", "nested"],
+)
+def test_usual_wrappings_are_taken_off(tmp_path, weights, wrap):
+    torch.save(wrap(weights), tmp_path / "w.pth")
+    assert same(load_weights(tmp_path / "w.pth"), weights)
+
+
+def test_two_models_in_one_file_are_not_chosen_between(tmp_path, weights):
+    torch.save({"model": weights, "teacher": weights}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth: holds several models, under model and teacher"):
+        load_weights(tmp_path / "w.pth")
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code was run')",))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(tmp_path, weights):
+    torch.save({"model": weights, "x": Payload()}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"w.pth: needs more than tensors to load \(.*exec.*could run code"):
+        load_weights(tmp_path / "w.pth")
+
+
+def test_torchscript_needs_permission(tmp_path):
+    model = nn.Linear(3, 4)
+    torch.jit.trace(model, torch.zeros(1, 3)).save(tmp_path / "clip.pt")
+    with pytest.raises(ValueError, match="TorchScript archive.*pass --allow-torchscript if you trust the file"):
+        load_weights(tmp_path / "clip.pt")
+    assert same(load_weights(tmp_path / "clip.pt", allow_torchscript=True), dict(model.state_dict()))
+
+
+def test_missing_cut_and_foreign_files_are_named(tmp_path, weights):
+    with pytest.raises(ValueError, match="absent.pth: no such file"):
+        load_weights(tmp_path / "absent.pth")
+    for save, name in ((safetensors.torch.save_file, "w.safetensors"), (torch.save, "w.pth")):
+        save(weights, tmp_path / name)
+        (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
+        with pytest.raises(ValueError, match=f"{name}: (is not whole safetensors|cannot be read as a PyTorch)"):
+            load_weights(tmp_path / name)
+    for data in (b"", b"<html>not found</html>", b"\x80\x02}q\x00."):
+        (tmp_path / "w.bin").write_bytes(data)
+        with pytest.raises(ValueError, match="w.bin: (cannot be read|needs more than tensors|holds no named tensors)"):
+            load_weights(tmp_path / "w.bin")
+    torch.save({"epoch": 3}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth: holds no named tensors"):
+        load_weights(tmp_path / "w.pth")
+
+
+def test_fitting_loads_every_tensor(weights):
+    model = small_model()
+    fit_weights(model, weights, where="a=timm:x")
+    assert same(dict(model.state_dict()), weights)
+
+
+def test_fitting_allows_decoders_classifiers_and_absent_counters(weights):
+    del weights["1.num_batches_tracked"]
+    more = {"decoder_blocks.0.weight": torch.zeros(1), "mask_token": torch.zeros(1), "0.bias": torch.zeros(1000)}
+    model = small_model()
+    before = model[0].bias.detach().clone()
+    fit_weights(model, weights | more, where="a=timm:x", classifier={"0.bias"})
+    assert torch.equal(model[0].weight, weights["0.weight"]) and torch.equal(model[0].bias, before)
+
+
+def test_weights_of_another_shape_name_the_first_tensor_and_both_shapes(weights):
+    wrong = weights | {"1.weight": torch.zeros(7), "0.bias": torch.zeros(5)}
+    with pytest.raises(ValueError, match=r"a=timm:x: 0.bias has shape \[5\] in the weights; the model has \[4\]"):
+        fit_weights(small_model(), wrong, where="a=timm:x")
+
+
+def test_missing_and_unexpected_names_are_listed_and_nothing_is_loaded(weights):
+    model = small_model()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    wrapped = {f"encoder.{k}": v for k, v in weights.items()}
+    with pytest.raises(ValueError, match=r"6 tensors missing.*0.weight, 0.bias.*7 tensors in.*begin with 'encoder.'"):
+        fit_weights(model, wrapped, where="x")
+    assert same(dict(model.state_dict()), before)
+
+
+def test_the_sha256_is_of_fp32_values_under_sorted_names():
+    weights = {"b": torch.tensor([1.5, -2.0], dtype=torch.float16), "a": torch.tensor(3.0), "n": torch.tensor(7)}
+    bytes_hashed = b'["a",[]]\n' + struct.pack("<f", 3.0) + b'["b",[2]]\n' + struct.pack("<2f", 1.5, -2.0)
+    assert weights_sha256(weights) == hashlib.sha256(bytes_hashed).hexdigest()
+    assert weights_sha256(weights | {"head.weight": torch.zeros(9)}, classifier={"head.weight"}) == weights_sha256(
+        weights
+    )
+    assert weights_sha256({**weights, "b": weights["b"].float()}) == weights_sha256(weights)
+    assert weights_sha256({**weights, "b": -weights["b"]}) != weights_sha256(weights)
+
+
+def test_nearest_names_only_what_is_near():
+    assert nearest("resnet5", ["resnet50", "vit"]) == "; nearest: resnet50"
+    assert nearest("zzz", ["resnet50"]) == ""
+
+
+# --- the hub
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    return tmp_path
+
+
+def fetch(**how):
+    given = {"repository": "o/r", "names": ["m.safetensors", "m.bin"], "url": None, "local_hint": "a=timm:x@FILE"}
+    return hub.fetch_weights("a=timm:x", **(given | how))
+
+
+def test_a_host_that_does_not_answer_gives_one_error_in_time(empty_cache, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(hub, "PROBE_SECONDS", 0.3)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="a=timm:x: the weights are not in the local cache.*pass a local file"):
+            fetch(url="http://nowhere.invalid/w.pth")
+        assert 0.3 <= time.monotonic() - start < 3
+
+
+def test_the_probe_fits_in_five_seconds():
+    assert 2 * hub.PROBE_SECONDS < 5  # at worst one wait per host
+
+
+def test_offline_mode_is_not_probed(empty_cache, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "reachable", lambda urls: pytest.fail("probed"))
+    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set; pass a local file instead: a=timm:x@FILE"):
+        fetch()
+
+
+def test_cached_files_are_found_without_a_network(empty_cache, monkeypatch):
+    monkeypatch.setattr(hub, "reachable", lambda urls: pytest.fail("probed"))
+    target = empty_cache / "torch" / "checkpoints" / "w.pth"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"x")
+    assert fetch(url="https://example.com/a/w.pth") == target
+    snapshot = empty_cache / "hub" / "models--o--r" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
+    (snapshot / "m.bin").write_bytes(b"y")
+    assert fetch() == snapshot / "m.bin"
+
+
+def test_a_download_that_fails_gives_one_line(empty_cache, monkeypatch):
+    def fail(*_args, **_how):
+        raise OSError("connection reset\nand a page of advice")
+
+    monkeypatch.setattr(hub, "reachable", lambda urls: [True for _ in urls])
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    with pytest.raises(ValueError, match=r"download from o/r failed \(connection reset\); pass a local file") as error:
+        fetch()
+    assert "\n" not in str(error.value)

@@ -1,0 +1,68 @@
+"""Tiny stand-ins for a cache: two teachers on a small grid, and batches as the cache stores them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from mrmae.train.model import Batch, CacheInfo, TeacherInfo
+from mrmae.train.recipe import Recipe, load_recipe
+
+TINY = [
+    "student.model=test_vit",
+    "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+    "student.fused_blocks=[2, 4]",
+]
+
+
+def make_recipe(name: str, *overrides: str) -> Recipe:
+    """A shipped recipe with a student and a decoder for tests."""
+    keep_decoder = [x for x in TINY if name != "mimic-only" or "decoder" not in x]
+    return load_recipe(name, [*keep_decoder, *overrides])
+
+
+def make_info(grid: int = 4, patch: int = 4, channels: int = 3) -> CacheInfo:
+    """clip: int8 with standardised channels and a CLS token; dino: float16, wider than it."""
+    draw = torch.Generator().manual_seed(5)
+    mean, std = torch.randn(8, generator=draw), torch.rand(8, generator=draw) + 0.5
+    clip = TeacherInfo(8, mean, std, has_cls=True, has_attention=True, column="clip.pre_tail")
+    dino = TeacherInfo(12, has_cls=True, has_attention=True, column="dino.pre_tail", has_scale=False)
+    return CacheInfo(grid * patch, (grid, grid), {"clip": clip, "dino": dino}, channels)
+
+
+def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
+    """`b` random images with everything a cache can hold of both teachers."""
+    draw, l = torch.Generator().manual_seed(seed), info.n_patches
+    targets: dict[str, dict[str, torch.Tensor]] = {}
+    for name, teacher in info.teachers.items():
+        d = teacher.width
+        targets[name] = {
+            "tokens": torch.randn(b, l, d, generator=draw).half(),
+            "cls": torch.randn(b, d, generator=draw).half(),
+            "attention": (torch.rand(b, l, generator=draw) / l).half(),
+            "norm": (torch.rand(b, l, generator=draw) * 9 + 1).half(),
+        }
+        if teacher.has_scale:
+            targets[name]["tokens"] = torch.randint(-127, 128, (b, l, d), dtype=torch.int8, generator=draw)
+            targets[name]["scale"] = (torch.rand(b, l, generator=draw) * 0.02 + 0.01).half()
+    side = (b, info.size, info.size, info.channels)
+    pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
+    return Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
+
+
+@pytest.fixture
+def tiny_recipe() -> Callable[..., Recipe]:
+    """`tiny_recipe(name, *overrides)`: a shipped recipe with a student and a decoder for tests."""
+    return make_recipe
+
+
+@pytest.fixture
+def tiny_info() -> Callable[..., CacheInfo]:
+    """`tiny_info(grid, patch, channels)`: what a cache with the teachers clip (int8) and dino (float16) would say."""
+    return make_info
+
+
+@pytest.fixture
+def tiny_batch() -> Callable[..., Batch]:
+    """`tiny_batch(info, b, seed)`: random images and targets as such a cache stores them."""
+    return make_batch

@@ -1,0 +1,394 @@
+"""A run learns, resumes to the same bits, stops when told, guards itself, and explains itself."""
+
+import functools
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from mrmae.train import checkpoint, loop, optim
+from mrmae.train import run as runs
+from mrmae.train.log import read_rows
+from mrmae.train.model import build_model
+from mrmae.train.recipe import Recipe, load_recipe
+
+QUICK = (
+    "student.model=test_vit",
+    "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+    "optim.epochs=4",
+    "optim.batch_size=4",
+    "optim.warmup_epochs=1",
+    "optim.lr_per_256=0.1",
+)
+UPDATES = 6  # of an epoch: the tiny cache has 24 images
+# A process that trains like `_train`, but dies by SIGKILL in the middle of epoch 2, after a checkpoint in its middle.
+KILLED = """
+import os, signal, sys
+from mrmae.train import loop
+from mrmae.train.recipe import load_recipe
+step = loop.step
+def dying(run, session, forward):
+    if run.step == 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    session.saved_at -= 3600 if run.step == 7 else 0
+    return step(run, session, forward)
+loop.step = dying
+loop.train(sys.argv[1], sys.argv[2], load_recipe("mr-mae", sys.argv[3:]), device="cpu", panels_every=0, tensorboard=False)
+"""
+# One of several processes under torchrun, in float64.
+RANKED = """
+import functools, sys
+from mrmae.train import loop, run
+import torch
+run.build_model = functools.partial(run.build_model, dtype=getattr(torch, sys.argv[1]))
+from mrmae.train.recipe import load_recipe
+loop.train(sys.argv[2], sys.argv[3], load_recipe("mr-mae", sys.argv[4:]), device="cpu", panels_every=0, tensorboard=False,
+           log_every=1)
+"""
+
+
+def quick(name: str = "mr-mae", *overrides: str) -> Recipe:
+    """Four epochs of six updates on the tiny cache."""
+    return load_recipe(name, [*QUICK, *overrides])
+
+
+def _train(cache: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
+    console = Console(file=io.StringIO(), width=250)
+    options = {"device": "cpu", "panels_every": 0, "tensorboard": False, "console": console} | options
+    return loop.train(cache, out, recipe, **options) | {"said": console.file.getvalue()}  # type: ignore[attr-defined]
+
+
+def _state(out: Path) -> checkpoint.State:
+    return checkpoint.read_checkpoint(checkpoint.list_checkpoints(out / "checkpoints")[-1])
+
+
+def _assert_same_bits(out: Path, other: Path) -> None:
+    def tensors(state: checkpoint.State) -> dict[str, Tensor]:
+        moments = {f"{i}.{k}": v for i, slot in state["optimizer"]["state"].items() for k, v in slot.items()}
+        return {**state["model"], **moments}
+
+    one, two = _state(out), _state(other)
+    assert one["step"] == two["step"] and tensors(one).keys() == tensors(two).keys()
+    for name, tensor in tensors(one).items():
+        assert torch.equal(tensor, tensors(two)[name]), name
+    assert _epoch_losses(out) == _epoch_losses(other)
+
+
+def _epoch_losses(out: Path) -> list[tuple[int, float, dict[str, float]]]:
+    return [(row["epoch"], row["loss"], row["terms"]) for row in read_rows(out / "log.jsonl", "epoch")]
+
+
+def _raise_signal_at(step: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = loop.step
+
+    def with_signal(run: Any, session: Any, forward: Any) -> Tensor:
+        if run.step == step:
+            signal.raise_signal(getattr(signal, name))
+        return original(run, session, forward)
+
+    monkeypatch.setattr(loop, "step", with_signal)
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second each; the run `whole`, made before this fixture applies, draws them."""
+    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of `quick()`."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert _train(tiny_cache, out, quick(), log_every=1)["finished"]
+    return out
+
+
+def test_every_loss_term_falls(whole: Path) -> None:
+    (_, _, first), *_, (_, _, last) = _epoch_losses(whole)
+    assert first.keys() == {"mimic/a", "mimic/b", "pixels"}
+    for name in first:
+        assert last[name] < 0.97 * first[name], name
+
+
+def test_learning_rate_follows_the_schedule_at_every_update(whole: Path) -> None:
+    rows = read_rows(whole / "log.jsonl", "step")
+    assert [row["step"] for row in rows] == list(range(1, 4 * UPDATES + 1))
+    for row in rows:
+        at = (row["step"] - 1) / UPDATES
+        assert row["lr"] == optim.lr_at(at, peak=0.1 * 4 / 256, warmup_epochs=1, epochs=4)
+
+
+def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(tiny_cache: Path, tmp_path: Path, whole: Path) -> None:
+    args = [sys.executable, "-c", KILLED, str(tiny_cache), str(tmp_path / "out"), *QUICK]
+    killed = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert _state(tmp_path / "out")["step"] == 8  # neither an epoch's end nor the update before the kill
+    assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+    _assert_same_bits(tmp_path / "out", whole)
+
+
+@pytest.mark.parametrize("name, step", [("SIGTERM", 8), ("SIGUSR1", 5), ("SIGINT", 0)])
+def test_a_signal_saves_says_how_to_go_on_and_the_same_call_does(
+    tiny_cache: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
+) -> None:
+    before = signal.getsignal(getattr(signal, name))
+    with monkeypatch.context() as patch:
+        _raise_signal_at(step, name, patch)
+        stopped = _train(tiny_cache, tmp_path / "out", quick(), command="train-mrmae CACHE OUT")
+    assert (stopped["finished"], stopped["stopped"], stopped["step"]) == (False, name, step + 1)
+    assert f"stopped by {name}" in stopped["said"] and "train-mrmae CACHE OUT" in stopped["said"]
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+    _assert_same_bits(tmp_path / "out", whole)
+
+
+def test_a_damaged_newest_checkpoint_costs_its_updates_only(tiny_cache: Path, tmp_path: Path, whole: Path) -> None:
+    out = tmp_path / "out"
+    _train(tiny_cache, out, quick())
+    os.truncate(checkpoint.list_checkpoints(out / "checkpoints")[-1], 1000)
+    again = _train(tiny_cache, out, quick())
+    assert again["finished"] and "WARNING" in again["said"] and "step-000000024.pt" in again["said"]
+    assert json.loads((out / "run.json").read_text())["sessions"][-1]["from_step"] == 3 * UPDATES
+    _assert_same_bits(out, whole)
+
+
+def test_a_finished_run_is_recognised_and_its_results_written_again(tiny_cache: Path, tmp_path: Path) -> None:
+    recipe = quick("mae", "optim.epochs=2")
+    _train(tiny_cache, tmp_path / "out", recipe)
+    (tmp_path / "out" / "student" / "model.safetensors").unlink()
+    again = _train(tiny_cache, tmp_path / "out", recipe)
+    assert again["finished"] and again["step"] == 2 * UPDATES
+    assert (tmp_path / "out" / "student" / "model.safetensors").exists()
+
+
+def test_more_epochs_continue_and_the_change_of_schedule_is_said(tiny_cache: Path, tmp_path: Path) -> None:
+    _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"))
+    longer = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=3", "optim.warmup_epochs=2"))
+    assert longer["finished"] and longer["step"] == 3 * UPDATES
+    (note,) = longer["notes"]
+    assert "optim.epochs 2 -> 3" in note and "warmup_epochs" in note and note in longer["said"]
+    assert [epoch for epoch, *_ in _epoch_losses(tmp_path / "out")] == [1, 2, 3]
+    with pytest.raises(ValueError, match="optim.epochs was 3 and is now 2"):
+        _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2", "optim.warmup_epochs=1"))
+
+
+def test_accumulated_micro_batches_equal_one_batch(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
+    for accum in (1, 4):
+        _train(tiny_cache, tmp_path / str(accum), quick(), accum=accum)
+    one, four = _epoch_losses(tmp_path / "1"), _epoch_losses(tmp_path / "4")
+    assert [loss for _, loss, _ in one] == pytest.approx([loss for _, loss, _ in four], rel=1e-9)
+    weights = [_state(tmp_path / str(accum))["model"] for accum in (1, 4)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-7, atol=1e-9)
+
+
+def test_two_processes_equal_one_at_the_same_global_batch(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ranked.py").write_text(RANKED)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    args = [str(tmp_path / "ranked.py"), "float64", str(tiny_cache), str(tmp_path / "two"), *QUICK]
+    ran = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=200)
+    assert ran.returncode == 0, ran.stderr
+    monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
+    _train(tiny_cache, tmp_path / "one", quick(), log_every=1)
+    one, two = (read_rows(tmp_path / name / "log.jsonl", "step") for name in ("one", "two"))
+    assert len(one) == len(two) == 4 * UPDATES
+    for a, b in zip(one, two):
+        assert {**a["terms"], "loss": a["loss"]} == pytest.approx({**b["terms"], "loss": b["loss"]}, rel=1e-6)
+
+
+def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], term: str) -> list[dict[str, Tensor]]:
+    """Make one term's value and the gradients NaN at `steps`; returns the weights seen before each of those updates."""
+    original, seen = loop.step, []
+
+    def poisoned(run: Any, session: Any, forward: Any) -> Tensor:
+        def bad(batch: Any, masks: Any) -> Any:
+            loss, terms = forward(batch, masks)
+            return loss * float("nan"), {**terms, term: terms[term] * float("nan")}
+
+        seen.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
+        return original(run, session, bad if run.step in steps else forward)
+
+    monkeypatch.setattr(loop, "step", poisoned)
+    return seen
+
+
+def test_an_update_that_is_not_finite_is_skipped_and_the_schedule_goes_on(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = _poison(monkeypatch, {3, 4, 8}, "pixels")
+    summary = _train(tiny_cache, tmp_path / "out", quick(), log_every=1)
+    assert summary["finished"] and summary["step"] == 4 * UPDATES
+    for name, weight in seen[3].items():
+        assert torch.equal(weight, seen[4][name]) and torch.equal(weight, seen[5][name])
+    rows = {row["step"]: row for row in read_rows(tmp_path / "out" / "log.jsonl", "step")}
+    assert [step for step, row in rows.items() if row["skipped"]] == [4, 5, 9]
+    assert [row["skipped"] for row in read_rows(tmp_path / "out" / "log.jsonl", "epoch")] == [2, 1, 0, 0]
+    assert rows[10]["lr"] == optim.lr_at(9 / UPDATES, peak=0.1 * 4 / 256, warmup_epochs=1, epochs=4)
+
+
+def test_three_in_a_row_stop_the_run_naming_the_term_with_the_state_saved(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        seen = _poison(patch, {7, 8, 9}, "mimic/b")
+        with pytest.raises(loop.Diverged, match="update 10: .*term mimic/b; state saved in"):
+            _train(tiny_cache, tmp_path / "out", quick())
+    assert _state(tmp_path / "out")["step"] == 10
+    for name, weight in seen[7].items():
+        assert torch.equal(weight, _state(tmp_path / "out")["model"][name])
+    assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+
+
+def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> None:
+    facts = json.loads((whole / "run.json").read_text())
+    assert facts["teachers"]["a"]["weights"] == "random"
+    assert facts["cache_ids"]["dataset"].startswith("sha256:") and "column a" in facts["cache_ids"]
+    assert facts["sessions"][0]["device"] == "cpu" and "torch" in facts["sessions"][0]["versions"]
+    assert load_recipe(str(whole / "recipe.yaml")) == quick()
+    text = (whole / "README.md").read_text()
+    assert "RANDOM WEIGHTS" in text and "timm.create_model" in text and "same command" in text
+    assert "random" in (whole / "student" / "README.md").read_text().lower()
+    assert (whole / "curves.png").stat().st_size > 1000
+
+
+def test_the_student_opens_in_timm(whole: Path) -> None:
+    student = timm.create_model(f"local-dir:{whole / 'student'}", pretrained=True)
+    state = _state(whole)["model"]
+    for name, weight in student.state_dict().items():
+        assert torch.equal(weight, state[f"student.{name}"]), name
+
+
+@pytest.mark.parametrize("name", ["mr-mae", "mimic-only"])
+def test_panels_are_drawn_when_due(tiny_cache: Path, tmp_path: Path, name: str) -> None:
+    recipe = load_recipe(name, [x for x in (*QUICK, "optim.epochs=3") if name == "mr-mae" or "decoder" not in x])
+    _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)
+    assert sorted(p.name for p in (tmp_path / "out" / "panels").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+
+
+@pytest.mark.parametrize("name", ["mr-mae-focused", "mr-mae-fused", "mimic-masked"])
+def test_other_recipes_train_from_the_cache(tiny_cache: Path, tmp_path: Path, name: str) -> None:
+    summary = _train(tiny_cache, tmp_path / "out", quick(name, "optim.epochs=2", "student.fused_blocks=[2, 4]"))
+    assert summary["finished"] and all(value == value for value in summary["terms"].values())
+
+
+# ---- refused before anything is trained
+
+
+def _refuse(cache: Path, out: Path, recipe: Recipe, match: str, **options: Any) -> None:
+    with pytest.raises(ValueError, match=match):
+        _train(cache, out, recipe, **options)
+
+
+def test_another_recipe_in_the_same_out_is_refused_naming_both_values(tiny_cache: Path, whole: Path) -> None:
+    _refuse(tiny_cache, whole, quick("mr-mae", "mask.ratio=0.5"), "another recipe: mask.ratio was 0.75 and is now 0.5")
+    _refuse(tiny_cache, whole, quick("mae"), "another recipe: name was mr-mae and is now mae")
+
+
+def test_another_cache_on_resume_is_refused_naming_ids(
+    make_cache: Callable[..., Path], tmp_path: Path, whole: Path
+) -> None:
+    other = make_cache(tmp_path / "other", seed=1)
+    _refuse(other, whole, quick(), "another cache: dataset was sha256:.* and is now sha256:")
+
+
+def test_a_teacher_added_to_the_cache_does_not_break_a_run_that_ignores_it(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    about = {"width": 8, "has_cls": True, "has_attention": True}
+    recipe = quick("mr-mae", "optim.epochs=2", "terms.mimic.teachers=[a]")
+    _train(make_cache(tmp_path / "one", teachers={"a": about}), tmp_path / "out", recipe)
+    two = make_cache(tmp_path / "two", teachers={"a": about, "c": about})
+    assert _train(two, tmp_path / "out", recipe)["finished"]
+
+
+def test_an_unfinished_cache_is_refused(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", n=8, n_views=1, finalise=False)
+    _refuse(cache, tmp_path / "out", quick(), "unfinished|not finished")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
+    _refuse(tmp_path / "absent", tmp_path / "out", quick(), "absent")
+
+
+def test_a_missing_teacher_or_attention_is_refused_saying_what_there_is(
+    make_cache: Callable[..., Path], tiny_cache: Path, tmp_path: Path
+) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "terms.mimic.teachers=[clip]"), "'clip'; the cache has a, b")
+    about = {"width": 6, "has_cls": False, "has_attention": False}
+    cache = make_cache(tmp_path / "cache", n=8, n_views=1, teachers={"b": about})
+    _refuse(cache, tmp_path / "out", quick("mr-mae-focused"), "with attention: none")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_larger_than_the_cache_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.batch_size=25"), "25, more than the 24 valid images")
+    _refuse(tiny_cache, tmp_path / "out", quick(), "split evenly", accum=3)
+
+
+def test_a_mask_that_leaves_no_patch_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "mask.ratio=0.95"), "leaves 0 of 16 patches visible")
+
+
+def test_an_unknown_student_is_refused_with_the_nearest_names(tiny_cache: Path, tmp_path: Path) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "student.model=vit_tiny_patch16_242"), "vit_tiny_patch16_224")
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.warmup_epochs=4"), "warmup_epochs: is 4 in a run of 4")
+
+
+def test_an_out_that_is_not_a_run_is_refused_and_left_alone(tiny_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "holiday.jpg").write_text("precious")
+    _refuse(tiny_cache, tmp_path, quick(), "not a run .*holiday.jpg")
+    _refuse(tiny_cache, tiny_cache, quick(), "not a run")
+    assert [p.name for p in tmp_path.iterdir()] == ["holiday.jpg"]
+
+
+def test_an_out_that_cannot_be_written_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    _refuse(tiny_cache, tmp_path / "file" / "out", quick(), "out: cannot be written")
+
+
+def test_two_processes_cannot_train_into_one_out(tiny_cache: Path, tmp_path: Path) -> None:
+    with runs.claim(tmp_path / "out"):
+        _refuse(tiny_cache, tmp_path / "out", quick(), "another process is training into it")
+
+
+def test_an_unusable_device_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    _refuse(tiny_cache, tmp_path / "out", quick(), "--device banana", device="banana")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_stops_with_the_file_named_and_earlier_checkpoints_whole(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = torch.save
+
+    def full(state: Any, path: Path, **options: Any) -> None:
+        if state["step"] == 2 * UPDATES:
+            path.symlink_to("/dev/full")
+        original(state, path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(OSError, match="step-000000012.pt: could not be written"):
+            _train(tiny_cache, tmp_path / "out", quick())
+    assert _state(tmp_path / "out")["step"] == UPDATES
+    assert _train(tiny_cache, tmp_path / "out", quick())["finished"]

@@ -1,0 +1,397 @@
+"""One step against an independent float64 restatement of the formulas, and what makes the forward fit for a long run."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from mrmae.train.masks import Draw, Masks, draw_masks
+from mrmae.train.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.recipe import Recipe
+from mrmae.train.student import sincos_positions
+
+MakeRecipe = Callable[..., Recipe]
+MakeInfo = Callable[..., CacheInfo]
+MakeBatch = Callable[..., Batch]
+RECIPES = ["mae", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mimic-only", "mimic-masked"]
+
+
+def masks_of(model: Pretrainer, batch: Batch, epoch: int = 0) -> Masks:
+    return draw_masks(batch, Draw(0, epoch), recipe=model.recipe.mask, l=model.info.n_patches)
+
+
+# ---- the restatement: stock MAE order, plain loops, nothing of ours but the parameter names
+
+
+def layer_norm(x: Tensor, weight: Tensor | float, bias: Tensor | float, eps: float) -> Tensor:
+    mean = x.sum(-1, keepdim=True) / x.shape[-1]
+    var = ((x - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1]
+    return (x - mean) / (var + eps) ** 0.5 * weight + bias
+
+
+def block(x: Tensor, w: dict[str, Tensor], at: str, heads: int) -> Tensor:
+    """Pre-norm transformer block with explicit softmax attention on one image, x [n, d]."""
+    n, d = x.shape
+    y = layer_norm(x, w[at + "norm1.weight"], w[at + "norm1.bias"], 1e-6)
+    qkv = y @ w[at + "attn.qkv.weight"].T + w[at + "attn.qkv.bias"]
+    mixed = []
+    for head in range(heads):
+        lanes = slice(head * (d // heads), (head + 1) * (d // heads))
+        q, k, v = (part[:, lanes] for part in qkv.split(d, dim=1))
+        scores = torch.exp(q @ k.T / math.sqrt(d // heads))
+        mixed.append(scores / scores.sum(1, keepdim=True) @ v)
+    x = x + torch.cat(mixed, 1) @ w[at + "attn.proj.weight"].T + w[at + "attn.proj.bias"]
+    y = layer_norm(x, w[at + "norm2.weight"], w[at + "norm2.bias"], 1e-6)
+    y = y @ w[at + "mlp.fc1.weight"].T + w[at + "mlp.fc1.bias"]
+    y = y * 0.5 * (1 + torch.erf(y / math.sqrt(2)))
+    return x + y @ w[at + "mlp.fc2.weight"].T + w[at + "mlp.fc2.bias"]
+
+
+def patchify(image: Tensor, p: int) -> Tensor:
+    """[h, w, c] -> [l, p*p*c] in MAE's (p, q, c) order."""
+    h, w, _ = image.shape
+    return torch.stack([image[r : r + p, c : c + p].reshape(-1) for r in range(0, h, p) for c in range(0, w, p)])
+
+
+def to_pqc(rows: Tensor, p: int) -> Tensor:
+    """Rows of a (c, p, q) prediction layer in (p, q, c) order."""
+    channels = rows.shape[0] // p**2
+    order = [(c * p + i) * p + j for i in range(p) for j in range(p) for c in range(channels)]
+    return rows[order]
+
+
+def restated_loss(w: dict[str, Tensor], model: Pretrainer, batch: Batch, masks: Masks) -> dict[str, Tensor]:
+    """MAE's published order: embed everything, shuffle, keep, un-shuffle behind the encoder, predict everything, mask the loss."""
+    p, l, grid = model.info.patch, model.info.n_patches, model.info.grid
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (model.recipe.prepare.mean, model.recipe.prepare.std))
+    d, d_dec = w["student.cls_token"].shape[-1], w["decoder.mask_token"].shape[-1]
+    losses: dict[str, list[Tensor]] = {term.name: [] for term in model.terms}
+    for i in range(len(batch.samples)):
+        image = (batch.pixels[i].double() / 255 - mean) / std
+        patches = patchify(image, p)
+        kernel = w["student.patch_embed.proj.weight"].permute(0, 2, 3, 1).reshape(d, -1)  # (c, p, q) -> (p, q, c)
+        everything = patches @ kernel.T + w["student.patch_embed.proj.bias"] + sincos_positions(grid, d)[1:]
+        keep, hidden = masks.ids_keep[i].tolist(), masks.ids_predict[i].tolist()
+        shuffle = keep[::-1] + hidden[::-1]  # MAE keeps them in noise order: any order will do
+        restore = [shuffle.index(j) for j in range(l)]
+        x = torch.cat([w["student.cls_token"][0], everything[shuffle[: len(keep)]]])
+        for layer in range(len(model.student.blocks)):
+            x = block(x, w, f"student.blocks.{layer}.", model.student.blocks[0].attn.num_heads)
+        x = layer_norm(x, w["student.norm.weight"], w["student.norm.bias"], 1e-6)
+
+        y = x @ w["decoder.embed.weight"].T + w["decoder.embed.bias"]
+        whole = torch.cat([y[1:], w["decoder.mask_token"][0].expand(len(hidden), d_dec)])[restore]
+        y = torch.cat([y[:1], whole + sincos_positions(grid, d_dec)[1:]])
+        for layer in range(len(model.decoder.blocks)):  # type: ignore[union-attr]
+            y = block(y, w, f"decoder.blocks.{layer}.", model.recipe.student.decoder.heads)  # type: ignore[union-attr]
+        y = layer_norm(y, w["decoder.norm.weight"], w["decoder.norm.bias"], 1e-6)[1:]
+        prediction = y @ to_pqc(w["heads.pixels.weight"], p).T + to_pqc(w["heads.pixels.bias"], p)
+        target = (patches - patches.mean(1, keepdim=True)) / (patches.var(1, unbiased=True, keepdim=True) + 1e-6) ** 0.5
+        masked = torch.tensor([float(j in hidden) for j in range(l)], dtype=torch.float64)
+        losses["pixels"].append((((prediction - target) ** 2).mean(1) * masked).sum() / masked.sum())
+
+        for teacher, info in model.info.teachers.items():
+            raw = batch.targets[teacher]
+            value = raw["tokens"][i].double()
+            if "scale" in raw:
+                value = (
+                    value * raw["scale"][i].double()[:, None] * info.channel_std.double() + info.channel_mean.double()
+                )
+            goal = layer_norm(value, 1.0, 0.0, 1e-5)
+            head = f"heads.mimic/{teacher}."
+            per_patch = torch.zeros(l, dtype=torch.float64)
+            for place, patch in enumerate(shuffle[: len(keep)], start=1):
+                told = w[head + "weight"] @ x[place] + w[head + "bias"]
+                per_patch[patch] = ((told - goal[patch]) ** 2).mean()
+            losses[f"mimic/{teacher}"].append((per_patch * (1 - masked)).sum() / len(keep))
+    return {name: sum(parts) / len(parts) for name, parts in losses.items()}  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("recipe", "grid", "patch", "n_keep"), [("mr-mae", 14, 2, 49), ("mr-mae-focused", 4, 3, 4)])
+def test_one_step_equals_the_float64_restatement(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, recipe: str, grid: int, patch: int, n_keep: int
+) -> None:
+    info = tiny_info(grid, patch)
+    model = build_model(tiny_recipe(recipe), info, dtype=torch.float64)
+    for parameter in model.parameters():  # biases, norms and tokens away from their initial 0 and 1
+        parameter.data += (
+            0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * parameter.requires_grad
+        )
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    assert masks.ids_keep.shape[1] == n_keep and masks.ids_predict.shape[1] == grid**2 - n_keep
+
+    loss, parts = model(batch, masks)
+    loss.backward()
+    weights = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in model.named_parameters()}
+    expected = restated_loss(weights, model, batch, masks)
+    total = expected["pixels"] + (expected["mimic/clip"] + expected["mimic/dino"]) / 2
+    total.backward()
+
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(total.item(), rel=1e-12)
+    for name, part in parts.items():
+        assert part.item() == pytest.approx(expected[name].item(), rel=1e-12)
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        found, wanted = parameter.grad, weights[name].grad
+        assert found is not None and wanted is not None and wanted.abs().max() > 0, name
+        assert (found - wanted).norm() <= 1e-10 * wanted.norm() + 1e-13, name
+
+
+def test_fp32_agrees_with_float64(tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch) -> None:
+    info = tiny_info()
+    exact, plain = (build_model(tiny_recipe("mr-mae"), info, dtype=dtype) for dtype in (torch.float64, torch.float32))
+    batch = tiny_batch(info)
+    masks = masks_of(plain, batch)
+    assert plain(batch, masks)[0].item() == pytest.approx(exact(batch, masks)[0].item(), rel=1e-5)
+
+
+# ---- every recipe
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_builds_and_its_loss_falls_in_five_steps(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, name: str
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe(name), info)
+    batch = tiny_batch(info, 4)
+    masks = masks_of(model, batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, parts = model(batch, masks)
+    assert loss.dtype == torch.float32 and loss.ndim == 0
+    assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts.values())
+    assert set(parts) == {term.name for term in model.terms}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+    losses = [loss.item()]
+    for _ in range(6):
+        loss, _ = model(batch, masks)
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+    assert losses[0] == pytest.approx(losses[1], rel=0.01)  # bf16 and fp32 at the same weights
+    assert all(after < before for before, after in itertools.pairwise(losses[1:])), losses
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["terms.mimic.tap=learned", "terms.mimic.head=mlp", "terms.mimic.distance=sl1(2)"],
+        [
+            "terms.mimic.tap=block3",
+            "terms.mimic.head=ln_linear",
+            "terms.mimic.transform=l2",
+            "terms.mimic.distance=2-2cos",
+        ],
+        ["terms.cls={tap: final, positions: cls, target: teachers, transform: ln0, distance: cosd}"],
+        ["terms.mimic.focus=true", "mask.n_predict=3", "terms.pixels.transform=none"],
+        ["terms.mimic.teachers=[clip]", "mask.n_keep=7", "prepare={mean: [0.5], std: [0.25]}"],
+    ],
+)
+def test_options_build_and_learn(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, overrides: list[str]
+) -> None:
+    info = tiny_info(channels=1 if "prepare" in overrides[-1] else 3)
+    model = build_model(tiny_recipe("mr-mae", *overrides), info)
+    batch = tiny_batch(info, 4)
+    masks = masks_of(model, batch)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    before, _ = model(batch, masks)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss, _ = model(batch, masks)
+        loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        optimizer.step()
+    assert model(batch, masks)[0] < before
+
+
+def test_channel_statistics_normalise_the_target(
+    tiny_recipe: MakeRecipe, tiny_batch: MakeBatch, tiny_info: MakeInfo
+) -> None:
+    info = tiny_info()
+    clip = info.teachers["clip"].__class__(
+        **{**vars(info.teachers["clip"]), "stat_mean": torch.ones(8), "stat_std": torch.ones(8) * 2}
+    )
+    info = CacheInfo(info.size, info.grid, {"clip": clip})
+    model = build_model(tiny_recipe("mr-mae", "terms.mimic.transform=channel"), info, dtype=torch.float64)
+    model.heads["mimic/clip"].weight.data.zero_()
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    raw = batch.targets["clip"]
+    value = (
+        raw["tokens"].double() * raw["scale"].double()[..., None] * clip.channel_std.double()
+        + clip.channel_mean.double()
+    )
+    kept = torch.stack([v[i] for v, i in zip(value, masks.ids_keep)])
+    assert model(batch, masks)[1]["mimic/clip"].item() == pytest.approx(
+        (((kept - 1) / 2) ** 2).mean().item(), rel=1e-12
+    )
+
+
+def test_equal_seeds_give_equal_models_and_shared_parts_start_equal_across_recipes(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo
+) -> None:
+    info = tiny_info()
+    one, two, other, mae = (
+        build_model(tiny_recipe(*r), info).state_dict()
+        for r in [("mr-mae",), ("mr-mae",), ("mr-mae", "seed=1"), ("mae",)]
+    )
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert all(torch.equal(mae[name], one[name]) for name in mae) and len(mae) < len(one)
+    for name in (
+        "student.cls_token",
+        "student.blocks.3.attn.qkv.weight",
+        "decoder.mask_token",
+        "heads.mimic/clip.weight",
+    ):
+        assert not torch.equal(one[name], other[name])
+
+
+def test_mask_and_loss_of_an_image_do_not_depend_on_its_batch(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae-focused"), info, dtype=torch.float64)
+    batch = tiny_batch(info, 4)
+    alone = []
+    for i in range(4):
+        rows = slice(i, i + 1)
+        targets = {t: {name: x[rows] for name, x in arrays.items()} for t, arrays in batch.targets.items()}
+        part = Batch(batch.samples[rows], batch.pixels[rows], targets)
+        alone.append(model(part, masks_of(model, part))[0].item())
+    together = model(batch, masks_of(model, batch))[0].item()
+    assert together == pytest.approx(sum(alone) / 4, rel=1e-12)
+
+
+def test_several_masks_per_image_are_rows_of_one_batch(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae"), info, dtype=torch.float64)
+    batch = tiny_batch(info)
+    one, two = masks_of(model, batch, 0), masks_of(model, batch, 1)
+    both = Masks(torch.cat([one.ids_keep, two.ids_keep]), torch.cat([one.ids_predict, two.ids_predict]))
+    mean = (model(batch, one)[0] + model(batch, two)[0]) / 2
+    assert model(batch, both)[0].item() == pytest.approx(mean.item(), rel=1e-12)
+
+
+def test_the_forward_compiles_to_one_graph(tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae", "terms.mimic.focus=true"), info)
+    model.student.blocks = model.student.blocks[:1]
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    loss, parts = compiled(batch, masks)
+    plain, plain_parts = model(batch, masks)
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    assert {n: p.item() for n, p in parts.items()} == pytest.approx(
+        {n: p.item() for n, p in plain_parts.items()}, rel=1e-6
+    )
+
+
+# ---- pictures and features
+
+
+def test_a_perfect_prediction_reconstructs_the_image(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae"), info, dtype=torch.float64)
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    truth = model.patches(batch, masks.ids_predict)
+    target = (truth - truth.mean(-1, keepdim=True)) / (truth.var(-1, keepdim=True) + 1e-6).sqrt()
+    guess = model.reconstruct(batch, masks)
+    assert guess.shape == batch.pixels.shape and 0 <= guess.min() and guess.max() <= 1
+    assert (guess - batch.pixels / 255).abs().max() > 0.05
+
+    class Oracle(torch.nn.Module):
+        def forward(self, _: Tensor) -> Tensor:
+            return target
+
+    model.heads["pixels"] = Oracle()
+    assert (model.reconstruct(batch, masks) - batch.pixels.double() / 255).abs().max() < 1e-9
+
+
+def test_visible_patches_stay_and_unknown_ones_are_grey(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info(4, 4)
+    model = build_model(tiny_recipe("mr-mae", "mask.n_predict=5"), info)
+    batch = tiny_batch(info, 1)
+    masks = masks_of(model, batch)
+    drawn, truth = model.reconstruct(batch, masks)[0], batch.pixels[0] / 255
+    for patch in range(16):
+        cell = (slice(patch // 4 * 4, patch // 4 * 4 + 4), slice(patch % 4 * 4, patch % 4 * 4 + 4))
+        if patch in masks.ids_keep[0]:
+            assert torch.allclose(drawn[cell], truth[cell], atol=1e-6)
+        elif patch not in masks.ids_predict[0]:
+            assert torch.allclose(drawn[cell], torch.tensor(0.5), atol=1e-6)
+
+
+def test_a_recipe_without_pixels_draws_none(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    model = build_model(tiny_recipe("mimic-only"), tiny_info())
+    batch = tiny_batch(model.info)
+    assert model.decoder is None
+    with pytest.raises(ValueError, match="predicts no pixels"):
+        model.reconstruct(batch, masks_of(model, batch))
+
+
+def test_tokens_of_the_whole_image_are_timms(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    model = build_model(tiny_recipe("mr-mae"), tiny_info())
+    batch = tiny_batch(model.info)
+    mean, std = torch.tensor(model.recipe.prepare.mean), torch.tensor(model.recipe.prepare.std)
+    theirs = model.student.forward_features(((batch.pixels / 255 - mean) / std).permute(0, 3, 1, 2))[:, 1:]
+    assert (model.tokens(batch.pixels) - theirs).abs().max() < 1e-5
+
+
+# ---- what does not fit
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["terms.mimic.tap=block7"], r"reads the blocks \[7\]; numbers from 1 to 6"),
+        (["terms.mimic.tap=mean_ln", "student.fused_blocks=[3, 12]"], "numbers from 1 to 6"),
+        (["terms.mimic.tap=mean_ln", "student.fused_blocks=[]"], "numbers from 1 to 6"),
+        (["mask.n_predict=0"], "the mask has none to predict"),
+        (["mask.ratio=0.99"], "leaves 0 of 16 patches visible"),
+        (["prepare={mean: [0.5], std: [0.5]}"], "prepare.mean has 1 numbers; the cache's images have 3 channels"),
+        (["terms.mimic.teachers=[swin]"], "wants teacher 'swin'"),
+        (["student.model=vit_bas_patch16_224"], "did you mean"),
+        (["mask.sampler=attn_prob", "mask.source=swin"], "mask.source = swin"),
+    ],
+)
+def test_recipe_and_cache_that_do_not_fit_are_refused(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, overrides: list[str], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        build_model(tiny_recipe("mr-mae", *overrides), tiny_info())
+
+
+@pytest.mark.parametrize(("size", "grid"), [(16, (4, 2)), (18, (4, 4)), (16, (0, 0))])
+def test_a_grid_that_does_not_fit_the_view_is_refused(
+    tiny_recipe: MakeRecipe, size: int, grid: tuple[int, int]
+) -> None:
+    with pytest.raises(ValueError, match="whole square patches"):
+        build_model(tiny_recipe("mae", "mask.n_keep=1"), CacheInfo(size, grid))
+
+
+def test_the_plan_tells_what_was_built(tiny_recipe: MakeRecipe, tiny_info: MakeInfo) -> None:
+    told = build_model(tiny_recipe("mr-mae"), tiny_info(14, 2)).describe()
+    assert "patch 2 at 28 px, grid 14 x 14" in told["student"]
+    assert told["mask"] == "random: 49 of 196 patches visible, 147 predicted"
+    assert told["term mimic/clip"] == "final @ visible > linear ~ clip | ln0 : mse * 0.5"
+    assert told["term pixels"] == "decoder @ predicted > linear ~ pixels | norm_pix : mse * 1"

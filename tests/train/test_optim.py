@@ -1,0 +1,86 @@
+"""The schedule, the groups and the guarded step, each against its own restatement."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from mrmae.train import optim
+
+
+def test_peak_lr_scales_with_images_per_update() -> None:
+    assert optim.base_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # MAE's own number
+
+
+def test_schedule_warms_up_from_zero_then_follows_half_a_cosine() -> None:
+    def lr(epoch: float) -> float:
+        return optim.lr_at(epoch, peak=2.0, warmup_epochs=4, epochs=20, min_lr=0.5)
+
+    assert lr(0) == 0.0
+    assert lr(1.5) == pytest.approx(0.75)
+    assert lr(4) == pytest.approx(2.0)
+    assert lr(12) == pytest.approx(0.5 + 1.5 / 2)
+    assert lr(8) == pytest.approx(0.5 + 1.5 * (1 + math.cos(math.pi / 4)) / 2)
+    assert lr(20) == pytest.approx(0.5)
+
+
+def test_schedule_without_warm_up_starts_at_its_peak() -> None:
+    assert optim.lr_at(0, peak=1.0, warmup_epochs=0, epochs=3) == 1.0
+
+
+def test_biases_and_norms_are_not_decayed_but_tokens_are() -> None:
+    model = nn.Module()
+    model.linear = nn.Linear(3, 2)
+    model.norm = nn.LayerNorm(2)
+    model.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
+    model.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
+    decayed, kept = optim.parameter_groups(model, decay=0.05)
+    assert [p.shape for p in decayed["params"]] == [(1, 1, 2), (2, 3)]  # type: ignore[attr-defined]
+    assert [p.shape for p in kept["params"]] == [(2,), (2,), (2,)]  # type: ignore[attr-defined]
+    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.05, 0.0)
+
+
+def _adamw(weight: torch.Tensor, gradients: list[torch.Tensor], lr: float, decay: float) -> torch.Tensor:
+    """Decoupled-decay Adam (arXiv 1711.05101, algorithm 2), betas (0.9, 0.95), restated."""
+    m = v = torch.zeros_like(weight)
+    for t, g in enumerate(gradients, 1):
+        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
+        weight = weight * (1 - lr * decay)
+        weight = weight - lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.95**t)).sqrt() + 1e-8)
+    return weight
+
+
+def test_steps_equal_adamw_restated_and_a_skipped_one_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    start = model.weight.detach().clone()
+    optimizer = optim.build_optimizer(model, betas=(0.9, 0.95), decay=0.05)
+    optim.set_lr(optimizer, 0.1)
+    gradients = [torch.randn_like(model.weight) for _ in range(3)]
+    seen = []
+    poison = torch.full_like(model.weight, float("nan"))
+    for gradient in [gradients[0], poison, gradients[1], gradients[2]]:
+        model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros_like(model.bias)
+        seen.append(optim.guarded_step(optimizer, optim.gradient_norm(model.parameters())).item())
+    assert seen == [0.0, 1.0, 0.0, 0.0]
+    torch.testing.assert_close(model.weight.detach(), _adamw(start, gradients, 0.1, 0.05), rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_norm_covers_every_parameter() -> None:
+    model = nn.Linear(2, 2)
+    model.weight.grad, model.bias.grad = torch.full((2, 2), 2.0), torch.full((2,), 3.0)
+    assert optim.gradient_norm(model.parameters()).item() == pytest.approx(math.sqrt(4 * 4 + 2 * 9))
+
+
+def test_skips_are_counted_in_a_row_only() -> None:
+    count, history = torch.zeros(()), []
+    for skipped in (1, 1, 0, 1, 1, 1):
+        count = optim.skipped_in_a_row(count, torch.tensor(float(skipped)))
+        history.append(int(count))
+    assert history == [1, 2, 0, 1, 2, 3]
+
+
+def test_culprit_names_the_term_that_is_not_finite() -> None:
+    assert optim.culprit({"pixels": 1.0, "mimic/clip": math.nan}) == "term mimic/clip"
+    assert "gradient" in optim.culprit({"pixels": 1.0})

@@ -1,0 +1,209 @@
+"""Recipes: what the shipped ones fix, and that nothing wrong gets in unnoticed."""
+
+import itertools
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mrmae.train import heads, masks
+from mrmae.train import recipe as recipes
+from mrmae.train.distances import DISTANCES
+from mrmae.train.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
+
+SHIPPED = ["mae", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused"]
+MIMIC = {
+    "positions": "visible",
+    "target": "teachers",
+    "head": "linear",
+    "transform": "ln0",
+    "distance": "mse",
+    "weight": 1.0,
+}
+PIXELS = {"positions": "predicted", "target": "pixels", "head": "linear", "transform": "norm_pix", "distance": "mse"}
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    assert recipe_names() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_keeps_the_numbers_of_the_method(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.seed == 0
+    n_predict = 0 if name == "mimic-only" else 147
+    assert masks.counts(recipe.mask, 196) == (49, n_predict)
+    assert recipe.student.model == "vit_base_patch16_224"
+    decoder = recipe.student.decoder
+    assert (decoder is None) == (name == "mimic-only")
+    assert decoder is None or (decoder.depth, decoder.width, decoder.heads, decoder.mlp_ratio) == (8, 512, 16, 4.0)
+    optim = recipe.optim
+    assert (optim.lr_per_256, optim.min_lr, optim.betas) == (1.5e-4, 0.0, (0.9, 0.95))
+    assert (optim.weight_decay, optim.warmup_epochs) == (0.05, 40)
+    assert (optim.epochs, optim.batch_size) == ((1600, 4096) if name == "mae" else (200, 2048))
+    assert recipe.prepare.mean == (0.485, 0.456, 0.406) and recipe.prepare.std == (0.229, 0.224, 0.225)
+
+
+def test_mr_mae_mimics_visible_tokens_and_reconstructs_hidden_pixels() -> None:
+    terms = to_dict(load_recipe("mr-mae"))["terms"]
+    assert terms["mimic"].items() >= {**MIMIC, "tap": "final", "teachers": [], "focus": False}.items()
+    assert terms["pixels"].items() >= {**PIXELS, "tap": "decoder", "weight": 1.0}.items()
+    assert list(terms) == ["mimic", "pixels"]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("mr-mae-focused", {"mask.sampler": "attn_prob"}),
+        ("mr-mae-fused", {"terms.mimic.tap": "mean_ln"}),
+        ("mimic-masked", {"terms.mimic.tap": "decoder", "terms.mimic.positions": "predicted"}),
+    ],
+)
+def test_a_variant_changes_one_thing_against_mr_mae(name: str, changed: dict[str, Any]) -> None:
+    changes = {field: new for field, _, new in difference(load_recipe("mr-mae"), load_recipe(name))}
+    assert changes == {"name": name, **changed}
+
+
+def test_mimic_only_drops_pixels_and_decoder_and_nothing_else() -> None:
+    fields = {field for field, _, _ in difference(load_recipe("mr-mae"), load_recipe("mimic-only"))}
+    assert {f for f in fields if not f.startswith(("terms.pixels", "student.decoder"))} == {"name", "mask.n_predict"}
+
+
+def test_fused_mimicking_reads_blocks_3_6_9_12() -> None:
+    assert load_recipe("mr-mae-fused").student.fused_blocks == (3, 6, 9, 12)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_resolved_recipe_survives_yaml(name: str) -> None:
+    recipe = load_recipe(name)
+    assert from_dict(yaml.safe_load(yaml.safe_dump(to_dict(recipe)))) == recipe
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_each_yaml_opens_with_paper_command_and_result(name: str) -> None:
+    head = [line for line in (recipes.RECIPES / f"{name}.yaml").read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(head)
+    assert "arXiv" in text and f"--recipe {name}" in text and "result" in text
+
+
+def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
+    assert set(typing.get_args(recipes.Sampler)) == set(masks.SAMPLERS)
+    assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
+    assert set(typing.get_args(recipes.DistanceName)) == set(DISTANCES)
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("optim.lr_per_265=1", "optim.lr_per_265 is not a key of a recipe; did you mean lr_per_256?"),
+        ("opitm.epochs=1", "did you mean optim?"),
+        ("optim.epochs=ten", "optim.epochs is 'ten'; expected an integer"),
+        ("optim.epochs=2.5", "optim.epochs is 2.5; expected an integer"),
+        ("optim.epochs=true", "optim.epochs is True; expected an integer"),
+        ("optim.lr_per_256=.nan", "expected a finite number"),
+        ("optim.lr_per_256=true", "expected a finite number"),
+        ("optim.betas=[0.9]", "optim.betas is [0.9]; expected a list of 2, each a finite number"),
+        ("optim.betas=[0.9, x]", "optim.betas[1] is 'x'; expected a finite number"),
+        ("optim=3", "optim is 3; a mapping"),
+        ("optim.betas=[0.9, 1.0]", "numbers in [0, 1)"),
+        ("optim.epochs=0", "at least 1"),
+        ("mask.ratio=1.5", "mask.ratio is 1.5; 0 < ratio < 1"),
+        ("mask.ratio=null", "mask.ratio is null; expected a finite number"),
+        ("mask.sampler=randm", "mask.sampler is 'randm'; did you mean random?"),
+        ("mask.n_keep=0", "mask.n_keep is 0"),
+        ("terms.mimic.tap=block0", "terms.mimic.tap is 'block0'"),
+        ("terms.mimic.distance=sl1(3)", "did you mean"),
+        ("terms.mimic.weight=-1", "terms.mimic.weight is -1.0; at least 0"),
+        ("terms.mimic.positions=predicted", "tap final: visible or cls was expected"),
+        ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2 or channel"),
+        ("terms.pixels.transform=ln0", "pixels: none or norm_pix"),
+        ("terms.pixels.tap=final", "predicted"),
+        ("terms.pixels.distance=cosd", "mse was expected"),
+        ("terms.pixels.teachers=[clip]", "none was expected with target pixels"),
+        ("terms.new.weight=1", "terms.new.tap is missing"),
+        ("terms.a/b={tap: final}", "has the name 'a/b'"),
+        ("terms={}", "at least one term"),
+        ("student.decoder=null", "student.decoder is null"),
+        ("student.decoder.heads=7", "a divisor of the decoder's width 512"),
+        ("prepare.mean=[0.5]", "as many numbers as in prepare.std"),
+        ("prepare.std=[1, 1, 0]", "numbers above 0"),
+        ("seed=a", "seed is 'a'; expected an integer"),
+        ("seed", "--set 'seed': is not KEY=VALUE"),
+        ("seed.x=1", "seed is 0, which has no keys"),
+        ("optim.betas=[0.9", "not valid yaml"),
+    ],
+)
+def test_wrong_overrides_are_refused_with_what_was_expected(override: str, told: str) -> None:
+    with pytest.raises(ValueError) as error:
+        load_recipe("mr-mae", [override])
+    assert told in str(error.value)
+
+
+def test_overrides_apply_in_order_and_numbers_may_look_like_1e_3() -> None:
+    recipe = load_recipe(
+        "mr-mae", ["optim.epochs=5", "optim.epochs=7", "optim.lr_per_256=1e-3", "terms.mimic.teachers=[dino]"]
+    )
+    assert (recipe.optim.epochs, recipe.optim.lr_per_256, recipe.terms["mimic"].teachers) == (7, 1e-3, ("dino",))
+
+
+def test_a_term_set_to_null_is_dropped_and_a_decoder_can_be_added() -> None:
+    assert list(load_recipe("mr-mae", ["terms.pixels=null"]).terms) == ["mimic"]
+    decoder = load_recipe("mimic-only", ["student.decoder.depth=2"]).student.decoder
+    assert decoder is not None and (decoder.depth, decoder.width) == (2, 512)
+
+
+def test_an_unknown_name_gets_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean mr-mae"):
+        load_recipe("mr-mea")
+    with pytest.raises(ValueError, match="no such file"):
+        load_recipe(str(tmp_path / "absent.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("name: a\nname: b\n", "'name' appears twice"),
+        ("- 1\n", "a mapping of recipe keys was expected"),
+        ("name: [\n", "not valid yaml"),
+        ("terms: {}\n", "name is missing"),
+        ("name: x\nterms: 3\n", "terms is 3; expected a mapping"),
+        ("name: !!python/object/apply:os.getcwd []\n", "not valid yaml"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        load_recipe(str(path))
+    assert told in str(error.value) and "mine.yaml" in str(error.value)
+
+
+def test_differences_are_named_and_equal_recipes_have_none() -> None:
+    old, new = load_recipe("mr-mae"), load_recipe("mr-mae", ["optim.epochs=400", "terms.pixels=null"])
+    assert difference(old, load_recipe("mr-mae")) == []
+    found = {field: (before, after) for field, before, after in difference(old, new)}
+    assert found["optim.epochs"] == (200, 400) and found["terms.pixels.tap"] == ("decoder", None)
+    assert not [field for field in found if not field.startswith(("optim.epochs", "terms.pixels."))]
+
+
+def test_recipes_cannot_be_changed_by_accident() -> None:
+    recipe: Recipe = load_recipe("mae")
+    with pytest.raises(AttributeError):
+        recipe.optim.epochs = 3  # type: ignore[misc]
+
+
+def test_counts_follow_the_keep_floor_and_refuse_what_cannot_be() -> None:
+    floors = {0.60: 78, 0.70: 58, 0.75: 49, 0.80: 39, 0.85: 29, 0.90: 19}
+    for ratio, kept in floors.items():
+        assert masks.counts(MaskRecipe(ratio=ratio), 196) == (kept, 196 - kept)
+    assert masks.counts(MaskRecipe(n_keep=40, n_predict=0), 196) == (40, 0)
+    for wrong in (MaskRecipe(ratio=0.99), MaskRecipe(n_keep=17), MaskRecipe(n_keep=4, n_predict=13)):
+        with pytest.raises(ValueError, match="mask"):
+            masks.counts(wrong, 16)
+
+
+def test_every_pair_of_shipped_recipes_differs() -> None:
+    for one, other in itertools.combinations(SHIPPED, 2):
+        assert len(difference(load_recipe(one), load_recipe(other))) > 1

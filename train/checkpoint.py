@@ -1,0 +1,134 @@
+"""Checkpoints that survive a kill at any moment: written aside, synced, renamed, checked by CRC when read back.
+
+A checkpoint holds plain tensors and numbers only, so `torch.load(weights_only=True)` opens it. There is no random state in
+it: views, masks and order are functions of (seed, epoch, sample).
+"""
+
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+_PREFIX, _SUFFIX = "step-", ".pt"
+State = dict[str, Any]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint taken after `step` updates lies."""
+    return folder / f"{_PREFIX}{step:09d}{_SUFFIX}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then sync it and put it in place: readers see all of it or none.
+
+    Raises OSError naming `path` when the disk is full or not writable; what was there before stays.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        if isinstance(error, RuntimeError) and not _is_write_failure(error):
+            raise
+        errno = getattr(error, "errno", None)
+        raise OSError(
+            errno, f"{path}: could not be written ({error}); earlier files are untouched; free some space and run again"
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _is_write_failure(error: RuntimeError) -> bool:
+    return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "write", "open"))
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder: Path, state: State, *, step: int, keep: int) -> Path:
+    """Write `state` as the checkpoint of `step` and delete all but the newest `keep`; returns its path."""
+    path = checkpoint_path(folder, step)
+    write_atomically(path, lambda aside: torch.save({"format": FORMAT, **state}, aside))
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def read_checkpoint(path: Path) -> State:
+    """The state in one file, on the CPU. Raises ValueError when the file is damaged or of another format."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load itself does not verify the CRCs
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"CRC mismatch in {damaged}")
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: cannot be read back ({type(error).__name__}: {error})") from error
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: has checkpoint format {state.get('format')}; this version reads {FORMAT}")
+    return state
+
+
+def latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> State | None:
+    """The newest state that can be read; None where no checkpoint was ever finished.
+
+    A damaged file is reported through `warn`, set aside as `<name>.damaged`, and the one before it is tried.
+    Raises ValueError when there are checkpoints and none can be read: a run never starts over silently.
+    """
+    for leftover in folder.glob(f".{_PREFIX}*.tmp"):
+        leftover.unlink(missing_ok=True)
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except ValueError as error:
+            warn(f"{error}; set aside as {path.name}.damaged; trying the checkpoint before it")
+            path.rename(path.with_name(path.name + ".damaged"))
+    if paths:
+        raise ValueError(f"{folder}: none of {len(paths)} checkpoints can be read; delete the folder to start over")
+    return None
+
+
+def check_same_cache(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
+    """Refuse to continue on another cache. Both map dataset, geometry and every column used to its id.
+
+    Raises ValueError naming the first id that differs, and both values.
+    """
+    for field in dict.fromkeys([*saved, *now]):
+        if saved.get(field) != now.get(field):
+            raise ValueError(
+                f"{where}: this run was trained on another cache: {field} was {saved.get(field)} and is now"
+                f" {now.get(field)}; give the cache it began with, or a new OUT"
+            )
+
+
+def check_same_recipe(
+    differences: list[tuple[str, Any, Any]], *, where: str, may_change: Callable[[str, Any, Any], bool]
+) -> list[tuple[str, Any, Any]]:
+    """The allowed differences between the saved recipe and this one.
+
+    Raises ValueError naming every other field that differs, and both values.
+    """
+    refused = [d for d in differences if not may_change(*d)]
+    if refused:
+        told = "; ".join(f"{field} was {old} and is now {new}" for field, old, new in refused)
+        raise ValueError(f"{where}: holds a run with another recipe: {told}; use the old values, or a new OUT")
+    return differences

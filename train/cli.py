@@ -1,0 +1,115 @@
+"""`train-mrmae CACHE OUT`: train a student on a cache of teacher features. The same command again continues."""
+
+import shlex
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+SHORTHANDS = {
+    "student": "student.model",
+    "mean": "prepare.mean",
+    "std": "prepare.std",
+    "epochs": "optim.epochs",
+    "batch_size": "optim.batch_size",
+    "blr": "optim.lr_per_256",
+    "warmup_epochs": "optim.warmup_epochs",
+    "mask_ratio": "mask.ratio",
+    "seed": "seed",
+    "precision": "optim.precision",
+}
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--recipe", default="mr-mae", metavar="NAME|FILE", help="A shipped recipe or a yaml file: the whole method."
+)
+@click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.")
+@click.option(
+    "--student", metavar="NAME", help="A timm ViT; size and patch come from the cache. [recipe: student.model]"
+)
+@click.option(
+    "--mean", nargs=3, type=float, metavar="R G B", help="Of the student's input, 0..1. [recipe: prepare.mean]"
+)
+@click.option("--std", nargs=3, type=float, metavar="R G B", help="Likewise. [recipe: prepare.std]")
+@click.option("--epochs", type=int, help="Passes over the cache. [recipe: optim.epochs]")
+@click.option("--batch-size", type=int, help="Images per update, over all processes. [recipe: optim.batch_size]")
+@click.option("--blr", type=float, help="Peak learning rate per 256 images of a batch. [recipe: optim.lr_per_256]")
+@click.option(
+    "--warmup-epochs",
+    type=float,
+    help="Linear warm-up. With --epochs alone: a tenth of them, at most 40. [recipe: optim.warmup_epochs]",
+)
+@click.option("--mask-ratio", type=float, help="Share of patches hidden. [recipe: mask.ratio]")
+@click.option("--seed", type=int, help="Of initial weights, order and masks. [recipe: seed]")
+@click.option("--precision", type=click.Choice(["auto", "fp32", "bf16"]), help="[recipe: optim.precision]")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option("--compile", is_flag=True, help="torch.compile the forward pass.")
+@click.option(
+    "--kernels", type=click.Choice(["auto", "triton", "torch"]), default="auto", help="Who computes the losses."
+)
+@click.option("--workers", type=click.IntRange(1), help="Reading and decoding threads. [default: cores - 1, at most 8]")
+@click.option("--accum", type=click.IntRange(1), default=1, help="Micro-batches per update: same result, less memory.")
+@click.option(
+    "--save-minutes", type=click.FloatRange(0), default=10.0, help="Save this often, beside every epoch's end."
+)
+@click.option("--keep", type=click.IntRange(1), default=3, help="Checkpoints kept.")
+@click.option("--log-every", type=click.IntRange(1), default=20, help="Updates per log row.")
+@click.option("--panels-every", type=click.IntRange(0), help="Epochs per picture, 0 for none. [default: ten per run]")
+@click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop; nothing is written.")
+def main(cache: Path, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Train a student on CACHE (from extract-features); everything goes to the folder OUT.
+
+    Ends with OUT/student (load it with timm), OUT/curves.png and OUT/panels. The same command again continues a run that was
+    stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
+    CACHE OUT.
+    """
+    from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
+    from mrmae.train.recipe import load_recipe
+
+    given = {name: options.pop(name) for name in SHORTHANDS}
+    try:
+        resolved = load_recipe(recipe, [*overrides(given, sets), *sets])
+        if dry_run:
+            how = {name: options[name] for name in ("device", "kernels", "accum")}
+            for line in loop.dry_run(cache, out, resolved, **how):
+                click.echo(line)
+            return
+        summary = loop.train(cache, out, resolved, command=same_command(), **options)
+    except (ValueError, OSError, loop.Diverged) as error:
+        raise click.ClickException(str(error)) from error
+    finally:
+        ranks.leave()
+    if not summary["finished"]:
+        sys.exit(128 + signal.Signals[summary["stopped"]])
+
+
+def overrides(given: dict[str, Any], sets: tuple[str, ...]) -> list[str]:
+    """The shorthands that were given, as KEY=VALUE; a run length of one's own brings a warm-up that fits it."""
+    from mrmae.train.optim import usual_warmup
+
+    found = [f"{SHORTHANDS[name]}={_yaml(value)}" for name, value in given.items() if value is not None]
+    chosen = {text.partition("=")[0].strip() for text in [*found, *sets]}
+    if given["epochs"] is not None and "optim.warmup_epochs" not in chosen:
+        found.append(f"optim.warmup_epochs={usual_warmup(given['epochs'])}")
+    return found
+
+
+def _yaml(value: Any) -> str:
+    return "[" + ", ".join(map(repr, value)) + "]" if isinstance(value, tuple) else str(value)
+
+
+def same_command() -> str:
+    """What to type to continue."""
+    from torch.distributed import is_torchelastic_launched
+
+    name = "torchrun --nproc-per-node N -m mrmae.train.cli" if is_torchelastic_launched() else "train-mrmae"
+    return f"{name} {shlex.join(sys.argv[1:])}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The trained student as a folder that timm and the Hugging Face hub read: weights, config.json and a model card.
+
+    timm.create_model('local-dir:OUT/student', pretrained=True)
+
+gives the encoder with its size, patch, mean and std; the state dict loads strictly, and its features are those of training.
+"""
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import yaml
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mrmae.train.checkpoint import write_atomically
+from mrmae.train.model import Pretrainer
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+CROP_SHARE = 0.875  # of the resized image when evaluating, as MAE's probes take 224 of 256
+
+
+def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, Any]) -> Path:
+    """Write the student of `model` to the folder `path`, replacing an earlier export file by file; returns the folder.
+
+    source: what the card tells about the run (plain values): command, epochs, cache ids, teachers and whether they were random.
+    Raises OSError naming the file when the disk is full or not writable.
+    """
+    folder = Path(path)
+    weights = safetensors.torch.save(student_weights(model), metadata={"format": "pt"})
+    files = {
+        WEIGHTS: weights,
+        CONFIG: (json.dumps(timm_config(model), indent=2) + "\n").encode(),
+        CARD: model_card(model, source).encode(),
+    }
+    for name, data in files.items():
+        write_atomically(folder / name, partial(_write, data=data))
+    return folder
+
+
+def load_student(path: Path | str) -> VisionTransformer:
+    """The timm model of an exported folder, with its weights, in evaluation mode.
+
+    Raises ValueError when the folder is not an export.
+    """
+    folder = Path(path)
+    missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: has no {' and no '.join(missing)}; an exported student was expected; give OUT/student"
+        )
+    student = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert isinstance(student, VisionTransformer)
+    return student.eval()
+
+
+def student_weights(model: Pretrainer) -> dict[str, Tensor]:
+    """The encoder's state dict under timm's names, fp32 on the CPU, positions included."""
+    return {name: x.detach().cpu().float().contiguous() for name, x in model.student.state_dict().items()}
+
+
+def timm_config(model: Pretrainer) -> dict[str, Any]:
+    """What timm needs to build this encoder and to prepare its images. `pretrained_cfg` describes these weights."""
+    info, recipe = model.info, model.recipe
+    return {
+        "architecture": recipe.student.model,
+        "num_classes": 0,
+        "num_features": model.student.num_features,
+        "global_pool": "token",
+        "model_args": {
+            "img_size": info.size,
+            "patch_size": info.patch,
+            "in_chans": info.channels,
+            "global_pool": "token",
+            "fc_norm": False,
+        },
+        "pretrained_cfg": {
+            "tag": recipe.name,
+            "custom_load": False,
+            "input_size": [info.channels, info.size, info.size],
+            "fixed_input_size": True,
+            "interpolation": "bicubic",
+            "crop_pct": CROP_SHARE,
+            "crop_mode": "center",
+            "mean": list(recipe.prepare.mean),
+            "std": list(recipe.prepare.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+    }
+
+
+def model_card(model: Pretrainer, source: Mapping[str, Any]) -> str:
+    """The card: what this is, how to load it, how its images are prepared, how it was made."""
+    info, recipe = model.info, model.recipe
+    terms = "\n".join(f"- `{term}`" for term in model.terms)
+    made = yaml.safe_dump(dict(source), sort_keys=False, allow_unicode=True, width=100).rstrip()
+    return f"""---
+library_name: timm
+pipeline_tag: image-feature-extraction
+tags:
+- image-feature-extraction
+- timm
+- masked-autoencoder
+- mr-mae
+---
+# {recipe.student.model}, {info.size} px, patch {info.patch}, pre-trained with `{recipe.name}`
+
+A Vision Transformer encoder pre-trained without labels. It has no classifier.
+
+```python
+import timm
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)   # from the hub: "hf-hub:USER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+tokens = model.forward_features(transform(image)[None])                       # [1, 1 + {info.n_patches}, {model.student.embed_dim}], CLS first
+```
+
+| | |
+| --- | --- |
+| image | {info.size} x {info.size}, mean {list(recipe.prepare.mean)}, std {list(recipe.prepare.std)}, bicubic |
+| patches | {info.grid[0]} x {info.grid[1]} of {info.patch} px, fixed sin-cos positions |
+| visible in training | {model.n_keep} of {info.n_patches} ({recipe.mask.sampler}) |
+
+Terms of the loss (`tap @ positions > head ~ target | transform : distance * weight`):
+
+{terms}
+
+## How it was made
+
+```yaml
+{made}
+```
+"""
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.write_bytes(data)

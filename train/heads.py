@@ -1,0 +1,26 @@
+"""From the student's width to a target's: one head per term, dropped after training.
+
+Which head MR-MAE uses is not published; one Linear is what its sibling code uses.
+"""
+
+from torch import nn
+
+LN_EPS = 1e-6
+
+
+def linear(width: int, out: int) -> nn.Module:
+    """One Linear."""
+    return nn.Linear(width, out)
+
+
+def ln_linear(width: int, out: int) -> nn.Module:
+    """LayerNorm, Linear."""
+    return nn.Sequential(nn.LayerNorm(width, eps=LN_EPS), nn.Linear(width, out))
+
+
+def mlp(width: int, out: int) -> nn.Module:
+    """Linear, GELU, Linear; as wide inside as the student."""
+    return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
+
+
+HEADS = {"linear": linear, "ln_linear": ln_linear, "mlp": mlp}

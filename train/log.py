@@ -1,0 +1,202 @@
+"""What a run tells: one JSON line per interval and epoch, the same as TensorBoard scalars, and a progress line.
+
+Losses come to the host without a wait: each step leaves one small vector, which is read once the device is done with it.
+"""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from torch import Tensor
+
+from mrmae.train.checkpoint import write_atomically
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Readback:
+    """Brings one small vector per step to the host, in order, without making the device wait."""
+
+    def __init__(self) -> None:
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def push(self, step: int, values: Tensor) -> None:
+        """Start the copy of `values` (1-D, on the device)."""
+        if not values.is_cuda:
+            self._pending.append((step, values.detach().clone(), None))
+            return
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        host.copy_(values.detach(), non_blocking=True)
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        self._pending.append((step, host, event))
+
+    def ready(self, *, wait: bool = False) -> list[tuple[int, list[float]]]:
+        """The vectors that have arrived since the last call; all of them with `wait`."""
+        arrived = []
+        while self._pending:
+            step, host, event = self._pending[0]
+            if event is not None and not event.query():  # type: ignore[no-untyped-call]
+                if not wait:
+                    break
+                event.synchronize()
+            self._pending.popleft()
+            arrived.append((step, [float(v) for v in host.tolist()]))
+        return arrived
+
+
+@dataclass
+class Sums:
+    """Running sums of named values; steps that were skipped count apart and not in the means."""
+
+    n: int = 0
+    skipped: int = 0
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def add(self, values: Mapping[str, float], *, skipped: bool) -> None:
+        """Take one step's values in."""
+        if skipped:
+            self.skipped += 1
+            return
+        self.n += 1
+        for name, value in values.items():
+            self.totals[name] = self.totals.get(name, 0.0) + value
+
+    def means(self) -> dict[str, float]:
+        """The mean of every value; NaN where no step counted."""
+        return {name: total / self.n for name, total in self.totals.items()} if self.n else {"loss": math.nan}
+
+    def state(self) -> dict[str, Any]:
+        """Plain numbers for a checkpoint."""
+        return {"n": self.n, "skipped": self.skipped, "totals": dict(self.totals)}
+
+
+def human_time(seconds: float) -> str:
+    """`seconds` as a reader says them: '45 s', '3 min 20 s', '5 h 02 min', '2 d 03 h'."""
+    if not math.isfinite(seconds):
+        return "?"
+    s = round(seconds)
+    if s < 60:
+        return f"{s} s"
+    if s < 3600:
+        return f"{s // 60} min {s % 60:02d} s"
+    if s < 86_400:
+        return f"{s // 3600} h {s % 3600 // 60:02d} min"
+    return f"{s // 86_400} d {s % 86_400 // 3600:02d} h"
+
+
+def progress_line(row: Mapping[str, Any]) -> str:
+    """One readable line of a log row: where, losses per term, speed, stall, learning rate, ETA."""
+    terms = "  ".join(f"{name} {_short(value)}" for name, value in row["terms"].items())
+    skipped = f"  {row['skipped']} skipped" if row.get("skipped") else ""
+    return (
+        f"epoch {row['epoch']}/{row['epochs']}  loss {_short(row['loss'])}  {terms}  {row['images_per_s']:.4g} img/s"
+        f"  stall {100 * row['stall']:.1f} %  lr {row['lr']:.2e}{skipped}  ETA {human_time(row['eta_s'])}"
+    )
+
+
+def _short(value: float | None) -> str:
+    return "nan" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def read_rows(path: Path, kind: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a log file, of one kind or all; a line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if kind is None or row.get("kind") == kind:
+            rows.append(row)
+    return rows
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class RunLog:
+    """OUT/log.jsonl, OUT/tensorboard and the terminal, for one process of a run.
+
+    step: the update the run continues from; rows of later updates (written before a kill) are dropped, so that the log
+    reads as one run.
+    """
+
+    def __init__(self, out: Path, *, step: int, total: int, console: Console | None = None, tensorboard: bool = True):
+        self.path = out / "log.jsonl"
+        rows = read_rows(self.path)
+        kept = [row for row in rows if row.get("step", 0) <= step]
+        write_atomically(self.path, lambda aside: _write_rows(aside, kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._board = _board(out / "tensorboard", step) if tensorboard else None
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._bar: Progress | None = None
+        self._line_at = -math.inf
+        if self.console.is_terminal:
+            columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self.console)
+            self._task = self._bar.add_task("starting", total=total, completed=step)
+            self._bar.start()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row to the log and its numbers to TensorBoard."""
+        self._file.write(json.dumps(_finite(dict(row)), allow_nan=False) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in _scalars(row):
+                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+    def show(self, row: Mapping[str, Any], *, always: bool = False) -> None:
+        """Put the row on the progress bar, or, off a terminal, print it as a line every ten seconds at most."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=row["step"], description=progress_line(row))
+        elif always or time.monotonic() - self._line_at >= PLAIN_LINE_SECONDS:
+            self._line_at = time.monotonic()
+            self.say(progress_line(row))
+
+    def say(self, line: str) -> None:
+        """Print one line, above the bar where there is one."""
+        self.console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Flush and close everything; safe to call twice."""
+        if self._bar is not None:
+            self._bar.stop()
+        if self._board is not None:
+            self._board.close()
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def _board(folder: Path, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # a second of imports, wanted by runs only
+
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
+    pairs = [(name, value) for name, value in row.items() if isinstance(value, float) and name != "time"]
+    pairs += [(f"loss/{name}", value) for name, value in row.get("terms", {}).items()]
+    return [(name, value) for name, value in pairs if math.isfinite(value)]

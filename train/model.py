@@ -1,0 +1,239 @@
+"""The pre-training model of a recipe on a cache: student, decoder, heads, and the loss of one batch.
+
+`build_model` checks that cache and recipe fit; `Pretrainer.forward` is one static graph: no host sync, no branch on data.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor, nn
+
+from mrmae.kernels import dispatch
+from mrmae.train.heads import HEADS
+from mrmae.train.masks import Masks, counts, saliency_arrays
+from mrmae.train.recipe import Recipe
+from mrmae.train.student import (
+    LearnedSum,
+    MaskDecoder,
+    MeanOfNorms,
+    build_vit,
+    encode,
+    initialise,
+    sincos_positions,
+    unpatchify,
+)
+from mrmae.train.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
+from mrmae.train.terms import Pixels, Term, bind_terms, needed_arrays, score
+
+__all__ = ["Batch", "CacheInfo", "Pretrainer", "TeacherInfo", "build_model", "needed_arrays"]
+
+NORM_PIX_EPS = 1e-6  # MAE's norm_pix_loss
+
+
+def build_model(
+    recipe: Recipe, info: CacheInfo, *, kernels: str = "auto", dtype: torch.dtype = torch.float32
+) -> "Pretrainer":
+    """The model of `recipe` on a cache, on the CPU, with initial weights that depend on the recipe's seed only.
+
+    dtype: float64 for exact comparisons. Raises ValueError where recipe and cache do not fit, naming what to change.
+    """
+    model = Pretrainer(recipe, info, kernels)
+    initialise(model, recipe.seed)
+    model.to(dtype)
+    model.fill_constants(dtype)
+    return model
+
+
+class Pretrainer(nn.Module):
+    """Student (a timm VisionTransformer), MAE decoder or None, fusions, one head per term, and the teachers' constants.
+
+    Parameters: `student.*` are timm's own names; `decoder.*`, `fusions.*` and `heads.*` are dropped after training.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, recipe: Recipe, info: CacheInfo, kernels: str = "auto") -> None:
+        super().__init__()
+        patch = info.patch
+        check_channels(recipe, info)
+        self.recipe, self.info, self.kernels = recipe, info, kernels
+        self.n_keep, self.n_predict = counts(recipe.mask, info.n_patches)
+        self.terms = bind_terms(recipe, info)
+        if recipe.mask.sampler == "attn_prob":
+            saliency_arrays(recipe.mask.source, info)
+        self.student = build_vit(
+            recipe.student.model, size=info.size, patch=patch, grid=info.grid, channels=info.channels
+        )
+        decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
+        self.fusions = nn.ModuleDict()
+        self.keep_blocks = check_taps(self.terms, recipe.student.fused_blocks, depth, self.n_predict)
+        if any(term.recipe.tap == "mean_ln" for term in self.terms):
+            self.fusions["mean_ln"] = MeanOfNorms(width, recipe.student.fused_blocks)
+        if any(term.recipe.tap == "learned" for term in self.terms):
+            self.fusions["learned"] = LearnedSum(range(1, depth + 1))
+        uses_decoder = decoder is not None and any(term.recipe.tap == "decoder" for term in self.terms)
+        self.decoder = MaskDecoder(width, decoder, info.grid) if decoder is not None and uses_decoder else None
+        self.heads = nn.ModuleDict()
+        self.statistics = nn.ModuleDict()
+        for term in self.terms:
+            width_in = decoder.width if decoder is not None and term.recipe.tap == "decoder" else width
+            out = patch**2 * info.channels if term.teacher is None else info.teachers[term.teacher].width
+            self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
+        self.fill_constants(torch.float32)
+
+    def fill_constants(self, dtype: torch.dtype) -> None:
+        """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
+        mean, std = (torch.tensor(x, dtype=torch.float64) for x in (self.recipe.prepare.mean, self.recipe.prepare.std))
+        self.register_buffer("scale", (1 / (255 * std)).to(dtype), persistent=False)
+        self.register_buffer("shift", (-mean / std).to(dtype), persistent=False)
+        positions = sincos_positions(self.info.grid, self.student.embed_dim)
+        assert self.student.pos_embed is not None
+        self.student.pos_embed.data = positions.to(dtype)[None]
+        if self.decoder is not None:
+            self.decoder.position = sincos_positions(self.info.grid, self.decoder.position.shape[1])[1:].to(dtype)
+        for term in self.terms:
+            if term.teacher is not None:
+                self.statistics[term.name] = TeacherStatistics(self.info.teachers[term.teacher], dtype)
+
+    @property
+    def pixels(self) -> Pixels:
+        """How the student reads an image."""
+        return Pixels(self.info.patch, self.scale, self.shift)
+
+    def forward(self, batch: Batch, masks: Masks) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+        """The loss (fp32), and each term's own value, unweighted and detached."""
+        return score(
+            self.terms,
+            self.heads,
+            self.statistics,
+            self.taps(batch, masks),
+            batch,
+            masks,
+            pixels=self.pixels,
+            source=self.recipe.mask.source,
+            kernels=self.kernels,
+        )
+
+    def taps(self, batch: Batch, masks: Masks) -> dict[str, Tensor]:
+        """The named outputs the terms read: encoder taps as [CLS | visible], `decoder` at `ids_predict`."""
+        final, blocks = encode(
+            self.student,
+            batch.pixels,
+            masks.ids_keep,
+            scale=self.scale,
+            shift=self.shift,
+            keep_blocks=self.keep_blocks,
+            kernels=self.kernels,
+        )
+        taps = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
+        for name, fusion in self.fusions.items():
+            taps[name] = fusion(blocks, self.student.norm)
+        if self.decoder is not None:
+            taps["decoder"] = self.decoder(final, masks)
+        return taps
+
+    @torch.no_grad()
+    def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
+        """The `final` tokens of all patches of unmasked images, as timm's `forward_features` gives them after CLS."""
+        everything = torch.arange(self.info.n_patches, device=pixels.device).expand(pixels.shape[0], -1)
+        final, _ = encode(self.student, pixels, everything, scale=self.scale, shift=self.shift, kernels=self.kernels)
+        return final[:, 1:]
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, masks: Masks) -> Float[Tensor, "b h w c"]:
+        """Images in [0, 1]: visible patches as they are, predicted ones by the pixel term, grey where nothing is known.
+
+        Predictions of normalised pixels are de-normalised with the mean and variance of the true patch, as MAE's pictures are.
+        Raises ValueError when the recipe predicts no pixels.
+        """
+        term = next((term for term in self.terms if term.teacher is None), None)
+        if term is None:
+            raise ValueError(
+                f"recipe {self.recipe.name}: predicts no pixels; a term with target pixels was expected to draw them"
+            )
+        prediction = self.heads[term.name](self.taps(batch, masks)["decoder"]).to(self.scale.dtype)
+        if term.recipe.transform == "norm_pix":
+            var, mean = torch.var_mean(self.patches(batch, masks.ids_predict), dim=-1, keepdim=True)
+            prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
+        visible = self.patches(batch, masks.ids_keep)
+        b, values = prediction.shape[0], visible.shape[2]
+        grey = self.to_values(torch.full_like(visible[:1, :1], 0.5)).expand(b, self.info.n_patches, values)
+        known = grey.scatter(1, masks.ids_keep[..., None].expand(-1, -1, values), visible)
+        drawn = known.scatter(1, masks.ids_predict[..., None].expand(-1, -1, values), prediction)
+        image = unpatchify(drawn, self.info.grid, self.info.patch)
+        return ((image - self.shift) / (255 * self.scale)).clamp(0, 1)
+
+    def patches(self, batch: Batch, ids: Tensor) -> Float[Tensor, "b n P"]:
+        """The patches at `ids` as the student reads them."""
+        return dispatch.gather_patches(
+            batch.pixels,
+            ids,
+            patch=self.info.patch,
+            scale=self.scale,
+            shift=self.shift,
+            channels_last=True,
+            dtype=self.scale.dtype,
+            kernels=self.kernels,
+        )
+
+    def to_values(self, unit: Float[Tensor, "b n P"]) -> Float[Tensor, "b n P"]:
+        """Patches in [0, 1], flattened (c, p, q), as the student reads them."""
+        side = self.info.patch**2
+        return unit * 255 * self.scale.repeat_interleave(side) + self.shift.repeat_interleave(side)
+
+    def describe(self) -> dict[str, str]:
+        """What was built, in words, for the plan that `--dry-run` prints."""
+        info, trainable = self.info, [p for p in self.parameters() if p.requires_grad]
+        decoder = self.recipe.student.decoder
+        told = {
+            "student": f"{self.recipe.student.model} as patch {info.patch} at {info.size} px,"
+            f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {len(self.student.blocks)} blocks",
+            "decoder": "none"
+            if self.decoder is None or decoder is None
+            else f"{decoder.depth} blocks of width {decoder.width}",
+            "mask": f"{self.recipe.mask.sampler}: {self.n_keep} of {info.n_patches} patches visible, {self.n_predict} predicted",
+            "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
+        }
+        return told | {f"term {term.name}": str(term) for term in self.terms}
+
+
+def count(parameters: Iterable[Tensor]) -> int:
+    """How many numbers the trainable ones hold."""
+    return sum(p.numel() for p in parameters if p.requires_grad)
+
+
+def check_channels(recipe: Recipe, info: CacheInfo) -> None:
+    """Raise ValueError unless mean and std have one number per image channel."""
+    if len(recipe.prepare.mean) != info.channels:
+        raise ValueError(
+            f"recipe {recipe.name}: prepare.mean has {len(recipe.prepare.mean)} numbers; the cache's images have {info.channels} "
+            "channels; give one mean and one std per channel"
+        )
+
+
+def check_taps(terms: Iterable[Term], fused_blocks: Iterable[int], depth: int, n_predict: int) -> frozenset[int]:
+    """The blocks whose raw outputs the taps need, counted from 1.
+
+    Raises ValueError for a block the student does not have, and for terms on predicted patches when none is predicted.
+    """
+    wanted: set[int] = set()
+    for term in terms:
+        tap = term.recipe.tap
+        if tap.startswith("block"):
+            blocks = {int(tap.removeprefix("block"))}
+        else:
+            blocks = {"mean_ln": set(fused_blocks), "learned": set(range(1, depth + 1))}.get(tap, set())
+        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
+            raise ValueError(
+                f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
+                f"student has {depth}; change terms.{term.name.partition('/')[0]}.tap or student.fused_blocks"
+            )
+        if term.recipe.positions == "predicted" and n_predict == 0:
+            raise ValueError(
+                f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
+                "mask.n_predict or mask.n_keep"
+            )
+        wanted |= blocks
+    return frozenset(wanted)

@@ -1,0 +1,145 @@
+"""Pictures of a run: what the student reconstructs, what teachers and student see, and how the losses went."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
+
+from mrmae.shards.quantize import dequantise
+from mrmae.train import batches
+from mrmae.train.checkpoint import write_atomically
+from mrmae.train.masks import Draw, draw_masks
+from mrmae.train.run import Run, random_teachers
+
+HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
+PANEL_ROWS = 5
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe-Ito
+
+
+def masked_view(
+    pixels: UInt8[Tensor, "b h w 3"], ids_keep: Int[Tensor, "b k"], grid: tuple[int, int]
+) -> np.ndarray[Any, Any]:
+    """The view as the student got it: hidden patches gray."""
+    (gh, gw), (b, h, w, _) = grid, pixels.shape
+    seen = torch.zeros(b, gh * gw, dtype=torch.bool).scatter_(1, ids_keep.cpu(), True).reshape(b, gh, gw)
+    seen = seen.repeat_interleave(h // gh, 1).repeat_interleave(w // gw, 2)[..., None]
+    return torch.where(seen, pixels.cpu(), HIDDEN_GRAY).numpy()
+
+
+def pca_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """The three main directions of the tokens as red, green and blue: [b, grid height, grid width, 3] in 0..1.
+
+    One PCA over all images given, so colours mean the same in every row. Tokens are layer-normalised first: a few channels
+    of some teachers are a hundred times larger than the rest. Each direction's sign is fixed by its largest entry.
+    """
+    flat = torch.nn.functional.layer_norm(tokens.detach().double().cpu(), tokens.shape[-1:]).flatten(0, 1)
+    flat = flat - flat.mean(0)
+    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
+    directions = directions[:3]
+    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
+    colours = flat @ (directions * largest.sign()).T
+    low, high = (torch.quantile(colours, q, dim=0) for q in (0.01, 0.99))
+    colours = ((colours - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))
+    return colours.reshape(len(tokens), *grid, 3).float().numpy()
+
+
+def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, title: str, note: str = "") -> None:
+    """Write one PNG: a row per image, a labelled column per entry of `columns` ([rows, height, width, 3] each).
+
+    Small maps are enlarged to the same size without smoothing, so one square is one token.
+    """
+    rows, side = len(next(iter(columns.values()))), 1.55
+    width, height = side * len(columns), side * rows + 1.05
+    figure, axes = plt.subplots(rows, len(columns), figsize=(width, height), squeeze=False, dpi=150)
+    for axis, (label, images) in zip(axes.T, columns.items()):
+        axis[0].set_title(label, fontsize=8)
+        for cell, image in zip(axis, images):
+            cell.imshow(image, interpolation="nearest", extent=(0, 1, 0, 1))
+            cell.set_axis_off()
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.12 / height, va="top")
+    figure.text(0.01, 0.06 / height, note, fontsize=7, color="#444444", va="bottom")
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.62 / height, bottom=0.42 / height, wspace=0.04, hspace=0.04)
+    _save(figure, path)
+
+
+@torch.no_grad()
+def draw_run_panels(run: Run, epoch: int) -> Path:
+    """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
+    numbers = run.cache.numbers[:PANEL_ROWS]
+    batch = batches.load_batch(run.cache, numbers, epoch=0, needed=run.needed)
+    masks = draw_masks(batch, Draw(run.recipe.seed, 0), recipe=run.recipe.mask, l=run.info.n_patches)
+    there = batches.tensors_of((batch, masks), lambda t: t.to(run.device))
+    columns = {
+        "view": batch.pixels.numpy(),
+        "seen by the student": masked_view(batch.pixels, masks.ids_keep, run.info.grid),
+    }
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+        if any(term.teacher is None for term in run.model.terms):
+            columns["reconstruction"] = run.model.reconstruct(*there).float().cpu().numpy()
+        student = run.model.tokens(there[0].pixels)
+    for teacher, tokens in teacher_tokens(run, numbers).items():
+        random = "\n(random weights)" if teacher in random_teachers(run.cache) else ""
+        columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid)
+    columns["student"] = pca_rgb(student, run.info.grid)
+    path = run.out / "panels" / f"epoch-{epoch:04d}.png"
+    note = (
+        "Colours of teachers and student: the three main directions of each model's own tokens over these images."
+        "\nPredicted patches take brightness and contrast from the true patch, as in MAE's figures."
+    )
+    draw_panels(path, columns, title=f"{run.recipe.name}, epoch {epoch} of {run.recipe.optim.epochs}", note=note)
+    return path
+
+
+def teacher_tokens(run: Run, numbers: batches.Numbers) -> dict[str, Tensor]:
+    """Every cached teacher's tokens [b, l, d] of these samples' first views, dequantised."""
+    views = batches.views_of(run.cache, numbers, epoch=0)
+    found = {}
+    for teacher, name in run.cache.teachers.items():
+        quantiser = run.cache.columns[name].quantiser
+        arrays = ("tokens", "scale") if quantiser.dtype == "int8" else ("tokens",)
+        stored = run.cache.read_column(name, numbers, views, arrays=arrays)
+        found[teacher] = dequantise(stored["tokens"], stored.get("scale"), quantiser)
+    return found
+
+
+def draw_curves(path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, note: str = "") -> None:
+    """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term on the left, the learning rate on the right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=150, width_ratios=(3, 2), layout="constrained")
+    x = [row["epoch"] for row in epochs]
+    marker = "o" if len(x) <= 30 else None
+    names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
+    for name, colour in zip(names, _COLOURS * len(names)):
+        y = [_number(row["terms"].get(name)) for row in epochs]
+        left.plot(x, y, label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
+    left.set(xlabel="epoch", ylabel="loss (mean over the epoch)", title="Loss terms, before weighting")
+    right.plot(x, [row["lr"] for row in epochs], color=_COLOURS[-1], marker=marker, markersize=3, linewidth=1.5)
+    right.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Schedule")
+    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axis in (left, right):
+        axis.grid(color="#dddddd", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.title.set_fontsize(10)
+    left.legend(frameon=False, fontsize=8)
+    figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _save(figure: Any, path: Path) -> None:
+    try:
+        write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
+    finally:
+        plt.close(figure)

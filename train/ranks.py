@@ -1,0 +1,114 @@
+"""Several processes as one run: who am I, does anyone want to stop, and gradients averaged over all.
+
+Nothing here changes what is trained: order, views and masks do not depend on the number of ranks.
+"""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
+REASONS = (*STOP_SIGNALS, "divergence")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all: `rank` of `size`, number `local` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local: int = 0
+
+
+def join() -> Ranks:
+    """Join the processes torchrun started (gloo on CPU, NCCL on GPU); one rank of one where it did not."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        return Ranks()
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
+
+
+def leave() -> None:
+    """Leave the processes `join` joined."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree_on(value: Any, ranks: Ranks) -> Any:
+    """Rank 0's `value`, on every rank."""
+    if ranks.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """The mean of every rank's `values`."""
+    if ranks.size > 1:
+        dist.all_reduce(values)
+        values = values / ranks.size
+    return values
+
+
+def replicated(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over ranks in its backward pass."""
+    if ranks.size == 1:
+        return model
+    where = [device.index or 0] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+class StopRequest:
+    """Why this run should end, if it should: one of REASONS."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._ranks = ranks
+        self.received: str | None = None
+
+    def agreed(self) -> str | None:
+        """The reason once any rank has one: all ranks stop after the same update."""
+        if self._ranks.size > 1:
+            code = REASONS.index(self.received) + 1 if self.received else 0
+            flag = torch.tensor(code)  # on the CPU: the device is not made to wait
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if int(flag):
+                self.received = REASONS[int(flag) - 1]
+        return self.received
+
+
+@contextlib.contextmanager
+def stop_requests(ranks: Ranks) -> Iterator[StopRequest]:
+    """SIGTERM, SIGUSR1 and Ctrl-C become a request to stop after the update in flight; a second Ctrl-C interrupts at once.
+
+    Outside the main thread signals cannot be caught, and nothing is changed.
+    """
+    request, before = StopRequest(ranks), {}
+
+    def handler(number: int, _frame: FrameType | None) -> None:
+        if request.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.received = signal.Signals(number).name
+        if ranks.rank == 0:  # os.write, because the signal may have interrupted any other printing
+            os.write(2, f"\n{request.received}: stopping after the update in flight\n".encode())
+
+    for name in STOP_SIGNALS:
+        if hasattr(signal, name):
+            with contextlib.suppress(ValueError):  # not the main thread
+                number = getattr(signal, name)
+                before[number] = signal.signal(number, handler)
+    try:
+        yield request
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,242 @@
+"""A whole run as data: yaml -> frozen dataclasses, strictly, and back.
+
+A recipe says everything that changes the result: how pixels are prepared, who is visible, the student, the terms and the
+optimiser. Where and how it runs (paths, device, workers) are options of the command. Unknown keys and wrong values are refused.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from mrmae.train import strict
+
+RECIPES = Path(__file__).with_name("recipes")
+
+Sampler = Literal["random", "attn_prob"]
+Positions = Literal["visible", "predicted", "cls"]
+HeadKind = Literal["linear", "ln_linear", "mlp"]
+Transform = Literal["none", "ln0", "l2", "channel", "norm_pix"]
+DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
+ENCODER_TAP = re.compile(r"final|mean_ln|learned|block[1-9][0-9]*")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """How the student sees pixels: `(value / 255 - mean) / std`, one number per channel (default ImageNet's)."""
+
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class MaskRecipe:
+    """Who is visible and what is predicted: `n_keep` of l patches, by default `int(l * (1 - ratio))` as in MAE.
+
+    n_keep, n_predict: fixed numbers of patches; without them the ratio decides, and every hidden patch is predicted.
+    source, draw: for samplers that follow a saliency map, see `masks.py`.
+    """
+
+    sampler: Sampler = "random"
+    ratio: float = 0.75
+    n_keep: int | None = None
+    n_predict: int | None = None
+    source: str = "mean"
+    draw: Literal["prob", "softmax_prob", "topk"] = "prob"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """MAE's decoder: self-attention over [CLS | visible | mask tokens]."""
+
+    depth: int = 8
+    width: int = 512
+    heads: int = 16
+    mlp_ratio: float = 4.0
+
+
+@dataclass(frozen=True)
+class Student:
+    """A plain timm VisionTransformer by name; the cache's size and grid set its image and patch size.
+
+    fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1.
+    """
+
+    model: str = "vit_base_patch16_224"
+    decoder: Decoder | None = field(default_factory=Decoder)
+    fused_blocks: tuple[int, ...] = (3, 6, 9, 12)
+
+
+@dataclass(frozen=True)
+class TermRecipe:
+    """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
+
+    tap: `final`, `block<i>`, `mean_ln`, `learned` (encoder) or `decoder`.
+    target: `pixels`, or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    focus: weigh visible positions by the saliency map that `mask.source` names.
+    """
+
+    tap: str
+    positions: Positions
+    target: Literal["pixels", "teachers"]
+    head: HeadKind = "linear"
+    teachers: tuple[str, ...] = ()
+    transform: Transform = "none"
+    distance: DistanceName = "mse"
+    weight: float = 1.0
+    focus: bool = False
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW; the peak learning rate is `lr_per_256 * batch_size / 256`. batch_size: images per update, over all ranks."""
+
+    lr_per_256: float = 1.5e-4
+    min_lr: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.05
+    warmup_epochs: float = 40.0
+    epochs: int = 200
+    batch_size: int = 2048
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that changes the result of a run."""
+
+    name: str
+    terms: dict[str, TermRecipe]
+    seed: int = 0
+    prepare: Prepare = field(default_factory=Prepare)
+    mask: MaskRecipe = field(default_factory=MaskRecipe)
+    student: Student = field(default_factory=Student)
+    optim: Optim = field(default_factory=Optim)
+
+
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of a shipped name (`mr-mae`) or of a yaml file, with overrides like `optim.epochs=100` applied in order.
+
+    A term set to null is dropped: `terms.pixels=null`. Raises ValueError naming the key, the value and what was expected.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=strict.UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: cannot be read ({error}); expected a yaml file") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path}: is not valid yaml ({error}); correct the file") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"recipe {path}: holds {strict.show(values)}; a mapping of recipe keys was expected")
+    for override in overrides:
+        strict.override(values, override)
+    return from_dict(values, where=f"recipe {name_or_path}")
+
+
+def recipe_names() -> list[str]:
+    """The names of the shipped recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def recipe_path(name_or_path: str) -> Path:
+    """The yaml file behind a shipped name or a path."""
+    if name_or_path in recipe_names():
+        return RECIPES / f"{name_or_path}.yaml"
+    path = Path(name_or_path)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(
+                f"recipe {path}: there is no such file; give an existing yaml, or {strict.choices(recipe_names())}"
+            )
+        return path
+    raise ValueError(
+        f"recipe {name_or_path!r}: is neither a shipped recipe nor a .yaml file; {strict.nearest(name_or_path, recipe_names())}"
+    )
+
+
+def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
+    """The recipe that plain values describe. Raises ValueError at the first unknown key, wrong type or impossible value."""
+    recipe: Recipe = strict.build(Recipe, values, where)
+    _check(recipe, where)
+    return recipe
+
+
+def to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Plain dicts, lists, numbers and strings; `from_dict` gives the same recipe back."""
+    plain: dict[str, Any] = strict.plain(asdict(recipe))
+    return plain
+
+
+def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
+    """The fields that differ, as (dotted name, old value, new value); a missing term is None."""
+    before, after = strict.flat(to_dict(old)), strict.flat(to_dict(new))
+    names = [*before, *(name for name in after if name not in before)]
+    return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
+
+
+def _check(recipe: Recipe, where: str) -> None:
+    for at, good, expected in [*_ranges(recipe), *_term_ranges(recipe)]:
+        if not good:
+            value = recipe
+            for key in at.split("."):
+                value = value[key] if isinstance(value, dict) else getattr(value, key)
+            raise ValueError(f"{where}: {at} is {strict.show(value)}; {expected}")
+
+
+def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+    """(field, holds, what was expected), without the terms."""
+    mask, decoder, optim = recipe.mask, recipe.student.decoder, recipe.optim
+    yield "terms", bool(recipe.terms), "at least one term was expected"
+    yield "seed", -(2**63) <= recipe.seed < 2**63, "a 64-bit integer was expected"
+    yield "prepare.mean", len(recipe.prepare.mean) == len(recipe.prepare.std) > 0, "as many numbers as in prepare.std"
+    yield "prepare.std", all(s > 0 for s in recipe.prepare.std), "numbers above 0 were expected"
+    yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected"
+    yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
+    yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
+    yield (
+        "student.fused_blocks",
+        len(set(recipe.student.fused_blocks)) == len(recipe.student.fused_blocks),
+        "no block twice",
+    )
+    if decoder is not None:
+        yield "student.decoder.depth", decoder.depth >= 0, "at least 0 was expected"
+        yield (
+            "student.decoder.width",
+            decoder.width > 0 and decoder.width % 4 == 0,
+            "a positive multiple of 4 was expected",
+        )
+        divides = decoder.heads > 0 and decoder.width % decoder.heads == 0
+        yield "student.decoder.heads", divides, f"a divisor of the decoder's width {decoder.width} was expected"
+        yield "student.decoder.mlp_ratio", decoder.mlp_ratio > 0, "a number above 0 was expected"
+    for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
+        yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
+    yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
+    yield "optim.epochs", optim.epochs >= 1, "at least 1 was expected"
+    yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
+
+
+def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+    for name, term in recipe.terms.items():
+        at, pixels, decoded = f"terms.{name}", term.target == "pixels", term.tap == "decoder"
+        is_tap = decoded or ENCODER_TAP.fullmatch(term.tap) is not None
+        yield f"{at}.tap", is_tap, "final, block<i>, mean_ln, learned or decoder was expected"
+        yield (
+            f"{at}.tap",
+            not decoded or recipe.student.decoder is not None,
+            "student.decoder is null; give one, or another tap",
+        )
+        wanted = "predicted was expected: that is what a decoder makes" if decoded else "visible or cls was expected"
+        yield f"{at}.positions", (term.positions == "predicted") == decoded, f"tap {term.tap}: {wanted}"
+        yield f"{at}.target", not pixels or decoded, "tap decoder was expected with it"
+        yield f"{at}.teachers", not (pixels and term.teachers), "none was expected with target pixels"
+        yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
+        fits = term.transform in (("none", "norm_pix") if pixels else ("none", "ln0", "l2", "channel"))
+        yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2 or channel"
+        on_cls = term.positions == "cls" and term.transform == "channel"
+        yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"
+        yield f"{at}.distance", not pixels or term.distance == "mse", "mse was expected with target pixels"
+        yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
+        yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"

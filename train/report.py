@@ -1,0 +1,186 @@
+"""What OUT says about itself: recipe.yaml, run.json, README.md, and the plan printed before the first step."""
+
+import contextlib
+import json
+import os
+import subprocess
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mrmae.train import optim
+from mrmae.train.checkpoint import write_atomically
+from mrmae.train.log import human_time
+from mrmae.train.recipe import to_dict
+from mrmae.train.run import Run, cache_ids, random_teachers, versions
+
+ITEM_BYTES = {"int8": 1, "float16": 2}
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+
+    def write(aside: Path) -> None:
+        aside.write_text(text, encoding="utf-8")
+
+    write_atomically(path, write)
+
+
+def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
+    """Write recipe.yaml (resolved), run.json (one entry in `sessions` per start) and README.md.
+
+    command: what continues the run. how: options that are not part of the recipe.
+    """
+    write_text(run.out / "recipe.yaml", yaml.safe_dump(to_dict(run.recipe), sort_keys=False))
+    path, sessions = run.out / "run.json", []
+    with contextlib.suppress(OSError, ValueError):
+        sessions = json.loads(path.read_text())["sessions"]
+    session = {
+        "command": command,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "from_step": run.step,
+        "device": str(run.device),
+        "precision": run.precision,
+        **how,
+        "versions": versions(),
+        "git": git_state(Path(__file__).parent),
+        "notes": run.notes,
+    }
+    facts = {**source_of(run), "sessions": [*sessions, session]}
+    write_text(path, json.dumps(facts, indent=2) + "\n")
+    write_text(run.out / "README.md", readme(run, command))
+
+
+def source_of(run: Run) -> dict[str, Any]:
+    """Where the student comes from, in plain values: recipe, cache and its ids, every teacher with its weights."""
+    teachers = {}
+    for teacher in sorted(run.needed):
+        spec = run.cache.columns[run.cache.teachers[teacher]].spec
+        teachers[teacher] = {
+            "model": f"{spec.library}:{spec.model}" + (f"/{spec.tag}" if spec.tag else ""),
+            "weights": spec.weights,
+            "tap": spec.tap,
+        }
+    return {
+        "recipe": run.recipe.name,
+        "student": run.recipe.student.model,
+        "cache": str(run.cache.path),
+        "cache_ids": cache_ids(run.cache, run.needed),
+        "images": len(run.cache.numbers),
+        "teachers": teachers,
+    }
+
+
+def random_line(run: Run) -> str | None:
+    """The sentence every report carries where a teacher's weights are random."""
+    names = [name for name in random_teachers(run.cache) if name in run.needed]
+    if not names:
+        return None
+    return f"RANDOM WEIGHTS: the features of {', '.join(names)} come from untrained teachers; what mimics them is a test, not a model"
+
+
+def plan_lines(run: Run) -> list[str]:
+    """The resolved plan, a line per fact: what is trained, on what, how long, at which learning rate."""
+    o, share = run.recipe.optim, run.share
+    described = run.model.describe()
+    width = max(len(name) for name in [*described, "features read"])
+    split = (
+        f" = {share.ranks} processes x {share.accum} micro-batches x {share.micro_size}"
+        if share.batch_size != share.micro_size
+        else ""
+    )
+    l = run.info.n_patches
+    facts = {
+        "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
+        "cache": f"{run.cache.path}: {len(run.cache.numbers):,} images x {run.cache.n_views} views, {run.info.size} px",
+        **{f"column {t}": column_words(run, t) for t in sorted(run.needed)},
+        **described,
+        "tokens": f"{run.model.n_keep + 1} encoder, {run.model.n_keep + 1 + run.model.n_predict} decoder per image, of {l + 1}",
+        "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
+        "batch": f"{o.batch_size} images per update{split}; {run.updates} updates per epoch, {run.total:,} in {o.epochs} epochs;"
+        f" {len(run.cache.numbers) - run.updates * o.batch_size} images left out of each epoch, others every time",
+        "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
+        f" warm-up {o.warmup_epochs:g} epochs, cosine to {o.min_lr:g}",
+        "device": f"{run.device}, {run.precision}",
+    }
+    lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
+    warning = random_line(run)
+    return [*lines, *([warning] if warning else []), *run.notes]
+
+
+def column_words(run: Run, teacher: str) -> str:
+    """One teacher's column and the arrays read from it."""
+    column = run.cache.columns[run.cache.teachers[teacher]]
+    spec = column.spec
+    return (
+        f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width},"
+        f" {column.quantiser.dtype}; reads {', '.join(sorted(run.needed[teacher]))}"
+    )
+
+
+def feature_bytes(run: Run) -> int:
+    """Bytes of cached features read per image and epoch."""
+    total, l = 0, run.info.n_patches
+    for teacher, arrays in run.needed.items():
+        column = run.cache.columns[run.cache.teachers[teacher]]
+        width = column.spec.width
+        sizes = {"tokens": l * width * ITEM_BYTES[column.quantiser.dtype], "cls": 2 * width}
+        total += sum(sizes.get(name, 2 * l) for name in arrays)
+    return total
+
+
+def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[str]:
+    """The last lines of a session: what to open, or how to continue."""
+    warning = random_line(run)
+    if summary["finished"]:
+        lines = [
+            f"finished: {run.recipe.optim.epochs} epochs, {human_time(summary['seconds'])} in this session",
+            f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
+            f'student   timm.create_model("local-dir:{run.out / "student"}", pretrained=True)',
+        ]
+        return [*lines, *([warning] if warning else [])]
+    where = f"update {run.step} of {run.total} (epoch {run.epoch + 1} of {run.recipe.optim.epochs})"
+    return [f"stopped by {summary['stopped']} after {where}, saved; to continue:", f"    {command}"]
+
+
+def readme(run: Run, command: str) -> str:
+    """OUT/README.md: what this is, how to go on, how to load the student."""
+    warning = random_line(run)
+    return "\n".join(
+        [
+            f"# {run.recipe.name}: {run.recipe.student.model}",
+            *(["", f"**{warning}.**"] if warning else []),
+            "",
+            "Continue after a stop or a kill, or see that it is finished: the same command again.",
+            "",
+            f"    {command}",
+            "",
+            "Load the finished student in timm:",
+            "",
+            f'    timm.create_model("local-dir:{run.out / "student"}", pretrained=True)',
+            "",
+            "| file | holds |",
+            "| --- | --- |",
+            "| `student/` | the encoder as timm loads it |",
+            "| `recipe.yaml` | everything that decides the result, resolved |",
+            "| `run.json` | cache ids, teachers, and per start: command, device, versions, git state |",
+            "| `log.jsonl`, `tensorboard/` | losses per term, speed, learning rate |",
+            "| `panels/`, `curves.png` | pictures |",
+            "| `checkpoints/` | the whole training state, readable with `torch.load(weights_only=True)` |",
+            "",
+        ]
+    )
+
+
+def git_state(folder: Path) -> str | None:
+    """Commit of the checkout `folder` lies in, with `+changes` where it was edited; None outside a checkout."""
+    try:
+        ask = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"]
+        tracked = ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name]
+        subprocess.run(tracked, check=True, capture_output=True, timeout=10, env=os.environ)
+        return subprocess.run(ask, check=True, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,158 @@
+"""Plain yaml values -> frozen dataclasses, strictly: every key and type is checked, nothing is guessed.
+
+Errors name the key, its value and what was expected. Only what recipes use is supported: numbers, strings, bools, Literal
+choices, tuples, `T | None`, nested dataclasses and `dict[str, dataclass]`.
+"""
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Literal
+
+import yaml
+
+
+class UniqueKeys(yaml.SafeLoader):
+    """PyYAML's safe loader keeps the last of two equal keys; this one refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """The mapping of `node`. Raises ConstructorError where a key appears twice."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} appears twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def override(values: dict[str, Any], text: str) -> None:
+    """Set one dotted key of nested dicts in place from `a.b=value`, the value in yaml."""
+    name, equals, value_text = text.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {text!r}: is not KEY=VALUE; expected e.g. --set optim.lr_per_256=1.0e-3")
+    try:
+        value = yaml.load(value_text, Loader=UniqueKeys)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {text!r}: the value is not valid yaml ({error}); quote it") from error
+    for key in keys[:-1]:
+        child = values.setdefault(key, {})
+        if child is None:
+            child = values[key] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"--set {text!r}: {key} is {show(child)}, which has no keys; set {key} itself")
+        values = child
+    values[keys[-1]] = value
+
+
+def build(kind: Any, values: Any, where: str, at: str = "") -> Any:
+    """A dataclass of type `kind` from a mapping. Raises ValueError at the first unknown, missing or mistyped key."""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: {at or 'the recipe'} is {show(values)}; a mapping of its keys was expected")
+    hints = typing.get_type_hints(kind)
+    for key in values:
+        if key not in hints:
+            raise ValueError(f"{where}: {join(at, key)} is not a key of a recipe; {nearest(str(key), hints)}")
+    required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
+    for key in required:
+        if key not in values:
+            raise ValueError(f"{where}: {join(at, key)} is missing; expected {expected(hints[key])}; add it")
+    return kind(**{key: convert(hints[key], value, where, join(at, key)) for key, value in values.items()})
+
+
+def convert(kind: Any, value: Any, where: str, at: str) -> Any:
+    """`value` as the annotated type `kind`. A number like 1e-3, which yaml reads as a string, is a float."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return None if value is None else convert(arguments[0], value, where, at)
+    if is_dataclass(kind):
+        return build(kind, value, where, at)
+    if origin is dict and isinstance(value, Mapping):
+        entries = ((entry_name(key, where, at), inner) for key, inner in value.items() if inner is not None)
+        return {key: build(arguments[1], inner, where, join(at, key)) for key, inner in entries}
+    if origin is tuple and isinstance(value, list | tuple):
+        inner_kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
+        if len(inner_kinds) == len(value):
+            return tuple(convert(k, v, where, f"{at}[{i}]") for i, (k, v) in enumerate(zip(inner_kinds, value)))
+    elif origin is Literal and isinstance(value, str):
+        if value in arguments:
+            return value
+        raise ValueError(f"{where}: {at} is {show(value)}; {nearest(value, arguments)}")
+    elif kind is float and (number := finite_float(value)) is not None:
+        return number
+    elif kind is not float and type(value) is kind:
+        return value
+    raise ValueError(f"{where}: {at} is {show(value)}; expected {expected(kind)}")
+
+
+def finite_float(value: Any) -> float | None:
+    """`value` as a finite float, or None where it is not one."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def entry_name(value: Any, where: str, at: str) -> str:
+    """A key of a `dict[str, ...]`. Names become parts of parameter names and of `--set` keys, so they hold no dots."""
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_-]+", value):
+        raise ValueError(f"{where}: {at} has the name {value!r}; expected letters, digits, - and _")
+    return value
+
+
+def expected(kind: Any) -> str:
+    """The annotated type `kind` in words."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is types.UnionType:
+        return f"{expected(arguments[0])}, or null"
+    if origin is Literal:
+        return choices(arguments)
+    if origin is tuple:
+        few = "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
+        return f"{few}, each {expected(arguments[0])}"
+    if origin is dict or is_dataclass(kind):
+        return "a mapping"
+    return {float: "a finite number", int: "an integer", bool: "true or false", str: "a string"}[kind]
+
+
+def plain(value: Any) -> Any:
+    """Tuples become lists, so that yaml and json give the same value back."""
+    if isinstance(value, dict):
+        return {key: plain(inner) for key, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flat(value, join(at, key)) if isinstance(value, dict) else {join(at, key): value}
+    return result
+
+
+def join(at: str, key: object) -> str:
+    """The dotted name of `key` inside `at`."""
+    return f"{at}.{key}" if at else str(key)
+
+
+def show(value: Any) -> str:
+    """A value as it should stand in an error."""
+    return {dict: "a mapping", type(None): "null"}.get(type(value), repr(value))
+
+
+def choices(names: Iterable[str]) -> str:
+    """`one of a, b, c`."""
+    return "one of " + ", ".join(names)
+
+
+def nearest(word: str, names: Iterable[str]) -> str:
+    """`did you mean x?`, or all the names where none is near."""
+    names = list(names)
+    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"expected {choices(names)}"

@@ -1,0 +1,227 @@
+"""The student: a plain timm VisionTransformer on visible patches, MAE's decoder on the hidden ones, and the taps between.
+
+Restructured, not stock: patches are gathered before anything is computed, the decoder's order is [CLS | visible | predicted],
+and only predicted patches leave it. Attention is permutation-equivariant, so nothing is un-shuffled. The encoder's modules are
+timm's own, so its state dict is timm's.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import timm
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64, Int64, UInt8
+from timm.layers.norm import LayerNorm
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from mrmae.kernels import dispatch
+from mrmae.train.masks import Masks
+from mrmae.train.recipe import Decoder
+
+LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
+
+
+def sincos_positions(grid: tuple[int, int], width: int) -> Float64[Tensor, "l+1 width"]:
+    """Fixed 2-D sin-cos positions, temperature 10000; row 0 belongs to CLS and is zero.
+
+    The first half of the channels encodes the column, the second the row, each as [sin.., cos..].
+    Raises ValueError unless width is a multiple of 4. MAE (arXiv 2111.06377), the numerics of its released code.
+    """
+    if width % 4:
+        raise ValueError(f"positions: width {width}; a multiple of 4 was expected; choose another width")
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    angles = [place.flatten()[:, None] * frequency for place in (column, row)]
+    patches = torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])
+
+
+def build_vit(name: str, *, size: int, patch: int, grid: tuple[int, int], channels: int = 3) -> VisionTransformer:
+    """timm's VisionTransformer `name` at another image and patch size, without classifier, with fixed sin-cos positions.
+
+    Raises ValueError for unknown names (with the nearest ones) and for models that are more than a plain ViT with a CLS token and
+    absolute positions: their extra parts would be skipped silently.
+    """
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3, cutoff=0.4)
+        raise ValueError(
+            f"student {name!r}: timm has no such model; a plain ViT like vit_base_patch16_224 was expected; "
+            f"did you mean {' or '.join(near) or 'vit_base_patch16_224'}?"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):
+            vit = timm.create_model(
+                name,
+                pretrained=False,
+                img_size=size,
+                patch_size=patch,
+                in_chans=channels,
+                num_classes=0,
+                global_pool="token",
+                fc_norm=False,
+            )
+        surplus = what_is_not_plain(vit)
+    except (TypeError, AssertionError, RuntimeError, ValueError) as error:
+        surplus = f"it cannot be built with a CLS token at {size} px and patch {patch} ({error})"
+    if surplus:
+        raise ValueError(
+            f"student {name!r}: {surplus}; a plain timm VisionTransformer with a CLS token and absolute positions was expected; "
+            "use vit_tiny, vit_small, vit_base, vit_large or vit_huge"
+        )
+    assert isinstance(vit, VisionTransformer)
+    vit.pos_embed = nn.Parameter(sincos_positions(grid, vit.embed_dim).to(torch.float32)[None], requires_grad=False)
+    return vit
+
+
+def what_is_not_plain(vit: nn.Module) -> str:
+    """What `encode` would skip in this model; empty for a plain ViT."""
+    if type(vit) is not VisionTransformer:
+        return f"it is a {type(vit).__name__}"
+    if vit.cls_token is None or vit.num_prefix_tokens != 1:
+        return f"it has {vit.num_prefix_tokens} prefix tokens instead of one CLS token"
+    if vit.pos_embed is None or vit.no_embed_class:
+        return "it has no absolute position per token"
+    if type(vit.patch_embed) is not PatchEmbed or not isinstance(vit.patch_embed.norm, nn.Identity):
+        return f"its patch embedding is {type(vit.patch_embed).__name__} or has a norm"
+    if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm) or vit.attn_pool is not None:
+        return "it has a norm before its blocks, no final LayerNorm, or attention pooling"
+    return ""
+
+
+def initialise(model: nn.Module, seed: int) -> None:
+    """MAE's initial weights, each parameter a function of (seed, its name) only: shared parts of two recipes start equal.
+
+    Linear: xavier uniform, bias 0 (qkv as one matrix); patch embedding: xavier on its [d, c*p*p] view; LayerNorm 1 and 0;
+    CLS and mask tokens N(0, 0.02). What has its own start (LayerScale, fusion weights) keeps it.
+    """
+    for at, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator_of(seed, f"{at}.weight"))
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+    for name, parameter in model.named_parameters():
+        if name.rpartition(".")[2] in ("cls_token", "mask_token"):
+            nn.init.normal_(parameter, std=0.02, generator=generator_of(seed, name))
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Random numbers that depend on (seed, name) only."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a matrix product with `x` runs in: autocast's where it is on."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def encode(
+    vit: VisionTransformer,
+    pixels: UInt8[Tensor, "b h w c"],
+    ids_keep: Int64[Tensor, "v k"],
+    *,
+    scale: Float[Tensor, " c"],
+    shift: Float[Tensor, " c"],
+    keep_blocks: Iterable[int] = (),
+    kernels: str = "auto",
+) -> tuple[Float[Tensor, "v k+1 d"], dict[int, Float[Tensor, "v k+1 d"]]]:
+    """`final` (last block, then the final norm) of [CLS | visible], and the raw outputs of `keep_blocks`, counted from 1.
+
+    The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
+    """
+    assert vit.pos_embed is not None and vit.cls_token is not None
+    proj, patch, position = vit.patch_embed.proj, vit.patch_embed.patch_size[0], vit.pos_embed[0]
+    patches = dispatch.gather_patches(
+        pixels,
+        ids_keep,
+        patch=patch,
+        scale=scale,
+        shift=shift,
+        channels_last=True,
+        dtype=compute_dtype(proj.weight),
+        kernels=kernels,
+    )
+    tokens = F.linear(patches, proj.weight.flatten(1), proj.bias)
+    x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
+    outputs = {}
+    for number, block in enumerate(vit.blocks, start=1):
+        x = block(x)
+        if number in keep_blocks:
+            outputs[number] = x
+    return vit.norm(x), outputs
+
+
+class MaskDecoder(nn.Module):
+    """MAE's decoder over [CLS | visible | mask tokens], then LayerNorm of the mask tokens: the tap `decoder`.
+
+    Mask tokens stand at the predicted patches only: hidden patches nobody predicts are absent. CLS has no position.
+    """
+
+    position: Tensor
+
+    def __init__(self, width_in: int, recipe: Decoder, grid: tuple[int, int]) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width_in, recipe.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, recipe.width))
+        self.register_buffer("position", sincos_positions(grid, recipe.width)[1:].float(), persistent=False)
+        with torch.random.fork_rng(devices=[]):
+            self.blocks = nn.Sequential(
+                *(
+                    Block(recipe.width, recipe.heads, mlp_ratio=recipe.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
+                    for _ in range(recipe.depth)
+                )
+            )
+        self.norm = LayerNorm(recipe.width)
+
+    def forward(self, final: Float[Tensor, "v k+1 d"], masks: Masks) -> Float[Tensor, "v m width"]:
+        """Decoded tokens at `ids_predict`."""
+        x = self.embed(final)
+        visible = x[:, 1:] + self.position[masks.ids_keep]
+        hidden = self.mask_token + self.position[masks.ids_predict]
+        x = self.blocks(torch.cat([x[:, :1], visible, hidden], dim=1))
+        out: Tensor = self.norm(x[:, final.shape[1] :])
+        return out
+
+
+class MeanOfNorms(nn.Module):
+    """Tap `mean_ln`: the mean over chosen blocks of their outputs, each through a LayerNorm of its own.
+
+    The form of MR-MAE's multi-layer fusion is not published: inferred.
+    """
+
+    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(width, eps=LN_EPS) for i in blocks})
+
+    def forward(self, outputs: dict[int, Tensor], norm: nn.Module) -> Tensor:
+        """Fuse raw block outputs; `norm`, the encoder's final one, is not used."""
+        return torch.stack([layer(outputs[int(i)]) for i, layer in self.norms.items()]).mean(dim=0)
+
+
+class LearnedSum(nn.Module):
+    """Tap `learned`: the encoder's final norm of a weighted sum of all block outputs; it starts at the last block (MaskAlign)."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.01] * (len(blocks) - 1) + [1.01]))
+
+    def forward(self, outputs: dict[int, Tensor], norm: nn.Module) -> Tensor:
+        """Fuse the raw outputs of all blocks, in order."""
+        mixed = sum(w * outputs[i] for i, w in enumerate(self.weight.unbind(), start=1))
+        out: Tensor = norm(mixed)
+        return out
+
+
+def unpatchify(patches: Float[Tensor, "b l P"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b h w c"]:
+    """Patches flattened (c, p, q), in raster order, as images."""
+    b, channels = patches.shape[0], patches.shape[2] // patch**2
+    cells = patches.reshape(b, *grid, channels, patch, patch)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(b, grid[0] * patch, grid[1] * patch, channels)
