@@ -8,34 +8,22 @@ rows of its run only. Rows are appended to benchmarks/results/kernels.csv, or `-
 backward of the two transformers of ViT-B/16 MAE, which no kernel here touches.
 """
 
-import csv
 import itertools
-import platform
-import statistics
-import subprocess
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
 import torch.nn.functional as F
+from measure import append, copy_row, machine, moved_bytes, peak_bytes, saved_bytes, size, time_ms
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mrmae.kernels import dispatch, ids
 
-ROOT = Path(__file__).parent
-COLUMNS = (
-    "kernel,provider,mode,shape,p20_ms,p50_ms,p80_ms,gb_per_s,pct_copy,minimal_bytes,moved_bytes,saved_bytes,peak_bytes,error,repeatable,"
-    "device,torch,triton,commit,date"
-).split(",")
 SIDE, PATCH, L, K, D, D_T = 224, 16, 196, 49, 768, 768
 M, P = L - K, 3 * PATCH**2
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -123,10 +111,6 @@ class Stage:
     minimal: Callable[[Inputs, str], int]
 
 
-def size(*tensors: Tensor) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
-
-
 def touched_sectors(x: Inputs, at: Tensor) -> int:
     """Bytes of the 32-byte sectors under the patches at `at`: the least a scattered uint8 gather can read."""
     row = 3 * SIDE
@@ -174,54 +158,22 @@ def make_inputs(n: int, device: str, seed: int) -> Inputs:
     def normal(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(shape, generator=g, device=device).to(dtype)
 
-    return {
+    all_tokens, all_pred = normal(n, L, D), normal(n, L, P)
+    x = {
         "image": torch.randint(0, 256, (n, SIDE, SIDE, 3), generator=g, dtype=torch.uint8, device=device),
         "mean": mean, "std": std, "factor": 1 / (255 * std), "shift": -mean / std, "keep": keep, "hidden": hidden,
         "masked": torch.zeros(n, L, device=device).scatter_(1, hidden, 1.0),
-        "tokens": normal(n, K, D).requires_grad_(), "all_tokens": normal(n, L, D).requires_grad_(),
+        "all_tokens": all_tokens, "tokens": pick(all_tokens, keep), "all_pred": all_pred, "pred": pick(all_pred, hidden),
         "position": normal(L, D, dtype=torch.float32), "cls_row": normal(D, dtype=torch.float32),
-        "pred": normal(n, M, P).requires_grad_(), "all_pred": normal(n, L, P).requires_grad_(),
-        "student": normal(n, K, D_T).requires_grad_(),
+        "student": normal(n, K, D_T),
         "codes": torch.randint(-127, 128, (n, L, D_T), generator=g, dtype=torch.int8, device=device),
         "scale": torch.rand(n, L, generator=g, device=device).half() / 100,
         "channel_mean": normal(D_T, dtype=torch.float32), "channel_std": normal(D_T, dtype=torch.float32).abs() + 0.5,
     }  # fmt: skip
+    return x | {name: x[name].requires_grad_() for name in ("all_tokens", "tokens", "all_pred", "pred", "student")}
 
 
-# Measurements.
-
-
-class CountBytes(TorchDispatchMode):
-    """Bytes read and written by every operation that is no view; a gather reads the rows it picks."""
-
-    PICKS = ("index.Tensor", "gather.default", "index_select.default")
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    @staticmethod
-    def real(t: Tensor) -> int:
-        """Bytes of the distinct elements: an expanded dimension is read once."""
-        return (
-            t.element_size() * int(torch.tensor([n for n, s in zip(t.shape, t.stride()) if s]).prod())
-            if t.numel()
-            else 0
-        )
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-        name = func.__name__
-        if is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view", "arange")):
-            return out
-        written = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if name in self.PICKS:
-            read = [t for t in read if t.dtype == torch.int64] + written
-        self.bytes += sum(map(self.real, read)) + sum(map(self.real, written))
-        return out
+# Measurements, on top of measure.py.
 
 
 def forward_and_backward(call: Callable[[Inputs], Tensor], leaf: str | None) -> Callable[[Inputs], Any]:
@@ -234,70 +186,6 @@ def forward_and_backward(call: Callable[[Inputs], Tensor], leaf: str | None) -> 
 
 def upstream(out: Tensor) -> Tensor:
     return torch.ones_like(out) if out.ndim == 0 else torch.full_like(out, 0.5)
-
-
-def saved_bytes(call: Callable[[Inputs], Tensor], x: Inputs) -> int:
-    """Bytes that autograd keeps for backward, beyond the inputs themselves, which live anyway."""
-    inputs = {t.untyped_storage().data_ptr() for t in x.values() if isinstance(t, Tensor)}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        if t.untyped_storage().data_ptr() not in inputs:
-            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = call(x)  # kept alive, so that no storage is counted under a reused address
-    del out
-    return sum(kept.values())
-
-
-def moved_bytes(step: Callable[[Inputs], Any], x: Inputs) -> int:
-    with CountBytes() as counter:
-        step(x)
-    return counter.bytes
-
-
-def time_ms(run: Callable[[int], Any], device: str, budget_s: float) -> tuple[float, float, float]:
-    """p20, p50, p80 of repeated runs, at least 5, until the budget is spent; the L2 cache is cleared before each on CUDA."""
-    cuda = device == "cuda"
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device=device) if cuda else None
-    for i in range(3):
-        run(i)
-    times: list[float] = []
-    end = time.perf_counter() + budget_s
-    while len(times) < 5 or (time.perf_counter() < end and len(times) < 200):
-        if flush is None:
-            start = time.perf_counter()
-            run(len(times))
-            times.append((time.perf_counter() - start) * 1e3)
-        else:
-            flush.zero_()
-            before, after = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            before.record()
-            run(len(times))
-            after.record()
-            after.synchronize()
-            times.append(before.elapsed_time(after))
-    p20, _, _, p80 = statistics.quantiles(times, n=5)
-    return p20, statistics.median(times), p80
-
-
-def copy_gb_per_s(device: str, budget_s: float) -> float:
-    """Bandwidth of a plain copy of a large buffer: the ceiling of this machine, now."""
-    source = torch.ones((1 << 30 if device == "cuda" else 1 << 28) // 4, device=device)
-    target = torch.empty_like(source)
-    _, p50, _ = time_ms(lambda _: target.copy_(source), device, budget_s)
-    return 2 * size(source) / p50 / 1e6
-
-
-def peak_bytes(step: Callable[[Inputs], Any], x: Inputs, device: str) -> int | str:
-    if device != "cuda":
-        return ""
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step(x)
-    return torch.cuda.max_memory_allocated() - before
 
 
 def exact(call: Callable[[Inputs], Tensor], x: Inputs) -> Tensor:
@@ -397,46 +285,6 @@ def transformer_row(n: int, device: str, budget_s: float) -> dict[str, Any]:
     return row | {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80}
 
 
-def machine(device: str) -> dict[str, str]:
-    """Where and with what the rows were measured."""
-    cpu = next(
-        (s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s), ""
-    )
-    name = (
-        torch.cuda.get_device_name()
-        if device == "cuda"
-        else f"CPU, {torch.get_num_threads()} thread(s), {cpu or platform.machine()}"
-    )
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "../kernels"], capture_output=True, text=True).stdout.strip()
-    try:
-        triton = version("triton")
-    except PackageNotFoundError:
-        triton = ""
-    today = datetime.now(UTC).date().isoformat()
-    return {
-        "device": name,
-        "torch": torch.__version__,
-        "triton": triton,
-        "commit": commit + "+" * bool(dirty),
-        "date": today,
-    }
-
-
-def shown(value: Any) -> Any:
-    return f"{value:.4g}" if isinstance(value, float) else value
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
-
-
 def report(rows: list[dict[str, Any]]) -> None:
     """The short table: one line per stage, mode and provider, the ratio to the compiled reference (or eager) beside it."""
     click.echo(f"{'kernel':<26}{'mode':<10}{'shape':<8}{'provider':<20}{'ms':>9}{'GB/s':>9}{'% copy':>8}{'vs ref':>8}")
@@ -451,6 +299,17 @@ def report(rows: list[dict[str, Any]]) -> None:
             )
 
 
+def losers(rows: list[dict[str, Any]]) -> list[str]:
+    """Where Triton is slower than the compiled reference: `AUTO` in kernels/dispatch.py must not pick it."""
+    speed = {(r["kernel"], r["mode"], r["shape"], r["provider"]): r["p50_ms"] for r in rows}
+    found = []
+    for (*case, provider), ms in speed.items():
+        compiled = speed.get((*case, "reference compiled"))
+        if provider == "triton" and compiled is not None and ms > compiled:
+            found.append(f"{' '.join(case)}: {ms:.3f} ms against {compiled:.3f} ms")
+    return found
+
+
 @click.command()
 @click.option(
     "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="auto: CUDA where there is a GPU."
@@ -461,24 +320,28 @@ def report(rows: list[dict[str, Any]]) -> None:
 @click.option("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice.")
 @click.option("--compiled/--no-compiled", default=True, help="Also measure the compiled providers.")
 @click.option("--budget-s", default=0.5, help="Seconds of repetitions per row.")
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results/kernels.csv", help="CSV to append to.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path(__file__).parent / "results/kernels.csv",
+    help="CSV to append to.",
+)
 def main(device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budget_s: float, out: Path) -> None:
     """Measure every kernel and append the rows to a CSV; the table comes last."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if threads:
         torch.set_num_threads(threads)
     sizes = sizes or ((64, 256, 1024) if device == "cuda" else (8,))
-    copy = copy_gb_per_s(device, budget_s)
-    rows = [
-        {"kernel": "copy", "provider": "torch", "mode": "forward", "shape": "large", "p50_ms": 0.0, "gb_per_s": copy}
-    ]
+    rows = [copy_row(device, budget_s)]
     for name, n in itertools.product(STAGES, sizes):
         for row in stage_rows(name, n, device, compiled=compiled, budget_s=budget_s, first=n == sizes[0]):
-            rows.append(row | {"pct_copy": 100 * row["gb_per_s"] / copy})
+            rows.append(row | {"pct_copy": 100 * row["gb_per_s"] / rows[0]["gb_per_s"]})
             click.echo(f"{name} {n} {row['provider']} {row['mode']}", err=True)
-    rows.append(transformer_row(sizes[0], device, budget_s))
+    rows.append(transformer_row(sizes[0] if device == "cuda" else 2, device, budget_s))
     append(out, [row | machine(device) for row in rows])
     report(rows)
+    for line in losers(rows):
+        click.echo(f"slower than the compiled reference: {line}")
 
 
 if __name__ == "__main__":

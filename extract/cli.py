@@ -49,10 +49,17 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     except (ValueError, OSError) as error:
         if traceback:
             raise
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(in_one_line(error)) from None
     except KeyboardInterrupt:
         click.echo(f"stopped; committed shards are kept in {cache}; the same command continues", err=True)
         raise SystemExit(130) from None
+
+
+def in_one_line(error: ValueError | OSError) -> str:
+    """The message for a person: without the error number where the text explains itself."""
+    if isinstance(error, OSError) and error.filename is None and error.strerror:
+        return error.strerror
+    return str(error)
 
 
 if __name__ == "__main__":

@@ -157,8 +157,9 @@ def build_sized(
     try:
         return build_loaded(request, config, native.state_dict(), {"img_size": size})
     except ValueError as error:
+        reason = str(error).removeprefix(f"{request.where}: ").partition(";")[0]
         raise ValueError(
-            f"{request.where}: cannot run at {size[0]} px, which the grid asks for ({error}); "
+            f"{request.where}: cannot run at {size[0]} px, which the grid asks for ({reason}); "
             f"run it at its own size with ?input_size={native_size[0]} (its map is then resampled to the grid)"
         ) from None
 

@@ -91,7 +91,7 @@ def linear_tail(weight: Tensor, bias: Tensor | None) -> StateDict:
 def apply_tail(tokens: Tensor, tail: Mapping[str, Tensor], tap: str) -> Tensor:
     """Tokens at `post_ln` or `projected`, from tokens at `pre_tail` [..., d] in fp32.
 
-    ValueError where the tower's tail does not define that tap. Reference: methods.md 1.2, LayerNorm with its own eps.
+    ValueError where the tower's tail does not define that tap.
     """
     if tap not in ("post_ln", "projected") or not has_norm(tail) or (tap == "projected" and "proj.weight" not in tail):
         raise ValueError(f"tap {tap!r} does not follow from this tower's tail ({', '.join(tail) or 'empty'}); "

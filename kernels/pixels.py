@@ -126,9 +126,8 @@ def pixel_loss_cpu(
 ) -> tuple[Tensor, Tensor]:
     work = reference.wide(image, pred, scale)
     loss = reference.pixel_loss(image, pred, ids, scale, shift, patch=patch, norm_pix=norm_pix)
-    _, mean, rstd = reference.pixel_stats(image, ids, scale, shift, patch=patch, work=work)
-    stats = torch.stack([mean, rstd])[..., 0]
-    return loss, stats if norm_pix else torch.stack([torch.zeros_like(stats[0]), torch.ones_like(stats[0])])
+    _, stats = reference.pixel_target(image, ids, scale, shift, patch=patch, norm_pix=norm_pix, work=work)
+    return loss, stats
 
 
 def pixel_loss_cuda(

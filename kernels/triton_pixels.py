@@ -370,7 +370,7 @@ def pixel_loss_backward(
     *,
     patch: int,
 ) -> Launch:
-    """grad [v, m] of any strides (a mean's gradient is expanded: stride 0); out [v, m, P], contiguous."""
+    """grad [v, m] of any strides (a sum's gradient is expanded: stride 0); out [v, m, P], contiguous."""
     tile = pixel_tile(image, patch)
     return Launch(
         pixel_loss_backward_kernel,

@@ -21,14 +21,14 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mrmae.shards import verify
-from mrmae.shards.commit import Unit, bad_images, commit_path, committed, units
+from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
 from mrmae.shards.plan import PIXELS, Plan, column_folder, load_plan, read_samples, tail_path, tar_path
 from mrmae.shards.quantize import Quantiser, dequantise
 from mrmae.shards.reader import Damaged, ShardFile, read_members
 from mrmae.shards.spec import TeacherSpec, signed_hashes
 from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import PixelIndex, parse_row, read_index
-from mrmae.shards.zarr_io import Layout, shard_path
+from mrmae.shards.zarr_io import Layout, seal, shard_path
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Indices = Sequence[int] | Numbers | Tensor
@@ -242,7 +242,10 @@ class Cache:
     def shard_file(self, column: str, view: int, shard: int, name: str, dims: int) -> ShardFile:
         """The opened shard file of one array."""
         path = shard_path(column_folder(self.path, view, column), name, shard, dims)
-        file = self._opened.get(path) or self._opened.setdefault(path, ShardFile(path, self.shard_samples))
+        file = self._opened.get(path)
+        if file is None:
+            mark = seal(self.columns[column].id, view, name, shard)
+            file = self._opened.setdefault(path, ShardFile(path, self.shard_samples, mark))
         assert isinstance(file, ShardFile)
         return file
 
@@ -256,6 +259,8 @@ class Cache:
             except ValueError as error:
                 raise Damaged(path, None, str(error)) from None
             start = shard * self.shard_samples
+            if index.of != pixels_of(self.plan, view, shard):
+                raise Damaged(path, None, f"its index belongs to {index.of}")
             if index.keys != self.keys[start : start + self.shard_samples]:
                 raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
             self._opened[path] = index

@@ -60,8 +60,13 @@ def store_pixels(
     if [row.number for row in rows] != list(expected):
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
-    record = write_pixel_tar(tar_path(path, view, shard), rows)
+    record = write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard))
     commit(path, plan, view, PIXELS, shard, {**(about or {}), **record})
+
+
+def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
+    """What a pixel tar belongs to: its sidecar says so, that exchanged tars are told apart."""
+    return {"geometry_id": plan.geometry_id, "view": view, "shard": shard}
 
 
 def store_column(

@@ -27,10 +27,10 @@ class Damaged(ValueError):
 
 
 class ShardFile:
-    """One zarr shard file with one chunk per sample. Thread-safe; the index is read and verified once."""
+    """One zarr shard file with one chunk per sample. Thread-safe; seal and index are read and verified once."""
 
-    def __init__(self, path: Path, shard_samples: int) -> None:
-        self.path, self.shard_samples = path, shard_samples
+    def __init__(self, path: Path, shard_samples: int, seal: bytes) -> None:
+        self.path, self.shard_samples, self.seal = path, shard_samples, seal
         self._index: Array | None = None
 
     def read(self, rows: Sequence[int], out: Sequence[Array]) -> None:
@@ -53,6 +53,8 @@ class ShardFile:
                 raise Damaged(self.path, None, "the file is too short for its index")
             if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
                 raise Damaged(self.path, None, "the index fails its crc32c")
+            if os.pread(file, len(self.seal), 0) != self.seal:
+                raise Damaged(self.path, None, "its seal says that it is another shard, or is damaged")
             self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
         return self._index
 

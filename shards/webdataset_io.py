@@ -6,7 +6,7 @@ A sample is NNNNNNNNN.jpg and NNNNNNNNN.json; a bad image is a JSON-only row. do
 import dataclasses
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +34,27 @@ class PixelRow:
 
 @dataclasses.dataclass(frozen=True)
 class PixelIndex:
-    """A tar's sidecar: keys of its samples, and (offset, bytes, crc32c) of each sample's JPEG and JSON.
+    """A tar's sidecar: what it belongs to, keys of its samples, (offset, bytes, crc32c) of each one's JPEG and JSON.
 
     jpegs, abouts: int64 [samples, 3]; offset -1 where a bad image has no JPEG.
     """
 
+    of: dict[str, Any]
     keys: list[str]
     jpegs: np.ndarray[Any, np.dtype[np.int64]]
     abouts: np.ndarray[Any, np.dtype[np.int64]]
 
 
-def write_pixel_tar(path: Path, rows: Sequence[PixelRow]) -> dict[str, Any]:
+def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The commit record of a new tar and its sidecar index: files, count, valid, first, last, sizes, bad.
 
-    Rows must be in ascending order of their numbers, every sample of the shard exactly once.
+    about: what the sidecar says it belongs to (geometry id, view, shard). Rows must be in ascending order of their numbers, every sample of the shard exactly once.
     """
     if [row.number for row in rows] != list(range(rows[0].number, rows[0].number + len(rows))):
         raise ValueError(f"{path}: the rows are not one range of samples in order; expected every sample once")
     members = [member for row in rows for member in row_members(row)]
     tar = publish(path, tar_chunks(members))
-    index = publish(index_path(path), sidecar(tar, rows, members))
+    index = publish(index_path(path), sidecar(tar, rows, members, about or {}))
     return {
         "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in (tar, index)},
         "count": len(rows),
@@ -98,29 +99,32 @@ def tar_chunks(members: Sequence[tuple[str, bytes]]) -> Iterator[bytes]:
     yield bytes(2 * BLOCK)
 
 
-def sidecar(tar: Published, rows: Sequence[PixelRow], members: Sequence[tuple[str, bytes]]) -> bytes:
-    """The index: the tar's size and sha256, and [name, key, offset, bytes, crc32c] of every member."""
+def sidecar(
+    tar: Published, rows: Sequence[PixelRow], members: Sequence[tuple[str, bytes]], about: Mapping[str, Any]
+) -> bytes:
+    """The index: what the tar belongs to, its size and sha256, and [name, key, offset, bytes, crc32c] of every member."""
     keys = {f"{row.number:09d}": row.key for row in rows}
     offset, table = 0, []
     for name, content in members:
         offset += BLOCK
         table.append([name, keys[name[:9]], offset, len(content), int(google_crc32c.value(content))])
         offset += len(content) + -len(content) % BLOCK
-    head = {"format_version": FORMAT_VERSION, "tar": {"bytes": tar.bytes, "sha256": tar.sha256}}
+    head = {"of": dict(about), "format_version": FORMAT_VERSION, "tar": {"bytes": tar.bytes, "sha256": tar.sha256}}
     return canonical_json(head | {"members": table})
 
 
 def read_index(path: Path) -> PixelIndex:
     """The sidecar index of a tar. Raises ValueError when it is missing or damaged."""
     try:
-        members = json.loads(index_path(path).read_bytes())["members"]
+        content = json.loads(index_path(path).read_bytes())
+        members = content["members"]
         rows = {name: i for i, name in enumerate(dict.fromkeys(member[0][:9] for member in members))}
         keys, tables = [""] * len(rows), {kind: np.full((len(rows), 3), -1, np.int64) for kind in ("jpg", "json")}
         for name, key, *place in members:
             row, kind = rows[name[:9]], name[10:]
             keys[row] = key
             tables[kind][row] = place
-        return PixelIndex(keys, tables["jpg"], tables["json"])
+        return PixelIndex(content["of"], keys, tables["jpg"], tables["json"])
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
 

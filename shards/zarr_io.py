@@ -1,11 +1,13 @@
 """Columns as zarr v3 groups of sharded arrays: zarr writes the metadata, we write the shard files, byte by byte.
 
-A shard file (zarr v3 `sharding_indexed`) is one chunk per sample, each its raw bytes and their crc32c, then an index of
-(offset, bytes) per sample, then the index's crc32c. Absent chunks read as the fill value: the sentinel.
+A shard file (zarr v3 `sharding_indexed`) is a 32-byte seal, one chunk per sample (its raw bytes and their crc32c), an
+index of (offset, bytes) per sample, and the index's crc32c. Absent chunks read as the fill value: the sentinel. The seal
+lies before the first chunk, where the specification allows any bytes: it tells exchanged shards apart.
 docs/format.md, "Columns".
 """
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from mrmae.shards.quantize import SENTINEL
+from mrmae.shards.spec import canonical_json
 from mrmae.shards.write import Published, publish
 
 ABSENT = 2**64 - 1  # in the index: this chunk was never written
@@ -72,6 +75,8 @@ def metadata_paths(folder: Path, layout: Layout) -> list[Path]:
 def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> None:
     """Write the zarr metadata of a column: a group with `attrs`, and one sharded array per stored array.
 
+    attrs: `column_id` and `view`, which seal its shards, and whatever a reader should know.
+
     Metadata that exists is left as it is: it was written from the same plan.
     """
     absent = [path for path in metadata_paths(folder, layout) if not path.exists()]
@@ -97,11 +102,11 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
         publish(path, memory[path.relative_to(folder).as_posix()].to_bytes(), replace=True)
 
 
-def read_layout(folder: Path) -> Layout:
-    """The layout of a column that create_column made."""
+def read_attributes(folder: Path) -> tuple[Layout, dict[str, Any]]:
+    """The layout and all attributes of a column that create_column made."""
     try:
         attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
-        return Layout(**attributes["layout"])
+        return Layout(**attributes["layout"]), attributes
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: this is not a column of a cache ({error}); create it first") from None
 
@@ -114,7 +119,7 @@ def write_column_shard(
     arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
     others are not written and read as the sentinel. Raises ValueError for a wrong name, shape, dtype or value.
     """
-    layout = read_layout(folder)
+    layout, attributes = read_attributes(folder)
     keep = np.asarray(valid, bool)
     where = f"{folder} shard {shard}"
     if len(keep) != layout.count(shard):
@@ -123,7 +128,8 @@ def write_column_shard(
     files: list[Published] = []
     for name, (shape, _) in layout.arrays().items():
         path = shard_path(folder, name, shard, 1 + len(shape))
-        files.append(publish(path, shard_chunks(arrays[name], keep, layout.shard_samples)))
+        mark = seal(attributes.get("column_id"), attributes.get("view"), name, shard)
+        files.append(publish(path, shard_chunks(mark, arrays[name], keep, layout.shard_samples)))
     return {
         "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         "count": len(keep),
@@ -149,11 +155,17 @@ def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where
                              "this teacher's features cannot be stored so")  # fmt: skip
 
 
-def shard_chunks(array: Array, keep: Array, shard_samples: int) -> Iterator[Any]:
-    """The bytes of a shard file: chunks with their crc32c, the index, the index's crc32c."""
+def seal(column_id: str | None, view: int | None, name: str, shard: int) -> bytes:
+    """The first 32 bytes of a shard file: sha256 of what it is a shard of."""
+    return hashlib.sha256(canonical_json([column_id, view, name, shard])).digest()
+
+
+def shard_chunks(mark: bytes, array: Array, keep: Array, shard_samples: int) -> Iterator[Any]:
+    """The bytes of a shard file: seal, chunks with their crc32c, the index, the index's crc32c."""
     index = np.full((shard_samples, 2), ABSENT, "<u8")
     array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    offset, chunk_bytes = 0, array[:1].nbytes + 4
+    offset, chunk_bytes = len(mark), array[:1].nbytes + 4
+    yield mark
     for i in np.flatnonzero(keep):
         yield array[i]
         yield crc32c_bytes(array[i])

@@ -6,6 +6,7 @@ Nothing here changes what is trained: order, views and masks do not depend on th
 import contextlib
 import os
 import signal
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
@@ -66,7 +67,9 @@ def replicated(model: nn.Module, ranks: Ranks, device: torch.device) -> nn.Modul
     if ranks.size == 1:
         return model
     where = [device.index or 0] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer torch renames the flag; our buffers never change
+        return DistributedDataParallel(model, device_ids=where, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 class StopRequest:

@@ -155,6 +155,19 @@ def test_16_bit_gray_png_with_a_transparent_gray_lies_on_white() -> None:
     assert decode_rgb(data)[0, :, 0].tolist() == [0, 255, 255]
 
 
+def test_16_bit_colour_png_with_a_transparent_colour_lies_on_white() -> None:
+    row = struct.pack(">6H", 65535, 0, 0, 1000, 2000, 3000)
+    data = png([row], 2, 16, 2, (b"tRNS", struct.pack(">3H", 65535, 0, 0)))
+    assert decode_rgb(data)[0].tolist() == [[255, 255, 255], [3, 7, 11]]
+
+
+def test_lab_tiff_decodes() -> None:
+    profiles = (ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"))
+    lab = ImageCms.profileToProfile(Image.fromarray(picture()), *profiles, outputMode="LAB")
+    assert lab is not None
+    assert np.abs(decode_rgb(saved(lab, "TIFF")).astype(int) - picture()).mean() < 2, "8-bit Lab is coarse"
+
+
 @pytest.mark.parametrize("colour,channels", [(2, 3), (6, 4), (4, 2)])
 def test_16_bit_colour_png_is_within_one_level(colour: int, channels: int) -> None:
     """Pillow keeps the high byte of 16-bit colour, at most one level from rounding; docs/format.md says so."""

@@ -1,5 +1,6 @@
 """Columns: our shard files are what the zarr v3 specification says, as independent readers see them."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import zarr
 
-from mrmae.shards.zarr_io import Layout, create_column, read_layout, shard_path, write_column_shard
+from mrmae.shards.zarr_io import Layout, create_column, read_attributes, shard_path, write_column_shard
 
 LAYOUT = Layout(n=21, l=4, d=6, shard_samples=8, dtype="int8", has_cls=True, has_attention=True)
 BAD = 10  # this sample is never written
@@ -27,7 +28,7 @@ def arrays(layout: Layout, seed: int = 0) -> dict[str, Any]:
 
 def write_column(folder: Path, layout: Layout) -> dict[str, Any]:
     """Write a whole column but for the bad sample; returns what was written."""
-    create_column(folder, layout, {"teacher": "x"})
+    create_column(folder, layout, {"teacher": "x", "column_id": "sha256:x", "view": 3})
     content = arrays(layout)
     valid = np.arange(layout.n) != BAD
     for shard in range(3):
@@ -71,7 +72,8 @@ def test_a_shard_file_is_byte_for_byte_the_specification(tmp_path: Path) -> None
     content = write_column(tmp_path, LAYOUT)
     data = shard_path(tmp_path, "tokens", 1, 3).read_bytes()
     chunk = 4 * 6 + 4
-    assert len(data) == 7 * chunk + 8 * 16 + 4, "seven chunks (one sample is bad), an index of eight, its crc32c"
+    assert len(data) == 32 + 7 * chunk + 8 * 16 + 4, "seal, seven chunks (one is bad), index of eight, its crc32c"
+    assert data[:32] == hashlib.sha256(b'["sha256:x",3,"tokens",1]').digest()
     index = np.frombuffer(data[-132:-4], "<u8").reshape(8, 2)
     assert int.from_bytes(data[-4:], "little") == google_crc32c.value(data[-132:-4])
     for row in range(8):
@@ -95,13 +97,13 @@ def test_the_edge_shard_indexes_a_whole_shard(tmp_path: Path) -> None:
 def test_zarr_writes_the_same_bytes_where_it_writes_all_chunks(tmp_path: Path) -> None:
     """zarr's own encoder, given the same values, makes the same set of chunks and the same metadata opens it."""
     content = write_column(tmp_path / "ours", LAYOUT)
-    create_column(tmp_path / "zarr", LAYOUT, {})
+    create_column(tmp_path / "zarr", LAYOUT, {"column_id": "sha256:x"})
     group = zarr.open_group(tmp_path / "zarr", mode="r+")
     tokens = group["tokens"]
     assert isinstance(tokens, zarr.Array)
     tokens[:8] = content["tokens"][:8]
     ours, theirs = (shard_path(tmp_path / name, "tokens", 0, 3).read_bytes() for name in ("ours", "zarr"))
-    assert len(ours) == len(theirs)
+    assert len(ours) == len(theirs) + 32, "the seal"
     assert sorted(chunks_of(ours)) == sorted(chunks_of(theirs))
 
 
@@ -120,7 +122,7 @@ def test_metadata_name_their_axes_and_codecs(tmp_path: Path) -> None:
     assert [c["name"] for c in codec["configuration"]["codecs"]] == ["bytes", "crc32c"]
     assert [c["name"] for c in codec["configuration"]["index_codecs"]] == ["bytes", "crc32c"]
     assert json.loads((tmp_path / "norm" / "zarr.json").read_bytes())["fill_value"] == "NaN"
-    assert read_layout(tmp_path) == LAYOUT
+    assert read_attributes(tmp_path)[0] == LAYOUT
     before = (tmp_path / "zarr.json").read_bytes()
     create_column(tmp_path, LAYOUT, {"other": 1})
     assert (tmp_path / "zarr.json").read_bytes() == before

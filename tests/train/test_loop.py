@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +100,15 @@ def _raise_signal_at(step: int, name: str, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(loop, "step", with_signal)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums have the same order, hence the same bits, in every process; and tiny matrices are faster so."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second each; the run `whole`, made before this fixture applies, draws them."""
@@ -131,7 +140,9 @@ def test_learning_rate_follows_the_schedule_at_every_update(whole: Path) -> None
 
 def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(tiny_cache: Path, tmp_path: Path, whole: Path) -> None:
     args = [sys.executable, "-c", KILLED, str(tiny_cache), str(tmp_path / "out"), *QUICK]
-    killed = subprocess.run(args, capture_output=True, text=True, timeout=120)
+    killed = subprocess.run(
+        args, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert _state(tmp_path / "out")["step"] == 8  # neither an epoch's end nor the update before the kill
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
@@ -202,7 +213,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(
     (tmp_path / "ranked.py").write_text(RANKED)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = [str(tmp_path / "ranked.py"), "float64", str(tiny_cache), str(tmp_path / "two"), *QUICK]
-    ran = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=200)
+    ran = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=250)
     assert ran.returncode == 0, ran.stderr
     monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
     _train(tiny_cache, tmp_path / "one", quick(), log_every=1)
