@@ -13,21 +13,37 @@ from mrmae.shards.spec import ViewRecipe
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("images", nargs=-1, required=True)
 @click.argument("cache", type=click.Path(path_type=Path))
-@click.option("--include", multiple=True, metavar="GLOB", show_default=False,
-              help="Keep keys that match (repeatable); * crosses '/': 'train/*' is the whole folder.")
-@click.option("--teacher", "teachers", multiple=True, default=DEFAULT_TEACHERS,
-              metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
-              help="open_clip or timm model (repeatable). @FILE: local weights. /random: random weights.")
+@click.option(
+    "--include",
+    multiple=True,
+    metavar="GLOB",
+    show_default=False,
+    help="Keep keys that match (repeatable); * crosses '/': 'train/*' is the whole folder.",
+)
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    default=DEFAULT_TEACHERS,
+    metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
+    help="open_clip or timm model (repeatable). @FILE: local weights. /random: random weights.",
+)
 @click.option("--views", default=1, type=click.IntRange(1), help="Crops stored per image.")
 @click.option("--crop-scale", default=(0.4, 1.0), nargs=2, type=float, help="Share of the image's area in a crop.")
 @click.option("--flip", default=0.5, type=click.FloatRange(0, 1), help="Probability that a view is mirrored.")
 @click.option("--size", default=224, type=click.IntRange(8), help="Pixels per side of a view.")
-@click.option("--grid", default=14, type=click.IntRange(1), help="Patches per side; the student's patch is size / grid.")
+@click.option(
+    "--grid", default=14, type=click.IntRange(1), help="Patches per side; the student's patch is size / grid."
+)
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of crops and flips.")
 @click.option("--dtype", default="int8", type=click.Choice(["int8", "float16"]), help="How features are stored.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-@click.option("--precision", default="auto", type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-              help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.")
+@click.option(
+    "--precision",
+    default="auto",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.",
+)
 @click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 8 on a CPU.")
 @click.option("--workers", default=0, type=click.IntRange(0), help="Decoding threads; 0: one per core.")
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")

@@ -175,9 +175,7 @@ def shard_parts(
     return parts
 
 
-def take(
-    job: Job, column: str, part: Part, prepared: Sequence[Prepared], view: int, features: Features | None
-) -> None:
+def take(job: Job, column: str, part: Part, prepared: Sequence[Prepared], view: int, features: Features | None) -> None:
     """Add one batch to a teacher's part: forward (unless calibration did it), quantise, measure."""
     began = time.monotonic()
     pixels = view_pixels(prepared, view)

@@ -1,6 +1,6 @@
 """The ahead-of-time gate: what the compiler makes of every kernel, without a GPU. `python -m mrmae.kernels.gate` prints the table.
 
-Each case is the launch that `triton_pixels.py` or `triton_mimic.py` would start for the shapes of a ViT-B/16 run, compiled for sm_80,
+Each case is the launch that the `triton_*.py` files would start for the shapes of a ViT-B/16 run, compiled for sm_80,
 sm_90 and sm_100 with the launcher's own hints (an argument of 1 is a constant, a multiple of 16 is declared as one), then read back with
 `cuobjdump` and `nvdisasm`: registers, stack, local (spill) instructions, shared memory in bytes, barriers, the widest global load and
 store in bits, and how many offsets are multiplied in 64 bits (those of samples).
@@ -54,20 +54,20 @@ def picture(dtype: torch.dtype, *, channels: int = 3, side: int = 224, channels_
 
 
 def gather_case(image: Tensor, dtype: torch.dtype, patch: int = 16) -> Launch:
-    from mrmae.kernels import triton_pixels
+    from mrmae.kernels import triton_patches
 
     channels = image.shape[1]
     one, ids = torch.ones(channels), torch.zeros(N, K, dtype=torch.int64)
     out = torch.empty(N, K, channels * patch**2, dtype=dtype)
-    return triton_pixels.gather_patches(image, ids, one, one, out, patch=patch)
+    return triton_patches.gather_patches(image, ids, one, one, out, patch=patch)
 
 
 def embed_case(dtype: torch.dtype) -> Launch:
-    from mrmae.kernels import triton_pixels
+    from mrmae.kernels import triton_patches
 
     ids = torch.zeros(N, K, dtype=torch.int64)
     out = torch.empty(N, K + 1, 768)
-    return triton_pixels.embed_tokens(
+    return triton_patches.embed_tokens(
         torch.zeros(N, K, 768, dtype=dtype), torch.zeros(L, 768), torch.zeros(768), ids, out
     )
 

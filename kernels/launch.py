@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 VALUES_PER_WARP = 1024  # 32 values per thread and tile: no spills up to two tiles
@@ -24,6 +25,11 @@ def warps_for(values: int) -> int:
     return min(16, max(1, power_of_two(values) // VALUES_PER_WARP))
 
 
+def strides(prefix: str, x: Tensor, names: str) -> dict[str, int]:
+    """Strides as named launch arguments."""
+    return {f"{prefix}_{name}": stride for name, stride in zip(names, x.stride())}
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its arguments in order, its compile-time constants and its size."""
@@ -36,6 +42,6 @@ class Launch:
 
     def run(self) -> None:
         """Start the kernel on the device of its tensors."""
-        device = next(x.device for x in self.arguments.values() if isinstance(x, torch.Tensor))
+        device = next(x.device for x in self.arguments.values() if isinstance(x, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[(self.programs,)](**self.arguments, **self.constants, num_warps=self.warps, **OPTIONS)

@@ -46,10 +46,10 @@ def gather_patches_cpu(
 def gather_patches_cuda(
     image: Tensor, ids: Tensor, scale: Tensor, shift: Tensor, patch: int, dtype: torch.dtype
 ) -> Tensor:
-    from mrmae.kernels import triton_pixels
+    from mrmae.kernels import triton_patches
 
     out = image.new_empty(*ids.shape, image.shape[1] * patch * patch, dtype=dtype)
-    triton_pixels.gather_patches(image, ids, scale, shift, out, patch=patch).run()
+    triton_patches.gather_patches(image, ids, scale, shift, out, patch=patch).run()
     return out
 
 
@@ -74,10 +74,10 @@ def embed_tokens_fake(tokens: Tensor, position: Tensor, cls_row: Tensor, ids: Te
 
 
 def embed_tokens_cuda(tokens: Tensor, position: Tensor, cls_row: Tensor, ids: Tensor) -> Tensor:
-    from mrmae.kernels import triton_pixels
+    from mrmae.kernels import triton_patches
 
     out = embed_tokens_fake(tokens, position, cls_row, ids)
-    triton_pixels.embed_tokens(tokens, position, cls_row, ids, out).run()
+    triton_patches.embed_tokens(tokens, position, cls_row, ids, out).run()
     return out
 
 

@@ -2,7 +2,7 @@
 """Triton twin of mimic_loss: one token per program, forward and backward. Imported only where triton is installed.
 
 Both directions read the student token and the teacher's stored token once, in any dtype, and keep them in registers. Offsets, masks
-and stores as in `triton_pixels.py`; the definition is in `reference.py`.
+and stores as in `triton_patches.py`; the definition is in `reference.py`.
 """
 
 from typing import Any
@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mrmae.kernels.launch import Launch, power_of_two, warps_for
-from mrmae.kernels.triton_pixels import strides
+from mrmae.kernels.launch import Launch, power_of_two, strides, warps_for
 
 LN_EPS = tl.constexpr(1e-5)
 UNIT_EPS = tl.constexpr(1e-12)

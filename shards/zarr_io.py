@@ -2,7 +2,7 @@
 
 A shard file (zarr v3 `sharding_indexed`) is a 32-byte seal, one chunk per sample (its raw bytes and their crc32c), an
 index of (offset, bytes) per sample, and the index's crc32c. Absent chunks read as the fill value: the sentinel. The seal
-lies before the first chunk, where the specification allows any bytes: it tells exchanged shards apart.
+is unused space to other readers, which go by the index; it tells us exchanged shards apart.
 docs/format.md, "Columns".
 """
 

@@ -124,6 +124,34 @@ def teacher_spec(name: str, size: int, grid: int, *, width: int, has_cls: bool, 
     )  # fmt: skip
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    default = Path(__file__).parents[2] / "shared"
+    parser.addoption("--data-root", type=Path, default=default, help="Folder with data/ and weights/ of real images.")
+
+
+@pytest.fixture
+def real_file(request: pytest.FixtureRequest) -> Callable[[str], Path]:
+    """The function that finds a file below --data-root, such as `data/eurosat-rgb.tar`, or skips the test."""
+
+    def find(name: str) -> Path:
+        path = Path(request.config.getoption("--data-root")) / name
+        request.node.user_properties.append(("real file", path.exists()))
+        if not path.exists():
+            pytest.skip(f"{path} is absent: this test needs real data; pass --data-root")
+        return path
+
+    return find
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    reports = [r for kind in terminalreporter.stats.values() for r in kind if getattr(r, "when", "") == "call"]
+    found = [value for report in reports for name, value in report.user_properties if name == "real file"]
+    if found.count(False):
+        terminalreporter.write_line(f"!! {found.count(False)} tests on real images and weights SKIPPED", red=True)
+    if found.count(True):
+        terminalreporter.write_line(f"{found.count(True)} tests ran on real images and weights")
+
+
 @pytest.fixture(scope="session")
 def make_cache() -> Callable[..., Path]:
     """The function that writes a synthetic cache: make_cache(path, n=24, size=32, grid=4, ...)."""

@@ -90,8 +90,9 @@ def train(
     out: a new or empty folder, or one holding the same run, which then continues. Filled with checkpoints/, log.jsonl,
     tensorboard/, panels/, curves.png, student/ (for timm), recipe.yaml, run.json and README.md.
     device: auto, cpu, cuda or cuda:N. compile: torch.compile the forward pass. kernels: auto, triton or torch.
-    workers: reading and decoding threads. accum: micro-batches per update in each process. save_minutes: at least this often, beside every
-    epoch's end. keep: checkpoints kept. log_every: updates per log row. panels_every: epochs per picture, 0 for none.
+    workers: reading and decoding threads. accum: micro-batches per update in each process. save_minutes: at least this often,
+    beside every epoch's end. keep: checkpoints kept. log_every: updates per log row. panels_every: epochs per picture, 0 for
+    none. command: what to type to continue, for the last line and for OUT.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
     seconds, images_per_s and stall (of this session), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
@@ -327,5 +328,5 @@ def write_results(run: Run, rows: list[dict[str, Any]]) -> Path:
     epochs = [row for row in rows if row["kind"] == "epoch"]
     title = f"{run.recipe.name}: {run.recipe.student.model}, {run.recipe.optim.epochs} epochs"
     draw_curves(run.out / "curves.png", epochs, title=title, note=report.random_line(run) or "")
-    export_student(run.model, run.out / "student", source=report.source_of(run))
+    export_student(run.model, run.out / "student", source=report.card_source(run))
     return run.out / "student"

@@ -91,10 +91,9 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
         columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid)
     columns["student"] = pca_rgb(student, run.info.grid)
     path = run.out / "panels" / f"epoch-{epoch:04d}.png"
-    note = (
-        "Colours of teachers and student: the three main directions of each model's own tokens over these images."
-        "\nPredicted patches take brightness and contrast from the true patch, as in MAE's figures."
-    )
+    note = "Colours of teachers and student: the three main directions of each model's own tokens over these images."
+    if any(term.recipe.transform == "norm_pix" for term in run.model.terms):
+        note += "\nPredicted patches take brightness and contrast from the true patch, as in MAE's figures."
     draw_panels(path, columns, title=f"{run.recipe.name}, epoch {epoch} of {run.recipe.optim.epochs}", note=note)
     return path
 

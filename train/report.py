@@ -74,6 +74,13 @@ def source_of(run: Run) -> dict[str, Any]:
     }
 
 
+def card_source(run: Run) -> dict[str, Any]:
+    """`source_of` for the student's model card, which may be published: without paths of this machine."""
+    facts = {name: value for name, value in source_of(run).items() if name != "cache"}
+    warning = random_line(run)
+    return {**({"warning": warning} if warning else {}), **facts, "epochs": run.recipe.optim.epochs}
+
+
 def random_line(run: Run) -> str | None:
     """The sentence every report carries where a teacher's weights are random."""
     names = [name for name in random_teachers(run.cache) if name in run.needed]
@@ -101,7 +108,7 @@ def plan_lines(run: Run) -> list[str]:
         "tokens": f"{run.model.n_keep + 1} encoder, {run.model.n_keep + 1 + run.model.n_predict} decoder per image, of {l + 1}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
         "batch": f"{o.batch_size} images per update{split}; {run.updates} updates per epoch, {run.total:,} in {o.epochs} epochs;"
-        f" {len(run.cache.numbers) - run.updates * o.batch_size} images left out of each epoch, others every time",
+        f" {len(run.cache.numbers) - run.updates * o.batch_size} images left out per epoch, others each time",
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
         f" warm-up {o.warmup_epochs:g} epochs, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",

@@ -9,8 +9,6 @@ import pytest
 
 from mrmae.extract.images import list_sources
 
-DATA_ROOT = Path(__file__).parents[2].parent / "shared"
-
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
     for name, data in files.items():
@@ -202,10 +200,8 @@ def test_reading_works_from_many_threads_and_from_a_pickle(tmp_path):
 
 
 @pytest.mark.parametrize("name, train, test", [("clothing-small", 1500, 372), ("eurosat-rgb", 10000, 2000)])
-def test_the_data_sets_list_completely(name, train, test):
-    path = DATA_ROOT / "data" / f"{name}.tar"
-    if not path.exists():
-        pytest.skip(f"{path} is absent")
+def test_the_data_sets_list_completely(name, train, test, real_file):
+    path = real_file(f"data/{name}.tar")
     sources = list_sources([path], ["train/*"])
     assert len(sources) == train and len(list_sources([path])) == train + test
     assert len({image.label for image in sources}) == 10

@@ -242,7 +242,9 @@ def cli(arguments: Sequence[str | Path]) -> tuple[int, str]:
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(folder: Path, tmp_path: Path) -> None:
-    code, output = cli([folder, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4", "--views", "3", "--dry-run"])
+    code, output = cli(
+        [folder, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4", "--views", "3", "--dry-run"]
+    )
     assert code == 0, output
     for word in ("20 images", "2 labels", "3 views", "vit.pre_tail", "RANDOM weights", "are free"):
         assert word in output

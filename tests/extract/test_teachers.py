@@ -16,7 +16,6 @@ from mrmae.extract.request import OUR_KEYS
 from mrmae.extract.teachers import DEFAULT_TEACHERS, apply_tail, build_teacher, normalise, parse_teacher
 from mrmae.shards.spec import TeacherSpec, canonical_json
 
-DATA_ROOT = Path(__file__).parents[2].parent / "shared"
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 
 
@@ -363,10 +362,8 @@ def test_a_wrong_request_is_refused_with_what_is_wrong(text, message):
 
 
 @pytest.mark.parametrize("tap, width", [("last", 320), ("stage_4", 96), ("head", 1280)])
-def test_mobilenet_with_real_weights_equals_a_plain_forward(tap, width):
-    file = DATA_ROOT / "weights" / "mobilenetv2_100_imagenet1k.safetensors"
-    if not file.exists():
-        pytest.skip(f"{file} is absent")
+def test_mobilenet_with_real_weights_equals_a_plain_forward(tap, width, real_file):
+    file = real_file("weights/mobilenetv2_100_imagenet1k.safetensors")
     how = query(pad_type="same", mean=0.5, std=0.5, interpolation="bilinear", tap=tap)
     teacher = build(f"cnn=timm:mobilenetv2_100@{file}{how}", grid=14, view_size=224)
     plain = timm.create_model("mobilenetv2_100", pad_type="same").eval()

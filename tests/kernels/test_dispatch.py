@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from mrmae.kernels import dispatch
 
@@ -162,10 +163,36 @@ import sys
 sys.modules["triton"] = None  # any import of triton raises
 import torch
 from mrmae.kernels import dispatch
-assert "mrmae.kernels.triton_pixels" not in sys.modules
+assert not any(name.startswith("mrmae.kernels.triton") for name in sys.modules)
 image, ids = torch.zeros(1, 3, 16, 16), torch.tensor([[0, 3]])
 one = torch.ones(3)
 patches = dispatch.gather_patches(image, ids, patch=8, scale=one, shift=one, channels_last=False)
 dispatch.pixel_loss(image, patches, ids, patch=8, scale=one, shift=one, channels_last=False)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_auto_takes_triton_for_cuda_tensors_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors: no device is needed to decide."""
+    with FakeTensorMode():
+        cuda, double = torch.empty(1, device="cuda"), torch.empty(1, device="cuda", dtype=torch.float64)
+        cpu = torch.empty(1)
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    monkeypatch.setitem(dispatch.AUTO, "pixel_loss", "triton")
+    assert dispatch.use_triton("pixel_loss", "auto", cuda) and dispatch.use_triton("pixel_loss", "triton", cuda)
+    assert not dispatch.use_triton("pixel_loss", "torch", cuda)
+    assert not dispatch.use_triton("pixel_loss", "auto", cpu)
+    assert not dispatch.use_triton("pixel_loss", "auto", cuda, double)
+    monkeypatch.setitem(dispatch.AUTO, "pixel_loss", "torch")
+    assert not dispatch.use_triton("pixel_loss", "auto", cuda) and dispatch.use_triton("pixel_loss", "triton", cuda)
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
+    assert not dispatch.use_triton("mimic_loss", "auto", cuda)
+    with pytest.raises(ValueError, match="kernels = 'triton' but triton is not installed; CUDA tensors"):
+        dispatch.use_triton("pixel_loss", "triton", cuda)
+
+
+@pytest.mark.gpu
+def test_ids_outside_the_grid_are_found_on_a_device_in_debug_mode() -> None:
+    how = {"scale": SCALE.cuda(), "shift": SHIFT.cuda(), "debug": True}
+    with pytest.raises(ValueError, match="ids_keep holds 6; 0 <= id < 6"):
+        gather(IMAGE.cuda(), IDS.cuda() + 1, **how)

@@ -154,3 +154,29 @@ def test_ddp_and_autocast_give_the_gradient_of_the_plain_model(tmp_path: Any) ->
     assert loss.dtype == torch.float32
     (grad,) = torch.autograd.grad(loss, model.head.weight)
     assert grad.dtype == torch.float32 and (grad - expected).norm() < 0.02 * expected.norm()
+
+
+def test_backward_keeps_the_inputs_and_two_numbers_per_patch_only() -> None:
+    """What the opaque ops add to the memory of a step: the plain reference keeps an fp32 row per patch and token."""
+    image, pred, student, rest = step_inputs("cpu")
+    rows = (rest["codes"], rest["ids"], None, None, None, None, None)
+    known = {x.untyped_storage().data_ptr() for x in (image, pred, student, *rest.values())}
+
+    def saved(call: Callable[[], Tensor]) -> int:
+        kept: dict[int, int] = {}
+
+        def pack(x: Tensor) -> Tensor:
+            if x.untyped_storage().data_ptr() not in known:
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = call()
+        return sum(kept.values()) if out.requires_grad else -1
+
+    arguments = (image, pred, rest["ids"], rest["scale"], rest["shift"])
+    assert saved(lambda: pixels.pixel_loss(*arguments, P, True)) == B * 3 * 2 * 4
+    assert saved(lambda: reference.pixel_loss(*arguments, patch=P, norm_pix=True)) >= B * 3 * VALUES * 4
+    assert saved(lambda: mimic.mimic_loss(student, *rows, "ln0", "mse", 1.0)) == 0
+    how = {"target": "ln0", "distance": "mse", "beta": 1.0}
+    assert saved(lambda: reference.mimic_loss(student, *rows, **how)) >= B * 3 * D * 4

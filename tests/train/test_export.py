@@ -62,6 +62,7 @@ def test_the_export_can_be_fine_tuned_at_another_size(model: Pretrainer, tmp_pat
     tuned = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7, global_pool="avg", img_size=40)
     assert tuned(torch.zeros(1, 3, 40, 40)).shape == (1, 7)
     assert torch.equal(tuned.blocks[2].mlp.fc1.weight, model.student.blocks[2].mlp.fc1.weight)
+    assert torch.equal(tuned.norm.bias, model.student.norm.bias)  # with fc_norm it would be dropped without a word
 
 
 def test_images_with_other_channels_export_too(
