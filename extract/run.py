@@ -73,7 +73,7 @@ def start(options: Options, sources: Sources, teachers: Sequence[Teacher], shard
     """The job, its plan written or found equal on disk."""
     path = options.cache
     order = canonical_order([image.key for image in sources])
-    refuse_foreign_folder(path)
+    plans.refuse_other_folder(path)
     make_folder(path)
     digests = digest_images(sources, order, known_digests(path), path / SPOOL, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
@@ -94,15 +94,6 @@ def start(options: Options, sources: Sources, teachers: Sequence[Teacher], shard
             plans.write_tail(path, teacher.spec.name, teacher.tail)
     images = Images(sources, rows, order, options.max_pixels)
     return Job(path, plan, images, {teacher.spec.column: teacher for teacher in teachers}, options)
-
-
-def refuse_foreign_folder(path: Path) -> None:
-    """ValueError where the folder holds something that is no cache, before anything is written into it."""
-    if path.is_dir() and not (path / "plan.json").exists() and not (path / SPOOL).exists() and any(path.iterdir()):
-        raise ValueError(f"{path}: this folder holds files but no plan.json; expected a new or empty folder, or a "
-                         "cache; choose another one")  # fmt: skip
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"{path}: is a file; expected a folder for the cache; choose another name")
 
 
 def known_digests(path: Path) -> list[tuple[str, int, str]]:

@@ -145,16 +145,26 @@ def start(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
         unfrozen = dataclasses.replace(plan, quantisers=old.quantisers)
         compare_specs(old.to_json(), unfrozen.to_json(), str(path / "plan.json"))
         return old
-    if path.exists():
-        ours = {"samples.parquet", *(file.name for file in path.glob(TEMPORARY))}
-        if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
-            raise ValueError(f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "
-                             "expected a new or empty folder; choose another one")  # fmt: skip
+    refuse_other_folder(path)
     table = {name: [getattr(source, name) for source in sources] for name in ("key", "label", "bytes", "sha256")}
     unknown = {name: [None] * len(sources) for name in ("height", "width", "valid", "reason")}  # until finalised
     write_samples(path, table | unknown)
     publish(path / "plan.json", readable_json(plan.to_json()))
     return plan
+
+
+def refuse_other_folder(path: Path) -> None:
+    """ValueError where `path` is a file, or a folder that holds something else than a cache, begun or whole."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path}: is a file; expected a new folder for the cache; choose another name")
+    if not path.exists() or (path / "plan.json").exists():
+        return
+    ours = {"samples.parquet", *(file.name for file in path.glob(TEMPORARY))}
+    if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
+        raise ValueError(
+            f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "
+            "expected a new or empty folder; choose another one"
+        )
 
 
 def refuse_other_images(path: Path, sources: Sequence[Source]) -> None:

@@ -68,37 +68,6 @@ def test_cache_holds_every_image_label_and_column(folder: Path, finished: Path) 
     assert not list(finished.glob(".*")), "no spool or temporary file stays behind"
 
 
-def test_features_are_the_plain_models_on_the_stored_view(folder: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    weights = timm.create_model("test_vit", pretrained=False).state_dict()
-    torch.save(weights, tmp_path / "vit.pth")
-    extract(folder, tmp_path / "c", f"vit=timm:test_vit@{tmp_path / 'vit.pth'}", dtype="float16")
-    cache = open_cache(tmp_path / "c")
-    spec = cache.columns["vit.pre_tail"].spec
-    model = timm.create_model("test_vit", pretrained=False, img_size=spec.input_size, num_classes=0).eval()
-    model.load_state_dict(timm.create_model("test_vit", pretrained=False, img_size=spec.input_size).state_dict() and
-                          {k: v for k, v in resized(weights, model).items()})  # fmt: skip
-    pixels = cache.read_pixels(cache.numbers, np.zeros_like(cache.numbers)).permute(0, 3, 1, 2).float()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (spec.mean, spec.std))
-    image = torch.nn.functional.interpolate(pixels, spec.input_size, mode=spec.interpolation, antialias=True)
-    image = (image.clamp(0, 255) / 255 - mean) / std
-    seen: list[torch.Tensor] = []
-    hook = model.blocks[-1].register_forward_hook(lambda _m, _i, out: seen.append(out))
-    with torch.no_grad():
-        model(image)
-    hook.remove()
-    got = cache.read_tokens("vit.pre_tail", cache.numbers, np.zeros_like(cache.numbers))
-    assert torch.allclose(got, seen[0][:, model.num_prefix_tokens :], atol=2e-3, rtol=1e-3)
-
-
-def resized(weights: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """timm's own filter: positions interpolated to the model's grid, no classifier."""
-    from timm.models.vision_transformer import checkpoint_filter_fn
-
-    filtered = checkpoint_filter_fn(dict(weights), model)
-    return {key: value for key, value in filtered.items() if not key.startswith("head.")}
-
-
 def test_stored_int8_tokens_are_the_quantised_features(folder: Path, finished: Path) -> None:
     cache = open_cache(finished)
     group = zarr.open_group(finished / "views/1/cnn.last.zarr", mode="r")
@@ -231,9 +200,11 @@ def test_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
 def test_a_folder_that_is_no_cache_is_left_alone(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("precious")
-    with pytest.raises(ValueError, match="holds.*no plan.json|no cache"):
+    with pytest.raises(ValueError, match="this folder is no cache .no plan.json. and holds .thesis.tex"):
         extract(folder, tmp_path / "mine")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    with pytest.raises(ValueError, match="is a file"):
+        extract(folder, tmp_path / "mine/thesis.tex")
 
 
 def cli(arguments: Sequence[str | Path]) -> tuple[int, str]:
