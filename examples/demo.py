@@ -40,43 +40,53 @@ def write_photographs(folder: Path) -> None:
                 photo.crop((left, top, left + side, top + side)).save(folder / name / f"{name}-{row}{column}.png")
 
 
-def run(command: list[str]) -> int:
-    """Print the command as one would type it, run it, and return its exit code."""
-    click.secho("\n$ " + shlex.join(command), bold=True)
-    return subprocess.run([str(Path(sys.executable).parent / command[0]), *command[1:]]).returncode
-
-
 def must(command: list[str]) -> None:
-    """Run the command; on failure end the demo with its exit code."""
-    if code := run(command):
-        sys.exit(code)
+    """Print the command as one would type it and run it; on failure end the demo with its exit code.
+
+    Ctrl-C reaches the command too, which saves before it ends: wait for it.
+    """
+    click.secho("\n$ " + shlex.join(command), bold=True)
+    process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]])
+    stopped = False
+    while process.poll() is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt:
+            stopped = True
+    if stopped:
+        click.secho("\nstopped; the same command goes on from here", bold=True)
+    if process.returncode or stopped:
+        sys.exit(abs(process.returncode) or 130)
 
 
 def choose_teachers(remembered: Path) -> tuple[str, ...]:
-    """CLIP and DINO where their weights are at hand or the hub answers, else random ones; the choice is kept."""
+    """CLIP and DINO where their weights are at hand or the hub answers, else random ones, said loudly; kept for next time."""
     from mrmae.extract.teachers import build_teacher, parse_teacher
 
-    if remembered.exists():
-        return tuple(json.loads(remembered.read_text()))
-    teachers = REAL
-    try:
-        for text in REAL:
-            build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
-    except (ValueError, OSError) as error:
+    reason = "as found the first time"
+    if not remembered.exists():
+        teachers = REAL
+        try:
+            for text in REAL:
+                build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
+        except (ValueError, OSError) as error:
+            teachers, reason = RANDOM, str(error)
+        remembered.write_text(json.dumps(teachers))
+    teachers = tuple(json.loads(remembered.read_text()))
+    if teachers == RANDOM:
         banner = f"""
-  !!  No pre-trained teachers: {error}
+  !!  No pre-trained teachers: {reason}
   !!  This demo goes on with RANDOM weights: it shows that everything runs, and teaches the student nothing
-  !!  that CLIP and DINO know. Features, reports and the student's model card will say "random"."""
+  !!  that CLIP and DINO know. Features, reports and the student's model card will say "random".
+  !!  With a network, delete {remembered.parent} and run it again."""
         click.secho(banner, fg="yellow", bold=True, err=True)
-        teachers = RANDOM
-    remembered.write_text(json.dumps(teachers))
     return teachers
 
 
 @click.command()
 @click.option("--images", type=click.Path(exists=True, path_type=Path), help="A folder of your own images.")
 @click.option("--out", default="demo-output", type=click.Path(path_type=Path), show_default=True)
-@click.option("--quick", is_flag=True, help="Two views' worth less of everything: one photograph in five, few epochs.")
+@click.option("--quick", is_flag=True, help="One tile of each photograph and four epochs.")
 def main(images: Path | None, out: Path, quick: bool) -> None:
     """Run extract-features and train-mrmae on photographs and say which pictures to open."""
     out.mkdir(parents=True, exist_ok=True)
@@ -89,7 +99,7 @@ def main(images: Path | None, out: Path, quick: bool) -> None:
     must(["extract-features", str(images), str(cache), *chosen, *teachers, "--batch-size", "9"])
     must([
         "train-mrmae", str(cache), str(run_folder), "--student", "vit_tiny_patch16_224",
-        "--epochs", "4" if quick else "60", "--batch-size", "5" if quick else "27", "--blr", "1e-3",
+        "--epochs", "4" if quick else "40", "--batch-size", "5" if quick else "27", "--blr", "4e-3",
         "--set", "student.decoder.depth=2", "--set", "student.decoder.width=192", "--set", "student.decoder.heads=3",
     ])  # fmt: skip
     click.secho("\nOpen these:", bold=True)

@@ -47,6 +47,9 @@ from mrmae.shards.spec import ViewRecipe
 @click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 8 on a CPU.")
 @click.option("--workers", default=0, type=click.IntRange(0), help="Decoding threads; 0: one per core.")
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")
+@click.option(
+    "--shards", default="", metavar="I/N", show_default=False, help="Do part I of N (from 0); without: all, and finish."
+)
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--max-pixels", default=178_956_970, type=click.IntRange(1), help="Larger images are refused undecoded.")
 @click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
@@ -56,7 +59,8 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.
 
     IMAGES: a folder, tar files (plain or webdataset, {000..009} patterns), or a text file of paths.
-    The same command again continues where it stopped.
+    The same command again continues where it stopped. Under torchrun the processes share the work; --shards does one
+    part of it (part 0 plans and calibrates, the others wait), and the same command without --shards finishes.
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:

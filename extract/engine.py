@@ -4,6 +4,7 @@ What is left to do is always the plan minus the valid commits, so stopping anywh
 """
 
 import dataclasses
+import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -49,15 +50,16 @@ def calibrated(job: Job) -> tuple[Job, Kept]:
     The first 1,024 readable samples in canonical order, view 0: a random part of the data set. They are not computed
     again afterwards.
     """
-    if set(job.plan.quantisers) == set(job.teachers):
+    pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
+    if not pending:
         return job, {}
     kept: Kept = {}
-    if job.options.dtype != "int8" or not job.teachers:
-        quantisers = {column: Quantiser(job.options.dtype) for column in job.teachers}
+    if job.options.dtype != "int8":
+        found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
-        kept = calibration_features(job)
-        quantisers = {column: calibrate(first_rows(kept, column)) for column in job.teachers}
-    plan = plans.freeze_quantisers(job.path, job.plan, quantisers)
+        kept = calibration_features(dataclasses.replace(job, teachers=pending))
+        found = {column: calibrate(first_rows(kept, column)) for column in pending}
+    plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
     return dataclasses.replace(job, plan=plan), kept
 
 
@@ -94,16 +96,21 @@ def first_rows(kept: Kept, column: str) -> Tensor:
 
 
 def extract_missing(job: Job, kept: Kept) -> None:
-    """Compute, write and commit every shard that is not committed yet; one shard is written while the next computes."""
+    """Compute, write and commit every shard of this process's part that is not committed yet.
+
+    One shard is written while the next is computed.
+    """
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for view, column, shard in commits.missing(job.path, job.plan):
-        todo[shard].append((view, column))
+        if job.options.part.owns(shard):
+            todo[shard].append((view, column))
     stream = prepared_batches(
         job.images, job.plan.recipe, cut(todo, job), known_pixels(job), workers=job.options.workers
     )
     total = sum(len(batch.numbers) * len(batch.views) for batch in cut(todo, job))
     unit = "views" if job.plan.n_views > 1 else "images"
-    with Progress("extracting", total, unit) as progress, ThreadPoolExecutor(1, "write") as writer:
+    what = "extracting" + (f" part {job.options.part}" if job.options.part.of > 1 else "")
+    with Progress(what, total, unit) as progress, ThreadPoolExecutor(1, "write") as writer:
         writing: deque[Future[None]] = deque()
         for shard, units in todo.items():
             parts = shard_parts(job, shard, units, stream, kept, progress)
@@ -231,10 +238,11 @@ def whole_shard(part: Part, stored: Mapping[str, tuple[tuple[int, ...], str]]) -
 
 
 def circumstances(job: Job) -> dict[str, Any]:
-    """What is recorded beside a shard and hashed nowhere: versions, device, time."""
+    """What is recorded beside a shard and hashed nowhere: versions, device, time, command and where it was given."""
     import open_clip
     import PIL
     import timm
 
     versions = {module.__name__: module.__version__ for module in (torch, timm, open_clip, np, PIL)}
-    return {"versions": versions, "device": job.options.device, "written": int(time.time())}
+    return {"versions": versions, "device": job.options.device, "written": int(time.time()),
+            "command": job.options.command(), "folder": os.getcwd()}  # fmt: skip

@@ -2,21 +2,26 @@
 
 import dataclasses
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.views import MAX_PIXELS
+
+SAID = ("views", "grid", "dtype", "precision", "batch_size", "shard_samples", "max_bad", "max_pixels")
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What extract-features can be told. 0, -1 and "auto" choose; see the command's --help.
 
-    grid: patches per side of the student; recipe.size must be a multiple of it.
+    grid: patches per side of the student; recipe.size must be a multiple of it. shards: 'i/n', this process's part of
+    the shards. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
     """
 
     images: Sequence[str | os.PathLike[str]]
@@ -35,6 +40,8 @@ class Options:
     max_bad: int = -1
     max_pixels: int = MAX_PIXELS
     allow_torchscript: bool = False
+    shards: str = ""
+    part: Part = Part()
 
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
@@ -48,11 +55,40 @@ class Options:
             raise ValueError(f"--device {device}: is no torch device; expected auto, cpu, cuda or cuda:N") from None
         if kind == "cuda" and not torch.cuda.is_available():
             raise ValueError(f"--device {device}: torch sees no CUDA device; expected one; use --device cpu")
+        rank, ranks = local_rank()
         return dataclasses.replace(
             self,
             cache=Path(self.cache),
-            device=device,
+            part=part_of(self.shards),
+            teachers=tuple(one for text in self.teachers for one in one_per_tap(text)),
+            device=f"cuda:{rank}" if device == "cuda" and ranks > 1 else device,
             precision=("fp16" if kind == "cuda" else "fp32") if self.precision == "auto" else self.precision,
             batch_size=self.batch_size or (64 if kind == "cuda" else 8),
-            workers=self.workers or len(os.sched_getaffinity(0)),
+            workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks),
         )
+
+    def command(self) -> str:
+        """The command line that means the same, for commit records and for who has to repeat it."""
+        recipe, default = self.recipe, Options(images=(), cache=self.cache)
+        words = ["extract-features", *(os.fspath(image) for image in self.images), os.fspath(self.cache)]
+        words += [word for pattern in self.include for word in ("--include", pattern)]
+        words += [word for teacher in self.teachers for word in ("--teacher", teacher)]
+        words += ["--crop-scale", *map(repr, recipe.crop_scale)] * (recipe.crop_scale != default.recipe.crop_scale)
+        values = {name: getattr(recipe, name) for name in ("flip", "size", "seed")}
+        values |= {name: getattr(self, name) for name in SAID}
+        usual = {
+            name: getattr(default.recipe if name in ("flip", "size", "seed") else default, name) for name in values
+        }
+        for name, value in values.items():
+            words += [f"--{name.replace('_', '-')}", str(value)] * (value != usual[name])
+        return shlex.join(words + ["--allow-torchscript"] * self.allow_torchscript)
+
+
+def one_per_tap(text: str) -> list[str]:
+    """A teacher's text once for every tap of `?tap=a,b`."""
+    before, mark, query = text.rpartition("?")
+    pairs = query.split("&")
+    taps = next((pair[4:].split(",") for pair in pairs if mark and pair.startswith("tap=")), [])
+    if len(taps) < 2:
+        return [text]
+    return [before + mark + "&".join(f"tap={tap}" if p.startswith("tap=") else p for p in pairs) for tap in taps]

@@ -1,6 +1,6 @@
 """extract-features as a function: list, plan, calibrate, compute what is missing, finalise, report."""
 
-import os
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +13,14 @@ from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.plan import describe
 from mrmae.extract.progress import human_bytes, human_time
+from mrmae.extract.ranks import wait_for_plan, wait_for_shards
+from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import Plan, Source
-from mrmae.shards.spec import canonical_order, dataset_id
+from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
 from mrmae.shards.write import make_folder, remove
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
@@ -30,46 +33,71 @@ class TooManyBad(ValueError):
     """More images are unreadable than --max-bad allows; everything is committed, no manifest was written."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Teachers:
+    """The teachers asked for. built: by column; the cache is complete where one is missing, and its spec recorded."""
+
+    specs: Sequence[TeacherSpec]
+    built: Mapping[str, Teacher]
+
+
 def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """The manifest of the finished cache; an empty dict after a dry run. The same options again resume.
+    """The manifest of the finished cache; an empty dict after a dry run or a part. The same options again resume.
 
     say: receives the plan and the summary, line by line; progress goes to stderr.
     Raises ValueError and OSError for what a user can mend; what was committed before stays valid.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("extract-features: was started by torchrun with several ranks; expected one process; "
-                         "start it without torchrun")  # fmt: skip
     began, options = time.monotonic(), options.resolved()
     sources = list_sources(options.images, options.include)
-    teachers = [
-        build_teacher(parse_teacher(text), grid=options.grid, view_size=options.recipe.size, device=options.device,
-                      precision=options.precision, allow_torchscript=options.allow_torchscript)
-        for text in options.teachers
-    ]  # fmt: skip
-    shard_samples = options.shard_samples or default_shard_samples(len(sources), teachers, options)
-    say(describe(options.cache, options.recipe, [teacher.spec for teacher in teachers], images=len(sources),
-                 labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
-                 shard_samples=shard_samples))  # fmt: skip
+    teachers = asked_teachers(options)
+    shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
+    if options.part.leads:
+        say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
+                     labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
+                     shard_samples=shard_samples))  # fmt: skip
     if dry_run:
         return {}
-    job = start(options, sources, teachers, shard_samples)
+    job = (start if options.part.leads else join)(options, sources, teachers, shard_samples)
     finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
     job, kept = calibrated(job)
+    commits.create_columns(job.path, job.plan)
     extract_missing(job, kept)
+    if options.shards or not options.part.leads:
+        say(f"{job.path}: part {options.part} is committed" + (
+            "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
+        return {}
+    wait_for_shards(job.path, job.plan)
     refuse_too_many_bad(job)
     manifest = commits.finalise(job.path, job.plan)
     say(summary(job, manifest, time.monotonic() - began, nothing_done=finished))
     return manifest
 
 
-def default_shard_samples(n: int, teachers: Sequence[Teacher], options: Options) -> int:
-    """Samples per shard, from the bytes of one sample's tokens in the widest column."""
-    width = max((teacher.spec.width for teacher in teachers), default=1)
+def asked_teachers(options: Options) -> Teachers:
+    """The teachers of the options, built where something of theirs may have to be computed."""
+    specs, built = [], {}
+    for text in options.teachers:
+        spec = complete_teacher(options, text)
+        if spec is None:
+            teacher = build_teacher(parse_teacher(text), grid=options.grid, view_size=options.recipe.size,
+                                    device=options.device, precision=options.precision,
+                                    allow_torchscript=options.allow_torchscript)  # fmt: skip
+            spec = teacher.spec
+            built[spec.column] = teacher
+        specs.append(spec)
+    return Teachers(specs, built)
+
+
+def usual_shard_samples(n: int, teachers: Sequence[TeacherSpec], options: Options) -> int:
+    """Samples per shard: as the cache has it already, else from the bytes of one sample's tokens in the widest column."""
+    if (options.cache / "plan.json").exists():
+        return plans.load_plan(options.cache).shard_samples
+    width = max((teacher.width for teacher in teachers), default=1)
     token_bytes = options.grid**2 * width * (1 if options.dtype == "int8" else 2)
     return plans.default_shard_samples(n, token_bytes)
 
 
-def start(options: Options, sources: Sources, teachers: Sequence[Teacher], shard_samples: int) -> Job:
+def start(options: Options, sources: Sources, teachers: Teachers, shard_samples: int) -> Job:
     """The job, its plan written or found equal on disk."""
     path = options.cache
     order = canonical_order([image.key for image in sources])
@@ -77,28 +105,50 @@ def start(options: Options, sources: Sources, teachers: Sequence[Teacher], shard
     make_folder(path)
     digests = digest_images(sources, order, known_digests(path), path / SPOOL, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
-    plan = Plan(
-        dataset_id=dataset_id(digests),
-        n_samples=len(rows),
+    plan = planned(options, dataset_id(digests), len(rows), teachers, shard_samples)
+    if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
+        plan = extend_plan(path, plan)
+    plan = plans.start(path, plan, rows)
+    remove(path / SPOOL)
+    for teacher in teachers.built.values():
+        if teacher.tail and not plans.tail_path(path, teacher.spec.name).exists():
+            plans.write_tail(path, teacher.spec.name, teacher.tail)
+    images = Images(sources, rows, order, options.max_pixels)
+    return Job(path, plan, images, teachers.built, options)
+
+
+def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: int) -> Job:
+    """The job as the leading process planned and calibrated it; waits for that.
+
+    ValueError where this process sees other images.
+    """
+    order = canonical_order([image.key for image in sources])
+    plan = wait_for_plan(options.cache, planned(options, "", len(order), teachers, shard_samples))
+    rows = plans.read_sources(options.cache)
+    if [row.key for row in rows] != [sources.images[i].key for i in order]:
+        raise ValueError(f"{options.cache}: part {options.part} sees other images than the plan's; expected the same "
+                         "IMAGES everywhere; check paths and mounts")  # fmt: skip
+    images = Images(sources, rows, order, options.max_pixels)
+    return Job(options.cache, plan, images, teachers.built, options)
+
+
+def planned(options: Options, dataset: str, n: int, teachers: Teachers, shard_samples: int) -> Plan:
+    """The plan that the options ask for."""
+    return Plan(
+        dataset_id=dataset,
+        n_samples=n,
         recipe=options.recipe,
         grid=(options.grid, options.grid),
         n_views=options.views,
         shard_samples=shard_samples,
         dtype=options.dtype,
-        columns=tuple(teacher.spec for teacher in teachers),
+        columns=tuple(teachers.specs),
     )
-    plan = plans.start(path, plan, rows)
-    remove(path / SPOOL)
-    for teacher in teachers:
-        if teacher.tail and not plans.tail_path(path, teacher.spec.name).exists():
-            plans.write_tail(path, teacher.spec.name, teacher.tail)
-    images = Images(sources, rows, order, options.max_pixels)
-    return Job(path, plan, images, {teacher.spec.column: teacher for teacher in teachers}, options)
 
 
 def known_digests(path: Path) -> list[tuple[str, int, str]]:
     """The digests of an existing plan: images of the same key and size are checked when they are decoded."""
-    if not (path / "plan.json").exists():
+    if not ((path / "plan.json").exists() and (path / "samples.parquet").exists()):
         return []
     return [(row.key, row.bytes, row.sha256) for row in plans.read_sources(path)]
 

@@ -49,6 +49,8 @@ class Column:
 class Sample:
     """One sample. views: per view its `pixels` uint8 [h, w, 3], its `view`, and a dict of tensors per teacher name.
 
+    A teacher's further taps stand under their column's names.
+
     A bad image has valid=False, a reason, and no views.
     """
 
@@ -64,7 +66,7 @@ class Cache:
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order. numbers: the samples that can be read.
-    columns: by name `<teacher>.<tap>`; teachers: column name by teacher name; ids: dataset, geometry and column ids.
+    columns: by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry and column ids.
     """
 
     def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
@@ -79,7 +81,7 @@ class Cache:
         self.shard_samples, self.dtype = plan.shard_samples, plan.dtype
         self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
                         for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
-        self.teachers = {column.spec.name: name for name, column in self.columns.items()}
+        self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
         self._opened: dict[Path, Any] = {}  # shard files and tar indices, by path: their indices stay in memory
@@ -111,10 +113,14 @@ class Cache:
     def read_view(self, number: int, view: int) -> dict[str, Any]:
         """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""
         one: dict[str, Any] = {"pixels": self.read_pixels([number], [view])[0], "view": self.read_crop(number, view)}
-        for teacher, name in self.teachers.items():
-            raw = self.read_column(name, [number], [view], tuple(self.columns[name].layout.arrays()))
-            tokens = dequantise(raw.pop("tokens"), raw.pop("scale", None), self.columns[name].quantiser)
-            one[teacher] = {"tokens": tokens[0], **{array: values[0].float() for array, values in raw.items()}}
+        for name, column in self.columns.items():
+            raw = self.read_column(name, [number], [view], tuple(column.layout.arrays()))
+            tokens = dequantise(raw.pop("tokens"), raw.pop("scale", None), column.quantiser)
+            first = self.teachers[column.spec.name] == name
+            one[column.spec.name if first else name] = {
+                "tokens": tokens[0],
+                **{array: values[0].float() for array, values in raw.items()},
+            }
         return one
 
     def read_pixels(

@@ -96,6 +96,14 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
     }
 
 
+def create_columns(path: Path, plan: Plan) -> None:
+    """Write the zarr metadata of every column and view where it is missing."""
+    for view in range(plan.n_views):
+        for column in plan.quantisers:
+            attributes = column_attributes(plan, view, column)
+            zarr_io.create_column(column_folder(path, view, column), plan.layout(column), attributes)
+
+
 def clear(path: Path, plan: Plan, view: int, column: str, shard: int) -> None:
     """Remove an uncommitted, or invalidly committed, shard. FileExistsError when it is validly committed."""
     record = commit_path(path, view, column, shard)
@@ -161,18 +169,25 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     refuse_disagreement(path, complete)
     table = {**read_samples(path), **decoded_columns(plan, complete)}
     write_samples(path, table)
-    body = {
-        **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
-        "geometry_id": plan.geometry_id,
-        "n_valid": sum(table["valid"]),
-        "samples_id": samples_id(table),
-        "columns": [column_summary(path, plan, teacher.column, complete) for teacher in plan.columns],
-        "shards": shard_table(complete),
-    }
+    body = manifest_body(path, plan, complete, table)
     manifest = {**body, "manifest_id": content_id(body)}
     publish(path / "manifest.json", readable_json(manifest), replace=True)
     remove_leftovers(path)
     return manifest
+
+
+def manifest_body(
+    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """All of the manifest but its own id. records: of every unit; table: the final samples."""
+    return {
+        **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
+        "geometry_id": plan.geometry_id,
+        "n_valid": sum(table["valid"]),
+        "samples_id": samples_id(table),
+        "columns": [column_summary(path, plan, teacher.column, records) for teacher in plan.columns],
+        "shards": shard_table(records),
+    }
 
 
 def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:

@@ -69,9 +69,14 @@ class Plan:
     quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        names = [teacher.name for teacher in self.columns]
+        names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
-            raise ValueError(f"plan: teacher names {names} repeat; expected one name per teacher; rename one")
+            raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")
+        weights = {teacher.name: teacher.weights_sha256 for teacher in self.columns}
+        for teacher in self.columns:
+            if weights[teacher.name] != teacher.weights_sha256:
+                raise ValueError(f"plan: two models are named {teacher.name}; expected one name per model, with one or "
+                                 "several taps; rename one")  # fmt: skip
         for teacher in self.columns:
             if teacher.grid != self.grid:
                 raise ValueError(f"plan: teacher {teacher.name} has grid {teacher.grid}; the cache has {self.grid}; "
@@ -113,6 +118,19 @@ class Plan:
         fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return fields | {"quantisers": {name: q.to_json() for name, q in self.quantisers.items()}}
 
+    @staticmethod
+    def from_json(fields: Mapping[str, Any], where: str) -> "Plan":
+        """The plan that `to_json` described. where: the file, for errors."""
+        return Plan(
+            **{
+                **{name: value for name, value in fields.items() if name != "format_version"},
+                "recipe": from_json(ViewRecipe, fields["recipe"], where),
+                "grid": tuple(fields["grid"]),
+                "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
+                "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
+            }
+        )
+
 
 def shard_ranges(n: int, shard_samples: int) -> list[range]:
     """The sample numbers of every shard: consecutive ranges, the last may be shorter."""
@@ -133,7 +151,7 @@ def canonical_sources(sources: Iterable[Source]) -> list[Source]:
 def start(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
     """The plan as it stands on disk: newly written, or an equal one from before, with its quantisers.
 
-    sources: in canonical order. Raises ValueError, and changes nothing, where the plan on disk differs (naming the
+    sources: in canonical order. A plan that adds to the one on disk goes through extend.extend_plan first. Raises ValueError, and changes nothing, where the plan on disk differs (naming the
     first field and both values), or where the folder holds something else.
     """
     if dataset_id((s.key, s.bytes, s.sha256) for s in sources) != plan.dataset_id:
@@ -144,11 +162,11 @@ def start(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
             refuse_other_images(path, sources)
         unfrozen = dataclasses.replace(plan, quantisers=old.quantisers)
         compare_specs(old.to_json(), unfrozen.to_json(), str(path / "plan.json"))
+        if not (path / "samples.parquet").exists():
+            write_sources(path, sources)
         return old
     refuse_other_folder(path)
-    table = {name: [getattr(source, name) for source in sources] for name in ("key", "label", "bytes", "sha256")}
-    unknown = {name: [None] * len(sources) for name in ("height", "width", "valid", "reason")}  # until finalised
-    write_samples(path, table | unknown)
+    write_sources(path, sources)
     publish(path / "plan.json", readable_json(plan.to_json()))
     return plan
 
@@ -190,17 +208,9 @@ def load_plan(path: Path) -> Plan:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or extract anew") from None
-    if fields.pop("format_version", None) != FORMAT_VERSION:
+    if fields.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{file}: another format version; this mrmae reads {FORMAT_VERSION}; use a matching one")
-    return Plan(
-        **{
-            **fields,
-            "recipe": from_json(ViewRecipe, fields["recipe"], str(file)),
-            "grid": tuple(fields["grid"]),
-            "columns": tuple(from_json(TeacherSpec, column, str(file)) for column in fields["columns"]),
-            "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
-        }
-    )
+    return Plan.from_json(fields, str(file))
 
 
 def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser]) -> Plan:
@@ -208,10 +218,11 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
     frozen = dataclasses.replace(plan, quantisers=dict(quantisers))
     if set(quantisers) != {teacher.column for teacher in plan.columns}:
         raise ValueError(f"{path}: quantisers for {sorted(quantisers)}; expected one for every column of the plan")
-    on_disk = load_plan(path)
-    if on_disk.quantisers:
-        compare_specs(on_disk.to_json(), frozen.to_json(), str(path / "plan.json"))
-        return on_disk
+    before = {name: q.to_json() for name, q in load_plan(path).quantisers.items()}
+    now = {name: frozen.quantisers[name].to_json() for name in before}
+    compare_specs({"quantisers": before}, {"quantisers": now}, str(path / "plan.json"))
+    if len(before) == len(quantisers):
+        return load_plan(path)
     publish(path / "plan.json", readable_json(frozen.to_json()), replace=True)
     return frozen
 
@@ -222,6 +233,13 @@ def write_samples(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
     out = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, SAMPLES), out, compression="zstd", write_page_checksum=True)
     publish(path / "samples.parquet", out.getvalue().to_pybytes(), replace=True)
+
+
+def write_sources(path: Path, sources: Sequence[Source]) -> None:
+    """Write samples.parquet with what is known before any image is decoded; finalising fills in the rest."""
+    table = {name: [getattr(source, name) for source in sources] for name in ("key", "label", "bytes", "sha256")}
+    unknown = {name: [None] * len(sources) for name in ("height", "width", "valid", "reason")}
+    write_samples(path, table | unknown)
 
 
 def read_samples(path: Path) -> dict[str, list[Any]]:

@@ -80,8 +80,13 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
     Metadata that exists is left as it is: it was written from the same plan.
     """
     absent = [path for path in metadata_paths(folder, layout) if not path.exists()]
-    if not absent:
-        return
+    contents = metadata(layout, attrs) if absent else {}
+    for path in absent:
+        publish(path, contents[path.relative_to(folder).as_posix()], replace=True)
+
+
+def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
+    """The content of a column's zarr.json files, by path inside its folder."""
     memory: dict[str, Any] = {}
     group = zarr.create_group(
         MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": dataclasses.asdict(layout)}
@@ -98,8 +103,7 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
             compressors=Crc32cCodec(),
             dimension_names=DIMENSIONS[name],
         )
-    for path in absent:
-        publish(path, memory[path.relative_to(folder).as_posix()].to_bytes(), replace=True)
+    return {name: content.to_bytes() for name, content in memory.items()}
 
 
 def read_attributes(folder: Path) -> tuple[Layout, dict[str, Any]]:

@@ -1,49 +1,64 @@
-"""From a cache to batches on the device, prepared ahead by threads: which images, which view, which masks, in which order.
+"""From a cache to batches: which images, which view, in which order, and what is read of them.
 
 Everything is a function of (seed, epoch, sample), so the order, the views and the masks are the same for any number of
-ranks, threads or resumes. Each epoch is one permutation of all valid images; its last partial batch is dropped, and as the
-permutation changes with the epoch, so does what is dropped.
+ranks, threads or resumes. Each epoch is one permutation of all valid images that are not held out; its last partial batch
+is dropped, and as the permutation changes with the epoch, so does what is dropped.
 """
 
 import os
-import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mrmae.shards.cache import Cache
+from mrmae.shards.stats import read_stats
 from mrmae.shards.stream import epoch_order, view_of
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Recipe
-from mrmae.train.targets import Batch, CacheInfo, TeacherInfo
+from mrmae.train.targets import NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo, chosen, target_names
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
-Loaded = tuple[Batch, Masks]
-AHEAD = 4  # micro-batches in memory beside the one in use
-LOADERS = 2
+Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say
 
 
 def cache_info(cache: Cache) -> CacheInfo:
-    """What the student needs to know of a cache: size, grid, and each teacher's width, statistics and extras."""
+    """What the student needs to know of a cache: size, grid, and each column's width, quantiser and extras."""
     teachers = {}
-    for teacher, column in cache.teachers.items():
-        spec, quantiser = cache.columns[column].spec, cache.columns[column].quantiser
-        teachers[teacher] = TeacherInfo(
-            width=spec.width,
-            channel_mean=_tensor(quantiser.channel_mean),
-            channel_std=_tensor(quantiser.channel_std),
-            has_cls=spec.has_cls,
-            has_attention=spec.has_attention,
-            column=column,
-            has_scale=quantiser.dtype == "int8",
+    for target, name in target_names(cache.columns).items():
+        column = cache.columns[name]
+        teachers[target] = TeacherInfo(
+            width=column.spec.width,
+            channel_mean=_tensor(column.quantiser.channel_mean),
+            channel_std=_tensor(column.quantiser.channel_std),
+            has_cls=column.spec.has_cls,
+            has_attention=column.spec.has_attention,
+            column=name,
+            has_scale=column.quantiser.dtype == "int8",
         )
     return CacheInfo(size=cache.size, grid=cache.grid, teachers=teachers)
+
+
+def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInfo:
+    """`info` with the exact statistics that the recipe's terms need, from where `inspect-cache stats` stored them.
+
+    Raises ValueError where they are not there, or are of other data.
+    """
+    teachers = dict(info.teachers)
+    terms = [(name, term) for name, term in recipe.terms.items() if term.transform in NEEDS_STATISTICS]
+    for target in sorted({target for name, term in terms for target in chosen(name, term, info)}):
+        found = read_stats(cache, teachers[target].column)
+        teachers[target] = replace(
+            teachers[target],
+            stat_mean=found.mean,
+            stat_std=found.variance.sqrt(),
+            stat_covariance=found.covariance,
+            stat_id=found.id,
+        )
+    return replace(info, teachers=teachers)
 
 
 def _tensor(values: Any) -> Tensor | None:
@@ -70,8 +85,8 @@ def check_share(share: Share, n_samples: int) -> None:
     parts = share.ranks * share.accum
     if share.batch_size > n_samples:
         raise ValueError(
-            f"optim.batch_size: is {share.batch_size}, more than the {n_samples} valid images of the cache; an epoch must"
-            f" hold at least one batch; give --batch-size {n_samples} or less"
+            f"optim.batch_size: is {share.batch_size}, more than the {n_samples} valid images of the cache to train on; an"
+            f" epoch must hold at least one batch; give --batch-size {n_samples} or less"
         )
     if share.batch_size % parts:
         raise ValueError(
@@ -85,9 +100,44 @@ def updates_per_epoch(n_samples: int, batch_size: int) -> int:
     return n_samples // batch_size
 
 
-def numbers_of_epoch(cache: Cache, *, seed: int, epoch: int) -> Numbers:
-    """The cache's valid sample numbers in the order of `epoch`: global, whatever the number of ranks."""
-    return epoch_order(cache.numbers, cache.shard_samples, seed=seed, epoch=epoch)
+def split_off(cache: Cache, share: float) -> tuple[Numbers, Numbers]:
+    """(numbers to train on, numbers held out): the low half of each key's hash decides, so a key never changes sides.
+
+    share: of the images to hold out, 0 <= share < 1. The order of samples on disk follows the hash's high half, so what is
+    held out is spread over all shards. Raises ValueError where either side would be empty.
+    """
+    low = cache.hashes.numpy()[cache.numbers].view(np.uint64) & np.uint64(0xFFFFFFFF)
+    held = low < share * 2**32
+    if share > 0 and (held.all() or not held.any()):
+        raise ValueError(
+            f"--hold-out {share:g}: takes {held.sum()} of the {len(held)} valid images of the cache; at least one image on"
+            f" either side was expected; give another share"
+        )
+    return cache.numbers[~held], cache.numbers[held]
+
+
+def labelled(cache: Cache, numbers: Numbers) -> Numbers:
+    """Those of `numbers` that have a label."""
+    return np.array([number for number in numbers if cache.labels[number] is not None], np.int64)
+
+
+def check_knn(cache: Cache, numbers: Numbers, held_out: Numbers) -> None:
+    """Raise ValueError where k-NN accuracy cannot be measured: no images held out, or no labels."""
+    if not len(held_out):
+        raise ValueError(
+            "--knn-every: needs images that are not trained on; --hold-out was expected; give --hold-out 0.01"
+        )
+    known = [len(labelled(cache, part)) for part in (numbers, held_out)]
+    if not all(known):
+        raise ValueError(
+            f"--knn-every: {cache.path} has labels for {known[0]} images to train on and for {known[1]} held out; some of each"
+            " were expected; leave --knn-every out"
+        )
+
+
+def numbers_of_epoch(cache: Cache, numbers: Numbers, *, seed: int, epoch: int) -> Numbers:
+    """`numbers` of the cache in the order of `epoch`: global, whatever the number of ranks."""
+    return epoch_order(numbers, cache.shard_samples, seed=seed, epoch=epoch)
 
 
 def rows_of(order: Numbers, update: int, micro: int, share: Share) -> Numbers:
@@ -108,9 +158,9 @@ def load_batch(cache: Cache, numbers: Numbers, *, epoch: int, needed: Mapping[st
     needed: teacher -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`).
     """
     samples = cache.hashes[torch.from_numpy(numbers)]
-    views = views_of(cache, numbers, epoch=epoch)
+    views, columns = views_of(cache, numbers, epoch=epoch), target_names(cache.columns)
     targets = {
-        teacher: cache.read_column(cache.teachers[teacher], numbers, views, arrays=tuple(sorted(arrays)))
+        teacher: cache.read_column(columns[teacher], numbers, views, arrays=tuple(sorted(arrays)))
         for teacher, arrays in needed.items()
         if arrays
     }
@@ -133,100 +183,13 @@ def jobs(start: Position, *, epochs: int, updates: int, accum: int) -> Iterator[
                 yield epoch, update, micro
 
 
-class Feed:
-    """Micro-batches with their masks, in order, on the device; `AHEAD` of them are prepared while the device works.
-
-    load: makes one (batch, masks) on the host; called from `LOADERS` threads, so that one batch is collated while the next is
-    read (the cache reads and decodes in threads of its own). `waited_s` is the time `next` had to wait for it: the stall.
-    Close it, or use it in a `with`.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[int, int, int], Loaded],
-        todo: Iterator[tuple[int, int, int]],
-        device: torch.device,
-    ) -> None:
-        self.waited_s = 0.0
-        self._load, self._todo, self._device = load, todo, device
-        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="loader")
-        self._queue: deque[Future[Loaded]] = deque()
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._next: tuple[Loaded, torch.cuda.Event] | None = None
-        for _ in range(AHEAD):
-            self._submit()
-
-    def _submit(self) -> None:
-        job = next(self._todo, None)
-        if job is not None:
-            self._queue.append(self._pool.submit(self._prepare, *job))
-
-    def _prepare(self, epoch: int, update: int, micro: int) -> Loaded:
-        loaded = self._load(epoch, update, micro)
-        return tensors_of(loaded, Tensor.pin_memory) if self._copies is not None else loaded
-
-    def _pull(self) -> Loaded | None:
-        if not self._queue:
-            return None
-        start = time.perf_counter()
-        loaded = self._queue.popleft().result()
-        self.waited_s += time.perf_counter() - start
-        self._submit()
-        return loaded
-
-    def __next__(self) -> Loaded:
-        """The next micro-batch. Raises what its loading raised, and StopIteration at the end of the run."""
-        if self._copies is not None:
-            return self._next_from_stream(self._copies)
-        loaded = self._pull()
-        if loaded is None:
-            raise StopIteration
-        return tensors_of(loaded, lambda t: t.to(self._device))
-
-    def _next_from_stream(self, copies: torch.cuda.Stream) -> Loaded:
-        """The micro-batch copied during the step before; starts the copy of the one after it."""
-        current = self._next or self._copy(copies)
-        if current is None:
-            raise StopIteration
-        loaded, done = current
-        compute = torch.cuda.current_stream(self._device)
-        compute.wait_event(done)
-
-        def belongs(tensor: Tensor) -> Tensor:
-            tensor.record_stream(compute)  # its memory may be reused only after the step has used it
-            return tensor
-
-        tensors_of(loaded, belongs)
-        self._next = self._copy(copies)
-        return loaded
-
-    def _copy(self, copies: torch.cuda.Stream) -> tuple[Loaded, torch.cuda.Event] | None:
-        loaded = self._pull()
-        if loaded is None:
-            return None
-        with torch.cuda.stream(copies):
-            moved = tensors_of(loaded, lambda t: t.to(self._device, non_blocking=True))
-            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            done.record(copies)
-        return moved, done
-
-    def close(self) -> None:
-        """Stop the threads; what they are loading is finished and thrown away."""
-        self._todo = iter(())
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
 def tensors_of(loaded: Loaded, change: Callable[[Tensor], Tensor]) -> Loaded:
     """The same batch and masks with every tensor replaced by `change(tensor)`."""
     batch, masks = loaded
     targets = {t: {name: change(v) for name, v in arrays.items()} for t, arrays in batch.targets.items()}
     moved = replace(batch, samples=change(batch.samples), pixels=change(batch.pixels), targets=targets)
+    if masks is None:
+        return moved, None
     return moved, Masks(ids_keep=change(masks.ids_keep), ids_predict=change(masks.ids_predict))
 
 

@@ -55,11 +55,40 @@ SHORTHANDS = {
 @click.option("--workers", type=click.IntRange(1), help="Reading and decoding threads. [default: cores - 1, at most 8]")
 @click.option("--accum", type=click.IntRange(1), default=1, help="Micro-batches per update: same result, less memory.")
 @click.option(
+    "--online", is_flag=True, help="Run the teachers in the step instead of reading their features: the baseline."
+)
+@click.option(
+    "--teacher",
+    "teachers",
+    multiple=True,
+    metavar="NAME=LIBRARY:MODEL[/TAG][@FILE]",
+    help="A teacher to run in the step, as for extract-features; repeatable. [default with --online: the cache's own]",
+)
+@click.option(
+    "--hold-out",
+    type=click.FloatRange(0, 1, max_open=True),
+    default=0.0,
+    help="Share of the images, by hash of their keys, that is not trained on; its loss is logged every epoch.",
+)
+@click.option(
+    "--knn-every",
+    type=click.IntRange(0),
+    default=0,
+    help="Epochs per k-NN accuracy of the images held out, 0 for none.",
+)
+@click.option(
+    "--init", type=click.Path(path_type=Path), help="Begin from a checkpoint of MAE or MCMAE, or a timm ViT's weights."
+)
+@click.option(
+    "--export", type=click.Choice(["mae"]), help="Write OUT/published.pth too, for MAE's fine-tuning scripts."
+)
+@click.option(
     "--save-minutes", type=click.FloatRange(0), default=10.0, help="Save this often, beside every epoch's end."
 )
 @click.option("--keep", type=click.IntRange(1), default=3, help="Checkpoints kept.")
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Updates per log row.")
 @click.option("--panels-every", type=click.IntRange(0), help="Epochs per picture, 0 for none. [default: ten per run]")
+@click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases too (pip install 'mrmae[wandb]').")
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop; nothing is written.")
 def main(cache: Path, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Train a student on CACHE (from extract-features); everything goes to the folder OUT.
@@ -68,22 +97,26 @@ def main(cache: Path, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bo
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """
-    from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
+    from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
     from mrmae.train.recipe import load_recipe
 
     given = {name: options.pop(name) for name in SHORTHANDS}
     try:
         resolved = load_recipe(recipe, [*overrides(given, sets), *sets])
         if dry_run:
-            how = {name: options[name] for name in ("device", "kernels", "accum")}
-            for line in loop.dry_run(cache, out, resolved, **how):
+            how = {name: options[name] for name in ("device", "kernels", "accum", "hold_out", "knn_every", "teachers")}
+            setup = run.Setup(
+                **how,
+                init=options["init"] and str(options["init"]),
+                online=options["online"] or bool(options["teachers"]),
+            )
+            for line in loop.dry_run(cache, out, resolved, setup):
                 click.echo(line)
             return
         summary = loop.train(cache, out, resolved, command=same_command(), **options)
-    except (ValueError, OSError, loop.Diverged) as error:
-        raise click.ClickException(str(error)) from error
-    finally:
-        ranks.leave()
+    except (ValueError, OSError, loop.Diverged, ranks.OtherRankFailed) as error:
+        raise click.ClickException(str(error)) from error  # a process group with a dead member is not taken leave of
+    ranks.leave()
     if not summary["finished"]:
         sys.exit(128 + signal.Signals[summary["stopped"]])
 

@@ -3,6 +3,7 @@
     timm.create_model('local-dir:OUT/student', pretrained=True)
 
 gives the encoder with its size, patch, mean and std; the state dict loads strictly, and its features are those of training.
+timm has no MCMAE: that student's folder holds the same files under the parameter names of Alpha-VL/ConvMAE, for `load_mcmae`.
 """
 
 import json
@@ -18,14 +19,36 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.train.checkpoint import write_atomically
+from mrmae.train.mcmae import SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.model import Pretrainer
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CROP_SHARE = 0.875  # of the resized image when evaluating, as MAE's probes take 224 of 256
+TIMM_USAGE = """A Vision Transformer encoder pre-trained without labels. It has no classifier.
+
+```python
+import timm
+model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)   # from the hub: "hf-hub:USER/NAME"
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+tokens = model.forward_features(transform(image)[None])                       # [1, 1 + {l}, {d}], CLS first
+```"""
+MCMAE_USAGE = """An encoder with two convolution stages before its transformer (MCMAE, arXiv 2205.03892), pre-trained without labels. timm
+has no such model. It has no CLS token and no classifier.
+
+```python
+from mrmae.train.export import load_mcmae
+model = load_mcmae("PATH_OF_THIS_FOLDER")
+tokens = model.forward_features(images)     # normalised [b, c, h, w] -> [b, {l}, {d}]; fine-tuning takes their mean, then a new norm
+```
+
+`model.safetensors` has the parameter names of Alpha-VL/ConvMAE: `patch_embed1..4`, `blocks1..3`, `pos_embed`, `norm`, and
+`stage1_output_decode`, `stage2_output_decode`, which join the stages in pre-training and are not used in fine-tuning."""
 
 
 def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, Any]) -> Path:
     """Write the student of `model` to the folder `path`, replacing an earlier export file by file; returns the folder.
+
+    A plain ViT becomes a folder that timm loads, MCMAE's student one that `load_mcmae` loads (timm has no such model).
 
     source: what the card tells about the run (plain values): command, epochs, cache ids, teachers and whether they were random.
     Raises OSError naming the file when the disk is full or not writable.
@@ -34,7 +57,7 @@ def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, 
     weights = safetensors.torch.save(student_weights(model), metadata={"format": "pt"})
     files = {
         WEIGHTS: weights,
-        CONFIG: (json.dumps(timm_config(model), indent=2) + "\n").encode(),
+        CONFIG: (json.dumps(student_config(model), indent=2) + "\n").encode(),
         CARD: model_card(model, source).encode(),
     }
     for name, data in files.items():
@@ -45,22 +68,61 @@ def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, 
 def load_student(path: Path | str) -> VisionTransformer:
     """The timm model of an exported folder, with its weights, in evaluation mode.
 
-    Raises ValueError when the folder is not an export.
+    Raises ValueError when the folder is not an export, or of MCMAE's student.
     """
+    folder = check_export(path)
+    if json.loads((folder / CONFIG).read_bytes())["architecture"] in SIZES:
+        raise ValueError(f"{folder}: holds MCMAE's student; a timm model was expected; open it with export.load_mcmae")
+    student = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    assert isinstance(student, VisionTransformer)
+    return student.eval()
+
+
+def load_mcmae(path: Path | str) -> MaskedConvViT:
+    """MCMAE's student from an exported folder, with its weights, in evaluation mode.
+
+    Raises ValueError when the folder is not an export, or of a timm model.
+    """
+    folder = check_export(path)
+    config = json.loads((folder / CONFIG).read_bytes())
+    if config["architecture"] not in SIZES:
+        raise ValueError(f"{folder}: holds {config['architecture']}; MCMAE's student was expected; timm opens this one")
+    student = build_mcmae(config["architecture"], **config["model_args"])
+    student.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    return student.eval()
+
+
+def check_export(path: Path | str) -> Path:
+    """The folder of an export. Raises ValueError where its files are missing."""
     folder = Path(path)
     missing = [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder}: has no {' and no '.join(missing)}; an exported student was expected; give OUT/student"
         )
-    student = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    assert isinstance(student, VisionTransformer)
-    return student.eval()
+    return folder
 
 
 def student_weights(model: Pretrainer) -> dict[str, Tensor]:
-    """The encoder's state dict under timm's names, fp32 on the CPU, positions included."""
+    """The encoder's state dict under timm's names (ConvMAE's for MCMAE's student), fp32 on the CPU, positions included."""
     return {name: x.detach().cpu().float().contiguous() for name, x in model.student.state_dict().items()}
+
+
+def student_config(model: Pretrainer) -> dict[str, Any]:
+    """config.json: what builds this encoder again, and how its images are prepared."""
+    if not isinstance(model.student, MaskedConvViT):
+        return timm_config(model)
+    info, prepare = model.info, model.recipe.prepare
+    return {
+        "architecture": model.recipe.student.model,
+        "library": "mrmae",
+        "num_features": model.student.num_features,
+        "model_args": {"patch": info.patch, "grid": list(info.grid), "channels": info.channels},
+        "input_size": [info.channels, info.size, info.size],
+        "mean": list(prepare.mean),
+        "std": list(prepare.std),
+        "interpolation": "bicubic",
+    }
 
 
 def timm_config(model: Pretrainer) -> dict[str, Any]:
@@ -101,25 +163,19 @@ def model_card(model: Pretrainer, source: Mapping[str, Any]) -> str:
     info, recipe = model.info, model.recipe
     terms = "\n".join(f"- `{term}`" for term in model.terms)
     made = yaml.safe_dump(dict(source), sort_keys=False, allow_unicode=True, width=100).rstrip()
+    library, usage = ("mrmae", MCMAE_USAGE) if isinstance(model.student, MaskedConvViT) else ("timm", TIMM_USAGE)
     return f"""---
-library_name: timm
+library_name: {library}
 pipeline_tag: image-feature-extraction
 tags:
 - image-feature-extraction
-- timm
+- {library}
 - masked-autoencoder
 - mr-mae
 ---
 # {recipe.student.model}, {info.size} px, patch {info.patch}, pre-trained with `{recipe.name}`
 
-A Vision Transformer encoder pre-trained without labels. It has no classifier.
-
-```python
-import timm
-model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)   # from the hub: "hf-hub:USER/NAME"
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-tokens = model.forward_features(transform(image)[None])                       # [1, 1 + {info.n_patches}, {model.student.embed_dim}], CLS first
-```
+{usage.format(l=info.n_patches, d=model.student.embed_dim)}
 
 | | |
 | --- | --- |

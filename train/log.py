@@ -1,4 +1,4 @@
-"""What a run tells: one JSON line per interval and epoch, the same as TensorBoard scalars, and a progress line.
+"""What a run tells: one JSON line per interval and epoch, the same to TensorBoard and Weights & Biases, a progress line.
 
 Losses come to the host without a wait: each step leaves one small vector, which is read once the device is done with it.
 """
@@ -6,6 +6,7 @@ Losses come to the host without a wait: each step leaves one small vector, which
 import json
 import math
 import time
+import uuid
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +18,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
+from mrmae.extract.progress import PLAIN_LINE_SECONDS, human_time
 from mrmae.train.checkpoint import write_atomically
-
-PLAIN_LINE_SECONDS = 10.0
 
 
 class Readback:
@@ -79,20 +79,6 @@ class Sums:
         return {"n": self.n, "skipped": self.skipped, "totals": dict(self.totals)}
 
 
-def human_time(seconds: float) -> str:
-    """`seconds` as a reader says them: '45 s', '3 min 20 s', '5 h 02 min', '2 d 03 h'."""
-    if not math.isfinite(seconds):
-        return "?"
-    s = round(seconds)
-    if s < 60:
-        return f"{s} s"
-    if s < 3600:
-        return f"{s // 60} min {s % 60:02d} s"
-    if s < 86_400:
-        return f"{s // 3600} h {s % 3600 // 60:02d} min"
-    return f"{s // 86_400} d {s % 86_400 // 3600:02d} h"
-
-
 def progress_line(row: Mapping[str, Any]) -> str:
     """One readable line of a log row: where, losses per term, speed, stall, learning rate, ETA."""
     terms = "  ".join(f"{name} {_short(value)}" for name, value in row["terms"].items())
@@ -101,6 +87,14 @@ def progress_line(row: Mapping[str, Any]) -> str:
         f"epoch {row['epoch']}/{row['epochs']}  loss {_short(row['loss'])}  {terms}  {row['images_per_s']:.4g} img/s"
         f"  stall {100 * row['stall']:.1f} %  lr {row['lr']:.2e}{skipped}  ETA {human_time(row['eta_s'])}"
     )
+
+
+def epoch_line(row: Mapping[str, Any]) -> str:
+    """One readable line of an epoch's row: how training and held-out losses stand, and k-NN accuracy where it was measured."""
+    aside = dict(row["held_out"])
+    terms = "  ".join(f"{name} {_short(value)}" for name, value in aside.items() if name != "loss")
+    knn = f"  k-NN top-1 {100 * row['knn_top1']:.1f} %" if "knn_top1" in row else ""
+    return f"epoch {row['epoch']}/{row['epochs']}  loss {_short(row['loss'])}, held out {_short(aside['loss'])}: {terms}{knn}"
 
 
 def _short(value: float | None) -> str:
@@ -129,13 +123,23 @@ def _finite(value: Any) -> Any:
 
 
 class RunLog:
-    """OUT/log.jsonl, OUT/tensorboard and the terminal, for one process of a run.
+    """OUT/log.jsonl, OUT/tensorboard, Weights & Biases and the terminal, for one process of a run.
 
     step: the update the run continues from; rows of later updates (written before a kill) are dropped, so that the log
-    reads as one run.
+    reads as one run. wandb: the project to log to; ValueError where wandb is not installed.
     """
 
-    def __init__(self, out: Path, *, step: int, total: int, console: Console | None = None, tensorboard: bool = True):
+    def __init__(
+        self,
+        out: Path,
+        *,
+        step: int,
+        total: int,
+        console: Console | None = None,
+        tensorboard: bool = True,
+        wandb: str | None = None,
+    ) -> None:
+        self._wandb = _start_wandb(wandb, out) if wandb else None  # first: it may refuse
         self.path = out / "log.jsonl"
         rows = read_rows(self.path)
         kept = [row for row in rows if row.get("step", 0) <= step]
@@ -152,12 +156,15 @@ class RunLog:
             self._bar.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row to the log and its numbers to TensorBoard."""
+        """Append one row to the log and its numbers to TensorBoard and Weights & Biases."""
         self._file.write(json.dumps(_finite(dict(row)), allow_nan=False) + "\n")
         self._file.flush()
+        values = {f"{row['kind']}/{name}": value for name, value in _scalars(row)}
         if self._board is not None:
-            for name, value in _scalars(row):
-                self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+            for name, value in values.items():
+                self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(values, step=row["step"])
 
     def show(self, row: Mapping[str, Any], *, always: bool = False) -> None:
         """Put the row on the progress bar, or, off a terminal, print it as a line every ten seconds at most."""
@@ -177,6 +184,9 @@ class RunLog:
             self._bar.stop()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb = None
         self._file.close()
 
     def __enter__(self) -> Self:
@@ -196,7 +206,28 @@ def _board(folder: Path, step: int) -> Any:
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
+def _start_wandb(project: str, out: Path) -> Any:
+    """The run of this OUT at Weights & Biases, continued where there is one. Raises ValueError where wandb is missing."""
+    try:
+        import wandb  # type: ignore[import-not-found, unused-ignore]  # an optional extra: pip install 'mrmae[wandb]'
+    except ImportError:
+        raise ValueError(
+            f"--wandb {project}: the package wandb is not installed; it was expected; pip install 'mrmae[wandb]', or leave it out"
+        ) from None
+    mark = out / "wandb" / "id"  # a new OUT is a new run there, the same OUT the same one
+    if not mark.exists():
+        write_atomically(mark, _write_new_id)
+    facts = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
+    config = {name: facts[name] for name in ("recipe", "student", "images", "teachers", "cache_ids") if name in facts}
+    return wandb.init(project=project, name=out.name, id=mark.read_text(), resume="allow", dir=str(out), config=config)
+
+
+def _write_new_id(path: Path) -> None:
+    path.write_text(uuid.uuid4().hex)
+
+
 def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     pairs = [(name, value) for name, value in row.items() if isinstance(value, float) and name != "time"]
     pairs += [(f"loss/{name}", value) for name, value in row.get("terms", {}).items()]
+    pairs += [(f"held_out/{name}", value) for name, value in row.get("held_out", {}).items()]
     return [(name, value) for name, value in pairs if math.isfinite(value)]

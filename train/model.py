@@ -3,28 +3,32 @@
 `build_model` checks that cache and recipe fit; `Pretrainer.forward` is one static graph: no host sync, no branch on data.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch
+from mrmae.train import mcmae
+from mrmae.train.fusions import build_fusions, check_taps
 from mrmae.train.heads import HEADS
 from mrmae.train.masks import Masks, counts, saliency_arrays
+from mrmae.train.mcmae import MaskedConvViT, build_mcmae
 from mrmae.train.recipe import Recipe
 from mrmae.train.student import (
-    LearnedSum,
     MaskDecoder,
-    MeanOfNorms,
     build_vit,
     encode,
     initialise,
+    path_factors,
+    path_keys,
     sincos_positions,
     unpatchify,
 )
 from mrmae.train.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
-from mrmae.train.terms import Pixels, Term, bind_terms, needed_arrays, score
+from mrmae.train.terms import Pixels, bind_terms, needed_arrays, score
 
 __all__ = ["Batch", "CacheInfo", "Pretrainer", "TeacherInfo", "build_model", "needed_arrays"]
 
@@ -46,13 +50,15 @@ def build_model(
 
 
 class Pretrainer(nn.Module):
-    """Student (a timm VisionTransformer), MAE decoder or None, fusions, one head per term, and the teachers' constants.
+    """Student (a timm VisionTransformer or MCMAE's), MAE decoder or None, fusions, one head per term, the teachers' constants.
 
-    Parameters: `student.*` are timm's own names; `decoder.*`, `fusions.*` and `heads.*` are dropped after training.
+    Parameters: `student.*` are timm's (or MCMAE's) own names; `decoder.*`, `fusions.*` and `heads.*` are dropped after
+    training. Parts of the student that no term reads do not train.
     """
 
     scale: Tensor
     shift: Tensor
+    path_keys: Tensor
 
     def __init__(self, recipe: Recipe, info: CacheInfo, kernels: str = "auto") -> None:
         super().__init__()
@@ -63,16 +69,11 @@ class Pretrainer(nn.Module):
         self.terms = bind_terms(recipe, info)
         if recipe.mask.sampler == "attn_prob":
             saliency_arrays(recipe.mask.source, info)
-        self.student = build_vit(
-            recipe.student.model, size=info.size, patch=patch, grid=info.grid, channels=info.channels
-        )
+        self.student = build_student(recipe, info)
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
-        self.fusions = nn.ModuleDict()
-        self.keep_blocks = check_taps(self.terms, recipe.student.fused_blocks, depth, self.n_predict)
-        if any(term.recipe.tap == "mean_ln" for term in self.terms):
-            self.fusions["mean_ln"] = MeanOfNorms(width, recipe.student.fused_blocks)
-        if any(term.recipe.tap == "learned" for term in self.terms):
-            self.fusions["learned"] = LearnedSum(range(1, depth + 1))
+        fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
+        self.keep_blocks = check_taps(self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls)
+        self.fusions = build_fusions(self.terms, fused, width=width, depth=depth)
         uses_decoder = decoder is not None and any(term.recipe.tap == "decoder" for term in self.terms)
         self.decoder = MaskDecoder(width, decoder, info.grid) if decoder is not None and uses_decoder else None
         self.heads = nn.ModuleDict()
@@ -81,6 +82,8 @@ class Pretrainer(nn.Module):
             width_in = decoder.width if decoder is not None and term.recipe.tap == "decoder" else width
             out = patch**2 * info.channels if term.teacher is None else info.teachers[term.teacher].width
             self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
+        self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
+        freeze_unread(self.student, {term.recipe.tap for term in self.terms}, self.keep_blocks)
         self.fill_constants(torch.float32)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
@@ -90,12 +93,14 @@ class Pretrainer(nn.Module):
         self.register_buffer("shift", (-mean / std).to(dtype), persistent=False)
         positions = sincos_positions(self.info.grid, self.student.embed_dim)
         assert self.student.pos_embed is not None
-        self.student.pos_embed.data = positions.to(dtype)[None]
+        self.student.pos_embed.data = positions[1 - self.student.num_prefix_tokens :].to(dtype)[None]
         if self.decoder is not None:
             self.decoder.position = sincos_positions(self.info.grid, self.decoder.position.shape[1])[1:].to(dtype)
         for term in self.terms:
             if term.teacher is not None:
-                self.statistics[term.name] = TeacherStatistics(self.info.teachers[term.teacher], dtype)
+                self.statistics[term.name] = TeacherStatistics(
+                    self.info.teachers[term.teacher], dtype, term.recipe.transform
+                )
 
     @property
     def pixels(self) -> Pixels:
@@ -108,7 +113,7 @@ class Pretrainer(nn.Module):
             self.terms,
             self.heads,
             self.statistics,
-            self.taps(batch, masks),
+            self.taps(batch, masks, paths=self.paths(batch, masks)),
             batch,
             masks,
             pixels=self.pixels,
@@ -116,17 +121,9 @@ class Pretrainer(nn.Module):
             kernels=self.kernels,
         )
 
-    def taps(self, batch: Batch, masks: Masks) -> dict[str, Tensor]:
+    def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tensor]:
         """The named outputs the terms read: encoder taps as [CLS | visible], `decoder` at `ids_predict`."""
-        final, blocks = encode(
-            self.student,
-            batch.pixels,
-            masks.ids_keep,
-            scale=self.scale,
-            shift=self.shift,
-            keep_blocks=self.keep_blocks,
-            kernels=self.kernels,
-        )
+        final, blocks = self.encode(batch.pixels, masks.ids_keep, paths=paths)
         taps = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
         for name, fusion in self.fusions.items():
             taps[name] = fusion(blocks, self.student.norm)
@@ -134,12 +131,32 @@ class Pretrainer(nn.Module):
             taps["decoder"] = self.decoder(final, masks)
         return taps
 
+    def encode(
+        self, pixels: UInt8[Tensor, "b h w c"], ids_keep: Int64[Tensor, "v k"], *, paths: Tensor | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need."""
+        common = {"scale": self.scale, "shift": self.shift}
+        if isinstance(self.student, MaskedConvViT):
+            return mcmae.encode(
+                self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
+            )
+        return encode(
+            self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, paths=paths, kernels=self.kernels
+        )
+
+    def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
+        """Which residual branches run in this training step; None for all of them."""
+        rate = self.recipe.student.drop_path
+        if not self.training or rate == 0:
+            return None
+        return path_factors(batch.samples, masks.ids_keep, self.path_keys, rate=rate)
+
     @torch.no_grad()
     def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
-        """The `final` tokens of all patches of unmasked images, as timm's `forward_features` gives them after CLS."""
+        """The `final` tokens of all patches of unmasked images; of a plain ViT what timm's `forward_features` gives after CLS."""
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(pixels.shape[0], -1)
-        final, _ = encode(self.student, pixels, everything, scale=self.scale, shift=self.shift, kernels=self.kernels)
-        return final[:, 1:]
+        final, _ = self.encode(pixels, everything)
+        return final[:, self.student.num_prefix_tokens :]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, masks: Masks) -> Float[Tensor, "b h w c"]:
@@ -213,27 +230,34 @@ def check_channels(recipe: Recipe, info: CacheInfo) -> None:
         )
 
 
-def check_taps(terms: Iterable[Term], fused_blocks: Iterable[int], depth: int, n_predict: int) -> frozenset[int]:
-    """The blocks whose raw outputs the taps need, counted from 1.
+def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | MaskedConvViT:
+    """The recipe's student for this cache's size and grid. Raises ValueError for unknown names and what does not fit them."""
+    name, rate = recipe.student.model, recipe.student.drop_path
+    if "mcmae" not in name:
+        vit = build_vit(name, size=info.size, patch=info.patch, grid=info.grid, channels=info.channels)
+        if rate == 0 or all(type(block) is Block for block in vit.blocks):
+            return vit
+    elif rate == 0:
+        return build_mcmae(name, patch=info.patch, grid=info.grid, channels=info.channels)
+    raise ValueError(
+        f"student {name!r}: student.drop_path is {rate:g} and its blocks are not plain transformer blocks; 0 was expected; "
+        "use --set student.drop_path=0"
+    )
 
-    Raises ValueError for a block the student does not have, and for terms on predicted patches when none is predicted.
+
+def freeze_unread(
+    student: VisionTransformer | MaskedConvViT, taps: Collection[str], keep_blocks: Collection[int]
+) -> None:
+    """Take from training what no tap reads: it would get no gradient, which weight decay and data-parallel runs mistake.
+
+    With only block taps these are the blocks after the last one read, the final norm, and MCMAE's stage fusion.
     """
-    wanted: set[int] = set()
-    for term in terms:
-        tap = term.recipe.tap
-        if tap.startswith("block"):
-            blocks = {int(tap.removeprefix("block"))}
-        else:
-            blocks = {"mean_ln": set(fused_blocks), "learned": set(range(1, depth + 1))}.get(tap, set())
-        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
-            raise ValueError(
-                f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
-                f"student has {depth}; change terms.{term.name.partition('/')[0]}.tap or student.fused_blocks"
-            )
-        if term.recipe.positions == "predicted" and n_predict == 0:
-            raise ValueError(
-                f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
-                "mask.n_predict or mask.n_keep"
-            )
-        wanted |= blocks
-    return frozenset(wanted)
+    if {"final", "decoder"} & set(taps):
+        return
+    unread = [*student.blocks[max(keep_blocks) :]]
+    if isinstance(student, MaskedConvViT):
+        unread += [student.stage1_output_decode, student.stage2_output_decode]
+    if "learned" not in taps:
+        unread.append(student.norm)
+    for module in unread:
+        module.requires_grad_(False)

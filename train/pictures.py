@@ -16,7 +16,8 @@ from torch import Tensor
 from mrmae.shards.quantize import dequantise
 from mrmae.train import batches
 from mrmae.train.checkpoint import write_atomically
-from mrmae.train.masks import Draw, draw_masks
+from mrmae.train.feed import load_masked
+from mrmae.train.online import taught
 from mrmae.train.run import Run, random_teachers
 
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
@@ -75,11 +76,11 @@ def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, titl
 def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
-    batch = batches.load_batch(run.cache, numbers, epoch=0, needed=run.needed)
-    masks = draw_masks(batch, Draw(run.recipe.seed, 0), recipe=run.recipe.mask, l=run.info.n_patches)
-    there = batches.tensors_of((batch, masks), lambda t: t.to(run.device))
+    loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
+    there = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+    batch, masks = there[0], there[1]
     columns = {
-        "view": batch.pixels.numpy(),
+        "view": batch.pixels.cpu().numpy(),
         "seen by the student": masked_view(batch.pixels, masks.ids_keep, run.info.grid),
     }
     with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -87,7 +88,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
             columns["reconstruction"] = run.model.reconstruct(*there).float().cpu().numpy()
         student = run.model.tokens(there[0].pixels)
     for teacher, tokens in teacher_tokens(run, numbers).items():
-        random = "\n(random weights)" if teacher in random_teachers(run.cache) else ""
+        random = "\n(random weights)" if teacher in random_teachers(run) else ""
         columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid)
     columns["student"] = pca_rgb(student, run.info.grid)
     path = run.out / "panels" / f"epoch-{epoch:04d}.png"
@@ -99,11 +100,14 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
 
 
 def teacher_tokens(run: Run, numbers: batches.Numbers) -> dict[str, Tensor]:
-    """Every cached teacher's tokens [b, l, d] of these samples' first views, dequantised."""
+    """Every teacher's tokens [b, l, d] of these samples' first views: dequantised, or computed where it runs in the step."""
     views = batches.views_of(run.cache, numbers, epoch=0)
-    found = {}
-    for teacher, name in run.cache.teachers.items():
-        quantiser = run.cache.columns[name].quantiser
+    found: dict[str, Tensor] = {}
+    if run.setup.online:
+        pixels = run.cache.read_pixels(numbers, views).to(run.device)
+        return {name: teacher.forward(pixels).tokens for name, teacher in run.online.items()}
+    for teacher, about in run.info.teachers.items():
+        name, quantiser = about.column, run.cache.columns[about.column].quantiser
         arrays = ("tokens", "scale") if quantiser.dtype == "int8" else ("tokens",)
         stored = run.cache.read_column(name, numbers, views, arrays=arrays)
         found[teacher] = dequantise(stored["tokens"], stored.get("scale"), quantiser)
@@ -111,19 +115,35 @@ def teacher_tokens(run: Run, numbers: batches.Numbers) -> dict[str, Tensor]:
 
 
 def draw_curves(path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, note: str = "") -> None:
-    """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term on the left, the learning rate on the right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6), dpi=150, width_ratios=(3, 2), layout="constrained")
+    """Write one PNG of a run's epoch rows (as in log.jsonl): loss terms, k-NN accuracy where it was measured, schedule.
+
+    Losses of images held out are dashed.
+    """
+    scores = [row["knn_top1"] for row in epochs if "knn_top1" in row]
+    ratios = (3, 2, 2) if scores else (3, 2)
+    width = sum(ratios) * 1.8
+    figure, axes = plt.subplots(
+        1, len(ratios), figsize=(width, 3.6), dpi=150, width_ratios=ratios, layout="constrained"
+    )
+    left, right = axes[0], axes[-1]
     x = [row["epoch"] for row in epochs]
     marker = "o" if len(x) <= 30 else None
     names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
     for name, colour in zip(names, _COLOURS * len(names)):
         y = [_number(row["terms"].get(name)) for row in epochs]
         left.plot(x, y, label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
+        if any("held_out" in row for row in epochs):
+            aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
+            left.plot(x, aside, label=f"{name}, held out", color=colour, linestyle="--", linewidth=1.5)
+    if scores:
+        at = [row["epoch"] for row in epochs if "knn_top1" in row]
+        axes[1].plot(at, [100 * score for score in scores], color=_COLOURS[2], marker="o", markersize=3, linewidth=1.5)
+        axes[1].set(xlabel="epoch", ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
     left.set(xlabel="epoch", ylabel="loss (mean over the epoch)", title="Loss terms, before weighting")
     right.plot(x, [row["lr"] for row in epochs], color=_COLOURS[-1], marker=marker, markersize=3, linewidth=1.5)
     right.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Schedule")
     right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axis in (left, right):
+    for axis in axes:
         axis.grid(color="#dddddd", linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
         axis.xaxis.get_major_locator().set_params(integer=True)

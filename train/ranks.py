@@ -1,4 +1,4 @@
-"""Several processes as one run: who am I, does anyone want to stop, and gradients averaged over all.
+"""Several processes as one run: who am I, does anyone want to stop, did anyone fail, and gradients averaged over all.
 
 Nothing here changes what is trained: order, views and masks do not depend on the number of ranks.
 """
@@ -9,6 +9,7 @@ import signal
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -19,6 +20,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 REASONS = (*STOP_SIGNALS, "divergence")
+FAILED = "mrmae/failed"  # what the first rank to fail leaves in the store that torchrun keeps for all
+LAST_WORDS = timedelta(seconds=5)
+BROKEN = ("connection", "socket", "timed out", "gloo", "nccl")  # in the text of an error that another rank's end causes
+
+
+class OtherRankFailed(RuntimeError):
+    """Another process of this run failed first; the message is its error."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,53 @@ def agree_on(value: Any, ranks: Ranks) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather(value: Any, ranks: Ranks) -> list[Any]:
+    """Every rank's `value`, in the order of ranks, on every rank."""
+    if ranks.size == 1:
+        return [value]
+    box = [None] * ranks.size
+    dist.all_gather_object(box, value)
+    return box
+
+
+@contextlib.contextmanager
+def failing_together(ranks: Ranks) -> Iterator[None]:
+    """Where one rank fails, the others stop with its error, not with the broken connection it leaves behind.
+
+    Raises OtherRankFailed on every rank but the first to fail.
+    """
+    try:
+        yield
+    except Exception as error:
+        first = first_failure(error, ranks) if ranks.size > 1 else None
+        if first is None:
+            raise
+        raise OtherRankFailed(f"rank {ranks.rank} stopped because {first}") from error
+
+
+def first_failure(error: Exception, ranks: Ranks) -> str | None:
+    """What made another rank fail before this one; None where `error` is the first of all."""
+    store = dist.distributed_c10d._get_default_store()
+    own = f"rank {ranks.rank} failed: {type(error).__name__}: {error}"
+    try:
+        if is_broken_connection(error):
+            store.wait([FAILED], LAST_WORDS)
+            return str(store.get(FAILED).decode())
+        first = str(store.compare_set(FAILED, "", own).decode())
+        return None if first == own else first
+    except RuntimeError:  # nobody told, or the store is gone with the machine that kept it
+        return (
+            "another process ended without a word (killed, or out of memory?)" if is_broken_connection(error) else None
+        )
+
+
+def is_broken_connection(error: Exception) -> bool:
+    """Whether `error` is what a rank sees when another one is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return type(error) is RuntimeError and any(word in str(error).lower() for word in BROKEN)
 
 
 def mean_over_ranks(values: torch.Tensor, ranks: Ranks) -> torch.Tensor:

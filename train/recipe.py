@@ -17,11 +17,11 @@ from mrmae.train import strict
 RECIPES = Path(__file__).with_name("recipes")
 
 Sampler = Literal["random", "attn_prob"]
-Positions = Literal["visible", "predicted", "cls"]
+Positions = Literal["visible", "predicted", "cls", "cls+visible"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
-Transform = Literal["none", "ln0", "l2", "channel", "norm_pix"]
+Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
-ENCODER_TAP = re.compile(r"final|mean_ln|learned|block[1-9][0-9]*")
+ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix)[1-9][0-9]*")
 
 
 @dataclass(frozen=True)
@@ -60,22 +60,25 @@ class Decoder:
 
 @dataclass(frozen=True)
 class Student:
-    """A plain timm VisionTransformer by name; the cache's size and grid set its image and patch size.
+    """A plain timm VisionTransformer by name, or `mcmae_base`; the cache's size and grid set its image and patch size.
 
-    fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1.
+    fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1. drop_path: stochastic depth at the last block,
+    rising linearly from 0 at the first.
     """
 
     model: str = "vit_base_patch16_224"
     decoder: Decoder | None = field(default_factory=Decoder)
     fused_blocks: tuple[int, ...] = (3, 6, 9, 12)
+    drop_path: float = 0.0
 
 
 @dataclass(frozen=True)
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `mean_ln`, `learned` (encoder) or `decoder`.
+    tap: `final`, `block<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`.
     target: `pixels`, or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     """
 
@@ -84,6 +87,7 @@ class TermRecipe:
     target: Literal["pixels", "teachers"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
+    teacher_tap: str | None = None
     transform: Transform = "none"
     distance: DistanceName = "mse"
     weight: float = 1.0
@@ -201,6 +205,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         len(set(recipe.student.fused_blocks)) == len(recipe.student.fused_blocks),
         "no block twice",
     )
+    yield "student.drop_path", 0 <= recipe.student.drop_path < 1, "0 <= rate < 1 was expected"
     if decoder is not None:
         yield "student.decoder.depth", decoder.depth >= 0, "at least 0 was expected"
         yield (
@@ -222,20 +227,25 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
         at, pixels, decoded = f"terms.{name}", term.target == "pixels", term.tap == "decoder"
         is_tap = decoded or ENCODER_TAP.fullmatch(term.tap) is not None
-        yield f"{at}.tap", is_tap, "final, block<i>, mean_ln, learned or decoder was expected"
+        yield f"{at}.tap", is_tap, "final, block<i>, mix<i>, mean_ln, learned or decoder was expected"
         yield (
             f"{at}.tap",
             not decoded or recipe.student.decoder is not None,
             "student.decoder is null; give one, or another tap",
         )
-        wanted = "predicted was expected: that is what a decoder makes" if decoded else "visible or cls was expected"
+        wanted = (
+            "predicted was expected: that is what a decoder makes"
+            if decoded
+            else "visible, cls or cls+visible was expected"
+        )
         yield f"{at}.positions", (term.positions == "predicted") == decoded, f"tap {term.tap}: {wanted}"
         yield f"{at}.target", not pixels or decoded, "tap decoder was expected with it"
         yield f"{at}.teachers", not (pixels and term.teachers), "none was expected with target pixels"
+        yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), "null was expected with target pixels"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        fits = term.transform in (("none", "norm_pix") if pixels else ("none", "ln0", "l2", "channel"))
-        yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2 or channel"
-        on_cls = term.positions == "cls" and term.transform == "channel"
+        fits = term.transform in (("none", "norm_pix") if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
+        yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2, channel or phi_s"
+        on_cls = "cls" in term.positions and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"
         yield f"{at}.distance", not pixels or term.distance == "mse", "mse was expected with target pixels"
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"

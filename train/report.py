@@ -5,17 +5,19 @@ import json
 import os
 import subprocess
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mrmae.extract.progress import human_time
 from mrmae.train import optim
 from mrmae.train.checkpoint import write_atomically
-from mrmae.train.log import human_time
+from mrmae.train.machine import versions
 from mrmae.train.recipe import to_dict
-from mrmae.train.run import Run, cache_ids, random_teachers, versions
+from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
 ITEM_BYTES = {"int8": 1, "float16": 2}
 
@@ -30,18 +32,19 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
-    """Write recipe.yaml (resolved), run.json (one entry in `sessions` per start) and README.md.
+    """Write recipe.yaml (resolved), run.json (one entry in `starts` per start) and README.md.
 
-    command: what continues the run. how: options that are not part of the recipe.
+    command: what continues the run. how: what to note of this start beside the run's setup.
     """
     write_text(run.out / "recipe.yaml", yaml.safe_dump(to_dict(run.recipe), sort_keys=False))
-    path, sessions = run.out / "run.json", []
-    with contextlib.suppress(OSError, ValueError):
-        sessions = json.loads(path.read_text())["sessions"]
-    session = {
+    path, starts = run.out / "run.json", []
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        starts = json.loads(path.read_text())["starts"]
+    start = {
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": run.step,
+        **asdict(run.setup),
         "device": str(run.device),
         "precision": run.precision,
         **how,
@@ -49,16 +52,16 @@ def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
         "git": git_state(Path(__file__).parent),
         "notes": run.notes,
     }
-    facts = {**source_of(run), "sessions": [*sessions, session]}
+    facts = {**source_of(run), "starts": [*starts, start]}
     write_text(path, json.dumps(facts, indent=2) + "\n")
     write_text(run.out / "README.md", readme(run, command))
 
 
 def source_of(run: Run) -> dict[str, Any]:
     """Where the student comes from, in plain values: recipe, cache and its ids, every teacher with its weights."""
-    teachers = {}
+    teachers, specs = {}, teacher_specs(run)
     for teacher in sorted(run.needed):
-        spec = run.cache.columns[run.cache.teachers[teacher]].spec
+        spec = specs[teacher]
         teachers[teacher] = {
             "model": f"{spec.library}:{spec.model}" + (f"/{spec.tag}" if spec.tag else ""),
             "weights": spec.weights,
@@ -68,9 +71,11 @@ def source_of(run: Run) -> dict[str, Any]:
         "recipe": run.recipe.name,
         "student": run.recipe.student.model,
         "cache": str(run.cache.path),
-        "cache_ids": cache_ids(run.cache, run.needed),
-        "images": len(run.cache.numbers),
+        "cache_ids": cache_ids(run),
+        "images": len(run.numbers),
+        "held_out": len(run.held_out),
         "teachers": teachers,
+        "teachers_run": "in the step" if run.online else "once, cached",
     }
 
 
@@ -83,17 +88,16 @@ def card_source(run: Run) -> dict[str, Any]:
 
 def random_line(run: Run) -> str | None:
     """The sentence every report carries where a teacher's weights are random."""
-    names = [name for name in random_teachers(run.cache) if name in run.needed]
+    names = [name for name in random_teachers(run) if name in run.needed]
     if not names:
         return None
     return f"RANDOM WEIGHTS: the features of {', '.join(names)} come from untrained teachers; what mimics them is a test, not a model"
 
 
-def plan_lines(run: Run) -> list[str]:
-    """The resolved plan, a line per fact: what is trained, on what, how long, at which learning rate."""
+def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
+    """The resolved plan, a line per fact: what is trained, on what, how long, at which learning rate, and what it costs."""
     o, share = run.recipe.optim, run.share
     described = run.model.describe()
-    width = max(len(name) for name in [*described, "features read"])
     split = (
         f" = {share.ranks} processes x {share.accum} micro-batches x {share.micro_size}"
         if share.batch_size != share.micro_size
@@ -103,36 +107,38 @@ def plan_lines(run: Run) -> list[str]:
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {len(run.cache.numbers):,} images x {run.cache.n_views} views, {run.info.size} px",
-        **{f"column {t}": column_words(run, t) for t in sorted(run.needed)},
+        **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
+        **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
         **described,
         "tokens": f"{run.model.n_keep + 1} encoder, {run.model.n_keep + 1 + run.model.n_predict} decoder per image, of {l + 1}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
         "batch": f"{o.batch_size} images per update{split}; {run.updates} updates per epoch, {run.total:,} in {o.epochs} epochs;"
-        f" {len(run.cache.numbers) - run.updates * o.batch_size} images left out per epoch, others each time",
+        f" {len(run.numbers) - run.updates * o.batch_size} images left out per epoch, others each time",
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
         f" warm-up {o.warmup_epochs:g} epochs, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
+        **(costs or {}),
     }
+    width = max(map(len, facts))
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     warning = random_line(run)
     return [*lines, *([warning] if warning else []), *run.notes]
 
 
-def column_words(run: Run, teacher: str) -> str:
-    """One teacher's column and the arrays read from it."""
-    column = run.cache.columns[run.cache.teachers[teacher]]
-    spec = column.spec
-    return (
-        f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width},"
-        f" {column.quantiser.dtype}; reads {', '.join(sorted(run.needed[teacher]))}"
-    )
+def teacher_words(run: Run, teacher: str) -> str:
+    """One teacher, and the arrays that training reads from its column or asks of it in the step."""
+    spec, arrays = teacher_specs(run)[teacher], ", ".join(sorted(run.needed[teacher]))
+    how = f"in the step, {spec.precision}; gives" if run.online else f"{run.cache.dtype}; reads"
+    return f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width}, {how} {arrays}"
 
 
 def feature_bytes(run: Run) -> int:
-    """Bytes of cached features read per image and epoch."""
+    """Bytes of cached features read per image and epoch; none where the teachers run in the step."""
     total, l = 0, run.info.n_patches
+    if run.online:
+        return total
     for teacher, arrays in run.needed.items():
-        column = run.cache.columns[run.cache.teachers[teacher]]
+        column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
         sizes = {"tokens": l * width * ITEM_BYTES[column.quantiser.dtype], "cls": 2 * width}
         total += sum(sizes.get(name, 2 * l) for name in arrays)
@@ -140,11 +146,11 @@ def feature_bytes(run: Run) -> int:
 
 
 def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[str]:
-    """The last lines of a session: what to open, or how to continue."""
+    """The last lines after a start: what to open, or how to continue."""
     warning = random_line(run)
     if summary["finished"]:
         lines = [
-            f"finished: {run.recipe.optim.epochs} epochs, {human_time(summary['seconds'])} in this session",
+            f"finished: {run.recipe.optim.epochs} epochs, {human_time(summary['seconds'])} since this start",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
             f'student   timm.create_model("local-dir:{run.out / "student"}", pretrained=True)',
         ]
@@ -172,6 +178,7 @@ def readme(run: Run, command: str) -> str:
             "| file | holds |",
             "| --- | --- |",
             "| `student/` | the encoder as timm loads it |",
+            "| `published.pth` | with `--export mae`: what MAE's (for its student MCMAE's) fine-tuning scripts load |",
             "| `recipe.yaml` | everything that decides the result, resolved |",
             "| `run.json` | cache ids, teachers, and per start: command, device, versions, git state |",
             "| `log.jsonl`, `tensorboard/` | losses per term, speed, learning rate |",

@@ -1,41 +1,68 @@
 """A run before its first step: everything checked, built, and brought back to where it was."""
 
-import contextlib
 import fcntl
-import platform
-import resource
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.train import batches, checkpoint, masks, optim
+from mrmae.shards.spec import TeacherSpec
+from mrmae.train import batches, checkpoint, masks, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
+from mrmae.train.machine import resolve_device, resolve_precision, versions
 from mrmae.train.model import Pretrainer, build_model
+from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
 from mrmae.train.recipe import Recipe, difference, from_dict, to_dict
 from mrmae.train.targets import CacheInfo
 from mrmae.train.terms import needed_arrays
 
-OURS = {"recipe.yaml", "run.json", "README.md", "log.jsonl", "tensorboard", "panels", "curves.png", "student", "checkpoints",
-        ".lock"}  # fmt: skip
+OURS = {"recipe.yaml", "run.json", "README.md", "log.jsonl", "tensorboard", "wandb", "panels", "curves.png", "student",
+        "published.pth", "checkpoints", ".lock"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a run computes: what is not part of its recipe.
+
+    device: auto, cpu, cuda or cuda:N. kernels: auto, triton or torch. accum: micro-batches per update. workers: reading
+    threads. hold_out: share of the images not trained on. knn_every: epochs per k-NN accuracy of those, 0 for none.
+    online: teachers run in the step; `teachers` says which, none: the cache's own. init: published weights to start from.
+    """
+
+    device: str = "auto"
+    kernels: str = "auto"
+    accum: int = 1
+    workers: int | None = None
+    hold_out: float = 0.0
+    knn_every: int = 0
+    online: bool = False
+    teachers: tuple[str, ...] = ()
+    init: str | None = None
 
 
 @dataclass
 class Run:
-    """One process's part of a run: what is trained, on what, and how far it is (`update` updates of `epoch`, from 0)."""
+    """One process's part of a run: what is trained, on what, and how far it is (`update` updates of `epoch`, from 0).
+
+    numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
+    their features are read.
+    """
 
     out: Path
     recipe: Recipe
+    setup: Setup
     cache: Cache
+    numbers: batches.Numbers
+    held_out: batches.Numbers
     info: CacheInfo
     needed: dict[str, set[str]]
+    online: dict[str, Teacher]
     model: Pretrainer
     optimizer: torch.optim.AdamW
     share: Share
@@ -69,28 +96,21 @@ class Run:
 
 
 def begin(
-    cache_path: Path,
-    out: Path,
-    recipe: Recipe,
-    ranks: Ranks,
-    *,
-    device: str,
-    kernels: str,
-    accum: int,
-    workers: int | None,
-    warn: Callable[[str], None],
+    cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setup, *, warn: Callable[[str], None]
 ) -> Run:
     """A run ready for its next update: from the beginning, or from the newest checkpoint in `out`, which is now this process's.
 
     Raises ValueError for anything that does not fit: cache, recipe, batch, device, or what `out` holds.
     """
-    run = build(cache_path, out, recipe, ranks, device=device, kernels=kernels, accum=accum, workers=workers)
+    run = build(cache_path, out, recipe, ranks, setup)
     run.lock = claim(out) if ranks.rank == 0 else None
     try:
         state = newest_state(out, ranks, warn)
         if state is not None:
             run.notes += check_continues(state, run)
             restore(run, state)
+        elif setup.init is not None:
+            run.notes += init_from(run.model, setup.init)
     except BaseException:
         if run.lock is not None:
             run.lock.close()
@@ -98,44 +118,51 @@ def begin(
     return run
 
 
-def build(
-    cache_path: Path,
-    out: Path,
-    recipe: Recipe,
-    ranks: Ranks,
-    *,
-    device: str,
-    kernels: str,
-    accum: int,
-    workers: int | None,
-) -> Run:
+def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setup) -> Run:
     """A run at its beginning; nothing is written. Raises ValueError where cache, recipe, batch and device do not fit."""
-    cache = open_cache(cache_path, threads=workers or batches.default_workers())
+    cache = open_cache(cache_path, threads=setup.workers or batches.default_workers())
+    numbers, held_out = batches.split_off(cache, setup.hold_out)
+    if setup.knn_every:
+        batches.check_knn(cache, numbers, held_out)
+    where = resolve_device(setup.device, ranks)
+    share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
-    share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, accum)
-    check_fit(recipe, info, share, len(cache.numbers))
-    where, o = resolve_device(device, ranks), recipe.optim
-    model = build_model(recipe, info, kernels=kernels).to(where)
+    check_fit(recipe, info, share, len(numbers), teachers=not setup.online)
+    info = batches.stored_statistics(info, cache, recipe)
+    teachers: dict[str, Teacher] = {}
+    if setup.online:
+        teachers = online.build_teachers(cache, setup.teachers, device=where)
+        info = online.online_info(info, teachers)
+    needed = needed_arrays(recipe, info)
+    model = build_model(recipe, info, kernels=setup.kernels).to(where)
     return Run(
         out=out,
         recipe=recipe,
+        setup=setup,
         cache=cache,
+        numbers=numbers,
+        held_out=held_out,
         info=info,
-        needed=needed_arrays(recipe, info),
+        needed=needed,
+        online=online.only_needed(teachers, needed),
         model=model,
-        optimizer=optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay),
+        optimizer=optim.build_optimizer(model, betas=recipe.optim.betas, decay=recipe.optim.weight_decay),
         share=share,
         ranks=ranks,
         device=where,
-        precision=resolve_precision(o.precision, where),
-        updates=batches.updates_per_epoch(len(cache.numbers), o.batch_size),
+        precision=resolve_precision(recipe.optim.precision, where),
+        updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
     )
 
 
-def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
-    """Raise ValueError where recipe, cache and batch do not fit, before anything is built or written."""
+def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int, *, teachers: bool) -> None:
+    """Raise ValueError where recipe, cache and batch do not fit, before anything is built or written.
+
+    teachers: whether theirs come from the cache.
+    """
     o = recipe.optim
-    needed_arrays(recipe, info)
+    if teachers:
+        needed_arrays(recipe, info)
     masks.counts(recipe.mask, info.n_patches)
     batches.check_share(share, n_samples)
     if o.warmup_epochs >= o.epochs:
@@ -196,42 +223,36 @@ def check_continues(state: checkpoint.State, run: Run) -> list[str]:
 
     differences = difference(old, run.recipe)
     changed = checkpoint.check_same_recipe(differences, where=str(run.out), may_change=may_change)
-    checkpoint.check_same_cache(state["cache"], cache_ids(run.cache, run.needed), where=str(run.out))
+    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out))
+    held = state.get("hold_out", 0.0)
+    if held != run.setup.hold_out:
+        raise ValueError(
+            f"{run.out}: this run holds out {held:g} of the images and --hold-out is now {run.setup.hold_out:g}; the same"
+            f" share was expected; give --hold-out {held:g}, or a new OUT"
+        )
     told = ", ".join(f"{field} {was} -> {now}" for field, was, now in changed)
     return [f"longer run: {told}; from here the learning rate follows the longer schedule"] if changed else []
 
 
-def cache_ids(cache: Cache, needed: dict[str, set[str]]) -> dict[str, Any]:
-    """The ids of everything a run reads: data set, geometry, number of views, and the columns it uses."""
+def cache_ids(run: Run) -> dict[str, Any]:
+    """The ids of everything a run reads: data set, geometry, number of views, and its columns or teachers in the step."""
+    cache = run.cache
     ids: dict[str, Any] = {"dataset": cache.ids["dataset"], "geometry": cache.ids["geometry"], "views": cache.n_views}
-    return ids | {f"column {teacher}": cache.columns[cache.teachers[teacher]].id for teacher in sorted(needed)}
+    if run.setup.online:
+        return ids | online.online_ids(cache, run.online)
+    return ids | {f"column {name}": cache.columns[run.info.teachers[name].column].id for name in sorted(run.needed)}
 
 
-def random_teachers(cache: Cache) -> list[str]:
-    """The cache's teachers whose weights are random: every report names them."""
-    return [teacher for teacher, column in cache.teachers.items() if cache.columns[column].spec.weights == "random"]
+def teacher_specs(run: Run) -> dict[str, TeacherSpec]:
+    """Every teacher there is, by name: those in the step, else the cache's."""
+    if run.setup.online:
+        return {name: teacher.spec for name, teacher in run.online.items()}
+    return {name: run.cache.columns[teacher.column].spec for name, teacher in run.info.teachers.items()}
 
 
-def resolve_device(name: str, ranks: Ranks) -> torch.device:
-    """The device to train on; under torchrun each rank takes the GPU of its number. Raises ValueError for one not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", ranks.local)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used ({reason}); expected auto, cpu, cuda or cuda:N") from error
-    return device
-
-
-def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 on a GPU that computes in it, else fp32."""
-    if name != "auto":
-        return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+def random_teachers(run: Run) -> list[str]:
+    """The teachers whose weights are random: every report names them."""
+    return [name for name, spec in teacher_specs(run).items() if spec.weights == "random"]
 
 
 def save(run: Run, *, keep: int) -> Path:
@@ -245,7 +266,8 @@ def save(run: Run, *, keep: int) -> Path:
         "updates_per_epoch": run.updates,
         "sums": run.sums.state(),
         "recipe": to_dict(run.recipe),
-        "cache": cache_ids(run.cache, run.needed),
+        "cache": cache_ids(run),
+        "hold_out": run.setup.hold_out,
         "versions": versions(),
     }
     return checkpoint.save_checkpoint(run.out / "checkpoints", state, step=run.step, keep=keep)
@@ -257,20 +279,3 @@ def restore(run: Run, state: checkpoint.State) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.update = state["epoch"], state["update"]
     run.sums = Sums(**state["sums"])
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak memory of this process in MiB: of the GPU where it trains on one, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
-
-
-def versions() -> dict[str, str]:
-    """What the numbers may depend on: Python and the packages that compute."""
-    found = {"python": platform.python_version()}
-    for name in ("mrmae", "torch", "timm", "numpy", "triton"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -1,4 +1,4 @@
-"""The student: a plain timm VisionTransformer on visible patches, MAE's decoder on the hidden ones, and the taps between.
+"""The student: a plain timm VisionTransformer on visible patches, and MAE's decoder on the hidden ones.
 
 Restructured, not stock: patches are gathered before anything is computed, the decoder's order is [CLS | visible | predicted],
 and only predicted patches leave it. Attention is permutation-equivariant, so nothing is un-shuffled. The encoder's modules are
@@ -7,7 +7,7 @@ timm's own, so its state dict is timm's.
 
 import difflib
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import timm
 import torch
@@ -18,11 +18,12 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mrmae.kernels import dispatch
+from mrmae.kernels import dispatch, ids
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Decoder
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
+MAE_EMBEDDING, MCMAE_EMBEDDING = "patch_embed.proj", "patch_embed3.proj"
 
 
 def sincos_positions(grid: tuple[int, int], width: int) -> Float64[Tensor, "l+1 width"]:
@@ -96,13 +97,20 @@ def initialise(model: nn.Module, seed: int) -> None:
     """MAE's initial weights, each parameter a function of (seed, its name) only: shared parts of two recipes start equal.
 
     Linear: xavier uniform, bias 0 (qkv as one matrix); patch embedding: xavier on its [d, c*p*p] view; LayerNorm 1 and 0;
-    CLS and mask tokens N(0, 0.02). What has its own start (LayerScale, fusion weights) keeps it.
+    CLS and mask tokens N(0, 0.02). What has its own start (LayerScale, fusion weights) keeps it. MCMAE: xavier on the last
+    embedding convolution's weight; its bias and the other convolutions keep PyTorch's law, U(-1, 1) / sqrt(fan-in).
     """
     for at, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv2d):
+        if isinstance(module, nn.Linear) or at.endswith(MAE_EMBEDDING):
             nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator_of(seed, f"{at}.weight"))
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            bound = module.weight[0].numel() ** -0.5
+            for name, parameter in module.named_parameters():
+                nn.init.uniform_(parameter, -bound, bound, generator=generator_of(seed, f"{at}.{name}"))
+            if at.endswith(MCMAE_EMBEDDING):
+                nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator_of(seed, f"{at}.weight"))
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
@@ -131,11 +139,13 @@ def encode(
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"],
     keep_blocks: Iterable[int] = (),
+    paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
 ) -> tuple[Float[Tensor, "v k+1 d"], dict[int, Float[Tensor, "v k+1 d"]]]:
     """`final` (last block, then the final norm) of [CLS | visible], and the raw outputs of `keep_blocks`, counted from 1.
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
+    paths: factors of the blocks' residual branches, from `path_factors`.
     """
     assert vit.pos_embed is not None and vit.cls_token is not None
     proj, patch, position = vit.patch_embed.proj, vit.patch_embed.patch_size[0], vit.pos_embed[0]
@@ -153,16 +163,47 @@ def encode(
     x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
     outputs = {}
     for number, block in enumerate(vit.blocks, start=1):
-        x = block(x)
+        x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]
         if number in keep_blocks:
             outputs[number] = x
     return vit.norm(x), outputs
 
 
+def scaled_block(block: Block, x: Float[Tensor, "v n d"], factors: Float[Tensor, "v 2"]) -> Float[Tensor, "v n d"]:
+    """timm's Block with its two residual branches times `factors`."""
+    first, second = factors.to(x.dtype)[:, :, None, None].unbind(1)
+    x = x + first * block.ls1(block.attn(block.norm1(x)))
+    out: Tensor = x + second * block.ls2(block.mlp(block.norm2(x)))
+    return out
+
+
+def path_keys(depth: int, seed: int) -> Int64[Tensor, " 2*depth"]:
+    """One hash per residual branch of `depth` blocks, for `path_factors`."""
+    words = (ids.mix_int((seed + (branch + 1) * ids.GOLDEN) & ids.WORD) for branch in range(2 * depth))
+    return torch.tensor([ids.signed(word) for word in words])
+
+
+def path_factors(
+    samples: Int64[Tensor, " b"], ids_keep: Int64[Tensor, "v k"], keys: Int64[Tensor, " 2*depth"], *, rate: float
+) -> Float64[Tensor, "v depth 2"]:
+    """Stochastic depth (drop-path): 0 where a residual branch is dropped, else 1 / (1 - p).
+
+    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, sample, mask): it changes from epoch
+    to epoch with the mask, and like the mask does not depend on batch, rank or resume. keys: from `path_keys`.
+    """
+    rows = torch.arange(ids_keep.shape[0], device=samples.device) % samples.shape[0]
+    images = ids.mix(samples[rows] ^ ids.mix(ids_keep + 1).sum(dim=1))
+    bits = ids.shift_right(ids.mix(images[:, None] + keys), 12)
+    uniform = (bits.double() * 2.0**-52).view(images.shape[0], -1, 2)
+    p = torch.linspace(0, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]
+    return (uniform >= p) / (1 - p)
+
+
 class MaskDecoder(nn.Module):
     """MAE's decoder over [CLS | visible | mask tokens], then LayerNorm of the mask tokens: the tap `decoder`.
 
-    Mask tokens stand at the predicted patches only: hidden patches nobody predicts are absent. CLS has no position.
+    Mask tokens stand at the predicted patches only: hidden patches nobody predicts are absent. CLS, where the student has
+    one, has no position.
     """
 
     position: Tensor
@@ -181,42 +222,14 @@ class MaskDecoder(nn.Module):
             )
         self.norm = LayerNorm(recipe.width)
 
-    def forward(self, final: Float[Tensor, "v k+1 d"], masks: Masks) -> Float[Tensor, "v m width"]:
+    def forward(self, final: Float[Tensor, "v n d"], masks: Masks) -> Float[Tensor, "v m width"]:
         """Decoded tokens at `ids_predict`."""
         x = self.embed(final)
-        visible = x[:, 1:] + self.position[masks.ids_keep]
+        prefix = final.shape[1] - masks.ids_keep.shape[1]
+        visible = x[:, prefix:] + self.position[masks.ids_keep]
         hidden = self.mask_token + self.position[masks.ids_predict]
-        x = self.blocks(torch.cat([x[:, :1], visible, hidden], dim=1))
+        x = self.blocks(torch.cat([x[:, :prefix], visible, hidden], dim=1))
         out: Tensor = self.norm(x[:, final.shape[1] :])
-        return out
-
-
-class MeanOfNorms(nn.Module):
-    """Tap `mean_ln`: the mean over chosen blocks of their outputs, each through a LayerNorm of its own.
-
-    The form of MR-MAE's multi-layer fusion is not published: inferred.
-    """
-
-    def __init__(self, width: int, blocks: Sequence[int]) -> None:
-        super().__init__()
-        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(width, eps=LN_EPS) for i in blocks})
-
-    def forward(self, outputs: dict[int, Tensor], norm: nn.Module) -> Tensor:
-        """Fuse raw block outputs; `norm`, the encoder's final one, is not used."""
-        return torch.stack([layer(outputs[int(i)]) for i, layer in self.norms.items()]).mean(dim=0)
-
-
-class LearnedSum(nn.Module):
-    """Tap `learned`: the encoder's final norm of a weighted sum of all block outputs; it starts at the last block (MaskAlign)."""
-
-    def __init__(self, blocks: Sequence[int]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.tensor([0.01] * (len(blocks) - 1) + [1.01]))
-
-    def forward(self, outputs: dict[int, Tensor], norm: nn.Module) -> Tensor:
-        """Fuse the raw outputs of all blocks, in order."""
-        mixed = sum(w * outputs[i] for i, w in enumerate(self.weight.unbind(), start=1))
-        out: Tensor = norm(mixed)
         return out
 
 

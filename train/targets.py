@@ -1,24 +1,29 @@
 """What a term can predict: a batch with its cached targets as stored, and what the cache knows about each teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Int64, UInt8
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from mrmae.train.recipe import TermRecipe
+from mrmae.kernels import reference
+from mrmae.train.phi_s import phi_s
+from mrmae.train.recipe import TermRecipe, Transform
 
 # How to get what a cache lacks, for the ends of error messages.
 ADD = "add the teacher to the cache with extract-features IMAGES CACHE --teacher"
+NEEDS_STATISTICS = ("channel", "phi_s")
 
 
 @dataclass(frozen=True)
 class TeacherInfo:
     """One cached column: `value = channel_mean + channel_std * (scale[token] * code)`, missing parts being 0 and 1.
 
-    has_scale: False for float columns. stat_mean, stat_std: exact statistics of the values, for the transform `channel`.
+    column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
+    stat_mean, stat_std, stat_covariance: exact statistics of the values, for the transforms `channel` and `phi_s`; stat_id:
+    what they are statistics of.
     """
 
     width: int
@@ -30,11 +35,21 @@ class TeacherInfo:
     has_scale: bool = True
     stat_mean: Any = None
     stat_std: Any = None
+    stat_covariance: Any = None
+    stat_id: str | None = None
+
+    @property
+    def tap(self) -> str:
+        """Where in the teacher the column was taken: `pre_tail`, `block_8`."""
+        return self.column.rpartition(".")[2].partition(" ")[0]
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """The part of a cache that decides a model: `size` pixels a side, a grid of patches (rows, columns), the teachers."""
+    """The part of a cache that decides a model: `size` pixels a side, a grid of patches (rows, columns), the teachers.
+
+    teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
+    """
 
     size: int
     grid: tuple[int, int]
@@ -83,52 +98,110 @@ class Batch:
 
 
 class TeacherStatistics(nn.Module):
-    """Per-channel constants of one teacher, as buffers that follow the model to its device; None where the cache has none.
+    """Constants of one teacher, as buffers that follow the model to its device; None where the cache has none.
 
-    Not saved with the weights: they belong to the cache, whose ids a checkpoint records.
+    Per-channel ones are not saved with the weights: they belong to the cache, whose ids a checkpoint records. The matrix of
+    `phi_s` is: eigenvectors of equal eigenvalues are not unique, and a head is trained for the ones it saw.
     """
 
     channel_mean: Tensor | None
     channel_std: Tensor | None
     stat_mean: Tensor | None
     stat_std: Tensor | None
+    phi: Tensor | None
 
-    def __init__(self, info: TeacherInfo, dtype: torch.dtype) -> None:
+    def __init__(self, info: TeacherInfo, dtype: torch.dtype, transform: Transform = "none") -> None:
         super().__init__()
         for name in ("channel_mean", "channel_std", "stat_mean", "stat_std"):
-            value = getattr(info, name)
-            tensor = None if value is None else torch.as_tensor(value).detach().to(dtype).clone()
-            if tensor is not None and tensor.shape != (info.width,):
-                raise ValueError(
-                    f"column {info.column}: {name} has shape {list(tensor.shape)}; [{info.width}] was expected, "
-                    "one value per channel; check the cache"
-                )
-            self.register_buffer(name, tensor, persistent=False)
+            tensor = constant(info, name, (info.width,))
+            self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
+        covariance = constant(info, "stat_covariance", (info.width, info.width)) if transform == "phi_s" else None
+        self.register_buffer("phi", None if covariance is None else phi_s(covariance).to(dtype))
+
+    @torch.no_grad()
+    def rotated(
+        self,
+        codes: Shaped[Tensor, "b l d"],
+        ids: Int64[Tensor, "v n"] | None,
+        scale: Float[Tensor, "b l"] | None,
+        *,
+        like: Float[Tensor, "v n d"],
+    ) -> Float[Tensor, "v n d"]:
+        """The teacher's tokens at `ids` (None: gathered already) under `phi_s`, in fp32 (fp64 where `like` is)."""
+        assert self.phi is not None and self.stat_mean is not None
+        work = reference.wide(like, codes)
+        values = reference.dequantised_rows(
+            codes, ids, scale, self.channel_mean, self.channel_std, n_rows=like.shape[0], work=work
+        )
+        with torch.autocast(like.device.type, enabled=False):
+            return (values - self.stat_mean.to(work)) @ self.phi.to(work).T
+
+
+def constant(info: TeacherInfo, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    """A field of `info` as a tensor of its own, or None. Raises ValueError for another shape."""
+    value = getattr(info, name)
+    tensor = None if value is None else torch.as_tensor(value).detach().clone()
+    if tensor is not None and tensor.shape != shape:
+        raise ValueError(
+            f"column {info.column}: {name} has shape {list(tensor.shape)}; {list(shape)} was expected, "
+            "one value per channel; check the cache"
+        )
+    return tensor
+
+
+def target_names(columns: Iterable[str]) -> dict[str, str]:
+    """Target name -> column `<teacher>.<tap>`: the teacher's name where it has one column, else `<teacher>:<tap>`."""
+    split = [column.rpartition(".")[::2] for column in columns]
+    teachers = [teacher for teacher, _ in split]
+    return {
+        teacher if teachers.count(teacher) == 1 else f"{teacher}:{tap}": f"{teacher}.{tap}" for teacher, tap in split
+    }
+
+
+def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
+    """The target names a term predicts: of the teachers it names (else of all), those taken at its teacher_tap (else any).
+
+    Raises ValueError when the cache lacks one, saying what it has and how to add it.
+    """
+    has = ", ".join(column.column or target for target, column in info.teachers.items()) or "no teacher"
+    named = {teacher: [t for t in info.teachers if t.partition(":")[0] == teacher or t == teacher]
+             for teacher in term.teachers} if term.teachers else {"": list(info.teachers)}  # fmt: skip
+    found: list[str] = []
+    for teacher, targets in named.items():
+        if not targets and teacher:
+            raise ValueError(f"term {name}: wants teacher {teacher!r}; the cache has {has}; {ADD} {teacher}=...")
+        if not targets:
+            raise ValueError(
+                f"term {name}: mimics teachers and the cache has none; at least one was expected; {ADD} NAME=..."
+            )
+        taken = [t for t in targets if term.teacher_tap in (None, info.teachers[t].tap)]
+        if not taken:
+            raise ValueError(
+                f"term {name}: wants tap {term.teacher_tap} of {f'teacher {teacher!r}' if teacher else 'a teacher'}; the cache "
+                f"has {has}; a column of that tap was expected; {ADD} NAME=LIBRARY:MODEL?tap={term.teacher_tap}, with a name "
+                "of its own for each tap"
+            )
+        found += taken
+    return tuple(dict.fromkeys(found))
 
 
 def teachers_of(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
-    """The teachers a term predicts: those it names, else all of the cache.
+    """The target names a term predicts, once it is known that the cache holds what the term needs of them.
 
     Raises ValueError when the cache lacks one, or what the term needs of it, saying what it has and how to add it.
     """
-    has = ", ".join(info.teachers) or "no teacher"
-    teachers = term.teachers or tuple(info.teachers)
-    if not teachers:
-        raise ValueError(
-            f"term {name}: mimics teachers and the cache has none; at least one was expected; {ADD} NAME=..."
-        )
+    teachers = chosen(name, term, info)
     for teacher in teachers:
-        if teacher not in info.teachers:
-            raise ValueError(f"term {name}: wants teacher {teacher!r}; the cache has {has}; {ADD} {teacher}=...")
         column = info.teachers[teacher]
-        if term.positions == "cls" and not column.has_cls:
+        if "cls" in term.positions and not column.has_cls:
             raise ValueError(
                 f"term {name}: wants the CLS token of teacher {teacher!r}, which the cache does not hold; a teacher with a "
                 f"CLS token was expected; name others with --set terms.{name}.teachers=[...]"
             )
-        if term.transform == "channel" and (column.stat_mean is None or column.stat_std is None):
+        wanted = {"channel": ("stat_mean", "stat_std"), "phi_s": ("stat_mean", "stat_covariance")}
+        if any(getattr(column, field) is None for field in wanted.get(term.transform, ())):
             raise ValueError(
-                f"term {name}: transform channel wants channel statistics of teacher {teacher!r}; the cache has none; "
-                f"compute them with inspect-cache stats, or use --set terms.{name}.transform=ln0"
+                f"term {name}: transform {term.transform} wants channel statistics of teacher {teacher!r}, and none were given; "
+                f"compute them with statistics.with_statistics, or use --set terms.{name}.transform=ln0"
             )
     return teachers

@@ -5,7 +5,7 @@ whatever autocast does, and neither a normalised image nor a dequantised grid is
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from mrmae.train.targets import Batch, CacheInfo, TeacherStatistics, teachers_of
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss, bound to one target: the pixels (teacher None) or one teacher.
+    """One weighted loss, bound to one target: the pixels (teacher None) or one cached column of a teacher, by target name.
 
     name: as in the recipe, `mimic`, with `/teacher` where it predicts one: the key of its head and of its logged value.
     weight: the recipe's, divided by the number of teachers that share it.
@@ -73,9 +73,11 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
     needed: dict[str, set[str]] = {}
     for term in bind_terms(recipe, info):
         if term.teacher is not None:
-            tokens = {"tokens", "scale"} if info.teachers[term.teacher].has_scale else {"tokens"}
-            arrays = {"cls"} if term.recipe.positions == "cls" else tokens
-            needed.setdefault(term.teacher, set()).update(arrays)
+            arrays = needed.setdefault(term.teacher, set())
+            if "cls" in term.recipe.positions:
+                arrays.add("cls")
+            if term.recipe.positions != "cls":
+                arrays |= {"tokens", "scale"} if info.teachers[term.teacher].has_scale else {"tokens"}
     if recipe.mask.sampler == "attn_prob" or any(term.focus for term in recipe.terms.values()):
         for teacher, array in saliency_arrays(recipe.mask.source, info).items():
             needed.setdefault(teacher, set()).add(array)
@@ -96,11 +98,12 @@ def score(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The weighted sum of all terms, and each term's own value, unweighted and detached.
 
-    taps: the encoder's are [CLS | visible], the decoder's holds the predicted patches. source: the saliency map behind `focus`.
+    taps: the encoder's are [CLS | visible] (visible alone where the student has no CLS), the decoder's holds the predicted
+    patches. source: the saliency map behind `focus`.
     """
     parts = {}
     for term in terms:
-        prediction = heads[term.name](at_positions(taps[term.recipe.tap], term.recipe))
+        prediction = heads[term.name](at_positions(taps[term.recipe.tap], term.recipe, masks))
         if term.teacher is None:
             errors = pixel_errors(prediction, term, batch, masks, pixels, kernels)
         else:
@@ -112,11 +115,11 @@ def score(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def at_positions(tap: Float[Tensor, "b n d"], term: TermRecipe) -> Float[Tensor, "b m d"]:
+def at_positions(tap: Float[Tensor, "b n d"], term: TermRecipe, masks: Masks) -> Float[Tensor, "b m d"]:
     """The tokens a term predicts from."""
-    if term.positions == "predicted":
+    if term.positions in ("predicted", "cls+visible"):
         return tap
-    return tap[:, :1] if term.positions == "cls" else tap[:, 1:]
+    return tap[:, :1] if term.positions == "cls" else tap[:, tap.shape[1] - masks.ids_keep.shape[1] :]
 
 
 def pixel_errors(
@@ -144,9 +147,19 @@ def mimic_errors(
     masks: Masks,
     kernels: str,
 ) -> Float[Tensor, "b n"]:
-    """Distance of every prediction to its teacher token, read from the stored codes at the prediction's own ids."""
+    """Distance of every prediction to its teacher token, read from the stored codes at the prediction's own ids.
+
+    At `cls+visible` CLS is one token among n_keep + 1.
+    """
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
-    arrays, distance = batch.targets[term.teacher], DISTANCES[term.recipe.distance]
+    arrays, transform = batch.targets[term.teacher], term.recipe.transform
+    if term.recipe.positions == "cls+visible":
+        parts = (replace(term, recipe=replace(term.recipe, positions=at)) for at in ("cls", "visible"))
+        pieces = (prediction[:, :1], prediction[:, 1:])
+        return torch.cat(
+            [mimic_errors(x, part, statistics, batch, masks, kernels) for x, part in zip(pieces, parts)], dim=1
+        )
+    ids: Tensor | None
     if term.recipe.positions == "cls":  # stored as plain float16: the quantiser describes patch tokens only
         codes, scale, mean, std, ids, gathered = arrays["cls"][:, None], None, None, None, None, True
     else:
@@ -154,6 +167,10 @@ def mimic_errors(
         mean, std = statistics.channel_mean, statistics.channel_std
         visible = term.recipe.positions == "visible"
         ids, gathered = (masks.ids_keep if visible else masks.ids_predict), visible and batch.rows == "visible"
+    if transform == "phi_s":
+        codes = statistics.rotated(codes, None if gathered else ids, scale, like=prediction)
+        scale, mean, std, gathered, transform = None, None, None, True, "none"
+    distance = DISTANCES[term.recipe.distance]
     errors = dispatch.mimic_loss(
         prediction,
         codes,
@@ -161,7 +178,7 @@ def mimic_errors(
         scale=scale,
         channel_mean=mean,
         channel_std=std,
-        target=term.recipe.transform,
+        target=transform,
         stat_mean=statistics.stat_mean,
         stat_std=statistics.stat_std,
         distance=distance.kernel,

@@ -85,7 +85,7 @@ def plain_tokens(kind: str, file: Path, pixels: Tensor) -> Tensor:
         name = {"cls": "vit_tiny_patch16_224", "registers": "vit_small_patch16_dinov3",
                 "patch14": "vit_small_patch14_dinov2"}[kind]  # fmt: skip
         options = {"depth": 2} if kind == "cls" else SMALL
-        overlay = {"file": str(file)}
+        overlay = {"file": str(file), "custom_load": False}
         model = timm.create_model(
             name, pretrained=True, pretrained_cfg_overlay=overlay, img_size=size, **options
         ).eval()

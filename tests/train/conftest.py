@@ -17,8 +17,9 @@ TINY = [
 
 def make_recipe(name: str, *overrides: str) -> Recipe:
     """A shipped recipe with a student and a decoder for tests."""
-    keep_decoder = [x for x in TINY if name != "mimic-only" or "decoder" not in x]
-    return load_recipe(name, [*keep_decoder, *overrides])
+    without = {"mimic-only": "decoder", "maskalign": "decoder", "mr-mcmae": "model"}.get(name, "nothing")
+    small = [x for x in TINY if without not in x]
+    return load_recipe(name, [*small, *(["student.model=test_mcmae"] if name == "mr-mcmae" else []), *overrides])
 
 
 def make_info(grid: int = 4, patch: int = 4, channels: int = 3) -> CacheInfo:
@@ -48,6 +49,20 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
     side = (b, info.size, info.size, info.channels)
     pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
     return Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
+
+
+def info_for(name: str) -> CacheInfo:
+    """A cache that the shipped recipe `name` can train on."""
+    if name != "maskalign":
+        return make_info(*((4, 16) if name == "mr-mcmae" else (4, 4)))
+    layers = {f"vit{i}": TeacherInfo(8, None, None, True, True, f"vit{i}.block_{i}") for i in range(8, 13)}
+    return CacheInfo(16, (4, 4), layers)
+
+
+@pytest.fixture
+def info_of_recipe() -> Callable[[str], CacheInfo]:
+    """`info_of_recipe(name)`: a cache that the shipped recipe can train on."""
+    return info_for
 
 
 @pytest.fixture

@@ -12,7 +12,8 @@ import torch
 
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches
-from mrmae.train.batches import Feed, Loaded, Position, Share
+from mrmae.train.batches import Loaded, Position, Share
+from mrmae.train.feed import AHEAD, Feed
 from mrmae.train.masks import Draw, Masks, draw_masks
 from mrmae.train.recipe import Recipe
 from mrmae.train.targets import Batch
@@ -28,7 +29,7 @@ def test_an_epoch_visits_every_image_once_and_what_is_dropped_rotates(cache: Cac
     n, size = len(cache.numbers), 7
     dropped = []
     for epoch in range(6):
-        order = batches.numbers_of_epoch(cache, seed=3, epoch=epoch)
+        order = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=epoch)
         assert sorted(order.tolist()) == cache.numbers.tolist()
         seen = [batches.rows_of(order, u, 0, Share(size)) for u in range(batches.updates_per_epoch(n, size))]
         dropped.append(frozenset(cache.numbers.tolist()) - set(np.concatenate(seen).tolist()))
@@ -38,7 +39,7 @@ def test_an_epoch_visits_every_image_once_and_what_is_dropped_rotates(cache: Cac
 
 @pytest.mark.parametrize("ranks, accum", [(1, 1), (2, 1), (1, 4), (4, 2)])
 def test_ranks_and_micro_batches_share_out_exactly_the_global_batch(cache: Cache, ranks: int, accum: int) -> None:
-    order = batches.numbers_of_epoch(cache, seed=0, epoch=1)
+    order = batches.numbers_of_epoch(cache, cache.numbers, seed=0, epoch=1)
     parts = [
         batches.rows_of(order, 1, micro, Share(8, rank, ranks, accum))
         for rank in range(ranks)
@@ -53,6 +54,27 @@ def test_views_take_turns_by_epoch(cache: Cache) -> None:
     assert (views[-1] == views[0]).all()
     first = [(0 + (h % 2**64)) % cache.n_views for h in cache.hashes.tolist()]  # (epoch + hash) mod K, unsigned
     assert views[0].tolist() == [first[number] for number in cache.numbers]
+
+
+def test_what_is_held_out_depends_on_the_key_alone_and_is_spread_over_the_shards(
+    cache: Cache, make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    numbers, held = batches.split_off(cache, 0.3)
+    assert sorted([*numbers, *held]) == cache.numbers.tolist() and len({n // cache.shard_samples for n in held}) > 1
+    assert batches.split_off(cache, 0.0)[1].size == 0
+    more = set(batches.split_off(cache, 0.5)[1])
+    assert set(held) < more
+    fewer = open_cache(make_cache(tmp_path / "fewer", n=12, n_views=1))  # the same keys, half as many: other numbers
+    aside = {fewer.keys[n] for n in batches.split_off(fewer, 0.3)[1]}
+    assert aside == {cache.keys[n] for n in held} & set(fewer.keys)
+    with pytest.raises(ValueError, match="--hold-out 1e-09: takes 0 of the 24"):
+        batches.split_off(cache, 1e-9)
+
+
+def test_an_epoch_leaves_out_what_is_held_out_and_keeps_the_order_of_the_rest(cache: Cache) -> None:
+    numbers, held = batches.split_off(cache, 0.3)
+    whole = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=2).tolist()
+    assert batches.numbers_of_epoch(cache, numbers, seed=3, epoch=2).tolist() == [n for n in whole if n not in held]
 
 
 def _load(cache: Cache, recipe: Recipe, numbers: Any, epoch: int) -> Loaded:
@@ -124,6 +146,8 @@ def test_a_batch_that_does_not_fit_is_refused_with_numbers() -> None:
         batches.check_share(Share(25), 24)
     with pytest.raises(ValueError, match="is 6, .* 2 processes x 2 micro-batches; give a multiple of 4"):
         batches.check_share(Share(6, 0, 2, 2), 24)
+    with pytest.raises(ValueError, match="is 2, .* over 4 processes x 1 micro-batches; give a multiple of 4"):
+        batches.check_share(Share(2, 0, 4, 1), 24)  # fewer images than ranks
     batches.check_share(Share(24, 0, 2, 3), 24)
 
 
@@ -168,10 +192,10 @@ def test_feed_prepares_ahead_but_not_without_bound() -> None:
 
     with Feed(load, _todo(100), torch.device("cpu")) as feed:
         time.sleep(0.2)
-        assert len(loaded) == batches.AHEAD
+        assert len(loaded) == AHEAD
         next(feed)
         time.sleep(0.1)
-        assert len(loaded) == batches.AHEAD + 1
+        assert len(loaded) == AHEAD + 1
 
 
 def test_feed_measures_the_wait_for_a_slow_loader_only() -> None:

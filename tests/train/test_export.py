@@ -10,7 +10,7 @@ import timm
 import torch
 import yaml
 
-from mrmae.train.export import export_student, load_student
+from mrmae.train.export import export_student, load_mcmae, load_student
 from mrmae.train.model import Batch, CacheInfo, Pretrainer, build_model
 from mrmae.train.recipe import Recipe
 
@@ -54,6 +54,8 @@ def test_the_state_dict_is_complete_and_loads_strictly(model: Pretrainer, tmp_pa
     assert "pos_embed" in weights and all(x.dtype == torch.float32 for x in weights.values())
     loaded = load_student(folder)
     assert not loaded.training
+    with pytest.raises(ValueError, match="holds test_vit; MCMAE's student was expected"):
+        load_mcmae(folder)
     assert all(torch.equal(x, model.student.state_dict()[name]) for name, x in loaded.state_dict().items())
 
 
@@ -104,3 +106,30 @@ def test_a_disk_error_names_the_file(model: Pretrainer, tmp_path: Path) -> None:
     (tmp_path / "student").write_text("a file where the folder should be")
     with pytest.raises(OSError, match="student"):
         export_student(model, tmp_path / "student", source={})
+
+
+# ---- MCMAE's student, which timm does not have
+
+
+def test_an_mcmae_student_comes_back_under_convmaes_names(
+    tiny_recipe: Callable[..., Recipe],
+    tiny_info: Callable[..., CacheInfo],
+    tiny_batch: Callable[..., Batch],
+    tmp_path: Path,
+) -> None:
+    model = build_model(tiny_recipe("mr-mcmae", *STATS), tiny_info(3, 16))
+    folder = export_student(model, tmp_path, source={"epochs": 1})
+    assert set(safetensors.torch.load_file(folder / "model.safetensors")) == set(model.student.state_dict())
+    loaded = load_mcmae(folder)
+    assert not loaded.training
+    with pytest.raises(ValueError, match="holds MCMAE's student; a timm model was expected"):
+        load_student(folder)
+    assert all(torch.equal(x, model.student.state_dict()[name]) for name, x in loaded.state_dict().items())
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "test_mcmae" and config["input_size"] == [3, 48, 48]
+    images = (tiny_batch(model.info).pixels / 255 - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    images = images.permute(0, 3, 1, 2)
+    assert torch.equal(loaded.forward_features(images), model.student.forward_features(images))
+    text = (folder / "README.md").read_text()
+    assert "timm\nhas no such model" in text and "load_mcmae" in text and "local-dir" not in text
+    assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "mrmae"

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,41 @@ def test_tensorboard_gets_every_term(tmp_path: Path) -> None:
     assert events.Scalars("step/loss/pixels")[0].value == 1.0
 
 
+def test_held_out_losses_reach_the_boards_and_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Board:
+        """What stands in for wandb."""
+
+        def init(self, **how: Any) -> "Board":
+            calls.append(how)
+            return self
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((step, values))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    monkeypatch.setitem(sys.modules, "wandb", Board())
+    row = _row(3, kind="epoch", held_out={"loss": 2.5, "pixels": 1.5}, knn_top1=0.25)
+    for _ in range(2):
+        with log.RunLog(tmp_path, step=0, total=10, console=_quiet(), tensorboard=False, wandb="project") as run:
+            run.write(row)
+    first, written, end, again, *_ = calls
+    assert first["project"] == "project" and first["id"] == again["id"] and end == "finished"
+    assert written[0] == 3 and written[1]["epoch/held_out/pixels"] == 1.5 and written[1]["epoch/knn_top1"] == 0.25
+    assert "held out 2.5000: pixels 1.5000  k-NN top-1 25.0 %" in log.epoch_line(row)
+
+
+def test_wandb_that_is_not_installed_is_refused_with_the_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ValueError, match=r"--wandb project: .* pip install 'mrmae\[wandb\]'"):
+        log.RunLog(tmp_path, step=0, total=10, console=_quiet(), tensorboard=False, wandb="project")
+
+
 def test_progress_line_says_where_how_fast_and_how_long() -> None:
     line = log.progress_line(_row(1, skipped=2))
     for part in ("epoch 1/2", "pixels 1.0000", "mimic/clip 1.0000", "123.4 img/s", "stall 1.2 %", "lr 1.00e-04"):
@@ -95,7 +131,7 @@ def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:
     "seconds, text", [(4.6, "5 s"), (200, "3 min 20 s"), (18_120, "5 h 02 min"), (183_600, "2 d 03 h"), (math.inf, "?")]
 )
 def test_times_read_as_people_say_them(seconds: float, text: str) -> None:
-    assert log.human_time(seconds) == text
+    assert f"ETA {text}" in log.progress_line(_row(1, eta_s=seconds))
 
 
 def test_readback_returns_vectors_in_order() -> None:

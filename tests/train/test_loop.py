@@ -38,23 +38,13 @@ import os, signal, sys
 from mrmae.train import loop
 from mrmae.train.recipe import load_recipe
 step = loop.step
-def dying(run, session, forward):
+def dying(run, live, forward):
     if run.step == 9:
         os.kill(os.getpid(), signal.SIGKILL)
-    session.saved_at -= 3600 if run.step == 7 else 0
-    return step(run, session, forward)
+    live.saved_at -= 3600 if run.step == 7 else 0
+    return step(run, live, forward)
 loop.step = dying
 loop.train(sys.argv[1], sys.argv[2], load_recipe("mr-mae", sys.argv[3:]), device="cpu", panels_every=0, tensorboard=False)
-"""
-# One of several processes under torchrun, in float64.
-RANKED = """
-import functools, sys
-from mrmae.train import loop, run
-import torch
-run.build_model = functools.partial(run.build_model, dtype=getattr(torch, sys.argv[1]))
-from mrmae.train.recipe import load_recipe
-loop.train(sys.argv[2], sys.argv[3], load_recipe("mr-mae", sys.argv[4:]), device="cpu", panels_every=0, tensorboard=False,
-           log_every=1)
 """
 
 
@@ -92,10 +82,10 @@ def _epoch_losses(out: Path) -> list[tuple[int, float, dict[str, float]]]:
 def _raise_signal_at(step: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.step
 
-    def with_signal(run: Any, session: Any, forward: Any) -> Tensor:
+    def with_signal(run: Any, live: Any, forward: Any) -> Tensor:
         if run.step == step:
             signal.raise_signal(getattr(signal, name))
-        return original(run, session, forward)
+        return original(run, live, forward)
 
     monkeypatch.setattr(loop, "step", with_signal)
 
@@ -170,7 +160,7 @@ def test_a_damaged_newest_checkpoint_costs_its_updates_only(tiny_cache: Path, tm
     os.truncate(checkpoint.list_checkpoints(out / "checkpoints")[-1], 1000)
     again = _train(tiny_cache, out, quick())
     assert again["finished"] and "WARNING" in again["said"] and "step-000000024.pt" in again["said"]
-    assert json.loads((out / "run.json").read_text())["sessions"][-1]["from_step"] == 3 * UPDATES
+    assert json.loads((out / "run.json").read_text())["starts"][-1]["from_step"] == 3 * UPDATES
     _assert_same_bits(out, whole)
 
 
@@ -207,33 +197,17 @@ def test_accumulated_micro_batches_equal_one_batch(
         torch.testing.assert_close(weight, weights[1][name], rtol=1e-7, atol=1e-9)
 
 
-def test_two_processes_equal_one_at_the_same_global_batch(
-    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "ranked.py").write_text(RANKED)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    args = [str(tmp_path / "ranked.py"), "float64", str(tiny_cache), str(tmp_path / "two"), *QUICK]
-    ran = subprocess.run([*launch, *args], capture_output=True, text=True, timeout=250)
-    assert ran.returncode == 0, ran.stderr
-    monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
-    _train(tiny_cache, tmp_path / "one", quick(), log_every=1)
-    one, two = (read_rows(tmp_path / name / "log.jsonl", "step") for name in ("one", "two"))
-    assert len(one) == len(two) == 4 * UPDATES
-    for a, b in zip(one, two):
-        assert {**a["terms"], "loss": a["loss"]} == pytest.approx({**b["terms"], "loss": b["loss"]}, rel=1e-6)
-
-
 def _poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], term: str) -> list[dict[str, Tensor]]:
     """Make one term's value and the gradients NaN at `steps`; returns the weights seen before each of those updates."""
     original, seen = loop.step, []
 
-    def poisoned(run: Any, session: Any, forward: Any) -> Tensor:
+    def poisoned(run: Any, live: Any, forward: Any) -> Tensor:
         def bad(batch: Any, masks: Any) -> Any:
             loss, terms = forward(batch, masks)
             return loss * float("nan"), {**terms, term: terms[term] * float("nan")}
 
         seen.append({name: p.detach().clone() for name, p in run.model.named_parameters()})
-        return original(run, session, bad if run.step in steps else forward)
+        return original(run, live, bad if run.step in steps else forward)
 
     monkeypatch.setattr(loop, "step", poisoned)
     return seen
@@ -270,13 +244,42 @@ def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> N
     facts = json.loads((whole / "run.json").read_text())
     assert facts["teachers"]["a"]["weights"] == "random"
     assert facts["cache_ids"]["dataset"].startswith("sha256:") and "column a" in facts["cache_ids"]
-    assert facts["sessions"][0]["device"] == "cpu" and "torch" in facts["sessions"][0]["versions"]
+    assert facts["starts"][0]["device"] == "cpu" and "torch" in facts["starts"][0]["versions"]
     assert load_recipe(str(whole / "recipe.yaml")) == quick()
     text = (whole / "README.md").read_text()
     assert "RANDOM WEIGHTS" in text and "timm.create_model" in text and "same command" in text
     card = (whole / "student" / "README.md").read_text()
     assert "RANDOM WEIGHTS" in card and str(tiny_cache) not in card and str(whole) not in card
     assert (whole / "curves.png").stat().st_size > 1000
+
+
+def test_every_update_sees_the_same_shapes_in_the_same_types(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = loop.taught, []
+
+    def noted(*args: Any, **options: Any) -> Any:
+        batch, masks = original(*args, **options)
+        tensors = {"pixels": batch.pixels, "keep": masks.ids_keep, "predict": masks.ids_predict}
+        tensors |= {f"{t}.{name}": x for t, arrays in batch.targets.items() for name, x in arrays.items()}
+        seen.append({name: (tuple(x.shape), x.dtype) for name, x in tensors.items()})
+        return batch, masks
+
+    monkeypatch.setattr(loop, "taught", noted)
+    summary = _train(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.epochs=2", "optim.batch_size=5"))
+    assert summary["finished"] and all(shapes == seen[0] for shapes in seen) and len(seen) == 2 * 4
+    assert seen[0]["pixels"] == ((5, 32, 32, 3), torch.uint8) and seen[0]["a.tokens"] == ((5, 4, 8), torch.int8)
+
+
+def test_begins_from_published_weights_and_gives_them_back(whole: Path, tiny_cache: Path, tmp_path: Path) -> None:
+    first = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), export="mae")
+    assert first["finished"]
+    weights = torch.load(tmp_path / "out" / "published.pth", weights_only=True)["model"]
+    again = _train(
+        tiny_cache, tmp_path / "next", quick("mae", "optim.epochs=2"), init=tmp_path / "out" / "published.pth"
+    )
+    assert "encoder loaded" in again["said"] and again["loss"] < first["loss"]
+    assert {"cls_token", "decoder_pred.weight", "blocks.0.attn.qkv.weight"} <= weights.keys()
 
 
 def test_the_student_opens_in_timm(whole: Path) -> None:
@@ -342,7 +345,12 @@ def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path) -> None:
 def test_a_missing_teacher_or_attention_is_refused_saying_what_there_is(
     make_cache: Callable[..., Path], tiny_cache: Path, tmp_path: Path
 ) -> None:
-    _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "terms.mimic.teachers=[clip]"), "'clip'; the cache has a, b")
+    _refuse(
+        tiny_cache,
+        tmp_path / "out",
+        quick("mr-mae", "terms.mimic.teachers=[clip]"),
+        "'clip'; the cache has a.pre_tail, b",
+    )
     about = {"width": 6, "has_cls": False, "has_attention": False}
     cache = make_cache(tmp_path / "cache", n=8, n_views=1, teachers={"b": about})
     _refuse(cache, tmp_path / "out", quick("mr-mae-focused"), "with attention: none")

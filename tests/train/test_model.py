@@ -14,7 +14,16 @@ from mrmae.train.recipe import Recipe
 MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]
 MakeBatch = Callable[..., Batch]
-RECIPES = ["mae", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mimic-only", "mimic-masked"]
+RECIPES = [
+    "mae",
+    "mr-mae",
+    "mr-mae-focused",
+    "mr-mae-fused",
+    "mr-mcmae",
+    "mimic-only",
+    "mimic-masked",
+    "maskalign",
+]
 
 
 def masks_of(model: Pretrainer, batch: Batch, epoch: int = 0) -> Masks:
@@ -34,9 +43,9 @@ def test_fp32_agrees_with_float64(tiny_recipe: MakeRecipe, tiny_info: MakeInfo, 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_builds_and_its_loss_falls_in_five_steps(
-    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, name: str
+    tiny_recipe: MakeRecipe, info_of_recipe: Callable[[str], CacheInfo], tiny_batch: MakeBatch, name: str
 ) -> None:
-    info = tiny_info()
+    info = info_of_recipe(name)
     model = build_model(tiny_recipe(name), info)
     batch = tiny_batch(info, 4)
     masks = masks_of(model, batch)
@@ -70,6 +79,7 @@ def test_every_recipe_builds_and_its_loss_falls_in_five_steps(
         ],
         ["terms.cls={tap: final, positions: cls, target: teachers, transform: ln0, distance: cosd}"],
         ["terms.mimic.focus=true", "mask.n_predict=3", "terms.pixels.transform=none"],
+        ["terms.mimic.tap=mix2", "terms.mimic.positions=cls+visible", "student.drop_path=0.2"],
         ["terms.mimic.teachers=[clip]", "mask.n_keep=7", "prepare={mean: [0.5], std: [0.25]}"],
     ],
 )
@@ -161,10 +171,25 @@ def test_several_masks_per_image_are_rows_of_one_batch(
     assert model(batch, both)[0].item() == pytest.approx(mean.item(), rel=1e-12)
 
 
-def test_the_forward_compiles_to_one_graph(tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch) -> None:
-    info = tiny_info()
-    model = build_model(tiny_recipe("mr-mae", "terms.mimic.focus=true"), info)
-    model.student.blocks = model.student.blocks[:1]
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("mr-mae", ["terms.mimic.focus=true"]),
+        ("mr-mcmae", ["terms.pixels=null"]),
+        ("maskalign", ["terms.layer9=null", "terms.layer10=null", "terms.layer11=null", "student.drop_path=0.5"]),
+    ],
+)
+def test_the_forward_compiles_to_one_graph(
+    tiny_recipe: MakeRecipe,
+    info_of_recipe: Callable[[str], CacheInfo],
+    tiny_batch: MakeBatch,
+    name: str,
+    overrides: list[str],
+) -> None:
+    info = info_of_recipe(name)
+    model = build_model(tiny_recipe(name, *overrides), info)
+    if name == "mr-mae":
+        model.student.blocks = model.student.blocks[:1]
     batch = tiny_batch(info)
     masks = masks_of(model, batch)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from mrmae.train import heads, masks
 from mrmae.train import recipe as recipes
 from mrmae.train.distances import DISTANCES
+from mrmae.train.optim import base_lr, lr_at
 from mrmae.train.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
+from mrmae.train.targets import Batch
 
-SHIPPED = ["mae", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused"]
+SHIPPED = ["mae", "maskalign", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mr-mcmae"]
+LIKE_MAE = [name for name in SHIPPED if name != "maskalign"]
 MIMIC = {
     "positions": "visible",
     "target": "teachers",
@@ -29,13 +33,14 @@ def test_the_shipped_recipes_are_these() -> None:
     assert recipe_names() == SHIPPED
 
 
-@pytest.mark.parametrize("name", SHIPPED)
+@pytest.mark.parametrize("name", LIKE_MAE)
 def test_every_recipe_keeps_the_numbers_of_the_method(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.seed == 0
     n_predict = 0 if name == "mimic-only" else 147
     assert masks.counts(recipe.mask, 196) == (49, n_predict)
-    assert recipe.student.model == "vit_base_patch16_224"
+    assert recipe.student.model == ("mcmae_base" if name == "mr-mcmae" else "vit_base_patch16_224")
+    assert recipe.student.drop_path == 0
     decoder = recipe.student.decoder
     assert (decoder is None) == (name == "mimic-only")
     assert decoder is None or (decoder.depth, decoder.width, decoder.heads, decoder.mlp_ratio) == (8, 512, 16, 4.0)
@@ -44,6 +49,47 @@ def test_every_recipe_keeps_the_numbers_of_the_method(name: str) -> None:
     assert (optim.weight_decay, optim.warmup_epochs) == (0.05, 40)
     assert (optim.epochs, optim.batch_size) == ((1600, 4096) if name == "mae" else (200, 2048))
     assert recipe.prepare.mean == (0.485, 0.456, 0.406) and recipe.prepare.std == (0.229, 0.224, 0.225)
+
+
+def test_maskalign_keeps_the_numbers_of_the_method() -> None:
+    recipe = load_recipe("maskalign")
+    assert masks.counts(recipe.mask, 196) == (58, 0)
+    assert (recipe.mask.sampler, recipe.mask.draw, recipe.mask.n_keep) == ("attn_prob", "prob", None)
+    assert [masks.counts(recipe.mask, l)[0] for l in (16, 64, 144, 256)] == [4, 19, 43, 76]  # int(l * 0.3)
+    student = recipe.student
+    assert (student.model, student.decoder, student.drop_path) == ("vit_base_patch16_224", None, 0.1)
+    assert list(recipe.terms) == [f"layer{i}" for i in range(8, 13)]
+    shared = {"positions": "cls+visible", "target": "teachers", "head": "linear", "transform": "ln0"}
+    for i, term in zip(range(8, 13), to_dict(recipe)["terms"].values()):
+        own = {"tap": f"mix{i}", "teacher_tap": f"block_{i}", "distance": "2*sl1(1)", "weight": 0.2}
+        assert term.items() >= {**shared, **own}.items()
+    optim = recipe.optim
+    assert (optim.epochs, optim.warmup_epochs, optim.batch_size) == (200, 20, 1024)
+    assert (optim.lr_per_256, optim.min_lr, optim.weight_decay) == (1.5e-4, 1e-5, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"), [("mae", 2.4e-3), ("mr-mae", 1.2e-3), ("mr-mcmae", 1.2e-3), ("maskalign", 6e-4)]
+)
+def test_the_learning_rate_grows_with_the_batch(name: str, peak: float) -> None:
+    o = load_recipe(name).optim
+    assert base_lr(o.lr_per_256, o.batch_size) == pytest.approx(peak)
+    schedule = {"peak": peak, "warmup_epochs": o.warmup_epochs, "epochs": o.epochs, "min_lr": o.min_lr}
+    assert lr_at(0, **schedule) == 0 and lr_at(o.warmup_epochs, **schedule) == pytest.approx(peak)
+    assert lr_at(o.epochs, **schedule) == pytest.approx(o.min_lr)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_recipe_draws_as_many_patches_as_it_says(name: str) -> None:
+    kept, predicted = {"maskalign": (58, 0), "mimic-only": (49, 0)}.get(name, (49, 147))
+    attention = torch.rand(3, 196, generator=torch.Generator().manual_seed(0))
+    batch = Batch(torch.tensor([5, -9, 2**40]), torch.empty(0, dtype=torch.uint8), {"t": {"attention": attention}})
+    drawn = masks.draw_masks(batch, masks.Draw(0, 0), recipe=load_recipe(name).mask, l=196)
+    for ids, n in ((drawn.ids_keep, kept), (drawn.ids_predict, predicted)):
+        assert ids.shape == (3, n) and (ids.diff(dim=1) > 0).all()
+    together = torch.cat([drawn.ids_keep, drawn.ids_predict], dim=1)
+    assert together.min() >= 0 and together.max() < 196
+    assert all(len(set(row.tolist())) == kept + predicted for row in together)
 
 
 def test_mr_mae_mimics_visible_tokens_and_reconstructs_hidden_pixels() -> None:
@@ -58,6 +104,7 @@ def test_mr_mae_mimics_visible_tokens_and_reconstructs_hidden_pixels() -> None:
     [
         ("mr-mae-focused", {"mask.sampler": "attn_prob"}),
         ("mr-mae-fused", {"terms.mimic.tap": "mean_ln"}),
+        ("mr-mcmae", {"student.model": "mcmae_base"}),
         ("mimic-masked", {"terms.mimic.tap": "decoder", "terms.mimic.positions": "predicted"}),
     ],
 )
@@ -116,12 +163,16 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("terms.mimic.tap=block0", "terms.mimic.tap is 'block0'"),
         ("terms.mimic.distance=sl1(3)", "did you mean"),
         ("terms.mimic.weight=-1", "terms.mimic.weight is -1.0; at least 0"),
-        ("terms.mimic.positions=predicted", "tap final: visible or cls was expected"),
-        ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2 or channel"),
+        ("terms.mimic.positions=predicted", "tap final: visible, cls or cls+visible was expected"),
+        ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2, channel or phi_s"),
         ("terms.pixels.transform=ln0", "pixels: none or norm_pix"),
         ("terms.pixels.tap=final", "predicted"),
         ("terms.pixels.distance=cosd", "mse was expected"),
         ("terms.pixels.teachers=[clip]", "none was expected with target pixels"),
+        ("terms.pixels.teacher_tap=block_8", "terms.pixels.teacher_tap is 'block_8'; null was expected"),
+        ("terms.mimic={tap: final, positions: cls+visible, target: teachers, transform: phi_s}", "do not describe CLS"),
+        ("terms.mimic.tap=mix0", "terms.mimic.tap is 'mix0'"),
+        ("student.drop_path=1", "student.drop_path is 1.0; 0 <= rate < 1"),
         ("terms.new.weight=1", "terms.new.tap is missing"),
         ("terms.a/b={tap: final}", "has the name 'a/b'"),
         ("terms={}", "at least one term"),

@@ -7,12 +7,11 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from mrmae.train.fusions import LearnedSum, MeanOfNorms
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Decoder
 from mrmae.train.student import (
-    LearnedSum,
     MaskDecoder,
-    MeanOfNorms,
     build_vit,
     encode,
     initialise,

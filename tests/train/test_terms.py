@@ -116,6 +116,13 @@ def test_gather_identity_for_cls_and_for_rows_gathered_before_the_copy() -> None
     cls = TermRecipe("final", "cls", "teachers")
     assert run(cls, tap, batch) == 0.0
     assert run(cls, tap.flip(1), batch) > 1e-3
+    both = replace(batch, targets={"t": {"cls": tokens[:, 3], "tokens": tokens}})
+    cls_visible = TermRecipe("final", "cls+visible", "teachers")
+    assert run(cls_visible, tap, both) == 0.0
+    assert run(cls_visible, tap.roll(1, dims=1), both) > 1e-3
+    without_cls = torch.cat([tap[:, 1:2] + 1, tap[:, 1:]], dim=1)  # CLS is one token among n_keep + 1
+    alone = run(cls, without_cls, both)
+    assert run(cls_visible, without_cls, both) == pytest.approx(alone / 5)
     gathered = replace(batch, targets={"t": {"tokens": at(tokens, masks.ids_keep)}}, rows="visible")
     assert run(VISIBLE, tap, gathered) == 0.0
     assert run(VISIBLE, tap.roll(1, dims=0), gathered) > 1e-3
@@ -134,6 +141,22 @@ def test_distances_have_the_scales_of_the_table(distance: str, at_1: float, at_4
     many = Masks(torch.arange(2500)[None], torch.empty(1, 0, dtype=torch.int64))
     noise = torch.randn(1, 2500, D, generator=torch.Generator().manual_seed(0))
     assert loss_of(recipe, torch.zeros_like(noise), noise, many, patch=1) == pytest.approx(of_zero, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("distance", "beta", "tail"), [("sl1(1)", 1.0, 1.0), ("sl1(2)", 2.0, 1.0), ("2*sl1(1)", 1.0, 2.0)]
+)
+def test_smooth_l1_has_no_kink_and_the_tables_slope_in_its_tail(distance: str, beta: float, tail: float) -> None:
+    recipe = replace(VISIBLE, distance=distance)  # type: ignore[arg-type]
+    masks, codes, step = Masks(torch.arange(4)[None], torch.empty(1, 0, dtype=torch.int64)), torch.zeros(1, 4, D), 2**-9
+
+    def slope(e: float) -> float:
+        ahead, behind = (loss_of(recipe, codes + e + d, codes, masks) for d in (step, -step))
+        return (ahead - behind) / (2 * step)
+
+    assert slope(beta - step) == pytest.approx(slope(beta + step), rel=0.01)
+    assert slope(2 * beta) == pytest.approx(tail, rel=1e-3)
+    assert slope(beta / 2) == pytest.approx(tail / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize(("distance", "factor"), [("cosd", 1), ("2-2cos", 2)])
@@ -234,10 +257,16 @@ def test_only_the_arrays_a_recipe_needs_are_asked_for(
     [
         (
             ["terms.mimic.teachers=[swin]"],
-            "wants teacher 'swin'; the cache has cnn; .*extract-features.*--teacher swin=",
+            "wants teacher 'swin'; the cache has cnn.last; .*extract-features.*--teacher swin=",
         ),
         (["terms.mimic.positions=cls"], "wants the CLS token of teacher 'cnn'"),
-        (["terms.mimic.transform=channel"], "channel statistics of teacher 'cnn'"),
+        (["terms.mimic.transform=channel"], "transform channel wants channel statistics of teacher 'cnn'"),
+        (["terms.mimic.transform=phi_s"], "transform phi_s wants channel statistics of teacher 'cnn'"),
+        (
+            ["terms.mimic.teacher_tap=block_8"],
+            r"wants tap block_8 of a teacher; the cache has cnn.last; .*--teacher NAME=LIBRARY:MODEL\?tap=block_8",
+        ),
+        (["terms.mimic.teacher_tap=block_8", "terms.mimic.teachers=[cnn]"], "wants tap block_8 of teacher 'cnn'"),
         (["mask.sampler=attn_prob"], "mask.source = mean: the cache has cnn, with attention: none"),
         (["terms.mimic.focus=true"], "with attention: none"),
     ],

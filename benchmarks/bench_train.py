@@ -1,0 +1,256 @@
+"""Steps of stock MAE, of MR-MAE with its teachers in the step, and of MR-MAE from a cache: same student, same views.
+
+    python benchmarks/bench_train.py                                   # this machine's device; ViT-B/16
+    python benchmarks/bench_train.py --device cpu --batch-size 4 --rounds 5
+    python benchmarks/bench_train.py --student vit_tiny_patch16_224 --batch-size 2 --rounds 3 --out /tmp/try.csv
+
+One process; in every round each arm makes its steps in turn, and a ratio is taken within a round. All arms read the same JPEG views
+through the same loader, running; stock MAE normalises them in the step. The cache is synthetic (`synthetic.py`). Rows are appended
+to benchmarks/results/train.csv, or `--out`. With one CPU thread the clock is CPU time of the whole process, loader included, so that
+other work on the machine counts less (not nothing: it takes caches and memory bandwidth; the load stands in the row).
+"""
+
+import csv
+import itertools
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from arms import CACHED, EXPLICIT, ONLINE, RESIDENT, STOCK, Arm, build_arms, online_run
+from measure import ROOT, clock, machine, shown
+from synthetic import write_cache
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mrmae.extract.teachers import build_teacher, parse_teacher
+from mrmae.train import optim
+from mrmae.train.feed import Feed, feed_of
+from mrmae.train.online import taught
+from mrmae.train.ranks import Ranks
+from mrmae.train.recipe import load_recipe
+from mrmae.train.run import Run, Setup, build
+
+COLUMNS = (
+    "arm,part,student,batch,mode,precision,p20_ms,p50_ms,p80_ms,images_per_s,ratio,ratio_p20,ratio_p80,ratio_to,stall,"
+    "saved_bytes_per_image,peak_bytes,gflop_per_image,rounds,load,device,torch,triton,commit,date"
+).split(",")
+TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/random", "dino=timm:vit_base_patch16_224.dino/random")
+RATIOS = ((CACHED, ONLINE), (CACHED, STOCK), (EXPLICIT, STOCK), (ONLINE, STOCK), (CACHED, RESIDENT))
+Clock = Callable[[], float]
+
+
+# ---- measuring
+
+
+def seconds_of(arm: Arm, steps: int, device: torch.device, now: Clock) -> float:
+    """Seconds per step."""
+    start = settled(device, now)
+    for _ in range(steps):
+        arm.step()
+    return (settled(device, now) - start) / steps
+
+
+def settled(device: torch.device, now: Clock) -> float:
+    """The time once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return now()
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """p20, median, p80; of fewer than five values the smallest, median, largest."""
+    if len(values) < 5:
+        return min(values), statistics.median(values), max(values)
+    p20, _, _, p80 = statistics.quantiles(values, n=5, method="inclusive")
+    return p20, statistics.median(values), p80
+
+
+def kept_bytes(arm: Arm, run: Run) -> int:
+    """Bytes that a forward pass keeps for backward, beside weights."""
+    weights = {t.untyped_storage().data_ptr() for t in [*arm.model.parameters(), *arm.model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss = arm.forward()
+    del loss
+    return sum(kept.values())
+
+
+def gflop(arm: Arm, run: Run) -> float:
+    """GFLOP per image and step: three times the forward pass, and the teachers."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        arm.forward()
+    return (3 * counter.get_total_flops() / run.share.batch_size + arm.teachers_flops) / 1e9
+
+
+def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[float]]:
+    """Seconds by part of an eager step, with the device settled between parts."""
+    parts: dict[str, list[float]] = {}
+    spent = {"encoder blocks": 0.0, "decoder": 0.0}
+    started = [0.0]
+
+    def watch(module: nn.Module, name: str) -> None:
+        module.register_forward_pre_hook(lambda *_: started.__setitem__(0, settled(run.device, now)))
+        module.register_forward_hook(
+            lambda *_: spent.__setitem__(name, spent[name] + settled(run.device, now) - started[0])
+        )
+
+    for block in run.model.student.blocks:
+        watch(block, "encoder blocks")
+    if run.model.decoder is not None:
+        watch(run.model.decoder, "decoder")
+    for _ in range(steps):
+        spent.update(dict.fromkeys(spent, 0.0))
+        run.optimizer.zero_grad(set_to_none=True)
+        marks = [settled(run.device, now)]
+        loaded = next(feed)
+        marks.append(settled(run.device, now))
+        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+        marks.append(settled(run.device, now))
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss, _ = run.model(*whole)
+        marks.append(settled(run.device, now))
+        loss.backward()
+        marks.append(settled(run.device, now))
+        optim.guarded_step(run.optimizer, optim.gradient_norm(run.model.parameters()))
+        marks.append(settled(run.device, now))
+        wait, teachers, forward, backward, update = (b - a for a, b in itertools.pairwise(marks))
+        found = {"next batch": wait, "teachers": teachers, **spent}
+        found |= {
+            "embedding, heads, losses": forward - sum(spent.values()),
+            "backward": backward,
+            "norm and AdamW": update,
+        }
+        for name, value in found.items():
+            parts.setdefault(name, []).append(value)
+    return parts
+
+
+def measure_arms(arms: list[Arm], run: Run, *, rounds: int, steps: int, now: Clock) -> None:
+    """Fill every arm's seconds, one value per round, the arms taking turns; on CUDA their peak memory too."""
+    for turn in range(-1, rounds):  # the first round warms up
+        for arm in arms:
+            if run.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(run.device)
+                before = torch.cuda.memory_allocated(run.device)
+            seconds = seconds_of(arm, steps, run.device, now)
+            if run.device.type == "cuda":
+                arm.peak_bytes = torch.cuda.max_memory_allocated(run.device) - before
+            if turn >= 0:
+                arm.seconds.append(seconds)
+
+
+# ---- rows
+
+
+def rows_of(arms: list[Arm], run: Run, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """One row per arm, one per ratio."""
+    rows, batch = [], run.share.batch_size
+    by_name = {arm.name: arm for arm in arms}
+    for arm in arms:
+        p20, p50, p80 = spread(arm.seconds)
+        rows.append(common | {"arm": arm.name, "part": "step", "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80,
+                              "images_per_s": batch / p50, "peak_bytes": arm.peak_bytes,
+                              "saved_bytes_per_image": kept_bytes(arm, run) // batch, "gflop_per_image": gflop(arm, run)})  # fmt: skip
+    for one, other in RATIOS:
+        if one in by_name and other in by_name:
+            ratios = [a / b for a, b in zip(by_name[one].seconds, by_name[other].seconds)]
+            p20, p50, p80 = spread(ratios)
+            rows.append(common | {"arm": one, "part": "ratio of steps", "ratio_to": other, "ratio": p50,
+                                  "ratio_p20": p20, "ratio_p80": p80})  # fmt: skip
+    return rows
+
+
+def part_rows(name: str, run: Run, common: dict[str, Any], now: Clock, steps: int) -> list[dict[str, Any]]:
+    """One row per part of this run's step."""
+    with feed_of(run) as feed:
+        parts = parts_of(run, feed, now, steps)
+    rows = []
+    for part, seconds in parts.items():
+        p20, p50, p80 = (1e3 * value for value in spread(seconds[1:]))
+        rows.append(common | {"arm": name, "part": part, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80})
+    return rows
+
+
+def append(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Append rows, with a header in a new file."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        if new:
+            writer.writeheader()
+        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """The short table."""
+    for row in rows:
+        if "ratio" in row:
+            text = f"{row['ratio']:.3f} x {row['ratio_to']} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})"
+        else:
+            more = f"  {row['gflop_per_image']:.1f} GFLOP per image" if "gflop_per_image" in row else ""
+            text = f"{row['p50_ms']:.1f} ms ({row['p20_ms']:.1f} to {row['p80_ms']:.1f}){more}"
+        print(f"{row['mode']:<9} {row['arm']:<30} {row['part']:<26} {text}", flush=True)
+
+
+@click.command(context_settings={"show_default": True})
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--student", default="vit_base_patch16_224")
+@click.option("--batch-size", type=int, help="[default: 256 on CUDA, 4 elsewhere]")
+@click.option("--size", default=224, help="Pixels per side of a view.")
+@click.option("--grid", default=14, help="Patches per side.")
+@click.option("--teacher", "texts", multiple=True, default=TEACHERS)
+@click.option("--rounds", default=7)
+@click.option("--steps", type=int, help="Per arm and round. [default: 10 on CUDA, 1 elsewhere]")
+@click.option("--threads", default=1, help="On the CPU.")
+@click.option("--workers", default=1, help="Threads that read and decode.")
+@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results" / "train.csv")
+def main(device: str, student: str, batch_size: int | None, size: int, grid: int, texts: tuple[str, ...], rounds: int,
+         steps: int | None, threads: int, workers: int, out: Path) -> None:  # fmt: skip
+    """Measure every arm and the parts of our steps; print the table and append it."""
+    cuda = device.startswith("cuda")
+    batch_size, steps = batch_size or (256 if cuda else 4), steps or (10 if cuda else 1)
+    torch.set_num_threads(threads)
+    now, precision = clock("cuda" if cuda else "cpu"), "fp16" if cuda else "fp32"
+    teachers = [
+        build_teacher(parse_teacher(t), grid=grid, view_size=size, device=device, precision=precision) for t in texts
+    ]
+    recipe = load_recipe("mr-mae", [f"student.model={student}", f"optim.batch_size={batch_size}"])
+    with tempfile.TemporaryDirectory() as folder:
+        n = max(64, 4 * batch_size)
+        cache = write_cache(Path(folder) / "cache", [t.spec for t in teachers], n=n, size=size, grid=grid)
+        run = build(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
+        live = online_run(run, teachers)
+        common = {"student": student, "batch": batch_size, "precision": run.precision, "rounds": rounds}
+        common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu")}
+        for compile in (False, True) if cuda else (False,):
+            mode = common | {"mode": "compiled" if compile else "eager"}
+            arms = build_arms(run, live, compile=compile)
+            try:
+                measure_arms(arms, run, rounds=rounds, steps=steps, now=now)
+            finally:
+                for arm in arms:
+                    if isinstance(arm.feed, Feed):
+                        arm.feed.close()
+            rows = rows_of(arms, run, mode)
+            if not compile:
+                for name, one in ((CACHED, run), (ONLINE, live)):
+                    rows += part_rows(name, one, mode, now, rounds + 1)
+            show(rows)
+            append(out, rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""A finished cache of random views and random int8 codes: its speed is a real one's, what it says is nothing."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mrmae.shards import commit, plan, views
+from mrmae.shards.plan import Plan, Source
+from mrmae.shards.quantize import Quantiser
+from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.webdataset_io import PixelRow
+
+SHARD = 32
+
+
+def write_cache(path: Path, specs: Sequence[TeacherSpec], *, n: int, size: int, grid: int) -> Path:
+    """A cache of `n` images with a column of every teacher, through the real writers."""
+    rng = np.random.default_rng(0)
+    sources = plan.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
+    recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
+    made = plan.start(path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs)), sources)
+    quantisers = {
+        s.column: Quantiser("int8", np.zeros(s.width, np.float32), np.ones(s.width, np.float32), standardised=True)
+        for s in specs
+    }
+    made = plan.freeze_quantisers(path, made, quantisers)
+    for view, column, shard in commit.missing(path, made):
+        mine = range(shard * SHARD, min(n, (shard + 1) * SHARD))
+        if column == plan.PIXELS:
+            rows = [pixel_row(i, sources[i], recipe, rng) for i in mine]
+            commit.store_pixels(path, made, view, shard, rows, {"seconds": {"write": 0.0}})
+        else:
+            arrays = codes(len(mine), made.teacher(column), rng)
+            quality = {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}
+            commit.store_column(path, made, view, column, shard, arrays, np.ones(len(mine), bool), {"quality": quality})
+    commit.finalise(path, made)
+    return path
+
+
+def pixel_row(number: int, source: Source, recipe: ViewRecipe, rng: np.random.Generator) -> PixelRow:
+    """A view of blocks and noise, which as a JPEG is about as large as a photograph's."""
+    side = recipe.size
+    coarse = rng.integers(0, 256, (side // 8 + 1, side // 8 + 1, 3)).astype(np.uint8)
+    image = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:side, :side] // 8 * 7
+    image = image + rng.integers(0, 8, (side, side, 3)).astype(np.uint8)
+    drawn = views.draw_view(key_hash(source.key), 0, side, side, recipe)
+    return PixelRow(number, source.key, None, drawn, views.encode_jpeg(views.render(image, drawn, recipe)))
+
+
+def codes(n: int, spec: TeacherSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a shard of `n` samples of this teacher holds."""
+    l = spec.grid[0] * spec.grid[1]
+    arrays = {
+        "tokens": rng.integers(-127, 128, (n, l, spec.width), np.int8),
+        "scale": np.full((n, l), 0.02, np.float16),
+        "norm": np.ones((n, l), np.float16),
+    }
+    arrays |= {"cls": np.zeros((n, spec.width), np.float16)} if spec.has_cls else {}
+    return arrays | ({"attention": np.full((n, l), 1 / l, np.float16)} if spec.has_attention else {})

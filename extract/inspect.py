@@ -1,0 +1,234 @@
+"""inspect-cache: look into a cache, check it, repair it, compare it with another."""
+
+import contextlib
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from mrmae.extract.describe import description, difference_line, differences
+from mrmae.extract.describe import show as show_description
+from mrmae.extract.progress import Progress
+from mrmae.shards import audit
+from mrmae.shards.audit import Problem
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.commit import commit_path, units
+from mrmae.shards.extend import drop_column
+from mrmae.shards.plan import load_plan
+from mrmae.shards.stats import compute_stats, write_stats
+
+CACHE = click.argument("cache", type=click.Path(path_type=Path))
+SHOWN_PROBLEMS = 100
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look into a cache that extract-features wrote, check it, repair it, compare it with another."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can mend is said in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@CACHE
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def show(cache: Path, as_json: bool) -> None:
+    """Print what CACHE holds: images, views, columns, their quality and size."""
+    with one_line_errors():
+        found = description(cache)
+        if as_json:
+            click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            return
+        wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+        show_description(found, load_plan(cache), wide)
+
+
+@main.command()
+@CACHE
+@click.option("--full", is_flag=True, help="Also hash every file and check every checksum.")
+@click.option("--live", default=0, type=click.IntRange(0), help="Compute so many samples again with the teachers.")
+@click.option("--mirror", is_flag=True, help="With --live, a control: teachers see mirrored views; this must fail.")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME=LIBRARY:MODEL[/TAG][@FILE]",
+              help="With --live: where a teacher's weights are, if not where they were.")  # fmt: skip
+@click.option("--device", default="cpu", help="With --live: cpu, cuda, ...")
+@click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
+def verify(
+    cache: Path, full: bool, live: int, mirror: bool, teachers: tuple[str, ...], device: str, allow_torchscript: bool
+) -> None:
+    """Check CACHE; exit 1 and list every problem if something is wrong."""
+    with one_line_errors():
+        if (mirror or teachers) and not live:
+            raise ValueError("--mirror and --teacher belong to --live N; say how many samples to compute again")
+        problems = audit.find_problems(cache, full=full)
+        report(cache, problems)
+        if problems:
+            raise SystemExit(1)
+        checked = "sizes, sha256, checksums and metadata" if full else "names, sizes and ids (--full also reads all)"
+        click.echo(f"{cache}: {checked} are as they were written")
+        if live and not verified_live(open_cache(cache), live, teachers, device, mirror, allow_torchscript):
+            raise SystemExit(1)
+
+
+def report(cache: Path, problems: list[Problem]) -> None:
+    """Print the problems and how to repair them."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        click.echo(str(problem))
+    if len(problems) > SHOWN_PROBLEMS:
+        click.echo(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+    if problems:
+        click.echo(f"{cache}: {len(problems)} problems; to repair: inspect-cache repair {shlex.quote(str(cache))}")
+
+
+def verified_live(
+    cache: Cache, n: int, teachers: tuple[str, ...], device: str, mirror: bool, allow_torchscript: bool
+) -> bool:
+    """Print the comparison with live teachers; True where every column is within its limit."""
+    from mrmae.extract.live import compare_live  # imports the teachers' libraries
+
+    found = compare_live(cache, n, texts=teachers, device=device, mirror=mirror, allow_torchscript=allow_torchscript)
+    for column in found:
+        extra = "".join(f", {name} {value:.6f}" for name in ("cls", "attention")
+                        if (value := getattr(column, name)) is not None)  # fmt: skip
+        click.echo(f"{column.column}: {column.samples} samples, cosine {column.cosine:.6f} (lowest {column.lowest:.6f})"
+                   f", SNR {column.snr_db:.1f} dB{extra}: {'good' if column.good else 'FAILS'}, {column.limit}")  # fmt: skip
+    if mirror:
+        click.echo("the teachers saw mirrored views: " + ("this failed, as it must" if not any(c.good for c in found)
+                   else "a column PASSED: it cannot tell left from right, so its comparison proves nothing"))  # fmt: skip
+    return all(column.good for column in found)
+
+
+@main.command()
+@CACHE
+@click.option("--run", is_flag=True, help="Also run the recorded extract-features command.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+def repair(cache: Path, run: bool, dry_run: bool) -> None:
+    """Find everything that is wrong in CACHE, remove the commit records of damaged shards, print what writes them anew."""
+    with one_line_errors():
+        problems = audit.find_problems(cache, full=True)
+        if not problems:
+            click.echo(f"{cache}: nothing to repair")
+            return
+        command, folder = recorded_command(cache)
+        report_damage(cache, problems)
+        if not dry_run:
+            gone = audit.prepare_repair(cache, problems)
+            click.echo(f"removed {len(gone)} files: records of damaged shards, and what is written again from others")
+        click.echo(f"to write them anew, run:\n  cd {shlex.quote(folder)}\n  {command}" if command else
+                   "to write them anew, run the extract-features command that made this cache")  # fmt: skip
+        if run and not dry_run:
+            run_again(command, folder)
+            left = audit.find_problems(cache, full=True)
+            report(cache, left)
+            raise SystemExit(1 if left else 0)
+
+
+def report_damage(cache: Path, problems: list[Problem]) -> None:
+    """Print every problem and, per column, the shards to be written again."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        click.echo(str(problem))
+    plan = audit.trusted(cache)[0]
+    for column, shards in audit.shards_of(plan, problems).items():
+        click.echo(f"{column}: shards {', '.join(map(str, shards))}")
+
+
+def recorded_command(cache: Path) -> tuple[str, str]:
+    """The extract-features command in the newest commit record that has one, and the folder it was given in."""
+    plan = audit.trusted(cache)[0]
+    records = [record for unit in units(plan) if (record := audit.read_record(commit_path(cache, *unit)))]
+    told = [record for record in records if record.get("command") and record.get("folder")]
+    if not told:
+        return "", ""
+    newest = max(told, key=lambda record: record.get("written", 0))
+    return str(newest["command"]), str(newest["folder"])
+
+
+def run_again(command: str, folder: str) -> None:
+    """Run an extract-features command. ValueError where it is unknown or fails."""
+    if not command:
+        raise ValueError("--run: no commit record tells the command; run it yourself")
+    words = shlex.split(command)[1:]
+    done = subprocess.run([sys.executable, "-m", "mrmae.extract.cli", *words], cwd=folder)
+    if done.returncode:
+        raise ValueError(f"{command}: ended with code {done.returncode}; see above; mend that and run it again")
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+def diff(a: Path, b: Path) -> None:
+    """List every field by which caches A and B differ; exit 1 where there is one."""
+    with one_line_errors():
+        found = list(differences(a, b))
+    for field, ours, theirs in found:
+        click.echo(difference_line(field, ours, theirs))
+    if found:
+        raise SystemExit(1)
+    click.echo(f"{a} and {b} hold the same")
+
+
+@main.command()
+@CACHE
+@click.option("--column", "columns", multiple=True, metavar="TEACHER.TAP", help="Only these; default: all.")
+def stats(cache: Path, columns: tuple[str, ...]) -> None:
+    """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
+    with one_line_errors():
+        opened = open_cache(cache)
+        if unknown := sorted(set(columns) - set(opened.columns)):
+            raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}")
+        for name in columns or tuple(opened.columns):
+            with Progress(name, len(opened.numbers) * opened.n_views, "views") as progress:
+                moments = compute_stats(opened, name, progress=progress.add)
+            path = write_stats(opened, name, moments)
+            click.echo(f"{name}: {moments.n} tokens, |mean| {moments.mean.norm():.4g}, std per channel "
+                       f"{moments.variance.min().sqrt():.3g} to {moments.variance.max().sqrt():.3g}; {path} ({moments.id[:19]})")  # fmt: skip
+
+
+@main.command()
+@CACHE
+@click.argument("column", metavar="TEACHER.TAP")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def drop(cache: Path, column: str, yes: bool) -> None:
+    """Remove a teacher's column from CACHE; everything else stays as it is."""
+    with one_line_errors():
+        plan = load_plan(cache)
+        named = [teacher.column for teacher in plan.columns if column in (teacher.name, teacher.column)]
+        if len(named) > 1:
+            raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
+        column = named[0] if named else column
+        if not yes:
+            click.confirm(f"Remove {column} from {cache}? Only its teacher can compute it again", abort=True)
+        left = drop_column(cache, column)
+    click.echo(f"{cache}: {column} is gone; it holds {', '.join(left) or 'no teacher'}")
+
+
+@main.command()
+@CACHE
+@click.option("--out", type=click.Path(path_type=Path), help="The PNG; default: CACHE/pictures.png.")
+@click.option("--samples", default=8, type=click.IntRange(1), help="Rows of the sheet.")
+@click.option("--view", default=0, type=click.IntRange(0), help="Which view.")
+def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
+    """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms."""
+    from mrmae.extract.sheet import write_sheet
+
+    with one_line_errors():
+        opened = open_cache(cache, allow_partial=True)
+        if view >= opened.n_views:
+            raise ValueError(f"--view {view}: this cache has {opened.n_views} views, numbered from 0")
+        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view)
+    click.echo(f"{os.fspath(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""`probe-features SOURCE DATA`: how good are the features. The same command again prints what was found."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+PROBES = ("knn", "linear", "attentive", "finetune", "dense")
+
+
+@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.argument("source")
+@click.argument("data", nargs=-1, required=True)
+@click.option(
+    "--probe", "probes", multiple=True, type=click.Choice(PROBES), default=("knn",), help="What to do; repeatable."
+)
+@click.option(
+    "--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change a probe's setting, e.g. knn.k=10; repeatable."
+)
+@click.option("--train-include", multiple=True, metavar="PATTERN", help="Keys of the train part. [default: train/*]")
+@click.option("--test-include", multiple=True, metavar="PATTERN", help="Keys of the test part. [default: test/*]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Features and results. [default: OUT/probes of a run, else probes/NAME]",
+)
+@click.option("--size", type=click.IntRange(0), default=0, help="Input size in pixels; 0 is the model's own.")
+@click.option("--seed", type=click.IntRange(0), default=0, help="Of starts, orders, held-out images and intervals.")
+@click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    help="Of the features. [auto: fp16 on a GPU]",
+)
+@click.option(
+    "--batch-size", type=click.IntRange(0), default=0, help="Images per forward pass. [0: 64 on a GPU, else 8]"
+)
+@click.option("--workers", type=click.IntRange(0), default=0, help="Decoding threads. [0: all cores]")
+@click.option("--allow-shared", is_flag=True, help="Also test on images the student was pre-trained on.")
+def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], **options: Any) -> None:
+    """Probe the features of SOURCE on the labelled images of DATA.
+
+    SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], or CACHE#TEACHER. DATA: a folder or tar
+    with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views). Features are computed once and kept;
+    results are in OUT/results (JSON) and OUT/results.md.
+    """
+    from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
+    from mrmae.probe.settings import settings_from
+
+    try:
+        probe_features(Options(source, data, probes, settings_from(sets), **options), say=click.echo)
+    except (ValueError, OSError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+if __name__ == "__main__":
+    main()

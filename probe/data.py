@@ -1,0 +1,205 @@
+"""What features are probed on: labelled images in a train and a test part, from folders, tars or a cache."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int64, UInt8
+from PIL import Image
+from torch import Tensor
+
+from mrmae.extract.digest import digest_images
+from mrmae.extract.images import Sources, list_sources, matches
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.plan import Source as Row
+from mrmae.shards.plan import read_sources
+from mrmae.shards.spec import content_id, dataset_id
+from mrmae.shards.views import FILTERS, BadImage, Pixels, decode_rgb
+from mrmae.shards.write import make_folder
+
+TRAIN, TEST = ("train/*",), ("test/*",)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Labelled images in the order of their keys. image(i): uint8 [height, width, 3] of image i, from any thread.
+
+    numbers: sample numbers in `cache`, whose stored views are the images; None for files, which still need a view.
+    """
+
+    name: str
+    rows: Sequence[Row]
+    image: Callable[[int], Pixels]
+    cache: Cache | None = None
+    numbers: np.ndarray[Any, np.dtype[np.int64]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def id(self) -> str:
+        """Id of the images (keys and bytes), and of their stored views."""
+        images = dataset_id((row.key, row.bytes, row.sha256) for row in self.rows)
+        return content_id({"images": images, "views": self.cache.ids["geometry"]}) if self.cache else images
+
+    def pixels(self, i: int, size: int, interpolation: str) -> Pixels:
+        """The picture of image i that a model of this input size is shown: its stored view, or the evaluation view."""
+        return self.image(i) if self.cache else eval_view(self.image(i), size, interpolation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Train and test part, and the sorted names of their classes. notes: said aloud."""
+
+    train: Part
+    test: Part
+    classes: list[str]
+    notes: tuple[str, ...] = ()
+
+    def labels(self, part: Part) -> Int64[Tensor, "n"]:
+        """Class index of every image of a part."""
+        index = {name: i for i, name in enumerate(self.classes)}
+        return torch.tensor([index[str(row.label)] for row in part.rows])
+
+
+def open_data(
+    paths: Sequence[str], home: Path, *, train_include: Sequence[str] = (), test_include: Sequence[str] = (), workers: int = 1
+) -> Data:  # fmt: skip
+    """Train and test part of DATA: one path with train/ and test/ (or patterns), a train and a test path, or a cache.
+
+    home: where digests of the files are kept, so that they are read once. Raises ValueError for missing labels, an empty
+    part, fewer than two classes, classes that only the test part has, and images that are in both parts.
+    """
+    if len(paths) not in (1, 2):
+        raise ValueError(f"DATA: {len(paths)} paths; expected one with train/ and test/, or a train and a test path")
+    chosen = {"train": tuple(train_include), "test": tuple(test_include)}
+    if len(paths) == 1:
+        chosen = {"train": chosen["train"] or TRAIN, "test": chosen["test"] or TEST}
+    train, test = (open_part(name, path, chosen[name], home, workers)
+                   for name, path in zip(chosen, [paths[0], paths[-1]]))  # fmt: skip
+    return checked(train, test)
+
+
+def open_part(name: str, path: str, include: Sequence[str], home: Path, workers: int) -> Part:
+    if (Path(path) / "plan.json").is_file():
+        return cache_part(name, path, include)
+    try:
+        sources = list_sources([path], include)
+    except ValueError as error:
+        option = f" (the {name} part; choose it with --{name}-include 'PATTERN', or give two paths)"
+        raise ValueError(f"DATA: {error}{option if include else ''}") from None
+    spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
+    make_folder(spool.parent)
+    digests = digest_images(sources, range(len(sources)), [], spool, workers=workers)
+    rows = [Row(key, image.label, size, sha) for image, (key, size, sha) in zip(sources, digests)]
+    return Part(name, rows, functools.partial(read_file, sources))
+
+
+def read_file(sources: Sources, i: int) -> Pixels:
+    """Image i, decoded. ValueError naming it where it does not decode: a probe never skips an image silently."""
+    try:
+        return decode_rgb(sources.read(i))
+    except BadImage as error:
+        raise ValueError(
+            f"{sources.where(i)}: {error.reason}; every image counts in a probe; repair or remove it"
+        ) from None
+
+
+def cache_part(name: str, path: str, include: Sequence[str]) -> Part:
+    """The samples of a cache whose keys match, with the first stored view of each."""
+    cache, rows = open_cache(path), read_sources(Path(path))
+    numbers = np.array([n for n in cache.numbers if matches(rows[n].key, include)], np.int64)
+    if not len(numbers):
+        raise ValueError(f"DATA {path}: none of {len(cache.numbers)} keys match {' '.join(include)}, like "
+                         f"{rows[0].key!r}; expected the {name} part; choose it with --{name}-include 'PATTERN'")  # fmt: skip
+    numbers = numbers[np.argsort([rows[n].key for n in numbers], kind="stable")]
+
+    def image(i: int) -> Pixels:
+        pixels: Pixels = cache.read_pixels([int(numbers[i])], [0])[0].numpy()
+        return pixels
+
+    return Part(name, [rows[n] for n in numbers], image, cache, numbers)
+
+
+def checked(train: Part, test: Part) -> Data:
+    """The data, once every image has a class that can be learnt, with what should be heard about it."""
+    for part in (train, test):
+        if unlabelled := [row.key for row in part.rows if row.label is None]:
+            raise ValueError(f"DATA: {len(unlabelled)} of {len(part)} {part.name} images have no label, first {unlabelled[0]!r}; "
+                             "expected one folder per class (or .cls members); sort them into folders")  # fmt: skip
+    known, asked = ({str(row.label) for row in part.rows} for part in (train, test))
+    if len(known) < 2:
+        raise ValueError(f"DATA: the train part has one class only, {min(known)!r}; expected at least two; "
+                         "is the parent folder of each image its class?")  # fmt: skip
+    if unknown := sorted(asked - known):
+        raise ValueError(f"DATA: class {unknown[0]!r} is in the test part and not in the train part ({len(unknown)} such "
+                         "classes); nothing can be learnt about it; add train images, or leave it out")  # fmt: skip
+    refuse_same_images(train, test)
+    return Data(train, test, sorted(known), tuple(notes_on(train, test, known - asked)))
+
+
+def notes_on(train: Part, test: Part, absent: set[str]) -> list[str]:
+    said = []
+    if absent:
+        said.append(f"{len(absent)} of the classes have no test image ({', '.join(sorted(absent)[:5])}): the accuracy says "
+                    "nothing about them")  # fmt: skip
+    contents = {row.sha256 for row in train.rows}
+    if twins := [row.key for row in test.rows if row.sha256 in contents]:
+        said.append(f"{len(twins)} test images have the bytes of a train image under another name, first {twins[0]!r}")
+    if len(train) == len({row.label for row in train.rows}):
+        said.append(
+            "one train image per class: nothing can be held out, and accuracies depend on which images these are"
+        )
+    return said
+
+
+def refuse_same_images(train: Part, test: Part) -> None:
+    """ValueError where an image is in both parts: by its place (patterns overlap) or by its bytes under the same name."""
+    here = {(row.key, row.sha256) for row in train.rows}
+    if both := [row.key for row in test.rows if (row.key, row.sha256) in here]:
+        raise ValueError(f"DATA: {len(both)} images are in the train and in the test part, first {both[0]!r}; expected "
+                         "disjoint parts; correct --train-include and --test-include")  # fmt: skip
+
+
+def shared_with(test: Part, cache: Path) -> list[str]:
+    """Keys of test images that a cache holds too, by key or by bytes."""
+    rows = read_sources(cache)
+    keys, contents = {row.key for row in rows}, {row.sha256 for row in rows}
+    return [row.key for row in test.rows if row.key in keys or row.sha256 in contents]
+
+
+# --- views
+
+
+def eval_view(image: Pixels, size: int, interpolation: str) -> UInt8[np.ndarray[Any, Any], "size size 3"]:
+    """The deterministic evaluation view: shorter side resized to 256/224 of `size`, then the centred square.
+
+    MAE's evaluation (224 of 256), for any input size; Pillow's antialiased filter.
+    """
+    height, width = image.shape[:2]
+    short = round(size * 256 / 224)
+    scale = short / min(height, width)
+    h, w = max(short, round(height * scale)), max(short, round(width * scale))
+    out = Image.fromarray(image).resize((w, h), FILTERS.get(interpolation, Image.Resampling.NEAREST))
+    top, left = round((h - size) / 2), round((w - size) / 2)
+    return np.asarray(out, np.uint8)[top : top + size, left : left + size].copy()
+
+
+def view_of(part: Part, size: int, interpolation: str) -> dict[str, Any]:
+    """What the shown pictures are, in plain values (hashed)."""
+    if part.cache:
+        return {"stored_view": 0, "px": part.cache.size}
+    return {"resize_shorter_side": round(size * 256 / 224), "centre_crop": size, "interpolation": interpolation}
+
+
+def shown(
+    part: Part, positions: Sequence[int], size: int, interpolation: str, pool: ThreadPoolExecutor
+) -> UInt8[Tensor, "b h w 3"]:
+    """The pictures of these images, stacked."""
+    pictures = pool.map(lambda i: part.pixels(i, size, interpolation), positions)
+    return torch.from_numpy(np.stack(list(pictures)))

@@ -1,0 +1,90 @@
+"""Pictures of patch tokens: PCA colours, k-means segments, and where the queries of an attentive probe look."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64, UInt8
+from matplotlib import colormaps
+from torch import Tensor
+
+from mrmae.train.pictures import draw_panels, pca_rgb
+
+ITERATIONS = 50
+
+
+def kmeans(x: Float[Tensor, "n d"], k: int, *, seed: int) -> Int64[Tensor, "n"]:
+    """Cluster of every row: k-means++ start, Lloyd's steps until nothing moves; clusters numbered by falling size.
+
+    Raises ValueError for more clusters than rows.
+    """
+    if k > len(x):
+        raise ValueError(f"dense.clusters={k}: more clusters than {len(x)} tokens; expected at most that; lower it")
+    x, generator = x.double(), torch.Generator().manual_seed(seed)
+    centres = x[torch.randint(len(x), (1,), generator=generator)]
+    for _ in range(k - 1):
+        far = torch.cdist(x, centres).amin(1).square() + 1e-30
+        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
+    at = torch.full((len(x),), -1)
+    for _ in range(ITERATIONS):
+        before, at = at, torch.cdist(x, centres).argmin(1)
+        if torch.equal(before, at):
+            break
+        counts = torch.bincount(at, minlength=k)
+        means = torch.zeros_like(centres).index_add_(0, at, x) / counts.clamp_min(1)[:, None]
+        centres = torch.where(counts[:, None] > 0, means, centres)
+    rank = torch.bincount(at, minlength=k).argsort(descending=True, stable=True).argsort()
+    return rank[at]
+
+
+def segments(tokens: Float[Tensor, "b l d"], grid: tuple[int, int], k: int, *, seed: int) -> np.ndarray[Any, Any]:
+    """k-means of all tokens together as colours [b, grid height, grid width, 3]; one colour means one cluster everywhere.
+
+    Tokens are layer-normalised and made unit vectors first, so that clusters follow directions.
+    """
+    flat = F.normalize(F.layer_norm(tokens.float(), tokens.shape[-1:]), dim=-1).flatten(0, 1)
+    found = kmeans(flat, k, seed=seed).numpy()
+    palette = colormaps["tab10" if k <= 10 else "tab20"]
+    colours: np.ndarray[Any, Any] = palette(found % palette.N)[:, :3]
+    return colours.reshape(len(tokens), *grid, 3)
+
+
+def draw_dense(
+    path: Path, pictures: UInt8[Tensor, "b h w 3"], tokens: Float[Tensor, "b l d"], grid: tuple[int, int], *,
+    clusters: int, parts: int, seed: int, title: str,
+) -> None:  # fmt: skip
+    """Write one PNG: image, PCA colours, k-means segments of all images together and of each alone; a row per image."""
+    tokens = tokens.float()
+    columns = {
+        "image": pictures.numpy(),
+        "PCA": pca_rgb(tokens, grid),
+        f"k-means, k = {clusters}": segments(tokens, grid, clusters, seed=seed),
+        f"each image, k = {parts}": np.concatenate(
+            [segments(one, grid, parts, seed=seed) for one in torch.split(tokens, 1)]
+        ),
+    }
+    note = "PCA and first k-means: over the patch tokens of all these images, one colour means the\n"
+    note += "same in every row. Last column: k-means of each image's own tokens."
+    draw_panels(path, columns, title=title, note=note)
+
+
+def draw_attention(
+    path: Path, pictures: UInt8[Tensor, "b h w 3"], attention: Float[Tensor, "b m l"], grid: tuple[int, int], *, title: str,
+    shown: int = 6,
+) -> None:  # fmt: skip
+    """Write one PNG: image, mean attention of all queries, and of the `shown` queries that are most concentrated."""
+    entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1).mean(0)
+    chosen = entropy.argsort()[:shown].tolist()
+    columns = {"image": pictures.numpy(), "mean of queries": heat(attention.mean(1), grid)}
+    columns |= {f"query {i}": heat(attention[:, i], grid) for i in chosen}
+    note = f"Each map is scaled to its own maximum; the {len(chosen)} of {attention.shape[1]} queries with the lowest entropy."
+    draw_panels(path, columns, title=title, note=note)
+
+
+def heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+    """Weights as colours [b, grid height, grid width, 3], each image scaled to its own maximum."""
+    scaled = (weights / weights.amax(-1, keepdim=True).clamp_min(1e-12)).reshape(-1, *grid).numpy()
+    colours: np.ndarray[Any, Any] = colormaps["viridis"](scaled)[..., :3]
+    return colours

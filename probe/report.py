@@ -1,0 +1,118 @@
+"""What a probe found: accuracies with bootstrap intervals, as JSON, a line for the terminal, and a Markdown table."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+from jaxtyping import Bool, Int64
+from torch import Tensor
+
+from mrmae.shards.write import publish
+
+RESAMPLES = 2000
+LEVEL = 0.95
+ABSOLUTE = re.compile(r"(?<![\w.~-])/(?:[^\s/?#]+/)+")
+Result = dict[str, Any]
+
+
+def interval(right: Bool[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of an accuracy over the test images (drawn with replacement).
+
+    The number of right ones among n drawn with replacement is binomial, so it is drawn as such: exact, at no cost.
+    """
+    n, p = len(right), float(right.double().mean())
+    means = np.random.default_rng(seed).binomial(n, p, resamples) / n
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
+def row(name: str, predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"], *, seed: int) -> dict[str, Any]:
+    """One accuracy: name, share of right test images, interval."""
+    right = predicted == labels
+    low, high = interval(right, seed=seed)
+    return {"name": name, "accuracy": float(right.double().mean()), "interval": [low, high]}
+
+
+def result_path(home: Path, probe: str, id: str) -> Path:
+    """Where a probe's result lies; its name is the hash of everything that decides it."""
+    return home / "results" / f"{probe}-{id[7:19]}.json"
+
+
+def load_result(home: Path, probe: str, id: str) -> Result | None:
+    """A result from before; None where there is none that can be read."""
+    path = result_path(home, probe, id)
+    try:
+        found: Result = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    pictures = [home / name for name in found.get("pictures", [])]
+    return found if found.get("id") == id and all(p.exists() for p in pictures) else None
+
+
+def save_result(home: Path, result: Mapping[str, Any], predicted: Int64[Tensor, "n"] | None) -> Path:
+    """Write the JSON, the headline's predicted classes beside it (for paired comparisons), and results.md anew."""
+    path = result_path(home, result["probe"], result["id"])
+    if predicted is not None:
+        data = safetensors.torch.save({"predicted": predicted.contiguous()})
+        publish(path.with_suffix(".safetensors"), data, replace=True)
+    publish(path, (json.dumps(result, indent=2, default=list) + "\n").encode(), replace=True)
+    publish(home / "results.md", markdown(all_results(home)).encode(), replace=True)
+    return path
+
+
+def all_results(home: Path) -> list[Result]:
+    """Every result of a folder, in the order of source, data and probe."""
+    found = [json.loads(path.read_bytes()) for path in sorted((home / "results").glob("*.json"))]
+    return sorted(found, key=lambda r: (r["source"], r["data"], r["probe"], r["id"]))
+
+
+def line(result: Mapping[str, Any]) -> str:
+    """One line for the terminal."""
+    where = f"{result['probe']}  {cell(result['source'])}"
+    if result.get("accuracy") is None:
+        return f"{where}: {', '.join(result['pictures'])}"
+    low, high = result["interval"]
+    return f"{where}: {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {result['headline']}, {result['n_test']} test images"
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+    """A table of headlines, then every row of every result, for documents."""
+    head = ["| source | probe | headline | accuracy | 95 % interval | train / test / classes | seed |",
+            "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
+    rows = [f"| {cell(r['source'])} | {r['probe']} | {cell(r['headline'])} | {r['accuracy']:.3f} | {span(r)} | "
+            f"{r['n_train']} / {r['n_test']} / {r['n_classes']} | {r['seed']} |"
+            for r in results if r.get("accuracy") is not None]  # fmt: skip
+    details = [text for r in results for text in detail(r)]
+    return "\n".join(["# Probes", "", *head, *rows, "", *details]) + "\n"
+
+
+def detail(result: Mapping[str, Any]) -> list[str]:
+    """One result in full: settings, notes, all rows, pictures."""
+    text = [f"## {result['probe']}: {cell(result['source'])} on {cell(result['data'])}", ""]
+    text += [f"- {note}" for note in result["notes"]]
+    text += [f"- settings: `{json.dumps(result['settings'])}`", f"- id: `{result['id']}`", ""]
+    if result["rows"]:
+        text += ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
+        text += [f"| {cell(r['name'])} | {r['accuracy']:.3f} | {span(r)} |" for r in result["rows"]]
+        text.append("")
+    return text + [f"![{Path(picture).stem}]({picture})\n" for picture in result.get("pictures", [])]
+
+
+def span(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{low:.3f} to {high:.3f}"
+
+
+def cell(text: str) -> str:
+    """Text that cannot break a Markdown table, absolute paths shortened to their last part."""
+    return ABSOLUTE.sub("", text).replace("|", "\\|").replace("\n", " ")
+
+
+def title(source: str) -> str:
+    """A source's name that fits above a picture: no absolute path, no options, at most 48 characters."""
+    name = cell(source).partition("?")[0]
+    return name if len(name) <= 48 else f"{name[:22]}...{name[-23:]}"

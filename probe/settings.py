@@ -1,0 +1,139 @@
+"""What each probe can be told, with published values as defaults; `--set knn.k=20` changes one."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from mrmae.train import strict
+
+Pool = Literal["mean", "cls", "both"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Knn:
+    """Weighted k-NN as in DINO (arXiv 2104.14294). k, pool and centre choose the headline; every combination is reported."""
+
+    k: int = 20
+    ks: tuple[int, ...] = (5, 10, 20, 50, 100, 200)
+    temperature: float = 0.07
+    pool: Pool = "mean"
+    centre: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """BatchNorm without affine + Linear on cached features. lrs: learning rates per 256 images, one head each [ours].
+
+    held_out: share of the train part that chooses the learning rate, before all heads are trained on the whole of it.
+    """
+
+    pool: Pool = "mean"
+    epochs: int = 90
+    batch_size: int = 256
+    lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    momentum: float = 0.9
+    held_out: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Attentive:
+    """Efficient Probing (arXiv 2506.10178): 32 queries, LARS, 90 epochs, blr 0.1.
+
+    blrs beyond 0.1, and a batch of 256 instead of 4096, are for small data [ours]; a held-out part of train chooses.
+    pictures: test images whose attention maps are drawn.
+    """
+
+    queries: int = 32
+    d_out: int = 1
+    epochs: int = 90
+    warmup_epochs: float = 10.0
+    batch_size: int = 256
+    blrs: tuple[float, ...] = (0.1, 1.0, 10.0)
+    held_out: float = 0.1
+    pictures: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """MAE's published fine-tuning of ViT-B (arXiv 2111.06377, table 9; layer decay and minimum as in its released code).
+
+    ema: decay of the averaged weights that are evaluated, 0 for none. batch_size: images per update; blr is per 256.
+    """
+
+    epochs: int = 100
+    batch_size: int = 1024
+    micro_batch: int = 64
+    blr: float = 5e-4
+    min_lr: float = 1e-6
+    layer_decay: float = 0.65
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup_epochs: float = 5.0
+    drop_path: float = 0.1
+    mixup: float = 0.8
+    cutmix: float = 1.0
+    label_smoothing: float = 0.1
+    auto_augment: str = "rand-m9-mstd0.5-inc1"
+    erase: float = 0.25
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    ema: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A picture of patch tokens: PCA colours and k-means segments of a few test images.
+
+    clusters: of all images together; parts: of each image alone.
+    """
+
+    images: int = 6
+    clusters: int = 6
+    parts: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of all probes."""
+
+    knn: Knn = dataclasses.field(default_factory=Knn)
+    linear: Linear = dataclasses.field(default_factory=Linear)
+    attentive: Attentive = dataclasses.field(default_factory=Attentive)
+    finetune: Finetune = dataclasses.field(default_factory=Finetune)
+    dense: Dense = dataclasses.field(default_factory=Dense)
+
+
+def settings_from(overrides: Sequence[str]) -> Settings:
+    """The defaults with overrides like `knn.k=10` applied. ValueError naming the key, the value and what was expected."""
+    values: dict[str, Any] = {}
+    for override in overrides:
+        strict.override(values, override)
+    settings: Settings = strict.build(Settings, values, "--set")
+    check(settings)
+    return settings
+
+
+def check(settings: Settings) -> None:
+    """ValueError for values that no probe can use."""
+    positive = (
+        "k",
+        "temperature",
+        "epochs",
+        "batch_size",
+        "queries",
+        "d_out",
+        "images",
+        "clusters",
+        "parts",
+        "micro_batch",
+        "layer_decay",
+    )
+    for probe in ("knn", "linear", "attentive", "finetune", "dense"):
+        for name, value in dataclasses.asdict(getattr(settings, probe)).items():
+            lists = name in ("ks", "lrs", "blrs")
+            if (name in positive and value <= 0) or (lists and (not value or min(value) <= 0)):
+                raise ValueError(
+                    f"--set {probe}.{name}={value}: expected {'numbers' if lists else 'a number'} above 0; correct it"
+                )
+            shares = name in ("held_out", "drop_path", "label_smoothing", "ema", "erase")
+            if shares and not 0 <= value < 1:
+                raise ValueError(f"--set {probe}.{name}={value}: expected 0 <= {name} < 1; correct it")

@@ -1,0 +1,241 @@
+"""What is probed: a student of train-mrmae, a timm model, or a column of a cache; all behind one signature.
+
+Students and timm models become a frozen `Teacher` (extract), so that pixels reach them exactly as they reach teachers.
+Tokens are taken behind the final norm, which is what a classifier would read.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from mrmae.extract.request import parse_teacher
+from mrmae.extract.teachers import Teacher, apply_tail, build_teacher, make_spec
+from mrmae.extract.timm_teacher import as_tower, find_config, norm_tail_of
+from mrmae.extract.tower import Origin, Preprocessing, has_norm
+from mrmae.extract.weights import weights_sha256
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.spec import NOT_HASHED, TeacherSpec
+from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
+from mrmae.train.export import CONFIG, WEIGHTS, load_student
+from mrmae.train.recipe import from_dict
+from mrmae.train.student import build_vit
+
+FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Something that gives patch tokens. about: plain values that decide the numbers (hashed); notes: said aloud.
+
+    teacher: computes them from pixels; None for a column, which has them stored. home: its run's folder, if it has one.
+    cache, cache_dataset: what a student was trained on, and the id of its images, if its run tells.
+    column: (cache, teacher name) of a column.
+    """
+
+    name: str
+    kind: str
+    about: dict[str, Any]
+    teacher: Teacher | None = None
+    column: tuple[Cache, str] | None = None
+    home: Path | None = None
+    cache: Path | None = None
+    cache_dataset: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def spec(self) -> TeacherSpec:
+        """How its tokens were, or will be, made."""
+        if self.teacher:
+            return self.teacher.spec
+        assert self.column
+        cache, name = self.column
+        return cache.columns[cache.teachers[name]].spec
+
+    @property
+    def size(self) -> int:
+        """Pixels per side of its input."""
+        return self.spec.input_size[0]
+
+
+def open_source(text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32") -> Source:
+    """The source that `text` names. size: another input size in pixels, 0 for the model's own.
+
+    Raises ValueError for what is no source, naming the forms, and for one that does not load.
+    """
+    if text.startswith("timm:"):
+        return timm_source(text, size=size, device=device, precision=precision)
+    path, _, teacher = text.rpartition("#")
+    if path and not Path(text).exists():
+        return column_source(path, teacher, size=size)
+    if not Path(text).exists():
+        raise ValueError(f"SOURCE {text}: there is no such file or folder; expected {FORMS}; correct the path")
+    return student_source(Path(text), size=size, device=device, precision=precision)
+
+
+def hashed(spec: TeacherSpec) -> dict[str, Any]:
+    """The fields of a spec that decide its numbers."""
+    return {name: value for name, value in dataclasses.asdict(spec).items() if name not in NOT_HASHED}
+
+
+# --- timm
+
+
+def timm_source(text: str, *, size: int, device: str, precision: str) -> Source:
+    """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses."""
+    request = parse_teacher(f"probe={text}")
+    own = request.input_size or int(find_config(request).input_size[-1])
+    request = dataclasses.replace(request, input_size=size or own)
+    how: dict[str, Any] = {"grid": 1, "view_size": size or own, "device": device, "precision": precision}
+    teacher = build_teacher(request, **how)
+    if request.tap is None:
+        plain = teacher.tower.patch is not None
+        tap = ("post_ln" if has_norm(teacher.tail) else None) if plain else "head"
+        teacher = build_teacher(dataclasses.replace(request, tap=tap), **how)
+    notes = ["RANDOM weights: these features know nothing"] if request.weights == "random" else []
+    notes += resized_note(size, own, teacher.tower.patch)
+    teacher = frozen(teacher)
+    return Source(text, "timm", hashed(teacher.spec), teacher, notes=tuple(notes))
+
+
+def frozen(teacher: Teacher) -> Teacher:
+    """The teacher on its own grid (no resampling), without the attention row, which no probe reads."""
+    spec = dataclasses.replace(
+        teacher.spec, grid=teacher.spec.native_grid, resample="none", has_attention=False, name="probe"
+    )
+    return dataclasses.replace(teacher, spec=spec, tower=dataclasses.replace(teacher.tower, attention_row=None))
+
+
+def resized_note(size: int, own: int, patch: int | None) -> list[str]:
+    if not size or size == own:
+        return []
+    sides = (own // patch, size // patch) if patch else (0, 0)
+    grids = f", positions interpolated from {sides[0]} x {sides[0]} patches to {sides[1]} x {sides[1]}" if patch else ""
+    return [f"the model was trained at {own} px and runs at {size} px{grids}"]
+
+
+# --- students
+
+
+def student_source(path: Path, *, size: int, device: str, precision: str) -> Source:
+    """A trained student: OUT (its export, or its newest checkpoint before there is one), OUT/student, or a checkpoint."""
+    place = locate_student(path)
+    model, mean, std, interpolation = read_student(place)
+    out = run_folder(place)
+    facts = json.loads((out / "run.json").read_text()) if out else {}
+    sha256 = weights_sha256(model.state_dict())
+    own, patch = int(model.patch_embed.img_size[0]), int(model.patch_embed.patch_size[0])
+    if size and size % patch:
+        raise ValueError(f"--size {size}: is no multiple of the student's patch of {patch} px; "
+                         f"try {size // patch * patch or patch} or {(size // patch + 1) * patch}")  # fmt: skip
+    if size and size != own:
+        model.set_input_size(img_size=(size, size))
+    model.requires_grad_(False).eval()
+    origin = Origin(str(place), None, Preprocessing(mean, std, interpolation), sha256)
+    input_size = (size or own, size or own)
+    tower = as_tower(model, origin, "post_ln", patch, input_size, norm_tail_of(model))
+    with torch.no_grad():
+        found, cls = tower.features(torch.zeros(1, len(mean), *input_size))
+    architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
+    request = parse_teacher(f"student=timm:{architecture}@file")
+    spec = make_spec(request, tower, found, cls is not None, int(found.shape[-1]), precision)
+    tower.module.to(device)
+    teacher = frozen(Teacher(spec, tower.tail, tower, torch.device(device)))
+    random = [name for name, about in facts.get("teachers", {}).items() if about.get("weights") == "random"]
+    notes = [f"the student's teachers have RANDOM weights: {', '.join(random)}"] if random else []
+    notes += [f"{place.name}: a checkpoint, the run is not finished"] if place.is_file() and path.is_dir() else []
+    notes += resized_note(size, own, patch)
+    trained_on = Path(facts["cache"]) if "cache" in facts else None
+    dataset = facts.get("cache_ids", {}).get("dataset")
+    about = hashed(teacher.spec)
+    return Source(str(path), "student", about, teacher, None, out, trained_on, dataset, tuple(notes))
+
+
+def locate_student(path: Path) -> Path:
+    """The exported folder or the checkpoint file behind a SOURCE that exists."""
+    if path.is_file() and path.suffix == ".pt":
+        return path
+    for folder in (path, path / "student"):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    saved = list_checkpoints(path / "checkpoints") if path.is_dir() else []
+    if saved:
+        return saved[-1]
+    raise ValueError(f"SOURCE {path}: holds no student and no checkpoint; expected {FORMS}; train first, or correct it")
+
+
+def run_folder(place: Path) -> Path | None:
+    """OUT of the run that a student belongs to; None where it was moved elsewhere."""
+    return next((folder for folder in list(place.parents)[:2] if (folder / "run.json").is_file()), None)
+
+
+def read_student(place: Path) -> tuple[VisionTransformer, tuple[float, ...], tuple[float, ...], str]:
+    """The encoder with its weights, and mean, std and interpolation of its input."""
+    if place.is_file():
+        return read_from_checkpoint(place)
+    try:
+        model = load_student(place)
+    except (RuntimeError, KeyError, OSError) as error:
+        raise ValueError(
+            f"SOURCE {place}: the student does not load ({str(error).splitlines()[0]}); export it again"
+        ) from None
+    config: Any = model.pretrained_cfg
+    return model, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
+
+
+def read_from_checkpoint(path: Path) -> tuple[VisionTransformer, tuple[float, ...], tuple[float, ...], str]:
+    """The encoder inside a training checkpoint; its geometry follows from its tensors."""
+    state = read_checkpoint(path)
+    recipe = from_dict(state["recipe"], where=str(path))
+    weights = {name.removeprefix("student."): x for name, x in state["model"].items() if name.startswith("student.")}
+    _, channels, patch, _ = weights["patch_embed.proj.weight"].shape
+    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+    model = build_vit(recipe.student.model, size=side * patch, patch=patch, grid=(side, side), channels=channels)
+    model.load_state_dict(weights, strict=True)
+    return model.float(), recipe.prepare.mean, recipe.prepare.std, "bicubic"
+
+
+# --- columns of a cache
+
+
+def column_source(path: str, teacher: str, *, size: int) -> Source:
+    """The stored features of a cache's teacher, behind its final norm where the cache has it."""
+    cache = open_cache(path)
+    if teacher not in cache.teachers:
+        raise ValueError(f"SOURCE {path}#{teacher}: the cache has no teacher {teacher!r}; it has "
+                         f"{', '.join(cache.teachers) or 'none'}; choose one")  # fmt: skip
+    if size:
+        raise ValueError(f"--size {size}: {path}#{teacher} holds features of {cache.size} px views; leave --size out")
+    spec = cache.columns[cache.teachers[teacher]].spec
+    random = ("RANDOM weights: these features know nothing",) if spec.weights == "random" else ()
+    about = {"column": cache.ids[cache.teachers[teacher]], "behind_norm": final_norm(cache, teacher) is not None}
+    return Source(f"{path}#{teacher}", "cache", about, column=(cache, teacher), notes=random)
+
+
+def final_norm(cache: Cache, teacher: str) -> dict[str, Tensor] | None:
+    """The teacher's tail, where its stored tokens are before a norm."""
+    if cache.columns[cache.teachers[teacher]].spec.tap != "pre_tail":
+        return None
+    try:
+        tail = cache.tail(teacher)
+    except ValueError:
+        return None
+    return tail if has_norm(tail) else None
+
+
+def column_features(source: Source, numbers: Any) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"] | None]:
+    """Tokens and CLS of the first stored view of these samples."""
+    assert source.column
+    cache, teacher = source.column
+    name, views = cache.teachers[teacher], [0] * len(numbers)
+    tokens = cache.read_tokens(name, numbers, views)
+    cls = cache.read_column(name, numbers, views, ("cls",))["cls"].float() if source.spec.has_cls else None
+    tail = final_norm(cache, teacher)
+    if tail is None:
+        return tokens, cls
+    return apply_tail(tokens, tail, "post_ln"), None if cls is None else apply_tail(cls, tail, "post_ln")

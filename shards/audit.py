@@ -1,0 +1,400 @@
+"""Every problem of a cache at once, by file and shard, and the removals after which extract-features mends them.
+
+Opening a cache checks existence and sizes; this also reads: records, hashes, every checksum, zarr metadata.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrmae.shards import verify
+from mrmae.shards.commit import (
+    Unit,
+    bad_images,
+    column_attributes,
+    commit_path,
+    manifest_body,
+    pixels_of,
+    unit_files,
+    units,
+    valid_record,
+)
+from mrmae.shards.plan import PIXELS, Plan, column_folder, load_plan, read_samples, readable_json, shard_ranges
+from mrmae.shards.reader import Damaged, ShardFile, read_members
+from mrmae.shards.spec import FORMAT_VERSION, compare_specs
+from mrmae.shards.webdataset_io import parse_row, read_index
+from mrmae.shards.write import publish, remove
+from mrmae.shards.zarr_io import metadata, metadata_paths, seal
+
+METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
+                   "fill_value", "codecs")  # fmt: skip
+Manifest = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file of the cache. unit: the shard (view, column, shard) it belongs to, if any."""
+
+    file: str
+    what: str
+    unit: Unit | None = None
+
+    def __str__(self) -> str:
+        view, column, shard = self.unit or (0, "", 0)
+        whose = f" (shard {shard} of {column}, view {view})" if self.unit else ""
+        return f"{self.file}{whose}: {self.what}"
+
+
+def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
+    """Everything wrong with the cache at `path`; an empty list for a finished, whole one.
+
+    Existence and sizes of all files, ids, commit records. full: also the sha256 of every file, the crc32c of every chunk
+    and member, and the zarr metadata. Raises ValueError where there is no plan and no manifest to go by.
+    """
+    plan, manifest, found = trusted(path)
+    if manifest is None and not found:
+        done = sum(valid_record(path, plan, *unit) is not None for unit in units(plan))
+        total = sum(1 for _ in units(plan))
+        found.append(
+            Problem("manifest.json", f"absent: the cache is unfinished, {done} of {total} shards are committed")
+        )
+    table, samples_problems = samples_of(path, plan, manifest)
+    found += samples_problems
+    promised = promised_units(plan, manifest)
+    valid = whole_rows(path, plan, table)
+    for unit in units(plan):
+        found += unit_problems(path, plan, unit, promised.get(unit), valid, full=full)
+    found += metadata_problems(path, plan, full=full)
+    found += tail_problems(path, manifest, full=full)
+    if full and manifest is not None and table is not None and not found:
+        found += manifest_problems(path, plan, manifest, table)
+    return found
+
+
+def manifest_of(path: Path) -> tuple[Manifest | None, list[Problem]]:
+    """The manifest, None where it is absent or cannot be trusted."""
+    if not (path / "manifest.json").exists():
+        return None, []
+    try:
+        return verify.read_manifest(path), []
+    except (ValueError, OSError) as error:
+        return None, [Problem("manifest.json", reason(error, path / "manifest.json"))]
+
+
+def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
+    """The plan, and the manifest that belongs to it (else None).
+
+    Where plan.json and manifest.json contradict each other, commit records and zarr attributes decide who is right.
+    Raises ValueError where neither can be read.
+    """
+    manifest, problems = manifest_of(path)
+    promised = None
+    try:
+        promised = Plan.from_json(plan_fields(manifest), str(path / "manifest.json")) if manifest else None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        manifest, problems = None, [Problem("manifest.json", f"it is no manifest ({error}), so it was edited")]
+    try:
+        plan = load_plan(path)
+        fields = json.loads((path / "plan.json").read_bytes())
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        if promised is None:
+            raise ValueError(f"{path}: neither plan.json nor manifest.json can be read ({reason(error, path)}); this is "
+                             "no cache, or one that must be extracted anew") from None  # fmt: skip
+        said = f"cannot be read ({reason(error, path / 'plan.json')}); the manifest holds the same"
+        return promised, manifest, [*problems, Problem("plan.json", said)]
+    if manifest is None or promised is None or fields == plan_fields(manifest):
+        return plan, manifest, problems
+    if agreement(path, promised) > agreement(path, plan):
+        return promised, manifest, [Problem("plan.json", "it is not the plan of the manifest and of the shards")]
+    return plan, None, [Problem("manifest.json", "it is not the manifest of plan.json and of the shards")]
+
+
+def agreement(path: Path, plan: Plan) -> int:
+    """How many commit records and zarr groups say that they were written for this plan."""
+    found = 0
+    for view, column, shard in units(plan):
+        record = read_record(commit_path(path, view, column, shard))
+        found += record is not None and record.get("id") == plan.ids.get(column)
+    for teacher in plan.columns:
+        group = column_folder(path, 0, teacher.column) / "zarr.json"
+        if teacher.column in plan.quantisers and group.exists():
+            attributes = (fields_of(group.read_bytes()) or {}).get("attributes", {})
+            expected = column_attributes(plan, 0, teacher.column)
+            found += {name: attributes.get(name) for name in expected} == expected
+    return found
+
+
+def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """plan.json's fields, as a manifest repeats them."""
+    not_there = ("geometry_id", "n_valid", "samples_id", "shards", "manifest_id", "columns")
+    return {
+        **{name: value for name, value in manifest.items() if name not in not_there},
+        "columns": [column["teacher"] for column in manifest["columns"]],
+        "quantisers": {column["name"]: column["quantiser"] for column in manifest["columns"]},
+    }
+
+
+def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[str, list[Any]] | None, list[Problem]]:
+    """The table of samples, None where it is damaged or not this cache's."""
+    try:
+        table = read_samples(path)
+    except ValueError as error:
+        return None, [Problem("samples.parquet", reason(error, path / "samples.parquet"))]
+    if len(table["key"]) != plan.n_samples:
+        return None, [Problem("samples.parquet", f"{len(table['key'])} rows; the plan says {plan.n_samples}")]
+    if manifest is not None:
+        wrong = [what for what in verify.id_problems(plan, manifest, table) if what.startswith("samples.parquet")]
+        if wrong:
+            return None, [Problem("samples.parquet", wrong[0].partition(": ")[2])]
+    return table, []
+
+
+def promised_units(plan: Plan, manifest: Manifest | None) -> dict[Unit, dict[str, Any]]:
+    """What the manifest says of every unit: count, valid, files."""
+    return {} if manifest is None else {
+        (int(view), column, shard): entry
+        for view, columns in manifest["shards"].items()
+        for column, entries in columns.items()
+        for shard, entry in enumerate(entries)
+    }  # fmt: skip
+
+
+def whole_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Which samples must have a chunk in every column: all but the bad images."""
+    valid = np.ones(plan.n_samples, bool)
+    if table is not None and None not in table["valid"]:
+        return np.array(table["valid"], bool)
+    valid[list(bad_images(path, plan))] = False
+    return valid
+
+
+def unit_problems(
+    path: Path, plan: Plan, unit: Unit, promised: Mapping[str, Any] | None, valid: np.ndarray[Any, Any], *, full: bool
+) -> Iterator[Problem]:
+    """What is wrong with one shard: its record, its files' sizes; full: their hashes and checksums."""
+    record_file = commit_path(path, *unit)
+    record = read_record(record_file)
+    if record is None:
+        if promised is None:
+            return  # not extracted yet
+        yield Problem(relative(path, record_file), "the commit record is missing or damaged", unit)
+    elif promised is not None and right_but_for_manifest(path, plan, unit, record, promised):
+        what = f"its entry for shard {unit[2]} of {unit[1]}, view {unit[0]}, is not that of the commit record and files"
+        yield Problem("manifest.json", what)
+        promised = None
+    elif record_problem := wrong_record(plan, unit, record, promised):
+        yield Problem(relative(path, record_file), record_problem, unit)
+    entry = promised or record or {}
+    files = entry.get("files", {}) if isinstance(entry, dict) else {}
+    for file in unit_files(path, plan, *unit):
+        about = files.get(relative(path, file))
+        if about is None:
+            yield Problem(relative(path, file), "neither manifest nor commit record tells its size", unit)
+        elif what := wrong_file(file, about, full=full):
+            yield Problem(relative(path, file), what, unit)
+            return  # its checksums would only say the same again
+    if full:
+        yield from checksum_problems(path, plan, unit, valid)
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A commit record, None where it cannot be read."""
+    try:
+        record = json.loads(file.read_bytes())
+        return record if isinstance(record, dict) else None
+    except (OSError, ValueError):
+        return None
+
+
+def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None) -> str:
+    """What is wrong with a commit record; empty where nothing is."""
+    view, column, shard = unit
+    expected = {
+        "format_version": FORMAT_VERSION,
+        "view": view,
+        "column": column,
+        "shard": shard,
+        "id": plan.ids[column],
+    }
+    for name, value in expected.items():
+        if record.get(name) != value:
+            return f"{name} is {record.get(name)!r}; expected {value!r}"
+    for name in ("count", "valid", "files"):
+        if promised is not None and record.get(name) != promised[name]:
+            return f"{name} differs from the manifest"
+    return ""
+
+
+def right_but_for_manifest(
+    path: Path, plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any]
+) -> bool:
+    """Whether a shard's files are exactly what its record says, and only the manifest says something else."""
+    if wrong_record(plan, unit, record, None) or not wrong_record(plan, unit, record, promised):
+        return False
+    files = record.get("files")
+    return isinstance(files, dict) and all(
+        (about := files.get(relative(path, file))) and not wrong_file(file, about, full=True)
+        for file in unit_files(path, plan, *unit)
+    )
+
+
+def wrong_file(file: Path, about: Mapping[str, Any], *, full: bool) -> str:
+    """What is wrong with a file of known size and sha256; empty where nothing is."""
+    try:
+        if (size := file.stat().st_size) != about["bytes"]:
+            return f"{size} bytes; {about['bytes']} were written"
+        if full and sha256_of(file) != about["sha256"]:
+            return "its sha256 is not that of what was written"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    return ""
+
+
+def sha256_of(file: Path) -> str:
+    """The file's sha256 in hex."""
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def checksum_problems(path: Path, plan: Plan, unit: Unit, valid: np.ndarray[Any, Any]) -> Iterator[Problem]:
+    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there."""
+    view, column, shard = unit
+    numbers = shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    rows = [row for row, number in enumerate(numbers) if valid[number]]
+    try:
+        if column == PIXELS:
+            check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)
+            return
+        for (name, (shape, dtype)), file in zip(plan.layout(column).arrays().items(), unit_files(path, plan, *unit)):
+            reader = ShardFile(file, plan.shard_samples, seal(plan.ids[column], view, name, shard))
+            buffer = np.empty(shape, dtype)
+            reader.read(rows, [buffer] * len(rows))
+    except Damaged as error:
+        yield Problem(relative(path, error.path), error.what + where_row(error.row, numbers), unit)
+    except ValueError as error:
+        yield Problem(relative(path, unit_files(path, plan, *unit)[0]), reason(error, path), unit)
+
+
+def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows: list[int]) -> None:
+    """Raise Damaged or ValueError unless sidecar, JPEGs and JSON members of a pixel tar are whole and its own."""
+    index = read_index(tar)
+    if index.of != pixels_of(plan, view, shard):
+        raise Damaged(tar, None, f"its index belongs to {index.of}")
+    for _ in read_members(tar, rows, index.jpegs):
+        pass
+    for row, content in enumerate(read_members(tar, range(len(numbers)), index.abouts)):
+        about = parse_row(content)
+        if (about.number, about.key) != (numbers[row], index.keys[row]):
+            raise Damaged(tar, row, f"the member belongs to sample {about.number} ({about.key!r})")
+
+
+def where_row(row: int | None, numbers: range) -> str:
+    """Which sample a row of a shard is."""
+    return "" if row is None else f" (sample {numbers[row]})"
+
+
+def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem]:
+    """zarr.json files that are missing or, with `full`, say something else than was written."""
+    for view in range(plan.n_views):
+        for teacher in plan.columns:
+            if teacher.column not in plan.quantisers:
+                continue
+            folder, layout = column_folder(path, view, teacher.column), plan.layout(teacher.column)
+            expected = metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
+            for file in metadata_paths(folder, layout):
+                name = file.relative_to(folder).as_posix()
+                if not file.exists():
+                    yield Problem(relative(path, file), "missing zarr metadata")
+                elif full and fields_of(file.read_bytes()) != fields_of(expected[name]):
+                    yield Problem(relative(path, file), "the zarr metadata are not those that were written")
+
+
+def fields_of(content: bytes) -> dict[str, Any] | None:
+    """What zarr metadata say of the data (other versions of zarr may add fields); None where they are not JSON."""
+    try:
+        return {name: value for name, value in json.loads(content).items() if name in METADATA_FIELDS}
+    except (ValueError, AttributeError):
+        return None
+
+
+def tail_problems(path: Path, manifest: Manifest | None, *, full: bool) -> Iterator[Problem]:
+    """Tails that are missing, resized or, with `full`, altered."""
+    for column in manifest["columns"] if manifest else []:
+        if (tail := column["tail"]) and (what := wrong_file(path / tail["file"], tail, full=full)):
+            yield Problem(tail["file"], f"{what}, says manifest.json")
+
+
+def manifest_problems(
+    path: Path, plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, list[Any]]
+) -> Iterator[Problem]:
+    """Where the manifest is not what commit records and samples say; only for caches in which nothing else is wrong."""
+    records = {unit: record for unit in units(plan) if (record := read_record(commit_path(path, *unit)))}
+    body = manifest_body(path, plan, records, table)
+    try:
+        compare_specs({name: manifest.get(name) for name in body}, body, "manifest.json")
+    except ValueError as error:
+        what = str(error).removeprefix("manifest.json: ").partition(" in this command;")[0]
+        yield Problem("manifest.json", f"{what} in the commit records, so it was edited")
+
+
+def reason(error: Exception, file: Path) -> str:
+    """An error's message without the file's name in front."""
+    return str(error).removeprefix(f"{file}: ") or type(error).__name__
+
+
+def relative(path: Path, file: Path) -> str:
+    """The file's name inside the cache."""
+    return file.relative_to(path).as_posix()
+
+
+# --- repair
+
+
+def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
+    """The files removed so that the same extract-features command writes anew exactly what is damaged.
+
+    Of a damaged shard its commit record, otherwise the damaged file itself; plan.json is written again from the manifest.
+    The manifest goes too where shards are damaged: nobody trains on them meanwhile.
+    """
+    problems = list(problems)
+    plan, manifest, _ = trusted(path)
+    if manifest is None:
+        refuse_foreign_plan(path, plan)
+    doomed: list[Path] = []
+    for problem in problems:
+        if problem.file == "plan.json":
+            publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
+        elif problem.unit is not None:
+            doomed.append(commit_path(path, *problem.unit))
+        else:
+            doomed.append(path / problem.file)
+    if any(problem.file != "plan.json" for problem in problems):
+        doomed.append(path / "manifest.json")
+    gone = [file for file in dict.fromkeys(doomed) if file.exists()]
+    for file in gone:
+        remove(file)
+    return gone
+
+
+def refuse_foreign_plan(path: Path, plan: Plan) -> None:
+    """ValueError where plan.json, not the shards, is what was altered: no commit record would survive its repair."""
+    records = [(unit, record) for unit in units(plan) if (record := read_record(commit_path(path, *unit)))]
+    foreign = [unit for unit, record in records if record.get("id") != plan.ids.get(unit[1])]
+    if len(foreign) > len(records) / 2:
+        raise ValueError(f"{path / 'plan.json'}: {len(foreign)} of {len(records)} commit records are of another plan, and "
+                         "there is no manifest to tell which is right; expected the plan that the shards were written "
+                         "for; restore plan.json or manifest.json from a copy (nothing was changed)")  # fmt: skip
+
+
+def shards_of(plan: Plan, problems: Iterable[Problem]) -> dict[str, list[int]]:
+    """Damaged shards by `view/column`, ascending."""
+    found: dict[str, set[int]] = {}
+    for problem in problems:
+        if problem.unit is not None:
+            found.setdefault(f"view {problem.unit[0]}, {problem.unit[1]}", set()).add(problem.unit[2])
+    return {name: sorted(shards) for name, shards in found.items()}

@@ -1,0 +1,78 @@
+"""A finished cache grows and shrinks: teachers and views are added, a column is dropped, nothing else is touched.
+
+Ids of what exists do not change: a column's id knows nothing of other columns, the geometry's nothing of their number.
+"""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+from mrmae.shards import commit as commits
+from mrmae.shards.plan import Plan, column_folder, load_plan, readable_json, tail_path
+from mrmae.shards.spec import compare_specs
+from mrmae.shards.stats import stats_path
+from mrmae.shards.write import publish, remove
+
+
+def extend_plan(path: Path, wanted: Plan) -> Plan:
+    """The plan on disk with the teachers and views of `wanted` that it does not have yet; written if there are any.
+
+    The manifest is removed then: the cache is unfinished until the new shards are committed.
+    Raises ValueError, and changes nothing, for anything that differs and is no addition.
+    """
+    old = load_plan(path)
+    new = extended(old, wanted, str(path / "plan.json"))
+    if new != old:
+        remove(path / "manifest.json")
+        publish(path / "plan.json", readable_json(new.to_json()), replace=True)
+    return new
+
+
+def extended(old: Plan, wanted: Plan, where: str) -> Plan:
+    """`old` with what `wanted` adds. ValueError where they differ otherwise, naming the field and both values."""
+    names = {teacher.column for teacher in wanted.columns}
+    if gone := [teacher.column for teacher in old.columns if teacher.column not in names]:
+        raise ValueError(f"{where}: the cache has column {gone[0]}, which this command does not ask for; teachers are "
+                         "added by repeating the cache's and giving one more --teacher, and dropped with inspect-cache "
+                         "drop (nothing was changed)")  # fmt: skip
+    ordered = in_order_of(old, wanted)
+    added = ordered.columns[len(old.columns) :]
+    grown = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, wanted.n_views))
+    same = dataclasses.replace(ordered, quantisers=old.quantisers)
+    compare_specs(grown.to_json(), same.to_json(), where)
+    return grown if added or grown.n_views > old.n_views else old
+
+
+def in_order_of(old: Plan, plan: Plan) -> Plan:
+    """`plan` with its columns in the order of `old`, new ones behind."""
+    order = {teacher.column: i for i, teacher in enumerate(old.columns)}
+    columns = sorted(plan.columns, key=lambda teacher: order.get(teacher.column, len(order)))
+    return dataclasses.replace(plan, columns=tuple(columns))
+
+
+def drop_column(path: Path, column: str) -> list[str]:
+    """The remaining columns, once a column's shards, records, moments and (where no other tap needs it) tail are gone.
+
+    The plan goes first: whatever is left by a kill is no part of the cache; the same call removes it. A complete cache
+    is finalised again. ValueError where there is no such column.
+    """
+    plan = load_plan(path)
+    folders = [column_folder(path, view, column) for view in range(plan.n_views)]
+    folders += [commits.commit_path(path, view, column, 0).parent for view in range(plan.n_views)]
+    known = {teacher.column: teacher for teacher in plan.columns}
+    if column not in known and not any(folder.exists() for folder in folders):
+        raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
+    kept = tuple(teacher for teacher in plan.columns if teacher.column != column)
+    quantisers = {name: quantiser for name, quantiser in plan.quantisers.items() if name != column}
+    plan = dataclasses.replace(plan, columns=kept, quantisers=quantisers)
+    remove(path / "manifest.json")
+    publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
+    for folder in reversed(folders):  # records first: a half-removed shard must not look committed
+        shutil.rmtree(folder, ignore_errors=True)
+    remove(stats_path(path, column))
+    name = column.partition(".")[0]
+    if name not in {teacher.name for teacher in kept}:
+        remove(tail_path(path, name))
+    if not commits.missing(path, plan):
+        commits.finalise(path, plan)
+    return [teacher.column for teacher in kept]

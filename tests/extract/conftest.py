@@ -1,0 +1,51 @@
+"""A few random photographs, and a small cache that extract-features made of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mrmae.extract.run import Options, extract_features
+from mrmae.shards.spec import ViewRecipe
+
+VIT = "vit=timm:test_vit/random"
+CNN = "cnn=timm:test_efficientnet/random"
+SMALL: dict[str, Any] = {"recipe": ViewRecipe(32), "grid": 4, "batch_size": 4, "device": "cpu", "workers": 2}
+
+Extract = Callable[..., dict[str, Any]]
+
+
+def extract_small(images: Path, cache: Path, *teachers: str, **options: Any) -> dict[str, Any]:
+    """The manifest of `cache`, extracted with tiny settings."""
+    options = {**SMALL, **options}
+    say = options.pop("say", lambda line: None)
+    return extract_features(Options(images=[images], cache=cache, teachers=teachers or (VIT,), **options), say=say)
+
+
+@pytest.fixture(scope="session")
+def extract() -> Extract:
+    """The function extract(images, cache, *teachers, **options)."""
+    return extract_small
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 random images in two classes, of different sizes."""
+    folder, draw = tmp_path_factory.mktemp("photo-folder"), np.random.default_rng(0)
+    for i in range(20):
+        path = folder / f"class {i % 2}" / f"photo-{i:03d} é.png"
+        path.parent.mkdir(exist_ok=True)
+        coarse = draw.integers(0, 256, (4, 4, 3), np.uint8)
+        Image.fromarray(coarse).resize((40 + i, 60 - i), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def extracted(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished cache of the photographs: teachers vit (CLS, attention) and cnn, 2 views, shards of 8. Do not change."""
+    cache = tmp_path_factory.mktemp("extracted") / "cache"
+    extract_small(photo_folder, cache, VIT, CNN, views=2, shard_samples=8)
+    return cache

@@ -1,0 +1,56 @@
+"""Tiny labelled images and a tiny trained student for the probes."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mrmae.train import loop
+from mrmae.train.recipe import load_recipe
+
+QUICK = (
+    "student.model=test_vit",
+    "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+    "student.fused_blocks=[2, 4]",
+    "optim.epochs=2",
+    "optim.warmup_epochs=1",
+    "optim.batch_size=8",
+)
+COLOURS = {"azure": (40, 90, 220), "brick": (200, 60, 40), "moss": (60, 160, 50)}
+
+
+def write_images(root: Path, counts: dict[str, int], size: int = 40, seed: int = 0) -> Path:
+    """root/<part>/<class>/<part>-N.png: noise around the colour of the class. counts: images per class, by part."""
+    draw = np.random.default_rng(seed)
+    for part, count in counts.items():
+        for name, colour in COLOURS.items():
+            for i in range(count):
+                noise = draw.normal(0, 25, (size + i % 3, size + 4, 3))
+                path = root / part / name / f"{part}-{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray((np.array(colour) + noise).clip(0, 255).astype(np.uint8)).save(path)
+    return root
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train/ (3 classes of 8) and test/ (3 classes of 4). Do not change it."""
+    return write_images(tmp_path_factory.mktemp("images"), {"train": 8, "test": 4})
+
+
+@pytest.fixture(scope="session")
+def make_images() -> Callable[..., Path]:
+    """The function that writes labelled images: make_images(root, {"train": 8, "test": 4})."""
+    return write_images
+
+
+@pytest.fixture(scope="session")
+def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a student of 32 px trained on `tiny_cache` for two epochs. Probes may write OUT/probes."""
+    out = tmp_path_factory.mktemp("runs") / "out"
+    torch.manual_seed(0)
+    loop.train(tiny_cache, out, load_recipe("mr-mae", QUICK), device="cpu", panels_every=0, tensorboard=False)
+    return out

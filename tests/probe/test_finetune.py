@@ -1,0 +1,174 @@
+"""Fine-tuning: it learns, it resumes exactly, its settings reach the optimiser, and classifiers are replaced aloud."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers.drop import DropPath
+from torch import Tensor
+
+from mrmae.probe import finetune as module
+from mrmae.probe.classifier import trainable
+from mrmae.probe.data import Data, open_data
+from mrmae.probe.finetune import build_optimizer, finetune, set_rates, soft, update_size
+from mrmae.probe.settings import Finetune, settings_from
+from mrmae.probe.sources import Source, open_source
+
+QUICK = ("finetune.epochs=4", "finetune.warmup_epochs=1", "finetune.batch_size=12", "finetune.blr=0.05", "finetune.auto_augment=''",
+         "finetune.erase=0.0", "finetune.mixup=0.0", "finetune.cutmix=0.0", "finetune.drop_path=0.0")  # fmt: skip
+PUBLISHED = {
+    "epochs": 100, "batch_size": 1024, "blr": 5e-4, "layer_decay": 0.65, "weight_decay": 0.05, "betas": (0.9, 0.999),
+    "warmup_epochs": 5, "drop_path": 0.1, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "erase": 0.25,
+    "auto_augment": "rand-m9-mstd0.5-inc1", "min_lr": 1e-6,
+}  # fmt: skip
+
+
+@pytest.fixture
+def data(images: Path, tmp_path: Path) -> Data:
+    return open_data([str(images)], tmp_path)
+
+
+def run(
+    source: Source, data: Data, folder: Path, *sets: str, said: list[str] | None = None
+) -> tuple[Tensor, list[str]]:
+    settings = settings_from([*QUICK, *sets]).finetune
+    return finetune(
+        source,
+        data,
+        settings,
+        folder=folder,
+        say=(said if said is not None else []).append,
+        seed=0,
+        device="cpu",
+        workers=1,
+    )
+
+
+def test_the_defaults_are_the_published_settings() -> None:
+    for name, value in PUBLISHED.items():
+        assert getattr(Finetune(), name) == value, name
+
+
+def test_a_student_learns_the_classes_and_keeps_its_weights(trained: Path, data: Data, tmp_path: Path) -> None:
+    source = open_source(str(trained))
+    assert source.teacher
+    before = {name: x.clone() for name, x in source.teacher.tower.module.state_dict().items()}
+    predicted, notes = run(source, data, tmp_path / "fine")
+    assert (predicted == data.labels(data.test)).double().mean() > 0.8 and notes == []
+    after = source.teacher.tower.module.state_dict()
+    assert all(torch.equal(after[name], x) for name, x in before.items())  # other probes still read the frozen model
+    assert (tmp_path / "fine" / "model.safetensors").is_file() and not (tmp_path / "fine" / "checkpoints").exists()
+
+
+def test_stopped_after_an_epoch_and_continued_gives_the_same_weights(
+    trained: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sets = (
+        "finetune.mixup=0.8",
+        "finetune.auto_augment=rand-m9-mstd0.5-inc1",
+        "finetune.drop_path=0.2",
+        "finetune.ema=0.9",
+    )
+    run(open_source(str(trained)), data, tmp_path / "whole", *sets)
+    train_epoch: Callable[..., None] = module.train_epoch
+
+    def stop_at_two(*args: Any, epoch: int, **how: Any) -> None:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        train_epoch(*args, epoch=epoch, **how)
+
+    monkeypatch.setattr(module, "train_epoch", stop_at_two)
+    with pytest.raises(KeyboardInterrupt):
+        run(open_source(str(trained)), data, tmp_path / "parts", *sets)
+    monkeypatch.undo()
+    said: list[str] = []
+    run(open_source(str(trained)), data, tmp_path / "parts", *sets, said=said)
+    assert said == ["fine-tuning continues after epoch 2 of 4"]
+    one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert one == two
+
+
+def test_the_student_becomes_maes_classifier(trained: Path) -> None:
+    source = open_source(str(trained))
+    model: Any = trainable(source, 7, drop_path=0.3)[0]
+    assert (
+        isinstance(model.norm, torch.nn.Identity) and model.head.weight.abs().max() < 1e-3 and not model.head.bias.any()
+    )
+    rates = [block.drop_path1.drop_prob for block in model.blocks]
+    assert rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
+    assert isinstance(model.blocks[-1].drop_path2, DropPath)
+    assert not model.pos_embed.requires_grad and model.patch_embed.proj.weight.requires_grad
+    pixels = torch.randn(2, 3, 32, 32)
+    model.eval()
+    tokens = model.forward_features(pixels)
+    wanted = model.head(model.fc_norm(tokens[:, 1:].mean(1)))
+    assert torch.allclose(model(pixels), wanted, atol=1e-6)
+
+
+def test_rates_fall_towards_the_input_and_vectors_do_not_decay(trained: Path) -> None:
+    model = trainable(open_source(str(trained)), 3, drop_path=0.0)[0]
+    optimizer = build_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
+    set_rates(optimizer, 1.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rate = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    decay = {names[p]: group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert rate["head.weight"] == 1.0
+    blocks = [rate[f"blocks.{i}.attn.qkv.weight"] for i in range(len(model.blocks))]  # type: ignore[arg-type]
+    assert (
+        all(a == pytest.approx(b * 0.5) for a, b in zip(blocks, blocks[1:]))
+        and rate["patch_embed.proj.weight"] < blocks[0]
+    )
+    assert decay["head.weight"] == 0.05 and decay["head.bias"] == decay["fc_norm.weight"] == 0.0
+
+
+def test_a_timm_classifier_of_another_number_of_classes_is_replaced_and_it_is_said() -> None:
+    source = open_source("timm:test_vit/random")
+    model, notes = trainable(source, 3, drop_path=0.1)
+    had = timm.create_model("test_vit").num_classes
+    assert model.num_classes == 3 and notes == [
+        f"the model's classifier of {had} classes is replaced by a new one of 3"
+    ]
+    assert source.teacher
+    frozen = source.teacher.tower.module.state_dict()
+    assert all(torch.equal(x, frozen[name]) for name, x in model.state_dict().items() if not name.startswith("head."))
+
+
+def test_a_cnn_is_fine_tuned_too(data: Data, tmp_path: Path) -> None:
+    source = open_source("timm:test_resnet/random?input_size=32")
+    predicted, notes = run(source, data, tmp_path / "cnn", "finetune.epochs=1", "finetune.warmup_epochs=0.5")
+    assert len(predicted) == 12 and "is replaced by a new one of 3" in notes[0]
+
+
+def test_a_column_cannot_be_fine_tuned(tiny_cache: Path) -> None:
+    with pytest.raises(ValueError, match="a cache column has no model to fine-tune"):
+        trainable(open_source(f"{tiny_cache}#a"), 3, drop_path=0.0)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_epoch(trained: Path, data: Data, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the loss of epoch [12] is .*; lower finetune.blr"):
+        run(open_source(str(trained)), data, tmp_path / "nan", "finetune.blr=1e30")
+
+
+def test_updates_are_even_and_never_larger_than_the_train_part() -> None:
+    assert [update_size(1024, 25), update_size(8, 25), update_size(7, 25), update_size(64, 2)] == [24, 8, 6, 2]
+    assert soft(torch.tensor([1]), 4, 0.1).tolist() == [pytest.approx([0.025, 0.925, 0.025, 0.025])]
+
+
+def test_micro_batches_give_the_update_of_the_whole_batch(trained: Path, data: Data, tmp_path: Path) -> None:
+    weights = []
+    for micro in (12, 4):
+        sets = (
+            "finetune.epochs=2",
+            f"finetune.micro_batch={micro}",
+            "finetune.crop_scale=[1.0, 1.0]",
+            "finetune.blr=0.001",
+        )
+        torch.manual_seed(0)
+        run(open_source(str(trained)), data, tmp_path / str(micro), *sets)
+        import safetensors.torch
+
+        weights.append(safetensors.torch.load_file(tmp_path / str(micro) / "model.safetensors"))
+    assert all((weights[0][name] - x).abs().max() < 2e-4 for name, x in weights[1].items())

@@ -1,0 +1,92 @@
+"""What may be probed, and what is said about it."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from mrmae.probe.sources import column_features, open_source
+from mrmae.shards.cache import open_cache
+from mrmae.train.checkpoint import list_checkpoints
+
+PIXELS = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_students_tokens_are_those_that_timm_gives(trained: Path) -> None:
+    source = open_source(str(trained))
+    model = timm.create_model(f"local-dir:{trained / 'student'}", pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]) for name in ("mean", "std"))
+    with torch.no_grad():
+        wanted = model.forward_features(((PIXELS / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert source.teacher
+    found = source.teacher.forward(PIXELS)
+    assert found.cls is not None
+    assert (found.tokens - wanted[:, 1:]).abs().max() < 1e-5 and (found.cls - wanted[:, 0]).abs().max() < 1e-5
+    assert source.size == 32 and source.home == trained and source.notes
+
+
+def test_out_its_student_folder_and_its_last_checkpoint_are_one_source(trained: Path) -> None:
+    places = [trained, trained / "student", list_checkpoints(trained / "checkpoints")[-1]]
+    sources = [open_source(str(place)) for place in places]
+    assert sources[0].about == sources[1].about == sources[2].about
+    assert all(source.home == trained and source.cache for source in sources)
+
+
+def test_an_unfinished_run_gives_its_newest_checkpoint_and_says_so(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(trained / "run.json", tmp_path)
+    source = open_source(str(tmp_path))
+    assert source.about == open_source(str(trained)).about
+    assert any("not finished" in note for note in source.notes)
+
+
+def test_another_size_interpolates_the_positions_and_says_so(trained: Path) -> None:
+    source = open_source(str(trained), size=48)
+    assert source.spec.grid == (6, 6) and source.size == 48
+    assert any("32 px and runs at 48 px" in note and "4 x 4 patches to 6 x 6" in note for note in source.notes)
+    assert source.about != open_source(str(trained)).about
+    with pytest.raises(ValueError, match="--size 50: is no multiple of the student's patch of 8 px; try 48 or 56"):
+        open_source(str(trained), size=50)
+
+
+def test_a_timm_vit_is_read_behind_its_norm_and_a_cnn_before_its_pooling() -> None:
+    vit = open_source("timm:test_vit/random")
+    model = vit.teacher.tower.module if vit.teacher else None
+    pixels = torch.zeros(1, 160, 160, 3, dtype=torch.uint8)
+    assert vit.teacher and model is not None and any("RANDOM" in note for note in vit.notes)
+    mean, std = torch.tensor(vit.spec.mean), torch.tensor(vit.spec.std)
+    with torch.no_grad():
+        wanted = model.forward_features(((pixels / 255 - mean) / std).permute(0, 3, 1, 2))  # type: ignore[operator]
+    assert (vit.teacher.forward(pixels).tokens - wanted[:, 1:]).abs().max() < 1e-4
+    cnn = open_source("timm:test_resnet/random")
+    assert cnn.spec.tap == "head" and cnn.spec.grid == cnn.spec.native_grid and cnn.spec.resample == "none"
+
+
+def test_a_column_gives_the_stored_tokens(tiny_cache: Path) -> None:
+    source, cache = open_source(f"{tiny_cache}#a"), open_cache(tiny_cache)
+    tokens, cls = column_features(source, np.array([3, 1]))
+    assert torch.equal(tokens[1], cache[1].views[0]["a"]["tokens"])
+    assert cls is not None and torch.equal(cls[0], cache[3].views[0]["a"]["cls"])
+    assert any("RANDOM" in note for note in source.notes)
+
+
+@pytest.mark.parametrize("text, told", [
+    ("nowhere", "there is no such file or folder; expected OUT of train-mrmae"),
+    ("timm:vit_nothing", "timm has no model"),
+    ("open_clip:ViT-B-32", "there is no such file"),
+])  # fmt: skip
+def test_an_unknown_source_is_refused_with_the_forms(text: str, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        open_source(text)
+
+
+def test_folders_and_columns_that_hold_nothing_are_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no student and no checkpoint"):
+        open_source(str(tmp_path))
+    with pytest.raises(ValueError, match="has no teacher 'z'; it has a, b"):
+        open_source(f"{tiny_cache}#z")
+    with pytest.raises(ValueError, match="--size 64: .* leave --size out"):
+        open_source(f"{tiny_cache}#a", size=64)

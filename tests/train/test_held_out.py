@@ -1,0 +1,86 @@
+"""Images held out are never trained on, their loss is the model's on fixed masks, and k-NN counts votes as the paper says."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae.train import held_out, loop
+from mrmae.train.feed import load_masked
+from mrmae.train.log import read_rows
+from mrmae.train.ranks import Ranks
+from mrmae.train.recipe import load_recipe
+from mrmae.train.run import Setup, build
+
+QUICK = (
+    "student.model=test_vit",
+    "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+    "optim.epochs=3",
+    "optim.batch_size=4",
+    "optim.warmup_epochs=1",
+    "optim.lr_per_256=0.1",
+)
+
+
+def _train(cache: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
+    quiet: dict[str, Any] = {"device": "cpu", "panels_every": 0, "tensorboard": False}
+    loop.train(cache, out, load_recipe("mr-mae", QUICK), **quiet | options)
+    return read_rows(out / "log.jsonl", "epoch")
+
+
+@pytest.fixture(scope="module")
+def rows(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """The epoch rows of a run that holds out a third."""
+    return _train(tiny_cache, tmp_path_factory.mktemp("held") / "out", hold_out=0.3, knn_every=2)
+
+
+def test_every_epoch_tells_the_loss_of_what_is_held_out_and_it_falls(rows: list[dict[str, Any]]) -> None:
+    assert [row["held_out"].keys() for row in rows] == [{"loss", "pixels", "mimic/a", "mimic/b"}] * 3
+    assert rows[-1]["held_out"]["loss"] < 0.97 * rows[0]["held_out"]["loss"]
+    assert ["knn_top1" in row for row in rows] == [False, True, True]  # every two epochs, and at the end
+    assert all(0 <= row["knn_top1"] <= 1 for row in rows[1:]) and all("memory_mib" in row for row in rows)
+
+
+def test_held_out_loss_is_the_mean_over_images_on_the_masks_of_epoch_0(tiny_cache: Path) -> None:
+    run = build(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu", hold_out=0.3))
+    assert len(run.held_out) % run.share.micro_size, "an uneven last piece is wanted here"
+    run.epoch = 2
+    batch, masks = load_masked(run, run.held_out, epoch=0)
+    assert masks is not None
+    with torch.no_grad():
+        loss, terms = run.model(batch, masks)
+    expected = {"loss": float(loss), **{name: float(term) for name, term in terms.items()}}
+    assert held_out.held_out_loss(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_run_keeps_what_it_holds_out(tiny_cache: Path, tmp_path: Path) -> None:
+    _train(tiny_cache, tmp_path / "out", hold_out=0.3)
+    with pytest.raises(ValueError, match="holds out 0.3 of the images and --hold-out is now 0.2"):
+        _train(tiny_cache, tmp_path / "out", hold_out=0.2)
+
+
+def test_nearest_neighbours_vote_by_cosine_and_temperature() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.1, 5.0], [-1.0, 0.0]])
+    labels = torch.tensor([0, 1, 1, 2])
+    query = torch.tensor([[9.0, 6.0]])
+    near = [9 / math.hypot(9, 6), 6 / math.hypot(9, 6), (0.9 + 30) / math.hypot(9, 6) / math.hypot(0.1, 5)]
+    assert math.exp(near[0] / 0.07) > sum(math.exp(x / 0.07) for x in near[1:])  # one very near against two near
+    assert held_out.knn_labels(bank, labels, query).tolist() == [0]
+    assert held_out.knn_labels(bank, labels, query, temperature=10.0).tolist() == [1]
+    assert held_out.knn_labels(bank, labels, query, temperature=10.0, k=1).tolist() == [0]
+
+
+def test_features_come_back_in_order_whatever_the_pieces(tiny_cache: Path) -> None:
+    run = build(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu"))
+    found = held_out.image_features(run, run.numbers[:7])
+    alone = torch.cat([held_out.image_features(run, run.numbers[i : i + 1]) for i in range(7)])
+    torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_are_needed_for_k_nn(make_cache: Any, tmp_path: Path) -> None:
+    cache = make_cache(tmp_path / "cache", n=12, n_views=1, labels=False)
+    setup = Setup("cpu", hold_out=0.3, knn_every=1)
+    with pytest.raises(ValueError, match="has labels for 0 images"):
+        build(cache, tmp_path / "out", load_recipe("mr-mae", QUICK), Ranks(), setup)

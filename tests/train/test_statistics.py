@@ -1,0 +1,186 @@
+"""Exact statistics of a column, and the targets made of them: `channel` and `phi_s`."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.train.batches import cache_info, load_batch
+from mrmae.train.masks import Draw, Masks, draw_masks
+from mrmae.train.model import Batch, CacheInfo, build_model, needed_arrays
+from mrmae.train.phi_s import hadamard, phi_s
+from mrmae.train.recipe import Recipe
+from mrmae.train.statistics import column_statistics, with_statistics
+
+MakeRecipe = Callable[..., Recipe]
+PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=null", "student.decoder=null"]
+
+
+@pytest.fixture
+def cache(tiny_cache: Path) -> Cache:
+    return open_cache(tiny_cache)
+
+
+def all_tokens(cache: Cache, column: str) -> Tensor:
+    views = [cache.read_tokens(column, cache.numbers, np.full(len(cache.numbers), v)) for v in range(cache.n_views)]
+    return torch.cat(views).flatten(0, 1).double()
+
+
+# ---- statistics
+
+
+@pytest.mark.parametrize("column", ["a.pre_tail", "b.pre_tail"])
+def test_one_pass_equals_two_passes(cache: Cache, column: str) -> None:
+    found, x = column_statistics(cache, column), all_tokens(cache, column)
+    assert found.n_samples == len(cache.numbers) and len(x) > 100
+    assert torch.allclose(found.mean, x.mean(0), rtol=0, atol=1e-13)
+    assert torch.allclose(found.std, x.std(0, correction=0), rtol=0, atol=1e-13)
+    assert torch.allclose(found.covariance, torch.cov(x.T, correction=0), rtol=0, atol=1e-13)
+    assert torch.equal(found.covariance, found.covariance.T)
+
+
+def test_the_id_says_what_was_measured(cache: Cache) -> None:
+    whole = column_statistics(cache, "a.pre_tail")
+    assert whole.id.startswith("sha256:") and whole.id == column_statistics(cache, "a.pre_tail").id
+    part = column_statistics(cache, "a.pre_tail", samples=5)
+    assert part.n_samples == 5 and len({whole.id, part.id, column_statistics(cache, "b.pre_tail").id}) == 3
+    views = [cache.read_tokens("a.pre_tail", cache.numbers[:5], np.full(5, v)) for v in range(cache.n_views)]
+    assert torch.allclose(part.mean, torch.cat(views).flatten(0, 1).double().mean(0), atol=1e-13)
+
+
+def test_what_has_no_statistics_is_refused(cache: Cache) -> None:
+    with pytest.raises(ValueError, match="statistics of 'c.pre_tail' over .* one of .*a.pre_tail"):
+        column_statistics(cache, "c.pre_tail")
+    with pytest.raises(ValueError, match="over 0 images"):
+        column_statistics(cache, "a.pre_tail", samples=0)
+
+
+def test_only_what_the_terms_need_is_computed(cache: Cache, tiny_recipe: MakeRecipe) -> None:
+    info = cache_info(cache)
+    assert with_statistics(info, cache, tiny_recipe("mr-mae")) == info
+    filled = with_statistics(info, cache, tiny_recipe("mr-mae", *PHI))
+    assert filled.teachers["b"] == info.teachers["b"]
+    a = filled.teachers["a"]
+    assert a.stat_covariance.shape == (8, 8) and a.stat_id == column_statistics(cache, "a.pre_tail").id
+
+
+# ---- phi_s
+
+
+@pytest.mark.parametrize("n", [1, 2, 4, 8, 12, 20, 24, 28, 36, 192, 384, 768, 1024, 1280, 1408, 1536, 1664])
+def test_hadamard_matrices_are_orthonormal_and_flat(n: int) -> None:
+    h = hadamard(n)
+    assert (h.abs() - n**-0.5).abs().max() < 1e-15
+    assert (h @ h.T - torch.eye(n)).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("n", [6, 10, 100 - 1])
+def test_widths_without_a_hadamard_matrix_are_refused(n: int) -> None:
+    with pytest.raises(ValueError, match=f"{n} channels have no Hadamard matrix here"):
+        hadamard(n)
+
+
+def test_phi_s_gives_every_channel_variance_1_and_keeps_distances() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 12, generator=draw).double() @ torch.randn(12, 12, generator=draw).double().mul(10) + 5
+    covariance = torch.cov(x.T, correction=0)
+    y = (x - x.mean(0)) @ phi_s(covariance).T
+    assert y.mean(0).abs().max() < 1e-10
+    assert torch.allclose(torch.cov(y.T, correction=0).diagonal(), torch.ones(12).double(), atol=1e-10)
+    ratio = torch.pdist(y) / torch.pdist(x)
+    assert ((ratio - ratio[0]).abs() < 1e-10 * ratio[0]).all()
+    spread = covariance.diagonal().max() / covariance.diagonal().min()
+    assert spread > 1.5  # there was something to level
+
+
+def test_phi_s_of_features_that_do_not_vary_is_refused() -> None:
+    with pytest.raises(ValueError, match="no variance"):
+        phi_s(torch.zeros(4, 4))
+
+
+# ---- in a model, on a real (small) cache
+
+
+def on_cache(cache: Cache, recipe: Recipe) -> tuple[CacheInfo, Batch]:
+    info = with_statistics(cache_info(cache), cache, recipe)
+    return info, load_batch(cache, cache.numbers[:4], epoch=0, needed=needed_arrays(recipe, info))
+
+
+@pytest.mark.parametrize(("distance", "transform"), [("mse", "phi_s"), ("sl1(1)", "phi_s"), ("mse", "channel")])
+def test_the_term_equals_its_restatement(cache: Cache, tiny_recipe: MakeRecipe, distance: str, transform: str) -> None:
+    recipe = tiny_recipe("mr-mae", *PHI, f"terms.mimic.distance={distance}", f"terms.mimic.transform={transform}")
+    info, batch = on_cache(cache, recipe)
+    model = build_model(recipe, info, dtype=torch.float64)
+    masks = draw_masks(batch, Draw(0, 0), recipe=recipe.mask, l=info.n_patches)
+    a, raw = info.teachers["a"], batch.targets["a"]
+    value = raw["tokens"].double() * raw["scale"].double()[..., None]
+    if a.channel_std is not None:
+        value = value * a.channel_std.double() + a.channel_mean.double()
+    x = all_tokens(cache, "a.pre_tail")
+    if transform == "phi_s":
+        goal = (value - x.mean(0)) @ phi_s(torch.cov(x.T, correction=0)).T
+    else:
+        goal = (value - x.mean(0)) / x.std(0, correction=0)
+    kept = torch.stack([image[ids] for image, ids in zip(goal, masks.ids_keep)])
+    told = model.heads["mimic/a"](model.encode(batch.pixels, masks.ids_keep)[0][:, 1:])
+    error = (told - kept).abs()
+    expected = (error**2 if distance == "mse" else torch.where(error < 1, error**2 / 2, error - 0.5)).mean()
+    assert model(batch, masks)[0].item() == pytest.approx(expected.item(), rel=1e-9)
+    rows = torch.arange(4)[:, None]
+    gathered = replace(batch, targets={"a": {name: v[rows, masks.ids_keep] for name, v in raw.items()}}, rows="visible")
+    assert model(gathered, masks)[0].item() == model(batch, masks)[0].item()
+    assert all(torch.isfinite(p.grad).all() for p in backward(model, batch, masks))
+
+
+def backward(model: torch.nn.Module, batch: Batch, masks: Masks) -> list[Tensor]:
+    model(batch, masks)[0].backward()
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def test_a_zero_prediction_of_phi_s_costs_1(cache: Cache, tiny_recipe: MakeRecipe) -> None:
+    recipe = tiny_recipe("mr-mae", *PHI, "mask.n_keep=16", "mask.n_predict=0")
+    info = with_statistics(cache_info(cache), cache, recipe)
+    model = build_model(recipe, info, dtype=torch.float64)
+    model.heads["mimic/a"].weight.data.zero_()  # type: ignore[operator]
+    total, views = 0.0, range(cache.n_views)
+    for view in views:
+        raw = cache.read_column("a.pre_tail", cache.numbers, np.full(len(cache.numbers), view))
+        side = (len(cache.numbers), info.size, info.size, 3)
+        batch = Batch(cache.hashes[cache.numbers], torch.zeros(side, dtype=torch.uint8), {"a": raw})
+        masks = draw_masks(batch, Draw(0, 0), recipe=recipe.mask, l=16)
+        total += model(batch, masks)[0].item() / len(views)
+    assert total == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_rotation_is_saved_with_the_weights_and_applied_outside_autocast(
+    cache: Cache, tiny_recipe: MakeRecipe
+) -> None:
+    recipe = tiny_recipe("mr-mae", *PHI)
+    info, batch = on_cache(cache, recipe)
+    model = build_model(recipe, info)
+    masks = draw_masks(batch, Draw(0, 0), recipe=recipe.mask, l=info.n_patches)
+    state = model.state_dict()
+    assert [name for name in state if name.startswith("statistics")] == ["statistics.mimic/a.phi"]
+    like = torch.zeros(4, masks.ids_keep.shape[1], 8)
+    rotated = model.statistics["mimic/a"].rotated
+    raw = batch.targets["a"]
+    exact = rotated(raw["tokens"], masks.ids_keep, raw["scale"], like=like)  # type: ignore[operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rotated(raw["tokens"], masks.ids_keep, raw["scale"], like=like), exact)  # type: ignore[operator]
+    flipped = {**state, "statistics.mimic/a.phi": -state["statistics.mimic/a.phi"]}
+    before = model(batch, masks)[0].item()
+    model.load_state_dict(flipped)
+    assert model(batch, masks)[0].item() != before
+
+
+def test_phi_s_of_a_width_without_hadamard_matrix_is_refused_when_the_model_is_built(
+    cache: Cache, tiny_recipe: MakeRecipe
+) -> None:
+    recipe = tiny_recipe("mr-mae", *PHI, "terms.mimic.teachers=[b]")
+    with pytest.raises(ValueError, match="6 channels have no Hadamard matrix here"):
+        build_model(recipe, with_statistics(cache_info(cache), cache, recipe))

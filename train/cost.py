@@ -1,0 +1,76 @@
+"""What a step costs per image: operations, bytes from storage, memory; counted on one image, before anything is trained."""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from mrmae.extract.progress import human_bytes
+from mrmae.train import batches
+from mrmae.train.feed import load_masked
+from mrmae.train.masks import Masks
+from mrmae.train.online import taught
+from mrmae.train.report import feature_bytes
+from mrmae.train.run import Run
+from mrmae.train.targets import Batch
+
+BACKWARD = 2  # the backward pass of a matrix product is two of its size
+STATE_BYTES = 16  # per parameter: fp32 weight, gradient, and AdamW's two moments
+
+
+def cost_facts(run: Run) -> dict[str, str]:
+    """FLOPs, bytes and memory per image of this run, in words, for the plan."""
+    whole, teachers = teacher_flops(run)
+    student = student_flops(run, *whole)
+    saved, micro = saved_bytes(run, *whole), run.share.micro_size
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    state = STATE_BYTES * parameters + sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
+    step = (1 + BACKWARD) * student + teachers
+    online = f", teachers {teachers / 1e9:.3g}" if run.online else ""
+    return {
+        "operations": f"{step / 1e9:.3g} GFLOP per image and step (forward {student / 1e9:.3g}, x 3 with backward{online}),"
+        f" {step * run.recipe.optim.batch_size / 1e12:.3g} TFLOP per update",
+        "bytes read": f"{human_bytes(feature_bytes(run) + view_bytes(run))} per image: features"
+        f" {human_bytes(feature_bytes(run))}, view {human_bytes(view_bytes(run))}",
+        "memory": f"about {human_bytes(state + micro * saved)} per process: weights, gradients and moments {human_bytes(state)},"
+        f" kept for backward {human_bytes(saved)} per image x {micro}",
+    }
+
+
+def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
+    """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
+    loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
+    with FlopCounterMode(display=False) as counter:
+        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+    return whole, int(counter.get_total_flops())
+
+
+@torch.no_grad()
+def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
+    """FLOPs (two per multiply-accumulate) of the forward pass on one image: matrix products, attention, convolutions."""
+    with FlopCounterMode(display=False) as counter:
+        run.model(batch, masks)
+    return int(counter.get_total_flops())
+
+
+def saved_bytes(run: Run, batch: Batch, masks: Masks) -> int:
+    """Bytes that the forward pass on one image keeps for backward, beside the weights, in the run's precision."""
+    weights = {p.untyped_storage().data_ptr() for p in [*run.model.parameters(), *run.model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16", cache_enabled=False):
+            loss, _ = run.model(batch, masks)
+    del loss  # alive until here, so that no storage is counted under an address used twice
+    return sum(kept.values())
+
+
+def view_bytes(run: Run) -> float:
+    """Mean bytes of a stored view, from the index of the first shard."""
+    sizes = run.cache.pixel_index(0, int(run.numbers[0]) // run.cache.shard_samples).jpegs[:, 1]
+    return float(sizes[sizes > 0].mean())

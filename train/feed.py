@@ -1,0 +1,138 @@
+"""Micro-batches prepared ahead by threads and copied to the device while it works, and how long training waited for them."""
+
+import functools
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mrmae.train import batches
+from mrmae.train.batches import Loaded, tensors_of
+from mrmae.train.masks import Draw, draw_masks
+from mrmae.train.run import Run
+
+AHEAD = 4  # micro-batches in memory beside the one in use
+LOADERS = 2
+
+
+def feed_of(run: Run) -> "Feed":
+    """This rank's micro-batches from where the run is to its end."""
+
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> batches.Numbers:
+        return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
+
+    def load(epoch: int, update: int, micro: int) -> Loaded:
+        return load_masked(run, batches.rows_of(order(epoch), update, micro, run.share), epoch=epoch)
+
+    start = batches.Position(run.epoch, run.update)
+    todo = batches.jobs(start, epochs=run.recipe.optim.epochs, updates=run.updates, accum=run.share.accum)
+    return Feed(load, todo, run.device)
+
+
+def load_masked(run: Run, numbers: batches.Numbers, *, epoch: int) -> Loaded:
+    """These samples on the host as `epoch` shows them, with their masks.
+
+    Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention.
+    """
+    batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed={} if run.online else run.needed)
+    if run.online:
+        return batch, None
+    masks = draw_masks(batch, Draw(run.recipe.seed, epoch), recipe=run.recipe.mask, l=run.info.n_patches)
+    return (batches.visible_rows(batch, masks) if batches.reads_only_visible(run.recipe) else batch), masks
+
+
+class Feed:
+    """Micro-batches with their masks, in order, on the device; `AHEAD` of them are prepared while the device works.
+
+    load: makes one (batch, masks) on the host; called from `LOADERS` threads, so that one batch is collated while the next is
+    read (the cache reads and decodes in threads of its own). `waited_s` is the time `next` had to wait for it: the stall.
+    Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[int, int, int], Loaded],
+        todo: Iterator[tuple[int, int, int]],
+        device: torch.device,
+    ) -> None:
+        self.waited_s = 0.0
+        self._load, self._todo, self._device = load, todo, device
+        self._pool = ThreadPoolExecutor(LOADERS, thread_name_prefix="loader")
+        self._queue: deque[Future[Loaded]] = deque()
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._next: tuple[Loaded, torch.cuda.Event] | None = None
+        for _ in range(AHEAD):
+            self._submit()
+
+    def _submit(self) -> None:
+        job = next(self._todo, None)
+        if job is not None:
+            self._queue.append(self._pool.submit(self._prepare, *job))
+
+    def _prepare(self, epoch: int, update: int, micro: int) -> Loaded:
+        loaded = self._load(epoch, update, micro)
+        return tensors_of(loaded, Tensor.pin_memory) if self._copies is not None else loaded
+
+    def _pull(self) -> Loaded | None:
+        if not self._queue:
+            return None
+        start = time.perf_counter()
+        loaded = self._queue.popleft().result()
+        self.waited_s += time.perf_counter() - start
+        self._submit()
+        return loaded
+
+    def __next__(self) -> Loaded:
+        """The next micro-batch. Raises what its loading raised, and StopIteration at the end of the run."""
+        if self._copies is not None:
+            return self._next_from_stream(self._copies)
+        loaded = self._pull()
+        if loaded is None:
+            raise StopIteration
+        return tensors_of(loaded, lambda t: t.to(self._device))
+
+    def __iter__(self) -> Self:
+        return self
+
+    def _next_from_stream(self, copies: torch.cuda.Stream) -> Loaded:
+        """The micro-batch copied during the step before; starts the copy of the one after it."""
+        current = self._next or self._copy(copies)
+        if current is None:
+            raise StopIteration
+        loaded, done = current
+        compute = torch.cuda.current_stream(self._device)
+        compute.wait_event(done)
+
+        def belongs(tensor: Tensor) -> Tensor:
+            tensor.record_stream(compute)  # its memory may be reused only after the step has used it
+            return tensor
+
+        tensors_of(loaded, belongs)
+        self._next = self._copy(copies)
+        return loaded
+
+    def _copy(self, copies: torch.cuda.Stream) -> tuple[Loaded, torch.cuda.Event] | None:
+        loaded = self._pull()
+        if loaded is None:
+            return None
+        with torch.cuda.stream(copies):
+            moved = tensors_of(loaded, lambda t: t.to(self._device, non_blocking=True))
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record(copies)
+        return moved, done
+
+    def close(self) -> None:
+        """Stop the threads; what they are loading is finished and thrown away."""
+        self._todo = iter(())
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

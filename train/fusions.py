@@ -1,0 +1,126 @@
+"""Taps that join several of the student's blocks; each reads raw block outputs [CLS | visible], counted from 1."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mrmae.train.student import LN_EPS
+from mrmae.train.terms import Term
+
+Outputs = Mapping[int, Tensor]
+
+
+class MeanOfNorms(nn.Module):
+    """Tap `mean_ln`: the mean over chosen blocks of their outputs, each through a LayerNorm of its own.
+
+    The form of MR-MAE's multi-layer fusion is not published: inferred.
+    """
+
+    def __init__(self, width: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({str(i): nn.LayerNorm(width, eps=LN_EPS) for i in blocks})
+
+    def forward(self, outputs: Outputs, norm: nn.Module) -> Tensor:
+        """Fuse raw block outputs; `norm`, the encoder's final one, is not used."""
+        return torch.stack([layer(outputs[int(i)]) for i, layer in self.norms.items()]).mean(dim=0)
+
+
+class LearnedSum(nn.Module):
+    """Tap `learned`: the encoder's final norm of a weighted sum of all block outputs; it starts at the last block (MaskAlign)."""
+
+    def __init__(self, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(first_weights(len(blocks), len(blocks)))
+
+    def forward(self, outputs: Outputs, norm: nn.Module) -> Tensor:
+        """Fuse the raw outputs of all blocks, in order."""
+        out: Tensor = norm(weighted_sum(self.weight, outputs))
+        return out
+
+
+class Mix(nn.Module):
+    """Tap `mix<i>`: row i of MaskAlign's dynamic alignment, `s_i = sum_j W[i, j] * block_j`, no norm (arXiv 2211.08887).
+
+    W starts as the identity + 0.01; a row beyond the student's depth as 1 / depth (the variant for unequal depths). Rows are
+    parameters of their own: only those a term reads exist, and as vectors they are not decayed.
+    """
+
+    def __init__(self, row: int, depth: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(first_weights(row, depth))
+
+    def forward(self, outputs: Outputs, norm: nn.Module) -> Tensor:
+        """Mix the raw outputs of all blocks; `norm` is not used."""
+        return weighted_sum(self.weight, outputs)
+
+
+def first_weights(row: int, depth: int) -> Tensor:
+    """0.01 for every block and 1.01 for number `row`; without such a block 1 / depth for all."""
+    if row > depth:
+        return torch.full((depth,), 1 / depth)
+    weight = torch.full((depth,), 0.01)
+    weight[row - 1] += 1
+    return weight
+
+
+def weighted_sum(weight: Tensor, outputs: Outputs) -> Tensor:
+    """`sum_j weight[j] * block_j` over all blocks."""
+    total = weight[0] * outputs[1]
+    for i, w in enumerate(weight[1:].unbind(), start=2):
+        total = total + w * outputs[i]
+    return total
+
+
+def build_fusions(terms: Iterable[Term], fused_blocks: Sequence[int], *, width: int, depth: int) -> nn.ModuleDict:
+    """The fusions the terms' taps need, by the tap's name."""
+    fusions = nn.ModuleDict()
+    for tap in dict.fromkeys(term.recipe.tap for term in terms):
+        if tap == "mean_ln":
+            fusions[tap] = MeanOfNorms(width, fused_blocks)
+        elif tap == "learned":
+            fusions[tap] = LearnedSum(range(1, depth + 1))
+        elif tap.startswith("mix"):
+            fusions[tap] = Mix(int(tap.removeprefix("mix")), depth)
+    return fusions
+
+
+def blocks_behind(tap: str, fused_blocks: Iterable[int], depth: int) -> set[int]:
+    """The blocks whose raw outputs a tap reads, counted from 1; none for `final` and `decoder`."""
+    if tap.startswith("block"):
+        return {int(tap.removeprefix("block"))}
+    if tap == "learned" or tap.startswith("mix"):
+        return set(range(1, depth + 1))
+    return set(fused_blocks) if tap == "mean_ln" else set()
+
+
+def check_taps(
+    terms: Iterable[Term], fused_blocks: Iterable[int], *, depth: int, n_predict: int, has_cls: bool
+) -> frozenset[int]:
+    """The blocks whose raw outputs the taps need, counted from 1.
+
+    has_cls: a plain ViT; without, the student's `final` already fuses its stages. Raises ValueError for a block or a token the
+    student does not have, and for terms on predicted patches when none is predicted.
+    """
+    wanted: set[int] = set()
+    for term in terms:
+        tap, key = term.recipe.tap, term.name.partition("/")[0]
+        blocks = blocks_behind(tap, fused_blocks, depth)
+        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
+            raise ValueError(
+                f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
+                f"student has {depth}; change terms.{key}.tap or student.fused_blocks"
+            )
+        if not has_cls and ("cls" in term.recipe.positions or tap == "learned"):
+            what = "wants a CLS token" if tap != "learned" else "reads tap learned, made for a plain ViT"
+            raise ValueError(
+                f"term {term.name}: {what} and the student has no CLS and fuses its stages itself; tap final at visible "
+                f"positions was expected; change terms.{key}"
+            )
+        if term.recipe.positions == "predicted" and n_predict == 0:
+            raise ValueError(
+                f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
+                "mask.n_predict or mask.n_keep"
+            )
+        wanted |= blocks
+    return frozenset(wanted)

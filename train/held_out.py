@@ -1,0 +1,99 @@
+"""How a student does on images it is not trained on: their loss every epoch, and k-NN accuracy where they have labels.
+
+Views and masks are those of epoch 0 every time, so one epoch's number can be held against another's.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mrmae.train import batches
+from mrmae.train.batches import Loaded, Numbers
+from mrmae.train.feed import Feed, load_masked
+from mrmae.train.online import taught
+from mrmae.train.ranks import gather
+from mrmae.train.run import Run
+
+NEIGHBOURS, TEMPERATURE = 20, 0.07
+BANK, QUERIES = 10_000, 2_000  # images at most, the first in canonical order: a random sample of the data set
+
+
+def chunks_of(numbers: Numbers, run: Run) -> list[Numbers]:
+    """This rank's share of `numbers`, in pieces of one micro-batch."""
+    size = run.share.micro_size
+    pieces = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+    return pieces[run.ranks.rank :: run.ranks.size]
+
+
+@torch.no_grad()
+def held_out_loss(run: Run) -> dict[str, float]:
+    """The mean loss, and every term's, over the images held out."""
+    total = torch.zeros(2 + len(run.model.terms), dtype=torch.float64)
+    for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
+        whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss, terms = run.model(*whole)
+        values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()
+        total += len(batch.samples) * values
+    total = torch.stack(gather(total, run.ranks)).sum(0)
+    means = (total[1:] / total[0]).tolist()
+    return dict(zip(["loss", *(term.name for term in run.model.terms)], means))
+
+
+def loaded_in_turn(run: Run, chunks: list[Numbers], *, features: bool) -> Iterator[Loaded]:
+    """These chunks on the device, read ahead; only their pixels without `features`."""
+
+    def load(_epoch: int, at: int, _micro: int) -> Loaded:
+        if features:
+            return load_masked(run, chunks[at], epoch=0)
+        return batches.load_batch(run.cache, chunks[at], epoch=0, needed={}), None
+
+    with Feed(load, ((0, at, 0) for at in range(len(chunks))), run.device) as feed:
+        yield from feed
+
+
+def knn_accuracy(run: Run) -> float:
+    """Share of held-out images whose label their nearest training images name: cosine, weighted votes.
+
+    Features: the mean of the student's patch tokens of the whole stored view, without any training on labels.
+    """
+    bank, queries = (batches.labelled(run.cache, numbers) for numbers in (run.numbers, run.held_out))
+    bank, queries = bank[:BANK], queries[:QUERIES]
+    names = sorted({str(run.cache.labels[number]) for number in [*bank, *queries]})
+    labels = {name: i for i, name in enumerate(names)}
+    truth = [torch.tensor([labels[str(run.cache.labels[n])] for n in numbers]) for numbers in (bank, queries)]
+    told = knn_labels(image_features(run, bank), truth[0], image_features(run, queries))
+    return float((told == truth[1]).double().mean())
+
+
+def knn_labels(
+    bank: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    queries: Float[Tensor, "m d"],
+    *,
+    k: int = NEIGHBOURS,
+    temperature: float = TEMPERATURE,
+) -> Int[Tensor, " m"]:
+    """The label with the most votes among each query's `k` nearest by cosine, a vote weighing exp(cosine / temperature).
+
+    The weighted k-NN classifier of instance discrimination (arXiv 1805.01978, section 3.4).
+    """
+    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
+    near, at = cosine.topk(min(k, len(bank)), dim=1)
+    votes = torch.zeros(len(queries), int(labels.max()) + 1).scatter_add_(1, labels[at], (near / temperature).exp())
+    return votes.argmax(1)
+
+
+@torch.no_grad()
+def image_features(run: Run, numbers: Numbers) -> Float[Tensor, "n d"]:
+    """The mean of the student's patch tokens of each sample's first view, fp32 on the CPU, in the order of `numbers`."""
+    chunks, found = chunks_of(numbers, run), []
+    for batch, _ in loaded_in_turn(run, chunks, features=False):
+        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            found.append(run.model.tokens(batch.pixels).float().mean(1).cpu())
+    mine = {int(piece[0]): rows for piece, rows in zip(chunks, found)}
+    parts = {first: rows for share in gather(mine, run.ranks) for first, rows in share.items()}
+    return torch.cat([parts[int(number)] for number in numbers[:: run.share.micro_size]])
