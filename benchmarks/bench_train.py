@@ -247,7 +247,7 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
             rows = rows_of(arms, run, mode)
             if not compile:
                 for name, one in ((CACHED, run), (ONLINE, live)):
-                    rows += part_rows(name, one, mode, now, rounds + 1)
+                    rows += part_rows(name, one, mode, now, min(rounds, 4) + 1)
             show(rows)
             append(out, rows)
 

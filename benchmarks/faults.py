@@ -217,7 +217,7 @@ def harmless(fault: Fault) -> bool:
 def well_told(fault: Fault, found: dict[str, str]) -> bool:
     """Whether some check names a damaged file or its shard's record, and how to repair it."""
     names = [name.rpartition(".zarr/")[2] if ".zarr/" in name else Path(name).name for name in fault.files]
-    return any(any(name in text for name in names) and ("repair" in text or "run the same" in text)
+    return any(any(name in text for name in names) and ("inspect-cache repair" in text or "to repair" in text or "run the same" in text)
                for text in found.values())  # fmt: skip
 
 

@@ -15,13 +15,14 @@ set -uo pipefail
 
 stopping=
 # B: sends USR1 to this script, which hands it to srun, srun to torchrun, and torchrun to every rank: hence --signals-to-handle.
-# Without it USR1 would end torchrun at once. --shutdown-timeout: how long torchrun waits for their update and checkpoint.
+# Without it USR1 would end torchrun at once. torchrun waits 30 s for its ranks (newer ones: --shutdown-timeout): one update and one
+# checkpoint must fit. Checkpoints are written every ten minutes besides (--save-minutes).
 trap 'stopping=1; kill -USR1 "$job" 2>/dev/null' USR1
 trap 'stopping=1; kill -TERM "$job" 2>/dev/null' TERM
 
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$master:29500" --rdzv-id "$SLURM_JOB_ID" \
-    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 --shutdown-timeout 100 \
+    --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     -m mrmae.train.cli "$@" &
 job=$!
 wait "$job"; status=$?

@@ -11,19 +11,25 @@ from torch import nn
 
 from mrmae.extract.request import parse_teacher
 from mrmae.probe.sources import Source
+from mrmae.train.mcmae import MaskedConvViT
 
 
 def trainable(source: Source, n_classes: int, *, drop_path: float) -> tuple[nn.Module, list[str]]:
     """The source's model with a new classifier for n_classes, and what to say about it.
 
     Students: mean of patch tokens, a new norm and classifier, as MAE fine-tunes. timm models: their own pooling.
-    Raises ValueError for a column, and for a timm model whose weights do not fit once it has another classifier.
+    Raises ValueError for a column, for MCMAE's student, and for a timm model whose weights do not fit once it has another classifier.
     """
     if source.teacher is None:
         raise ValueError(
             f"SOURCE {source.name}: a cache column has no model to fine-tune; expected a student or timm:NAME; give the model itself"
         )
     frozen: Any = source.teacher.tower.module
+    if isinstance(frozen, MaskedConvViT):
+        raise ValueError(
+            f"SOURCE {source.name}: fine-tuning MCMAE's student is not implemented; expected a plain ViT or timm:NAME; use --probe "
+            "knn, linear or attentive"
+        )
     if source.kind == "student":
         return student_classifier(frozen, n_classes, drop_path=drop_path), []
     return timm_classifier(source, frozen, n_classes, drop_path=drop_path)

@@ -11,22 +11,15 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.extract.request import parse_teacher
 from mrmae.extract.teachers import Teacher, apply_tail, build_teacher, make_spec
-from mrmae.extract.timm_teacher import as_tower, find_config, norm_tail_of
-from mrmae.extract.tower import Origin, Preprocessing, has_norm
-from mrmae.extract.weights import weights_sha256
+from mrmae.extract.timm_teacher import find_config
+from mrmae.extract.tower import has_norm
+from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec
-from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
-from mrmae.train.export import CONFIG, WEIGHTS, load_student
-from mrmae.train.recipe import from_dict
-from mrmae.train.student import build_vit
-
-FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,79 +118,22 @@ def resized_note(size: int, own: int, patch: int | None) -> list[str]:
 def student_source(path: Path, *, size: int, device: str, precision: str) -> Source:
     """A trained student: OUT (its export, or its newest checkpoint before there is one), OUT/student, or a checkpoint."""
     place = locate_student(path)
-    model, mean, std, interpolation = read_student(place)
-    out = run_folder(place)
+    student, out = read_student(place), run_folder(place)
     facts = json.loads((out / "run.json").read_text()) if out else {}
-    sha256 = weights_sha256(model.state_dict())
-    own, patch = int(model.patch_embed.img_size[0]), int(model.patch_embed.patch_size[0])
-    if size and size % patch:
-        raise ValueError(f"--size {size}: is no multiple of the student's patch of {patch} px; "
-                         f"try {size // patch * patch or patch} or {(size // patch + 1) * patch}")  # fmt: skip
-    if size and size != own:
-        model.set_input_size(img_size=(size, size))
-    model.requires_grad_(False).eval()
-    origin = Origin(str(place), None, Preprocessing(mean, std, interpolation), sha256)
-    input_size = (size or own, size or own)
-    tower = as_tower(model, origin, "post_ln", patch, input_size, norm_tail_of(model))
+    tower = student_tower(student, size or student.size, where=f"SOURCE {place}")
     with torch.no_grad():
-        found, cls = tower.features(torch.zeros(1, len(mean), *input_size))
-    architecture = str(model.pretrained_cfg["architecture"])  # type: ignore[index]
-    request = parse_teacher(f"student=timm:{architecture}@file")
+        found, cls = tower.features(torch.zeros(1, len(student.mean), *tower.input_size))
+    request = parse_teacher(f"student=timm:{student.architecture}@file")
     spec = make_spec(request, tower, found, cls is not None, int(found.shape[-1]), precision)
     tower.module.to(device)
     teacher = frozen(Teacher(spec, tower.tail, tower, torch.device(device)))
     random = [name for name, about in facts.get("teachers", {}).items() if about.get("weights") == "random"]
     notes = [f"the student's teachers have RANDOM weights: {', '.join(random)}"] if random else []
     notes += [f"{place.name}: a checkpoint, the run is not finished"] if place.is_file() and path.is_dir() else []
-    notes += resized_note(size, own, patch)
+    notes += resized_note(size, student.size, student.patch)
     trained_on = Path(facts["cache"]) if "cache" in facts else None
     dataset = facts.get("cache_ids", {}).get("dataset")
-    about = hashed(teacher.spec)
-    return Source(str(path), "student", about, teacher, None, out, trained_on, dataset, tuple(notes))
-
-
-def locate_student(path: Path) -> Path:
-    """The exported folder or the checkpoint file behind a SOURCE that exists."""
-    if path.is_file() and path.suffix == ".pt":
-        return path
-    for folder in (path, path / "student"):
-        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
-            return folder
-    saved = list_checkpoints(path / "checkpoints") if path.is_dir() else []
-    if saved:
-        return saved[-1]
-    raise ValueError(f"SOURCE {path}: holds no student and no checkpoint; expected {FORMS}; train first, or correct it")
-
-
-def run_folder(place: Path) -> Path | None:
-    """OUT of the run that a student belongs to; None where it was moved elsewhere."""
-    return next((folder for folder in list(place.parents)[:2] if (folder / "run.json").is_file()), None)
-
-
-def read_student(place: Path) -> tuple[VisionTransformer, tuple[float, ...], tuple[float, ...], str]:
-    """The encoder with its weights, and mean, std and interpolation of its input."""
-    if place.is_file():
-        return read_from_checkpoint(place)
-    try:
-        model = load_student(place)
-    except (RuntimeError, KeyError, OSError) as error:
-        raise ValueError(
-            f"SOURCE {place}: the student does not load ({str(error).splitlines()[0]}); export it again"
-        ) from None
-    config: Any = model.pretrained_cfg
-    return model, tuple(config["mean"]), tuple(config["std"]), config["interpolation"]
-
-
-def read_from_checkpoint(path: Path) -> tuple[VisionTransformer, tuple[float, ...], tuple[float, ...], str]:
-    """The encoder inside a training checkpoint; its geometry follows from its tensors."""
-    state = read_checkpoint(path)
-    recipe = from_dict(state["recipe"], where=str(path))
-    weights = {name.removeprefix("student."): x for name, x in state["model"].items() if name.startswith("student.")}
-    _, channels, patch, _ = weights["patch_embed.proj.weight"].shape
-    side = round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-    model = build_vit(recipe.student.model, size=side * patch, patch=patch, grid=(side, side), channels=channels)
-    model.load_state_dict(weights, strict=True)
-    return model.float(), recipe.prepare.mean, recipe.prepare.std, "bicubic"
+    return Source(str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes))
 
 
 # --- columns of a cache
@@ -208,7 +144,7 @@ def column_source(path: str, teacher: str, *, size: int) -> Source:
     cache = open_cache(path)
     if teacher not in cache.teachers:
         raise ValueError(f"SOURCE {path}#{teacher}: the cache has no teacher {teacher!r}; it has "
-                         f"{', '.join(cache.teachers) or 'none'}; choose one")  # fmt: skip
+                         f"{', '.join(sorted(cache.teachers)) or 'none'}; choose one")  # fmt: skip
     if size:
         raise ValueError(f"--size {size}: {path}#{teacher} holds features of {cache.size} px views; leave --size out")
     spec = cache.columns[cache.teachers[teacher]].spec

@@ -120,16 +120,20 @@ class Plan:
 
     @staticmethod
     def from_json(fields: Mapping[str, Any], where: str) -> "Plan":
-        """The plan that `to_json` described. where: the file, for errors."""
-        return Plan(
-            **{
-                **{name: value for name, value in fields.items() if name != "format_version"},
-                "recipe": from_json(ViewRecipe, fields["recipe"], where),
-                "grid": tuple(fields["grid"]),
-                "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
-                "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
-            }
-        )
+        """The plan that `to_json` described. where: the file, for errors. ValueError where it is damaged."""
+        try:
+            return Plan(
+                **{
+                    **{name: value for name, value in fields.items() if name != "format_version"},
+                    "recipe": from_json(ViewRecipe, fields["recipe"], where),
+                    "grid": tuple(fields["grid"]),
+                    "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
+                    "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
+                }
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: damaged ({error!r}); expected the fields of a plan; restore it, or where the cache "
+                             "was finished, run inspect-cache repair") from None  # fmt: skip
 
 
 def shard_ranges(n: int, shard_samples: int) -> list[range]:
@@ -207,8 +211,9 @@ def load_plan(path: Path) -> Plan:
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
     except ValueError as error:
-        raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or extract anew") from None
-    if fields.get("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
+                         "inspect-cache repair; otherwise extract anew") from None  # fmt: skip
+    if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
         raise ValueError(f"{file}: another format version; this mrmae reads {FORMAT_VERSION}; use a matching one")
     return Plan.from_json(fields, str(file))
 

@@ -13,6 +13,7 @@ from mrmae.train.recipe import Recipe
 from mrmae.train.targets import NEEDS_STATISTICS, CacheInfo, chosen
 
 SAMPLES_AT_ONCE = 16
+DEAD = 1e-6  # of the largest standard deviation: below it is rounding
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,9 @@ class ColumnStatistics:
 
     @property
     def std(self) -> Float64[Tensor, " d"]:
-        """Standard deviation of every channel."""
-        return self.covariance.diagonal().clamp_min(0).sqrt()
+        """Standard deviation of every channel; 1 for those that do not vary, whose normalised value is then 0, not noise."""
+        std = self.covariance.diagonal().clamp_min(0).sqrt()
+        return torch.where(std > DEAD * std.max(), std, 1.0)
 
 
 def column_statistics(

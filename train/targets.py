@@ -164,10 +164,9 @@ def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
     Raises ValueError when the cache lacks one, saying what it has and how to add it.
     """
     has = ", ".join(column.column or target for target, column in info.teachers.items()) or "no teacher"
-    named = {teacher: [t for t in info.teachers if t.partition(":")[0] == teacher or t == teacher]
-             for teacher in term.teachers} if term.teachers else {"": list(info.teachers)}  # fmt: skip
     found: list[str] = []
-    for teacher, targets in named.items():
+    for teacher in term.teachers or ("",):
+        targets = [t for t in info.teachers if teacher in ("", t, t.partition(":")[0])]
         if not targets and teacher:
             raise ValueError(f"term {name}: wants teacher {teacher!r}; the cache has {has}; {ADD} {teacher}=...")
         if not targets:

@@ -1,7 +1,11 @@
 """inspect-cache: what it prints is true, what it passes is whole, what it repairs is as it was."""
 
+import hashlib
 import json
+import shlex
 import shutil
+import subprocess
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
+from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect import main
 from mrmae.extract.live import compare_live
 from mrmae.extract.sheet import colours, heat
@@ -128,8 +133,6 @@ def test_checksums_are_checked_beside_the_hashes(copy: Path) -> None:
     file, record = copy / "views/1/vit.pre_tail.zarr/norm/c/0/0", copy / "commits/1/vit.pre_tail/000000.json"
     before = file.read_bytes()
     flip_byte(file, 60)
-    import hashlib
-
     old, new = (hashlib.sha256(data).hexdigest() for data in (before, file.read_bytes()))
     record.write_text(record.read_text().replace(old, new))
     (copy / "manifest.json").unlink()
@@ -183,10 +186,6 @@ def test_a_plan_that_is_not_the_shards_is_no_reason_to_remove_them(copy: Path) -
 
 def open_again(copy: Path, original: Path, text: str) -> dict[str, bytes]:
     """The cache after the printed command has run on the copy instead of the original."""
-    import shlex
-
-    from mrmae.extract.cli import main as extract_features
-
     words = shlex.split(text.rpartition("extract-features")[2])
     words = [str(copy) if word == str(original) else word for word in words]
     result = CliRunner().invoke(extract_features, words)
@@ -200,8 +199,17 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
-def test_repair_runs_the_recorded_command(extract: Any, photo_folder: Path, tmp_path: Path) -> None:
+def test_repair_runs_the_recorded_command(
+    extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     extract(photo_folder, tmp_path / "c", device="cpu")
+
+    def here(words: list[str], cwd: str) -> Any:
+        """The command in this process: another one takes ten seconds to import its libraries."""
+        assert words[1:3] == ["-m", "mrmae.extract.cli"] and cwd == str(Path.cwd())
+        return types.SimpleNamespace(returncode=CliRunner().invoke(extract_features, words[3:]).exit_code)
+
+    monkeypatch.setattr(subprocess, "run", here)
     flip_byte(tmp_path / "c/views/0/vit.pre_tail.zarr/tokens/c/0/0/0")
     before = (tmp_path / "c/views/0/pixels/000000.tar").stat().st_mtime_ns
     code, text = inspect("repair", tmp_path / "c", "--run")

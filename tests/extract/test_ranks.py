@@ -72,9 +72,11 @@ def test_a_part_waits_for_the_plan_and_the_leader_for_the_shards(
 
     thread = threading.Thread(target=second)
     thread.start()
-    time.sleep(0.5)
-    assert not (tmp_path / "c").exists(), "it waits"
-    assert "waiting for part 0 (rank 0) to plan: there is none yet" in capsys.readouterr().err
+    said, deadline = "", time.monotonic() + 60
+    while "waiting for part 0 (rank 0) to plan: there is none yet" not in said and time.monotonic() < deadline:
+        time.sleep(0.05)
+        said += capsys.readouterr().err
+    assert "there is none yet" in said and not (tmp_path / "c").exists(), "it waits"
     monkeypatch.setattr(Options, "resolved", leading(Options.resolved))
     results["first"] = extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8)
     thread.join(60)
@@ -108,6 +110,14 @@ def command(folder: Path, cache: Path) -> list[str]:
             "--batch-size", "4", "--shard-samples", "8", "--device", "cpu"]  # fmt: skip
 
 
+def children(parent: int) -> list[int]:
+    """Ids of a process's children, from /proc."""
+    stats = [(entry.name, entry / "stat") for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+    parents = {int(pid): int(stat.read_text().rpartition(")")[2].split()[1]) for pid, stat in stats if stat.exists()}
+    return [pid for pid, of in parents.items() if of == parent]
+
+
+@pytest.mark.soak
 def test_torchrun_killed_and_continued_makes_the_same_cache(
     extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path
 ) -> None:
@@ -120,8 +130,8 @@ def test_torchrun_killed_and_continued_makes_the_same_cache(
     while process.poll() is None and not list(cache.glob("commits/*/*/*.json")) and time.monotonic() < deadline:
         time.sleep(0.005)
     assert list(cache.glob("commits/*/*/*.json")), process.communicate()[0]
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    for pid in [*children(process.pid), process.pid]:  # torchrun's workers have sessions of their own
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     extract(photo_folder, cache, VIT, CNN, views=2, shard_samples=8)
     assert contents(cache) == contents(extracted)

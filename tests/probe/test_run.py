@@ -126,9 +126,7 @@ def test_a_moved_cache_is_said(trained: Path, images: Path, tmp_path: Path) -> N
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "probes"))
     facts = json.loads((tmp_path / "run" / "run.json").read_text()) | {"cache": str(tmp_path / "gone")}
     (tmp_path / "run" / "run.json").write_text(json.dumps(facts))
-    assert any(
-        "whether it held test images is not known" in line for line in probe(tmp_path / "run", images, "knn")[1]
-    )
+    assert any("whether it held test images is not known" in line for line in probe(tmp_path / "run", images, "knn")[1])
 
 
 @pytest.mark.parametrize("sets, told", [

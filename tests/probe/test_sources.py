@@ -1,6 +1,7 @@
 """What may be probed, and what is said about it."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,13 @@ import pytest
 import timm
 import torch
 
+from mrmae.probe.classifier import trainable
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
+from mrmae.train import loop
 from mrmae.train.checkpoint import list_checkpoints
+from mrmae.train.export import load_mcmae
+from mrmae.train.recipe import load_recipe
 
 PIXELS = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -90,3 +95,27 @@ def test_folders_and_columns_that_hold_nothing_are_refused(tiny_cache: Path, tmp
         open_source(f"{tiny_cache}#z")
     with pytest.raises(ValueError, match="--size 64: .* leave --size out"):
         open_source(f"{tiny_cache}#a", size=64)
+
+
+def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    cache = make_cache(
+        tmp_path / "cache", n=8, size=32, grid=2, teachers={"a": {"width": 8, "has_cls": False, "has_attention": False}}
+    )
+    recipe = load_recipe("mr-mcmae", ["student.model=test_mcmae", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+                                      "optim.epochs=2", "optim.warmup_epochs=1", "optim.batch_size=4"])  # fmt: skip
+    loop.train(cache, tmp_path / "out", recipe, device="cpu", panels_every=0, tensorboard=False)
+    source = open_source(str(tmp_path / "out"))
+    model, (mean, std) = (
+        load_mcmae(tmp_path / "out" / "student"),
+        (torch.tensor(x) for x in (source.spec.mean, source.spec.std)),
+    )
+    with torch.no_grad():
+        wanted = model.forward_features(((PIXELS / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert source.teacher
+    found = source.teacher.forward(PIXELS)
+    assert found.cls is None and (found.tokens - wanted).abs().max() < 1e-5
+    assert open_source(str(list_checkpoints(tmp_path / "out" / "checkpoints")[-1])).about == source.about
+    with pytest.raises(ValueError, match="MCMAE's student was trained at 32 px and is not resized"):
+        open_source(str(tmp_path / "out"), size=64)
+    with pytest.raises(ValueError, match="fine-tuning MCMAE's student is not implemented"):
+        trainable(source, 3, drop_path=0.0)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mrmae.shards import audit, plan
+from mrmae.shards.cache import open_cache
 from mrmae.shards.spec import content_id
 
 Make = Callable[..., Path]
@@ -22,7 +23,7 @@ faults: Any = importlib.util.module_from_spec(SPECIFICATION)
 sys.modules["faults"] = faults
 SPECIFICATION.loader.exec_module(faults)
 
-SMALL: dict[str, Any] = {"n": 7, "size": 16, "grid": 2, "n_views": 2, "shard_samples": 3, "bad": (2,)}
+SMALL: dict[str, Any] = {"n": 5, "size": 16, "grid": 2, "n_views": 2, "shard_samples": 3, "bad": (2,)}
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_a_clean_cache_raises_no_alarm(cache: Path, tiny_cache: Path) -> None:
 @pytest.mark.parametrize("kind", faults.KINDS)
 def test_every_fault_is_noticed_named_and_repairable(cache: Path, kind: str) -> None:
     made, rng = plan.load_plan(cache), np.random.default_rng(list(faults.KINDS).index(kind))
-    for case in range(25):
+    for case in range(24):
         fault, found = faults.try_fault(cache, made, kind, rng)
         assert found or faults.harmless(fault), (kind, case, fault.files)
         assert not found or faults.well_told(fault, found), (kind, case, fault.files, found)
@@ -73,3 +74,15 @@ def test_an_edited_manifest_is_not_taken_for_a_damaged_plan(cache: Path, tmp_pat
     assert [problem.file for problem in problems] == ["manifest.json"]
     audit.prepare_repair(tmp_path / "c", problems)
     assert (tmp_path / "c/plan.json").read_bytes() == (cache / "plan.json").read_bytes()
+
+
+@pytest.mark.parametrize("field", ["n_views", "recipe", "quantisers", "channel_mean", "standardised", "tap"])
+def test_a_misspelt_field_of_the_plan_is_a_damaged_plan(cache: Path, tmp_path: Path, field: str) -> None:
+    shutil.copytree(cache, tmp_path / "c")
+    file = tmp_path / "c/plan.json"
+    file.write_text(file.read_text().replace(f'"{field}"', f'"{field[:-1]}_"', 1))
+    with pytest.raises(ValueError, match="plan.json: (damaged|fields)"):
+        open_cache(tmp_path / "c")
+    assert [problem.file for problem in audit.find_problems(tmp_path / "c")] == ["plan.json"]
+    audit.prepare_repair(tmp_path / "c", audit.find_problems(tmp_path / "c"))
+    assert file.read_bytes() == (cache / "plan.json").read_bytes()

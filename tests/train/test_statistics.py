@@ -15,7 +15,7 @@ from mrmae.train.masks import Draw, Masks, draw_masks
 from mrmae.train.model import Batch, CacheInfo, build_model, needed_arrays
 from mrmae.train.phi_s import hadamard, phi_s
 from mrmae.train.recipe import Recipe
-from mrmae.train.statistics import column_statistics, with_statistics
+from mrmae.train.statistics import ColumnStatistics, column_statistics, with_statistics
 
 MakeRecipe = Callable[..., Recipe]
 PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=null", "student.decoder=null"]
@@ -51,6 +51,11 @@ def test_the_id_says_what_was_measured(cache: Cache) -> None:
     assert part.n_samples == 5 and len({whole.id, part.id, column_statistics(cache, "b.pre_tail").id}) == 3
     views = [cache.read_tokens("a.pre_tail", cache.numbers[:5], np.full(5, v)) for v in range(cache.n_views)]
     assert torch.allclose(part.mean, torch.cat(views).flatten(0, 1).double().mean(0), atol=1e-13)
+
+
+def test_a_channel_that_does_not_vary_normalises_to_0() -> None:
+    covariance = torch.diag(torch.tensor([4.0, 0.0, 1e-18, 9.0]).double())
+    assert ColumnStatistics(torch.zeros(4), covariance, 1, "").std.tolist() == [2, 1, 1, 3]
 
 
 def test_what_has_no_statistics_is_refused(cache: Cache) -> None:

@@ -1,0 +1,126 @@
+"""Students of train-mrmae from disk: an export or a training checkpoint, plain ViT or MCMAE, as an image tower."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from mrmae.extract.timm_teacher import as_tower, attention_backend, norm_tail_of
+from mrmae.extract.tower import Origin, Preprocessing, Tower, activation_of
+from mrmae.extract.weights import weights_sha256
+from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
+from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
+from mrmae.train.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
+from mrmae.train.recipe import from_dict
+from mrmae.train.student import build_vit
+
+FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER"
+
+
+@dataclasses.dataclass(frozen=True)
+class Student:
+    """An encoder as it was trained: architecture, pixels per side of its images and patches, how it reads them."""
+
+    model: nn.Module
+    architecture: str
+    size: int
+    patch: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str = "bicubic"
+
+
+def locate_student(path: Path) -> Path:
+    """The exported folder or the checkpoint file behind a SOURCE that exists."""
+    if path.is_file() and path.suffix == ".pt":
+        return path
+    for folder in (path, path / "student"):
+        if (folder / CONFIG).is_file() and (folder / WEIGHTS).is_file():
+            return folder
+    saved = list_checkpoints(path / "checkpoints") if path.is_dir() else []
+    if saved:
+        return saved[-1]
+    raise ValueError(f"SOURCE {path}: holds no student and no checkpoint; expected {FORMS}; train first, or correct it")
+
+
+def run_folder(place: Path) -> Path | None:
+    """OUT of the run that a student belongs to; None where it was moved elsewhere."""
+    return next((folder for folder in list(place.parents)[:2] if (folder / "run.json").is_file()), None)
+
+
+def read_student(place: Path) -> Student:
+    """The encoder of an exported folder or a checkpoint. ValueError where it does not load."""
+    if place.is_file():
+        return from_checkpoint(place)
+    try:
+        config = json.loads((place / CONFIG).read_bytes())
+        if config["architecture"] in SIZES:
+            how, size = config, config["input_size"][-1]
+            return Student(
+                load_mcmae(place), config["architecture"], size, PATCH, tuple(how["mean"]), tuple(how["std"])
+            )
+        model: Any = load_student(place)
+    except (RuntimeError, KeyError, OSError, ValueError) as error:
+        raise ValueError(f"SOURCE {place}: does not load ({str(error).splitlines()[0]}); export it again") from None
+    how = model.pretrained_cfg
+    size, patch = int(model.patch_embed.img_size[0]), int(model.patch_embed.patch_size[0])
+    return Student(
+        model, config["architecture"], size, patch, tuple(how["mean"]), tuple(how["std"]), how["interpolation"]
+    )
+
+
+def from_checkpoint(path: Path) -> Student:
+    """The encoder inside a training checkpoint; its geometry follows from its tensors."""
+    state = read_checkpoint(path)
+    recipe = from_dict(state["recipe"], where=str(path))
+    weights = {name.removeprefix("student."): x for name, x in state["model"].items() if name.startswith("student.")}
+    name, channels = recipe.student.model, len(recipe.prepare.mean)
+    model: nn.Module
+    if name in SIZES:
+        patch, side = PATCH, round(weights["pos_embed"].shape[1] ** 0.5)
+        model = build_mcmae(name, patch=patch, grid=(side, side), channels=channels)
+    else:
+        patch, side = weights["patch_embed.proj.weight"].shape[-1], round((weights["pos_embed"].shape[1] - 1) ** 0.5)
+        model = build_vit(name, size=side * patch, patch=patch, grid=(side, side), channels=channels)
+    model.load_state_dict(weights, strict=True)
+    return Student(model.float(), name, side * patch, patch, recipe.prepare.mean, recipe.prepare.std)
+
+
+def student_tower(student: Student, size: int, *, where: str) -> Tower:
+    """The student at `size` pixels as an image tower: a ViT behind its final norm, MCMAE's tokens as fine-tuning reads them.
+
+    Raises ValueError for a size that is no multiple of the patch, and for another size of MCMAE's student.
+    """
+    model, patch = student.model, student.patch
+    if size % patch:
+        raise ValueError(f"--size {size}: is no multiple of the student's patch of {patch} px; "
+                         f"try {size // patch * patch or patch} or {(size // patch + 1) * patch}")  # fmt: skip
+    origin = Origin(where, None, Preprocessing(student.mean, student.std, student.interpolation),
+                    weights_sha256(model.state_dict()))  # fmt: skip
+    model.requires_grad_(False).eval()
+    if isinstance(model, MaskedConvViT):
+        return mcmae_tower(model, origin, student, size)
+    assert isinstance(model, VisionTransformer)
+    if size != student.size:
+        model.set_input_size(img_size=(size, size))
+    return as_tower(model, origin, "post_ln", patch, (size, size), norm_tail_of(model))
+
+
+def mcmae_tower(model: MaskedConvViT, origin: Origin, student: Student, size: int) -> Tower:
+    """MCMAE's encoder: no CLS, no stage fusion, before a final norm (that one belongs to pre-training)."""
+    if size != student.size:
+        raise ValueError(
+            f"--size {size}: MCMAE's student was trained at {student.size} px and is not resized; leave --size out"
+        )
+
+    def features(x: Tensor) -> tuple[Tensor, None]:
+        tokens = model.forward_features(x)
+        return tokens.transpose(1, 2).reshape(len(x), -1, *model.grid), None
+
+    return Tower(
+        module=model, features=features, attention_row=None, patch=PATCH, input_size=(size, size), origin=origin,
+        activation=activation_of(model), prefix_tokens=0, tap="pre_tail", tail={}, attention_backend=attention_backend(model),
+    )  # fmt: skip
