@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from stock_mae import StockMAE
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mrmae.extract.teachers import Teacher
 from mrmae.train import batches, loop, optim
+from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.live import Habits, Live
 from mrmae.train.model import build_model, needed_arrays
@@ -25,7 +25,7 @@ RESIDENT = "MR-MAE cached, resident batch"
 
 @dataclass
 class Arm:
-    """One contestant. step: one update. forward: the loss of a batch at hand, for counting. work: FLOPs of the teachers in it."""
+    """One contestant. step: one update. forward: the loss of a batch at hand, for counting. wall_s, waited_s: of all rounds, and of them for the loader."""
 
     name: str
     step: Callable[[], Any]
@@ -34,6 +34,8 @@ class Arm:
     feed: Feed | None = None
     teachers_flops: int = 0
     seconds: list[float] = field(default_factory=list)
+    wall_s: float = 0.0
+    waited_s: float = 0.0
     peak_bytes: int | str = ""
 
 
@@ -60,7 +62,7 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
     forward = loop.forward_of(run, compile=compile)
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)
-    with FlopCounterMode(display=False) as counter:
+    with counted() as counter:
         whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
     flops = counter.get_total_flops() // len(whole[0].samples)
     return Arm(name, lambda: loop.step(run, live, forward), lambda: run.model(*whole)[0], run.model, feed, flops)

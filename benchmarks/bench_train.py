@@ -14,7 +14,9 @@ import csv
 import itertools
 import os
 import statistics
+import subprocess
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,10 @@ from arms import CACHED, EXPLICIT, ONLINE, RESIDENT, STOCK, Arm, build_arms, onl
 from measure import ROOT, clock, machine, shown
 from synthetic import write_cache
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from mrmae.extract.teachers import build_teacher, parse_teacher
 from mrmae.train import optim
+from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.online import taught
 from mrmae.train.ranks import Ranks
@@ -90,7 +92,7 @@ def kept_bytes(arm: Arm, run: Run) -> int:
 
 def gflop(arm: Arm, run: Run) -> float:
     """GFLOP per image and step: three times the forward pass, and the teachers."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with counted() as counter, torch.no_grad():
         arm.forward()
     return (3 * counter.get_total_flops() / run.share.batch_size + arm.teachers_flops) / 1e9
 
@@ -124,9 +126,11 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
         marks.append(settled(run.device, now))
         loss.backward()
         marks.append(settled(run.device, now))
-        optim.guarded_step(run.optimizer, optim.gradient_norm(run.model.parameters()))
+        norm = optim.gradient_norm(run.model.parameters())
         marks.append(settled(run.device, now))
-        wait, teachers, forward, backward, update = (b - a for a, b in itertools.pairwise(marks))
+        optim.guarded_step(run.optimizer, norm)
+        marks.append(settled(run.device, now))
+        wait, teachers, forward, backward, norm_s, update = (b - a for a, b in itertools.pairwise(marks))
         found = {"next batch": wait, "teachers": teachers, **spent}
         found |= {
             "embedding, heads, losses": forward - sum(spent.values()),
@@ -145,11 +149,14 @@ def measure_arms(arms: list[Arm], run: Run, *, rounds: int, steps: int, now: Clo
             if run.device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(run.device)
                 before = torch.cuda.memory_allocated(run.device)
+            waited, start = getattr(arm.feed, "waited_s", 0.0), time.perf_counter()
             seconds = seconds_of(arm, steps, run.device, now)
             if run.device.type == "cuda":
                 arm.peak_bytes = torch.cuda.max_memory_allocated(run.device) - before
             if turn >= 0:
                 arm.seconds.append(seconds)
+                arm.wall_s += time.perf_counter() - start
+                arm.waited_s += getattr(arm.feed, "waited_s", 0.0) - waited
 
 
 # ---- rows
@@ -162,7 +169,7 @@ def rows_of(arms: list[Arm], run: Run, common: dict[str, Any]) -> list[dict[str,
     for arm in arms:
         p20, p50, p80 = spread(arm.seconds)
         rows.append(common | {"arm": arm.name, "part": "step", "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80,
-                              "images_per_s": batch / p50, "peak_bytes": arm.peak_bytes,
+                              "images_per_s": batch / p50, "peak_bytes": arm.peak_bytes, "stall": arm.waited_s / arm.wall_s,
                               "saved_bytes_per_image": kept_bytes(arm, run) // batch, "gflop_per_image": gflop(arm, run)})  # fmt: skip
     for one, other in RATIOS:
         if one in by_name and other in by_name:
@@ -182,6 +189,12 @@ def part_rows(name: str, run: Run, common: dict[str, Any], now: Clock, steps: in
         p20, p50, p80 = (1e3 * value for value in spread(seconds[1:]))
         rows.append(common | {"arm": name, "part": part, "p20_ms": p20, "p50_ms": p50, "p80_ms": p80})
     return rows
+
+
+def commit() -> str:
+    """This checkout's commit, with `+` where it was changed."""
+    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
 
 
 def append(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -234,7 +247,7 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
         run = build(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
         live = online_run(run, teachers)
         common = {"student": student, "batch": batch_size, "precision": run.precision, "rounds": rounds}
-        common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu")}
+        common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu"), "commit": commit()}
         for compile in (False, True) if cuda else (False,):
             mode = common | {"mode": "compiled" if compile else "eager"}
             arms = build_arms(run, live, compile=compile)

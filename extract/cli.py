@@ -53,7 +53,9 @@ from mrmae.shards.spec import ViewRecipe
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--max-pixels", default=178_956_970, type=click.IntRange(1), help="Larger images are refused undecoded.")
 @click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
-@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."
+)
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
 def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, **options: Any) -> None:
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.

@@ -16,12 +16,13 @@ from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
 from mrmae.extract.progress import Progress
 from mrmae.shards import audit
-from mrmae.shards.audit import Problem
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import commit_path, units
 from mrmae.shards.extend import drop_column
 from mrmae.shards.plan import load_plan
+from mrmae.shards.repair import prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
+from mrmae.shards.trust import Problem, read_record, trusted
 
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
 SHOWN_PROBLEMS = 100
@@ -123,7 +124,7 @@ def repair(cache: Path, run: bool, dry_run: bool) -> None:
         command, folder = recorded_command(cache)
         report_damage(cache, problems)
         if not dry_run:
-            gone = audit.prepare_repair(cache, problems)
+            gone = prepare_repair(cache, problems)
             click.echo(f"removed {len(gone)} files: records of damaged shards, and what is written again from others")
         click.echo(f"to write them anew, run:\n  cd {shlex.quote(folder)}\n  {command}" if command else
                    "to write them anew, run the extract-features command that made this cache")  # fmt: skip
@@ -138,15 +139,15 @@ def report_damage(cache: Path, problems: list[Problem]) -> None:
     """Print every problem and, per column, the shards to be written again."""
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(str(problem))
-    plan = audit.trusted(cache)[0]
-    for column, shards in audit.shards_of(plan, problems).items():
+    plan = trusted(cache)[0]
+    for column, shards in shards_of(plan, problems).items():
         click.echo(f"{column}: shards {', '.join(map(str, shards))}")
 
 
 def recorded_command(cache: Path) -> tuple[str, str]:
     """The extract-features command in the newest commit record that has one, and the folder it was given in."""
-    plan = audit.trusted(cache)[0]
-    records = [record for unit in units(plan) if (record := audit.read_record(commit_path(cache, *unit)))]
+    plan = trusted(cache)[0]
+    records = [record for unit in units(plan) if (record := read_record(commit_path(cache, *unit)))]
     told = [record for record in records if record.get("command") and record.get("folder")]
     if not told:
         return "", ""

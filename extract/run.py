@@ -9,6 +9,7 @@ from typing import Any
 from mrmae.extract.decode import Images
 from mrmae.extract.digest import digest_images
 from mrmae.extract.engine import Job, calibrated, extract_missing
+from mrmae.extract.forecast import forecast, measure_rates
 from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.plan import describe
@@ -56,6 +57,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
                      labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
                      shard_samples=shard_samples))  # fmt: skip
     if dry_run:
+        say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     job = (start if options.part.leads else join)(options, sources, teachers, shard_samples)
     finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)

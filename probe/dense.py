@@ -78,13 +78,15 @@ def draw_attention(
     entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1).mean(0)
     chosen = entropy.argsort()[:shown].tolist()
     columns = {"image": pictures.numpy(), "mean of queries": heat(attention.mean(1), grid)}
-    columns |= {f"query {i}": heat(attention[:, i], grid) for i in chosen}
-    note = f"Each map is scaled to its own maximum; the {len(chosen)} of {attention.shape[1]} queries with the lowest entropy."
+    peaks = (attention.amax(-1) * attention.shape[-1]).mean(0)  # over what uniform attention would give
+    columns |= {f"query {i}\npeak {peaks[i]:.1f} x uniform": heat(attention[:, i], grid) for i in chosen}
+    note = f"Each map is scaled from its own minimum to its own maximum; the {len(chosen)} of {attention.shape[1]} queries with the lowest entropy."
     draw_panels(path, columns, title=title, note=note)
 
 
 def heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Weights as colours [b, grid height, grid width, 3], each image scaled to its own maximum."""
-    scaled = (weights / weights.amax(-1, keepdim=True).clamp_min(1e-12)).reshape(-1, *grid).numpy()
+    """Weights as colours [b, grid height, grid width, 3], each image from its own minimum to its own maximum."""
+    low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
+    scaled = ((weights - low) / (high - low).clamp_min(1e-12)).reshape(-1, *grid).numpy()
     colours: np.ndarray[Any, Any] = colormaps["viridis"](scaled)[..., :3]
     return colours

@@ -1,12 +1,10 @@
-"""Every problem of a cache at once, by file and shard, and the removals after which extract-features mends them.
+"""Every problem of a cache at once, by file and shard.
 
 Opening a cache checks existence and sizes; this also reads: records, hashes, every checksum, zarr metadata.
 """
 
-import dataclasses
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,30 +22,12 @@ from mrmae.shards.commit import (
     units,
     valid_record,
 )
-from mrmae.shards.plan import PIXELS, Plan, column_folder, load_plan, read_samples, readable_json, shard_ranges
+from mrmae.shards.plan import PIXELS, Plan, column_folder, read_samples, shard_ranges
 from mrmae.shards.reader import Damaged, ShardFile, read_members
 from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
+from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
-from mrmae.shards.write import publish, remove
 from mrmae.shards.zarr_io import metadata, metadata_paths, seal
-
-METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
-                   "fill_value", "codecs")  # fmt: skip
-Manifest = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """Something wrong with a file of the cache. unit: the shard (view, column, shard) it belongs to, if any."""
-
-    file: str
-    what: str
-    unit: Unit | None = None
-
-    def __str__(self) -> str:
-        view, column, shard = self.unit or (0, "", 0)
-        whose = f" (shard {shard} of {column}, view {view})" if self.unit else ""
-        return f"{self.file}{whose}: {self.what}"
 
 
 def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
@@ -74,69 +54,6 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
     if full and manifest is not None and table is not None and not found:
         found += manifest_problems(path, plan, manifest, table)
     return found
-
-
-def manifest_of(path: Path) -> tuple[Manifest | None, list[Problem]]:
-    """The manifest, None where it is absent or cannot be trusted."""
-    if not (path / "manifest.json").exists():
-        return None, []
-    try:
-        return verify.read_manifest(path), []
-    except (ValueError, OSError) as error:
-        return None, [Problem("manifest.json", reason(error, path / "manifest.json"))]
-
-
-def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
-    """The plan, and the manifest that belongs to it (else None).
-
-    Where plan.json and manifest.json contradict each other, commit records and zarr attributes decide who is right.
-    Raises ValueError where neither can be read.
-    """
-    manifest, problems = manifest_of(path)
-    promised = None
-    try:
-        promised = Plan.from_json(plan_fields(manifest), str(path / "manifest.json")) if manifest else None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        manifest, problems = None, [Problem("manifest.json", f"it is no manifest ({error}), so it was edited")]
-    try:
-        plan = load_plan(path)
-        fields = json.loads((path / "plan.json").read_bytes())
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
-        if promised is None:
-            raise ValueError(f"{path}: neither plan.json nor manifest.json can be read ({reason(error, path)}); this is "
-                             "no cache, or one that must be extracted anew") from None  # fmt: skip
-        said = f"cannot be read ({reason(error, path / 'plan.json')}); the manifest holds the same"
-        return promised, manifest, [*problems, Problem("plan.json", said)]
-    if manifest is None or promised is None or fields == plan_fields(manifest):
-        return plan, manifest, problems
-    if agreement(path, promised) > agreement(path, plan):
-        return promised, manifest, [Problem("plan.json", "it is not the plan of the manifest and of the shards")]
-    return plan, None, [Problem("manifest.json", "it is not the manifest of plan.json and of the shards")]
-
-
-def agreement(path: Path, plan: Plan) -> int:
-    """How many commit records and zarr groups say that they were written for this plan."""
-    found = 0
-    for view, column, shard in units(plan):
-        record = read_record(commit_path(path, view, column, shard))
-        found += record is not None and record.get("id") == plan.ids.get(column)
-    for teacher in plan.columns:
-        group = column_folder(path, 0, teacher.column) / "zarr.json"
-        if teacher.column in plan.quantisers and group.exists():
-            attributes = (fields_of(group.read_bytes()) or {}).get("attributes", {})
-            expected = column_attributes(plan, 0, teacher.column)
-            found += {name: attributes.get(name) for name in expected} == expected
-    return found
-
-
-def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """plan.json's fields, as a manifest repeats them."""
-    not_there = ("geometry_id", "n_valid", "samples_id", "shards", "manifest_id", "columns")
-    return {
-        **{name: value for name, value in manifest.items() if name not in not_there},
-        "columns": [column["teacher"] for column in manifest["columns"]],
-        "quantisers": {column["name"]: column["quantiser"] for column in manifest["columns"]},
-    }
 
 
 def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[str, list[Any]] | None, list[Problem]]:
@@ -200,15 +117,6 @@ def unit_problems(
             return  # its checksums would only say the same again
     if full:
         yield from checksum_problems(path, plan, unit, valid)
-
-
-def read_record(file: Path) -> dict[str, Any] | None:
-    """A commit record, None where it cannot be read."""
-    try:
-        record = json.loads(file.read_bytes())
-        return record if isinstance(record, dict) else None
-    except (OSError, ValueError):
-        return None
 
 
 def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None) -> str:
@@ -314,14 +222,6 @@ def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem
                     yield Problem(relative(path, file), "the zarr metadata are not those that were written")
 
 
-def fields_of(content: bytes) -> dict[str, Any] | None:
-    """What zarr metadata say of the data (other versions of zarr may add fields); None where they are not JSON."""
-    try:
-        return {name: value for name, value in json.loads(content).items() if name in METADATA_FIELDS}
-    except (ValueError, AttributeError):
-        return None
-
-
 def tail_problems(path: Path, manifest: Manifest | None, *, full: bool) -> Iterator[Problem]:
     """Tails that are missing, resized or, with `full`, altered."""
     for column in manifest["columns"] if manifest else []:
@@ -345,59 +245,6 @@ def manifest_problems(
         yield Problem("manifest.json", f"{what} in the commit records, so it was edited")
 
 
-def reason(error: Exception, file: Path) -> str:
-    """An error's message without the file's name in front."""
-    return str(error).removeprefix(f"{file}: ") or type(error).__name__
-
-
 def relative(path: Path, file: Path) -> str:
     """The file's name inside the cache."""
     return file.relative_to(path).as_posix()
-
-
-# --- repair
-
-
-def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
-    """The files removed so that the same extract-features command writes anew exactly what is damaged.
-
-    Of a damaged shard its commit record, otherwise the damaged file itself; plan.json is written again from the manifest.
-    The manifest goes too where shards are damaged: nobody trains on them meanwhile.
-    """
-    problems = list(problems)
-    plan, manifest, _ = trusted(path)
-    if manifest is None:
-        refuse_foreign_plan(path, plan)
-    doomed: list[Path] = []
-    for problem in problems:
-        if problem.file == "plan.json":
-            publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
-        elif problem.unit is not None:
-            doomed.append(commit_path(path, *problem.unit))
-        else:
-            doomed.append(path / problem.file)
-    if any(problem.file != "plan.json" for problem in problems):
-        doomed.append(path / "manifest.json")
-    gone = [file for file in dict.fromkeys(doomed) if file.exists()]
-    for file in gone:
-        remove(file)
-    return gone
-
-
-def refuse_foreign_plan(path: Path, plan: Plan) -> None:
-    """ValueError where plan.json, not the shards, is what was altered: no commit record would survive its repair."""
-    records = [(unit, record) for unit in units(plan) if (record := read_record(commit_path(path, *unit)))]
-    foreign = [unit for unit, record in records if record.get("id") != plan.ids.get(unit[1])]
-    if len(foreign) > len(records) / 2:
-        raise ValueError(f"{path / 'plan.json'}: {len(foreign)} of {len(records)} commit records are of another plan, and "
-                         "there is no manifest to tell which is right; expected the plan that the shards were written "
-                         "for; restore plan.json or manifest.json from a copy (nothing was changed)")  # fmt: skip
-
-
-def shards_of(plan: Plan, problems: Iterable[Problem]) -> dict[str, list[int]]:
-    """Damaged shards by `view/column`, ascending."""
-    found: dict[str, set[int]] = {}
-    for problem in problems:
-        if problem.unit is not None:
-            found.setdefault(f"view {problem.unit[0]}, {problem.unit[1]}", set()).add(problem.unit[2])
-    return {name: sorted(shards) for name, shards in found.items()}

@@ -1,5 +1,8 @@
 """What a step costs per image: operations, bytes from storage, memory; counted on one image, before anything is trained."""
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,15 +42,30 @@ def cost_facts(run: Run) -> dict[str, str]:
 def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
     loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
-    with FlopCounterMode(display=False) as counter:
+    with counted() as counter:
         whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
     return whole, int(counter.get_total_flops())
 
 
+@contextlib.contextmanager
+def counted() -> Iterator[FlopCounterMode]:
+    """A counter of FLOPs (two per multiply-accumulate): matrix products, attention, convolutions.
+
+    PyTorch's fused inference path of nn.MultiheadAttention (open_clip's towers) is one operation that it does not know.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            yield counter
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 @torch.no_grad()
 def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
-    """FLOPs (two per multiply-accumulate) of the forward pass on one image: matrix products, attention, convolutions."""
-    with FlopCounterMode(display=False) as counter:
+    """FLOPs of the forward pass on one image."""
+    with counted() as counter:
         run.model(batch, masks)
     return int(counter.get_total_flops())
 

@@ -13,6 +13,7 @@ import pytest
 
 from mrmae.shards import audit, plan
 from mrmae.shards.cache import open_cache
+from mrmae.shards.repair import prepare_repair
 from mrmae.shards.spec import content_id
 
 Make = Callable[..., Path]
@@ -54,7 +55,7 @@ def test_what_repair_removes_is_enough_for_every_kind(make_cache: Make, cache: P
         path = tmp_path / str(i)
         shutil.copytree(cache, path)
         faults.KINDS[kind](path, made, rng)
-        audit.prepare_repair(path, audit.find_problems(path, full=True))
+        prepare_repair(path, audit.find_problems(path, full=True))
         make_cache(path, **SMALL)
         assert contents(path) == whole, kind
 
@@ -72,7 +73,7 @@ def test_an_edited_manifest_is_not_taken_for_a_damaged_plan(cache: Path, tmp_pat
     (tmp_path / "c/manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
     problems = audit.find_problems(tmp_path / "c", full=True)
     assert [problem.file for problem in problems] == ["manifest.json"]
-    audit.prepare_repair(tmp_path / "c", problems)
+    prepare_repair(tmp_path / "c", problems)
     assert (tmp_path / "c/plan.json").read_bytes() == (cache / "plan.json").read_bytes()
 
 
@@ -84,5 +85,5 @@ def test_a_misspelt_field_of_the_plan_is_a_damaged_plan(cache: Path, tmp_path: P
     with pytest.raises(ValueError, match="plan.json: (damaged|fields)"):
         open_cache(tmp_path / "c")
     assert [problem.file for problem in audit.find_problems(tmp_path / "c")] == ["plan.json"]
-    audit.prepare_repair(tmp_path / "c", audit.find_problems(tmp_path / "c"))
+    prepare_repair(tmp_path / "c", audit.find_problems(tmp_path / "c"))
     assert file.read_bytes() == (cache / "plan.json").read_bytes()

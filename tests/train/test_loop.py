@@ -234,9 +234,10 @@ def test_three_in_a_row_stop_the_run_naming_the_term_with_the_state_saved(
         seen = _poison(patch, {7, 8, 9}, "mimic/b")
         with pytest.raises(loop.Diverged, match="update 10: .*term mimic/b; state saved in"):
             _train(tiny_cache, tmp_path / "out", quick())
-    assert _state(tmp_path / "out")["step"] == 10
+    state = _state(tmp_path / "out")
+    assert state["step"] == 10
     for name, weight in seen[7].items():
-        assert torch.equal(weight, _state(tmp_path / "out")["model"][name])
+        assert torch.equal(weight, state["model"][name])
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
 
 

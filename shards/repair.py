@@ -1,0 +1,54 @@
+"""The removals after which the same extract-features command writes anew exactly what is damaged in a cache."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mrmae.shards.commit import commit_path, units
+from mrmae.shards.plan import Plan, readable_json
+from mrmae.shards.trust import Problem, read_record, trusted
+from mrmae.shards.write import publish, remove
+
+
+def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
+    """The files removed so that the same extract-features command writes anew exactly what is damaged.
+
+    Of a damaged shard its commit record, otherwise the damaged file itself; plan.json is written again from the manifest.
+    The manifest goes too where shards are damaged: nobody trains on them meanwhile.
+    """
+    problems = list(problems)
+    plan, manifest, _ = trusted(path)
+    if manifest is None:
+        refuse_foreign_plan(path, plan)
+    doomed: list[Path] = []
+    for problem in problems:
+        if problem.file == "plan.json":
+            publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
+        elif problem.unit is not None:
+            doomed.append(commit_path(path, *problem.unit))
+        else:
+            doomed.append(path / problem.file)
+    if any(problem.file != "plan.json" for problem in problems):
+        doomed.append(path / "manifest.json")
+    gone = [file for file in dict.fromkeys(doomed) if file.exists()]
+    for file in gone:
+        remove(file)
+    return gone
+
+
+def refuse_foreign_plan(path: Path, plan: Plan) -> None:
+    """ValueError where plan.json, not the shards, is what was altered: no commit record would survive its repair."""
+    records = [(unit, record) for unit in units(plan) if (record := read_record(commit_path(path, *unit)))]
+    foreign = [unit for unit, record in records if record.get("id") != plan.ids.get(unit[1])]
+    if len(foreign) > len(records) / 2:
+        raise ValueError(f"{path / 'plan.json'}: {len(foreign)} of {len(records)} commit records are of another plan, and "
+                         "there is no manifest to tell which is right; expected the plan that the shards were written "
+                         "for; restore plan.json or manifest.json from a copy (nothing was changed)")  # fmt: skip
+
+
+def shards_of(plan: Plan, problems: Iterable[Problem]) -> dict[str, list[int]]:
+    """Damaged shards by `view/column`, ascending."""
+    found: dict[str, set[int]] = {}
+    for problem in problems:
+        if problem.unit is not None:
+            found.setdefault(f"view {problem.unit[0]}, {problem.unit[1]}", set()).add(problem.unit[2])
+    return {name: sorted(shards) for name, shards in found.items()}
