@@ -56,6 +56,7 @@ def compare_live(
     found = []
     for name, column in cache.columns.items():
         request = given.get(column.spec.name) or recorded_request(cache, name)
+        request = dataclasses.replace(request, tap=column.spec.tap)  # a teacher may have several columns
         teacher = build_teacher(request, grid=cache.grid[0], view_size=cache.size, device=device,
                                 precision=column.spec.precision, allow_torchscript=allow_torchscript)  # fmt: skip
         compare_teachers(column.spec, teacher.spec, f"{cache.path}: {name}")

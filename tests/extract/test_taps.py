@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from mrmae.extract.live import compare_live
 from mrmae.extract.options import one_per_tap
 from mrmae.shards.cache import open_cache
 
@@ -26,6 +27,9 @@ def test_taps_of_one_teacher_are_columns_with_one_tail(extract: Any, photo_folde
     assert cache.teachers == {"vit": "vit.pre_tail"}, "the first tap is the teacher's"
     view = cache[0].views[0]
     assert set(view) == {"pixels", "view", "vit", "vit.block_1"}
+    assert all(column.good for column in compare_live(cache, 3)) and not any(
+        column.good for column in compare_live(cache, 3, mirror=True, texts=[VIT])
+    )
     assert not torch.allclose(view["vit"]["tokens"], view["vit.block_1"]["tokens"], atol=0.1)
 
 
