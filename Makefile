@@ -18,6 +18,7 @@ OUT ?= demo-output
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(IMAGES),--images '$(IMAGES)') --out '$(OUT)' $(DEMO)
 
+# One thread per process: PyTorch's spinning workers and two test processes on two cores are many times slower.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
@@ -28,7 +29,8 @@ check: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_layers.py
 
 soak: $(INSTALLED)
-	$(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600
+	$(BIN)/python benchmarks/soak_cache.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -135,7 +135,8 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
         found |= {
             "embedding, heads, losses": forward - sum(spent.values()),
             "backward": backward,
-            "norm and AdamW": update,
+            "gradient norm": norm_s,
+            "AdamW": update,
         }
         for name, value in found.items():
             parts.setdefault(name, []).append(value)
