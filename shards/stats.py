@@ -20,6 +20,7 @@ from mrmae.shards.cache import Cache, Numbers
 from mrmae.shards.spec import FORMAT_VERSION, content_id
 from mrmae.shards.write import publish
 
+DEAD = 1e-6  # of the largest standard deviation: below it is rounding
 TOKENS_AT_ONCE = 1 << 16  # bounds the float64 copy: 0.4 GB at 768 channels
 
 
@@ -32,6 +33,12 @@ class Stats:
     mean: Float64[Tensor, "d"]
     variance: Float64[Tensor, "d"]
     covariance: Float64[Tensor, "d d"]
+
+    @property
+    def std(self) -> Float64[Tensor, "d"]:
+        """Standard deviation of every channel; 1 for those that do not vary, whose normalised value is then 0, not noise."""
+        std = self.variance.clamp_min(0).sqrt()
+        return torch.where(std > DEAD * std.max(), std, 1.0)
 
 
 def stats_path(path: Path, column: str) -> Path:

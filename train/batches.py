@@ -54,7 +54,7 @@ def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInf
         teachers[target] = replace(
             teachers[target],
             stat_mean=found.mean,
-            stat_std=found.variance.sqrt(),
+            stat_std=found.std,
             stat_covariance=found.covariance,
             stat_id=found.id,
         )

@@ -201,6 +201,6 @@ def teachers_of(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]
         if any(getattr(column, field) is None for field in wanted.get(term.transform, ())):
             raise ValueError(
                 f"term {name}: transform {term.transform} wants channel statistics of teacher {teacher!r}, and none were given; "
-                f"compute them with statistics.with_statistics, or use --set terms.{name}.transform=ln0"
+                f"run inspect-cache stats on the cache, or use --set terms.{name}.transform=ln0"
             )
     return teachers

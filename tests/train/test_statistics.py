@@ -10,20 +10,24 @@ import torch
 from torch import Tensor
 
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.train.batches import cache_info, load_batch
+from mrmae.shards.stats import Stats, compute_stats, write_stats
+from mrmae.train.batches import cache_info, load_batch, stored_statistics
 from mrmae.train.masks import Draw, Masks, draw_masks
 from mrmae.train.model import Batch, CacheInfo, build_model, needed_arrays
 from mrmae.train.phi_s import hadamard, phi_s
 from mrmae.train.recipe import Recipe
-from mrmae.train.statistics import ColumnStatistics, column_statistics, with_statistics
 
 MakeRecipe = Callable[..., Recipe]
 PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=null", "student.decoder=null"]
 
 
-@pytest.fixture
-def cache(tiny_cache: Path) -> Cache:
-    return open_cache(tiny_cache)
+@pytest.fixture(scope="module")
+def cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache whose moments are stored, as `inspect-cache stats` stores them."""
+    opened = open_cache(make_cache(tmp_path_factory.mktemp("statistics") / "cache"))
+    for column in opened.columns:
+        write_stats(opened, column, compute_stats(opened, column))
+    return opened
 
 
 def all_tokens(cache: Cache, column: str) -> Tensor:
@@ -34,44 +38,18 @@ def all_tokens(cache: Cache, column: str) -> Tensor:
 # ---- statistics
 
 
-@pytest.mark.parametrize("column", ["a.pre_tail", "b.pre_tail"])
-def test_one_pass_equals_two_passes(cache: Cache, column: str) -> None:
-    found, x = column_statistics(cache, column), all_tokens(cache, column)
-    assert found.n_samples == len(cache.numbers) and len(x) > 100
-    assert torch.allclose(found.mean, x.mean(0), rtol=0, atol=1e-13)
-    assert torch.allclose(found.std, x.std(0, correction=0), rtol=0, atol=1e-13)
-    assert torch.allclose(found.covariance, torch.cov(x.T, correction=0), rtol=0, atol=1e-13)
-    assert torch.equal(found.covariance, found.covariance.T)
-
-
-def test_the_id_says_what_was_measured(cache: Cache) -> None:
-    whole = column_statistics(cache, "a.pre_tail")
-    assert whole.id.startswith("sha256:") and whole.id == column_statistics(cache, "a.pre_tail").id
-    part = column_statistics(cache, "a.pre_tail", samples=5)
-    assert part.n_samples == 5 and len({whole.id, part.id, column_statistics(cache, "b.pre_tail").id}) == 3
-    views = [cache.read_tokens("a.pre_tail", cache.numbers[:5], np.full(5, v)) for v in range(cache.n_views)]
-    assert torch.allclose(part.mean, torch.cat(views).flatten(0, 1).double().mean(0), atol=1e-13)
-
-
 def test_a_channel_that_does_not_vary_normalises_to_0() -> None:
-    covariance = torch.diag(torch.tensor([4.0, 0.0, 1e-18, 9.0]).double())
-    assert ColumnStatistics(torch.zeros(4), covariance, 1, "").std.tolist() == [2, 1, 1, 3]
+    variance = torch.tensor([4.0, 0.0, 1e-18, 9.0]).double()
+    assert Stats("", 1, torch.zeros(4), variance, torch.diag(variance)).std.tolist() == [2, 1, 1, 3]
 
 
-def test_what_has_no_statistics_is_refused(cache: Cache) -> None:
-    with pytest.raises(ValueError, match="statistics of 'c.pre_tail' over .* one of .*a.pre_tail"):
-        column_statistics(cache, "c.pre_tail")
-    with pytest.raises(ValueError, match="over 0 images"):
-        column_statistics(cache, "a.pre_tail", samples=0)
-
-
-def test_only_what_the_terms_need_is_computed(cache: Cache, tiny_recipe: MakeRecipe) -> None:
+def test_only_what_the_terms_need_is_read(cache: Cache, tiny_recipe: MakeRecipe) -> None:
     info = cache_info(cache)
-    assert with_statistics(info, cache, tiny_recipe("mr-mae")) == info
-    filled = with_statistics(info, cache, tiny_recipe("mr-mae", *PHI))
+    assert stored_statistics(info, cache, tiny_recipe("mr-mae")) == info
+    filled = stored_statistics(info, cache, tiny_recipe("mr-mae", *PHI))
     assert filled.teachers["b"] == info.teachers["b"]
     a = filled.teachers["a"]
-    assert a.stat_covariance.shape == (8, 8) and a.stat_id == column_statistics(cache, "a.pre_tail").id
+    assert a.stat_covariance.shape == (8, 8) and a.stat_id == compute_stats(cache, "a.pre_tail").id
 
 
 # ---- phi_s
@@ -112,7 +90,7 @@ def test_phi_s_of_features_that_do_not_vary_is_refused() -> None:
 
 
 def on_cache(cache: Cache, recipe: Recipe) -> tuple[CacheInfo, Batch]:
-    info = with_statistics(cache_info(cache), cache, recipe)
+    info = stored_statistics(cache_info(cache), cache, recipe)
     return info, load_batch(cache, cache.numbers[:4], epoch=0, needed=needed_arrays(recipe, info))
 
 
@@ -149,7 +127,7 @@ def backward(model: torch.nn.Module, batch: Batch, masks: Masks) -> list[Tensor]
 
 def test_a_zero_prediction_of_phi_s_costs_1(cache: Cache, tiny_recipe: MakeRecipe) -> None:
     recipe = tiny_recipe("mr-mae", *PHI, "mask.n_keep=16", "mask.n_predict=0")
-    info = with_statistics(cache_info(cache), cache, recipe)
+    info = stored_statistics(cache_info(cache), cache, recipe)
     model = build_model(recipe, info, dtype=torch.float64)
     model.heads["mimic/a"].weight.data.zero_()  # type: ignore[operator]
     total, views = 0.0, range(cache.n_views)
@@ -188,4 +166,4 @@ def test_phi_s_of_a_width_without_hadamard_matrix_is_refused_when_the_model_is_b
 ) -> None:
     recipe = tiny_recipe("mr-mae", *PHI, "terms.mimic.teachers=[b]")
     with pytest.raises(ValueError, match="6 channels have no Hadamard matrix here"):
-        build_model(recipe, with_statistics(cache_info(cache), cache, recipe))
+        build_model(recipe, stored_statistics(cache_info(cache), cache, recipe))
