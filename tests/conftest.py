@@ -137,7 +137,7 @@ def real_file(request: pytest.FixtureRequest) -> Callable[[str], Path]:
         path = Path(request.config.getoption("--data-root")) / name
         request.node.user_properties.append(("real file", path.exists()))
         if not path.exists():
-            pytest.skip(f"{path} is absent: this test needs real data; pass --data-root")
+            pytest.skip(f"{path} is absent: this test needs real data; pass --data-root=DIR")
         return path
 
     return find
