@@ -21,6 +21,7 @@ from mrmae.train.run import Run
 
 STOCK, EXPLICIT, ONLINE, CACHED = "stock MAE", "stock MAE, explicit softmax", "MR-MAE online", "MR-MAE cached"
 RESIDENT = "MR-MAE cached, resident batch"
+TRITON, REFERENCE = "MR-MAE cached, Triton kernels", "MR-MAE cached, reference kernels"
 
 
 @dataclass
@@ -48,6 +49,13 @@ def online_run(run: Run, teachers: list[Teacher]) -> Run:
     optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay)
     chosen = only_needed(named, needed)
     return replace(run, info=info, needed=needed, model=model, optimizer=optimizer, online=chosen)
+
+
+def with_kernels(run: Run, kernels: str) -> Run:
+    """The same run with its stages forced to "triton" or "torch"."""
+    model, o = build_model(run.recipe, run.info, kernels=kernels).to(run.device), run.recipe.optim
+    optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay)
+    return replace(run, model=model, optimizer=optimizer)
 
 
 def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
@@ -116,4 +124,6 @@ def build_arms(run: Run, live: Run, *, compile: bool) -> list[Arm]:
         resident = itertools.repeat(next(feed))
     if run.device.type == "cuda":
         arms.append(our_arm(RESIDENT, run, resident, compile=compile))
+        for name, kernels in ((TRITON, "triton"), (REFERENCE, "torch")):
+            arms.append(our_arm(name, with_kernels(run, kernels), resident, compile=compile))
     return arms

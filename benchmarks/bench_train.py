@@ -23,7 +23,7 @@ from typing import Any
 
 import click
 import torch
-from arms import CACHED, EXPLICIT, ONLINE, RESIDENT, STOCK, Arm, build_arms, online_run
+from arms import CACHED, EXPLICIT, ONLINE, REFERENCE, RESIDENT, STOCK, TRITON, Arm, build_arms, online_run
 from measure import ROOT, clock, machine, shown
 from synthetic import write_cache
 from torch import Tensor, nn
@@ -42,7 +42,14 @@ COLUMNS = (
     "saved_bytes_per_image,peak_bytes,gflop_per_image,rounds,load,device,torch,triton,commit,date"
 ).split(",")
 TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/random", "dino=timm:vit_base_patch16_224.dino/random")
-RATIOS = ((CACHED, ONLINE), (CACHED, STOCK), (EXPLICIT, STOCK), (ONLINE, STOCK), (CACHED, RESIDENT))
+RATIOS = (
+    (CACHED, ONLINE),
+    (CACHED, STOCK),
+    (EXPLICIT, STOCK),
+    (ONLINE, STOCK),
+    (CACHED, RESIDENT),
+    (TRITON, REFERENCE),
+)
 Clock = Callable[[], float]
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything the kernels need from one NVIDIA GPU, in one call under ten minutes: the device tests, then the benchmark at
-# 64, 256 and 1024 images. Rows are appended to benchmarks/results/kernels.csv; the short table comes last.
+# Everything wanted from one NVIDIA GPU, in one call under ten minutes: the device tests, every kernel at 64, 256 and 1024
+# images, whole steps with and without them. Rows are appended to benchmarks/results/{kernels,train}.csv; short tables come last.
 #   benchmarks/gpu.sh            PYTHON=path/to/python benchmarks/gpu.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -16,7 +16,8 @@ PROBE
 
 # The benchmark runs even if a test fails: a wrong kernel's rows show its error. The status of the tests is the script's.
 status=0
-timeout 240 "$python" -m pytest -m gpu tests/kernels -q || status=$?
-timeout 330 "$python" benchmarks/bench_kernels.py --device cuda --budget-s 0.3
+timeout 170 "$python" -m pytest -m gpu tests/kernels -q || status=$?
 echo "device tests: $([ "$status" = 0 ] && echo passed || echo "FAILED ($status)")"
+timeout 210 "$python" benchmarks/bench_train.py --device cuda --rounds 3 || status=$?
+timeout 210 "$python" benchmarks/bench_kernels.py --device cuda --budget-s 0.2 || status=$?
 exit "$status"

@@ -49,6 +49,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     Raises ValueError and OSError for what a user can mend; what was committed before stays valid.
     """
     began, options = time.monotonic(), options.resolved()
+    plans.refuse_other_folder(options.cache)
     sources = list_sources(options.images, options.include)
     teachers = asked_teachers(options)
     shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
@@ -103,7 +104,6 @@ def start(options: Options, sources: Sources, teachers: Teachers, shard_samples:
     """The job, its plan written or found equal on disk."""
     path = options.cache
     order = canonical_order([image.key for image in sources])
-    plans.refuse_other_folder(path)
     make_folder(path)
     digests = digest_images(sources, order, known_digests(path), path / SPOOL, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]

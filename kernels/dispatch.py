@@ -13,7 +13,7 @@ from torch import Tensor
 from mrmae.kernels import check, mimic, pixels, reference
 
 # What "auto" takes on CUDA. A kernel that loses to the compiled reference in benchmarks/results/kernels.csv becomes "torch".
-AUTO = {"gather_patches": "triton", "embed_tokens": "triton", "pixel_loss": "triton", "mimic_loss": "triton"}
+AUTO = {"gather_patches": "torch", "embed_tokens": "torch", "pixel_loss": "torch", "mimic_loss": "torch"}
 TARGETS = ("none", "ln0", "l2", "channel")
 DISTANCES = ("mse", "sl1", "cosd")
 TRITON_INSTALLED = find_spec("triton") is not None
@@ -59,7 +59,7 @@ def gather_patches(
     check.dtype_in(where, "dtype", torch.empty(0, dtype=dtype), check.FLOATS)
     check.ids_of(where, "ids_keep", ids_keep, images=view.shape[0], l=check.grid_size(view, patch), debug=debug)
     check.same_device(where, view.device, {"ids_keep": ids_keep, "scale": scale, "shift": shift}, "image")
-    if use_triton(where, kernels, view, torch.empty(0, dtype=dtype, device=view.device)):
+    if use_triton(where, kernels, view, scale, shift, torch.empty(0, dtype=dtype, device=view.device)):
         return pixels.gather_patches(view, ids_keep, scale, shift, patch, dtype)
     return reference.gather_patches(view, ids_keep, scale, shift, patch=patch, dtype=dtype)
 
@@ -124,7 +124,7 @@ def pixel_loss(
     check.same_device(where, view.device, given, "image")
     if norm_pix and values < 2:
         check.refuse(where, "a patch has 1 value", "at least 2 for a variance", "use norm_pix=False")
-    if use_triton(where, kernels, view, pred):
+    if use_triton(where, kernels, view, pred, scale, shift):
         return pixels.pixel_loss(view, pred, ids_predict, scale, shift, patch, norm_pix)
     return reference.pixel_loss(view, pred, ids_predict, scale, shift, patch=patch, norm_pix=norm_pix)
 

@@ -8,6 +8,7 @@ Reads are thread-safe, every chunk is verified by its crc32c, and an opened cach
 
 import concurrent.futures
 import dataclasses
+import difflib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -95,7 +96,7 @@ class Cache:
 
     def __getitem__(self, which: int | str) -> Sample:
         """The sample of this number or key, tokens dequantised. Raises IndexError or KeyError."""
-        number = self.number_of[which] if isinstance(which, str) else range(len(self))[which]
+        number = self.number(which)
         readable = bool(self.readable[number])
         views = [self.read_view(number, view) for view in range(self.n_views)] if readable else []
         return Sample(number, self.keys[number], self.labels[number], readable, self.reasons[number], views)
@@ -109,6 +110,17 @@ class Cache:
     def number_of(self) -> dict[str, int]:
         """Sample number by key."""
         return {key: number for number, key in enumerate(self.keys)}
+
+    def number(self, which: int | str) -> int:
+        """The sample number of a key or (negative from the end) a position. Raises KeyError or IndexError, saying what there is."""
+        if isinstance(which, str):
+            if which not in self.number_of:
+                near = difflib.get_close_matches(which, self.keys, 1, 0.0)
+                raise KeyError(f"{self.path}: no image has the key {which!r}; the nearest is {near[0]!r}")
+            return self.number_of[which]
+        if not -len(self) <= which < len(self):
+            raise IndexError(f"{self.path}: sample {which} is not there; the cache has {len(self)}")
+        return which % len(self)
 
     def read_view(self, number: int, view: int) -> dict[str, Any]:
         """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""

@@ -84,4 +84,4 @@ def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:
     total = sum(1 for _ in units(plan))
     raise ValueError(f"{path}: this cache is unfinished (no manifest.json): {done} of {total} shards are committed; "
                      "a finished cache was expected; run the same extract-features command again, it continues where "
-                     "it stopped, or open what is there with --allow-partial")  # fmt: skip
+                     "it stopped, or open what is there with open_cache(..., allow_partial=True)")  # fmt: skip

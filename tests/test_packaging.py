@@ -1,7 +1,9 @@
 """What a stranger installs: the built wheel holds every module, every recipe and the two commands."""
 
+import importlib
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -35,11 +37,15 @@ def test_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
         assert any(name.endswith("__init__.py") for name in wanted), layer
 
 
-def test_wheel_names_both_commands(wheel: zipfile.ZipFile) -> None:
+def test_wheel_names_every_command(wheel: zipfile.ZipFile) -> None:
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(entry_points).decode()
-    assert "extract-features = mrmae.extract.cli:main" in text
-    assert "train-mrmae = mrmae.train.cli:main" in text
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert {"extract-features", "train-mrmae", "inspect-cache", "probe-features"} == set(scripts)
+    for name, where in scripts.items():
+        assert f"{name} = {where}" in text
+        module, function = where.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
 
 
 def test_wheel_ships_no_tests_and_no_second_top_level(wheel: zipfile.ZipFile) -> None:

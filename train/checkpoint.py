@@ -52,7 +52,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _is_write_failure(error: RuntimeError) -> bool:
-    return any(word in str(error) for word in ("PytorchStreamWriter", "inline_container", "write", "open"))
+    return any(
+        word in str(error)
+        for word in ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
+    )
 
 
 def _sync_folder(folder: Path) -> None:

@@ -22,7 +22,7 @@ SHORTHANDS = {
 }
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110})
+@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(

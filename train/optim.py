@@ -5,7 +5,7 @@ acted upon on the device, so nothing waits for the host.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -78,11 +78,6 @@ def culprit(terms: dict[str, float]) -> str:
     """The name of the loss term that is not finite, or what to suspect when all of them are."""
     names = [name for name, value in terms.items() if not math.isfinite(value)]
     return "term " + " and ".join(names) if names else "the gradient (every term's value is finite)"
-
-
-def count_parameters(parameters: Sequence[Tensor] | Iterable[Tensor]) -> int:
-    """How many numbers the parameters hold."""
-    return sum(p.numel() for p in parameters)
 
 
 def usual_warmup(epochs: int) -> int:

@@ -125,6 +125,8 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
     if setup.knn_every:
         batches.check_knn(cache, numbers, held_out)
     where = resolve_device(setup.device, ranks)
+    if setup.kernels == "triton" and where.type != "cuda":
+        raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
     check_fit(recipe, info, share, len(numbers), teachers=not setup.online)
@@ -221,6 +223,11 @@ def check_continues(state: checkpoint.State, run: Run) -> list[str]:
     def may_change(field: str, *_: Any) -> bool:
         return longer and field in ("optim.epochs", "optim.warmup_epochs")
 
+    if old.name != run.recipe.name:
+        raise ValueError(
+            f"{run.out}: another recipe: name was {old.name} and is now {run.recipe.name}; the same one was expected; give"
+            f" --recipe {old.name}, or a new OUT"
+        )
     differences = difference(old, run.recipe)
     changed = checkpoint.check_same_recipe(differences, where=str(run.out), may_change=may_change)
     checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out))

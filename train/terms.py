@@ -107,7 +107,7 @@ def score(
         if term.teacher is None:
             errors = pixel_errors(prediction, term, batch, masks, pixels, kernels)
         else:
-            errors = mimic_errors(prediction, term, statistics[term.name], batch, masks, kernels)
+            errors = mimic_errors(prediction, term, statistics[term.name], batch, masks, pixels, kernels)
         if term.recipe.focus:
             errors = errors * focus_weights(batch, masks, pixels, source).to(errors.dtype)
         parts[term.name] = errors.mean()
@@ -145,6 +145,7 @@ def mimic_errors(
     statistics: nn.Module,
     batch: Batch,
     masks: Masks,
+    pixels: Pixels,
     kernels: str,
 ) -> Float[Tensor, "b n"]:
     """Distance of every prediction to its teacher token, read from the stored codes at the prediction's own ids.
@@ -157,7 +158,7 @@ def mimic_errors(
         parts = (replace(term, recipe=replace(term.recipe, positions=at)) for at in ("cls", "visible"))
         pieces = (prediction[:, :1], prediction[:, 1:])
         return torch.cat(
-            [mimic_errors(x, part, statistics, batch, masks, kernels) for x, part in zip(pieces, parts)], dim=1
+            [mimic_errors(x, part, statistics, batch, masks, pixels, kernels) for x, part in zip(pieces, parts)], dim=1
         )
     ids: Tensor | None
     if term.recipe.positions == "cls":  # stored as plain float16: the quantiser describes patch tokens only
@@ -184,9 +185,15 @@ def mimic_errors(
         distance=distance.kernel,
         beta=distance.beta,
         gathered=gathered,
+        l=None if gathered else n_patches(batch, pixels),
         kernels=kernels,
     )
     return errors * distance.factor
+
+
+def n_patches(batch: Batch, pixels: Pixels) -> int:
+    """Patches of the student's grid."""
+    return (batch.pixels.shape[1] // pixels.patch) * (batch.pixels.shape[2] // pixels.patch)
 
 
 def focus_weights(batch: Batch, masks: Masks, pixels: Pixels, source: str) -> Float[Tensor, "b n_keep"]:
@@ -194,8 +201,7 @@ def focus_weights(batch: Batch, masks: Masks, pixels: Pixels, source: str) -> Fl
 
     `focus = weight`, ours, beside focused mimicking by the sampler (MR-MAE, arXiv 2303.05475).
     """
-    l = (batch.pixels.shape[1] // pixels.patch) * (batch.pixels.shape[2] // pixels.patch)
-    share = saliency(batch.targets, source, l)
+    share = saliency(batch.targets, source, n_patches(batch, pixels))
     rows = torch.arange(masks.ids_keep.shape[0], device=share.device) % share.shape[0]
     visible = share[rows[:, None], masks.ids_keep]
     return visible / visible.mean(dim=1, keepdim=True).clamp_min(1e-12)
