@@ -11,13 +11,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from mrmae.train import checkpoint, loop, optim
+from mrmae.shards.cache import open_cache
+from mrmae.shards.stream import view_of
+from mrmae.train import checkpoint, loop, optim, pictures
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
 from mrmae.train.model import build_model
@@ -295,6 +298,29 @@ def test_panels_are_drawn_when_due(tiny_cache: Path, tmp_path: Path, name: str) 
     recipe = load_recipe(name, [x for x in (*QUICK, "optim.epochs=3") if name == "mr-mae" or "decoder" not in x])
     _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)
     assert sorted(p.name for p in (tmp_path / "out" / "panels").iterdir()) == ["epoch-0002.png", "epoch-0003.png"]
+
+
+def test_panels_show_what_their_titles_say(tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Any] = {}
+    monkeypatch.setattr(pictures, "draw_panels", lambda path, columns, **_: drawn.update(columns))
+    _train(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.epochs=2"), panels_every=2)
+    cache = open_cache(tiny_cache)
+    numbers = cache.numbers[: pictures.PANEL_ROWS]
+    views = view_of(cache.hashes.numpy()[numbers], 0, cache.n_views)
+    random = {
+        name: "\n(random weights)" * (cache.columns[c].spec.weights == "random") for name, c in cache.teachers.items()
+    }
+    teachers = {name: f"teacher {name}{random[name]}" for name in cache.teachers}
+    first = ["view", "seen by the student", "reconstruction"]
+    assert list(drawn)[:3] == first and list(drawn)[-1] == "student" and set(list(drawn)[3:-1]) == {*teachers.values()}
+    pixels = cache.read_pixels(numbers, views).numpy()
+    assert np.array_equal(drawn["view"], pixels)
+    for name, column in cache.teachers.items():
+        expected = pictures.pca_rgb(cache.read_tokens(column, numbers, views), cache.grid)
+        assert np.allclose(drawn[teachers[name]], expected, atol=1e-5)
+    hidden = (drawn["seen by the student"] != pixels).any(axis=-1)
+    close = np.isclose(drawn["reconstruction"], pixels / 255, atol=1e-3).all(axis=-1)
+    assert 0.6 < hidden.mean() <= 0.75 and close[~hidden].mean() > 0.99 > close[hidden].mean()
 
 
 @pytest.mark.parametrize("name", ["mr-mae-focused", "mr-mae-fused", "mimic-masked"])
