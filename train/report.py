@@ -16,6 +16,7 @@ from mrmae.extract.progress import human_time
 from mrmae.train import optim
 from mrmae.train.checkpoint import write_atomically
 from mrmae.train.machine import versions
+from mrmae.train.mcmae import MaskedConvViT
 from mrmae.train.recipe import to_dict
 from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
@@ -103,14 +104,14 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         if share.batch_size != share.micro_size
         else ""
     )
-    l = run.info.n_patches
+    l, cls = run.info.n_patches, int(run.model.student.num_prefix_tokens)
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {len(run.cache.numbers):,} images x {run.cache.n_views} views, {run.info.size} px",
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
         **described,
-        "tokens": f"{run.model.n_keep + 1} encoder, {run.model.n_keep + 1 + run.model.n_predict} decoder per image, of {l + 1}",
+        "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
         "batch": f"{o.batch_size} images per update{split}; {run.updates} updates per epoch, {run.total:,} in {o.epochs} epochs;"
         f" {len(run.numbers) - run.updates * o.batch_size} images left out per epoch, others each time",
@@ -152,11 +153,19 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
         lines = [
             f"finished: {run.recipe.optim.epochs} epochs, {human_time(summary['seconds'])} since this start",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
-            f'student   timm.create_model("local-dir:{run.out / "student"}", pretrained=True)',
+            f"student   {how_to_load(run)}",
         ]
         return [*lines, *([warning] if warning else [])]
     where = f"update {run.step} of {run.total} (epoch {run.epoch + 1} of {run.recipe.optim.epochs})"
     return [f"stopped by {summary['stopped']} after {where}, saved; to continue:", f"    {command}"]
+
+
+def how_to_load(run: Run) -> str:
+    """The line of Python that loads the exported student: timm's, or ours where timm has no such model."""
+    folder = run.out / "student"
+    if isinstance(run.model.student, MaskedConvViT):
+        return f'mrmae.train.export.load_mcmae("{folder}")'
+    return f'timm.create_model("local-dir:{folder}", pretrained=True)'
 
 
 def readme(run: Run, command: str) -> str:
@@ -171,9 +180,9 @@ def readme(run: Run, command: str) -> str:
             "",
             f"    {command}",
             "",
-            "Load the finished student in timm:",
+            "Load the finished student:",
             "",
-            f'    timm.create_model("local-dir:{run.out / "student"}", pretrained=True)',
+            f"    {how_to_load(run)}",
             "",
             "| file | holds |",
             "| --- | --- |",
