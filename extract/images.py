@@ -7,7 +7,8 @@ import dataclasses
 import fnmatch
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
@@ -41,7 +42,8 @@ Found = tuple[SourceImage, Place]
 class Sources:
     """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread."""
 
-    def __init__(self, found: Iterable[Found]) -> None:
+    def __init__(self, found: Iterable[Found], passed_over: Mapping[str, int] | None = None) -> None:
+        self.passed_over = dict(passed_over or {})  # files of folders that are no images: how many, by suffix
         ordered = sorted(found, key=lambda pair: pair[0].key)
         self.images = [image for image, _ in ordered]
         self._places = [place for _, place in ordered]
@@ -85,7 +87,8 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
     tars, files without an image suffix are passed over.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
     """
-    found = [image for root in expand(images) for image in list_one(root)]
+    passed_over: Counter[str] = Counter()
+    found = [image for root in expand(images) for image in list_one(root, passed_over)]
     if not found:
         raise ValueError(
             f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path"
@@ -97,7 +100,7 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
             f"keys look like {found[0][0].key!r}; correct the pattern"
         )
     refuse_duplicates(chosen)
-    return Sources(chosen)
+    return Sources(chosen, passed_over)
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -112,9 +115,9 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return paths
 
 
-def list_one(root: Path) -> list[Found]:
+def list_one(root: Path, passed_over: Counter[str]) -> list[Found]:
     if root.is_dir():
-        return list(walk(root))
+        return list(walk(root, passed_over))
     with open(root, "rb") as file:
         head = file.read(8)
     for magic, name in COMPRESSED.items():
@@ -165,8 +168,10 @@ def checked_key(key: str, where: object) -> str:
 # --- folders
 
 
-def walk(root: Path) -> Iterator[Found]:
-    """Images below `root`. Linked folders are followed, except into one of their own ancestors (a loop).
+def walk(root: Path, passed_over: Counter[str]) -> Iterator[Found]:
+    """Images below `root`; other files are counted in `passed_over`, by suffix.
+
+    Linked folders are followed, except into one of their own ancestors (a loop).
 
     A dangling link stays in the list: reading it fails, and the caller reports it like any unreadable image.
     """
@@ -185,6 +190,8 @@ def walk(root: Path) -> Iterator[Found]:
                 elif is_image(entry.name):
                     image = SourceImage(checked_key(key, root), parent_label(key), size_of(entry))
                     yield image, Place(entry.path, None)
+                else:
+                    passed_over[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:

@@ -57,6 +57,9 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
                      labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
                      shard_samples=shard_samples))  # fmt: skip
+    if options.part.leads and sources.passed_over:
+        kinds = " ".join(sorted(sources.passed_over))
+        say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
     if dry_run:
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}

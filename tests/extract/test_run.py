@@ -230,3 +230,11 @@ def test_cli_errors_are_one_line_without_a_traceback(folder: Path, tmp_path: Pat
     assert code == 1 and "no images" in output
     code, output = cli([folder, tmp_path / "c", "--teacher", "vit=timm:vit_bse_patch16_224/random"])
     assert code == 1 and "vit_base_patch16_224" in output
+
+
+def test_files_that_are_no_images_are_counted_aloud(tmp_path: Path) -> None:
+    images = photos(tmp_path / "images", 4)
+    for name in ("a.gif", "b.BMP", "c.bmp", ".hidden"):
+        (images / name).write_bytes(b"x")
+    code, output = cli([images, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4"])
+    assert code == 0 and "3 files that are no images were passed over (.bmp .gif)" in output
