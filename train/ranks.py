@@ -135,13 +135,18 @@ class StopRequest:
         self.received: str | None = None
 
     def agreed(self) -> str | None:
-        """The reason once any rank has one: all ranks stop after the same update."""
-        if self._ranks.size > 1:
-            code = REASONS.index(self.received) + 1 if self.received else 0
-            flag = torch.tensor(code)  # on the CPU: the device is not made to wait
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if int(flag):
-                self.received = REASONS[int(flag) - 1]
+        """The reason once any rank has one: all ranks stop after the same update.
+
+        A signal that arrives while the ranks are asking each other counts from the next update on: no rank knows more than
+        what all agreed on.
+        """
+        if self._ranks.size == 1:
+            return self.received
+        flag = torch.tensor(REASONS.index(self.received) + 1 if self.received else 0)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)  # on the CPU: the device is not made to wait
+        if int(flag) == 0:
+            return None
+        self.received = REASONS[int(flag) - 1]
         return self.received
 
 

@@ -218,6 +218,17 @@ def test_gradients_live_in_the_buckets_that_are_reduced() -> None:
     assert len(storages) == 1
 
 
+def test_a_signal_while_the_ranks_agree_counts_from_the_next_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    request = ranks.StopRequest(Ranks(0, 2))
+
+    def nobody_asked_yet(flag: torch.Tensor, _operation: Any) -> None:
+        request.received = "SIGUSR1"  # the signal arrives after this rank gave its answer
+
+    monkeypatch.setattr(dist, "all_reduce", nobody_asked_yet)
+    assert request.agreed() is None  # the other ranks go on; so must this one
+    assert request.agreed() == "SIGUSR1"
+
+
 def test_torchrun_hands_a_signal_on_and_the_run_is_saved(tiny_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
