@@ -8,6 +8,7 @@ import click
 from mrmae.extract.run import Options, extract_features
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.storage import FORMATS
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -37,6 +38,8 @@ from mrmae.shards.spec import ViewRecipe
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of crops and flips.")
 @click.option("--dtype", default="int8", type=click.Choice(["int8", "float16"]), help="How features are stored.")
+@click.option("--format", default="zarr", type=click.Choice(list(FORMATS)),
+              help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option(
     "--precision",

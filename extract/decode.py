@@ -118,9 +118,9 @@ def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, Pixe
     """The rows of a committed pixel tar, with their JPEGs, by sample number, every byte verified."""
     tar = tar_path(path, view, shard)
     index, numbers = read_index(tar), shard_ranges(plan.n_samples, plan.shard_samples)[shard]
-    abouts = read_members(tar, range(len(numbers)), index.abouts)
+    abouts = read_members(tar, range(len(numbers)), index.tables["json"])
     rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
     good = [i for i, number in enumerate(numbers) if rows[number].view is not None]
-    for i, jpeg in zip(good, read_members(tar, good, index.jpegs)):
+    for i, jpeg in zip(good, read_members(tar, good, index.tables["jpg"])):
         rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], jpeg=jpeg)
     return rows

@@ -44,6 +44,7 @@ def description(path: Path) -> dict[str, Any]:
         "grid": list(plan.grid),
         "shard_samples": plan.shard_samples,
         "dtype": plan.dtype,
+        "format": plan.format,
         "bytes": sum(unit_bytes(record) for record in records.values()),
         "columns": [column_description(path, plan, name, records) for name in column_names(plan)],
     }
@@ -97,7 +98,9 @@ def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
     facts.add_row("images", f"{found['images']} ({len(found['bad_images'])} bad), {found['labels']} labels")
     facts.add_row("views", f"{found['views']} of {recipe['size']} px, crop {recipe['crop_scale'][0]:g} to "
                   f"{recipe['crop_scale'][1]:g}, flip {recipe['flip']:g}, seed {recipe['seed']}")  # fmt: skip
-    facts.add_row("grid", f"{h} x {w} patches, shards of {found['shard_samples']}, {found['dtype']}")
+    facts.add_row(
+        "grid", f"{h} x {w} patches, shards of {found['shard_samples']}, {found['dtype']} in {found['format']}"
+    )
     facts.add_row("data set", found["dataset_id"])
     facts.add_row("geometry", found["geometry_id"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -13,7 +13,7 @@ from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.views import MAX_PIXELS
 
-SAID = ("views", "grid", "dtype", "precision", "batch_size", "shard_samples", "max_bad", "max_pixels")
+SAID = ("views", "grid", "dtype", "format", "precision", "batch_size", "shard_samples", "max_bad", "max_pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Options:
     views: int = 1
     grid: int = 14
     dtype: str = "int8"
+    format: str = "zarr"
     device: str = "auto"
     precision: str = "auto"
     batch_size: int = 0

@@ -6,17 +6,18 @@ from pathlib import Path
 
 from mrmae.extract.progress import human_bytes
 from mrmae.shards.spec import TeacherSpec, ViewRecipe
+from mrmae.shards.storage import FORMATS
 
 # Measured on photographs of people, clothes and streets: quality 95, 4:4:4, 224 px. Busy textures take twice as much.
 JPEG_BYTES_PER_PIXEL = 0.75
 
 
-def sample_bytes(teacher: TeacherSpec, dtype: str) -> int:
-    """Bytes of one sample and view in a teacher's column: tokens, scale, CLS, attention, norm, their checksums."""
+def sample_bytes(teacher: TeacherSpec, dtype: str, format: str) -> int:
+    """Bytes of one sample and view in a teacher's column: tokens, scale, CLS, attention, norm, and what the format adds."""
     l = teacher.grid[0] * teacher.grid[1]
     parts = [l * teacher.width * (1 if dtype == "int8" else 2), 2 * l]
     parts += [2 * l] * (dtype == "int8") + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
-    return sum(parts) + 20 * len(parts)  # crc32c and an index entry per chunk
+    return sum(parts) + FORMATS[format].OVERHEAD_BYTES * len(parts)
 
 
 def jpeg_bytes(recipe: ViewRecipe) -> int:
@@ -33,6 +34,7 @@ def describe(
     labels: int,
     views: int,
     dtype: str,
+    format: str,
     shard_samples: int,
 ) -> str:
     """The plan as a person reads it."""
@@ -40,11 +42,11 @@ def describe(
     shards = -(-images // shard_samples)
     rows = [("views", f"{recipe.size} px JPEG, quality 95 (estimate)", jpeg_bytes(recipe))]
     for teacher in teachers:
-        rows.append((teacher.column, about(teacher, dtype), sample_bytes(teacher, dtype)))
+        rows.append((teacher.column, about(teacher, dtype), sample_bytes(teacher, dtype, format)))
     per_view = sum(row[2] for row in rows)
     lines = [
         f"{cache}: {images} images, {labels} labels, {views} view{'s' * (views > 1)} each, {shards} shards of "
-        f"{shard_samples}",
+        f"{shard_samples}, {format}",
         f"crops of {recipe.crop_scale[0]:g} to {recipe.crop_scale[1]:g} of the area, flip {recipe.flip:g}, "
         f"seed {recipe.seed}",
         *(f"  {name:<24} {what:<64} {human_bytes(size):>8}/view {human_bytes(size * total):>8}"

@@ -56,7 +56,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     if options.part.leads:
         say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
                      labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
-                     shard_samples=shard_samples))  # fmt: skip
+                     format=options.format, shard_samples=shard_samples))  # fmt: skip
     if options.part.leads and sources.passed_over:
         kinds = " ".join(sorted(sources.passed_over))
         say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
@@ -148,6 +148,7 @@ def planned(options: Options, dataset: str, n: int, teachers: Teachers, shard_sa
         shard_samples=shard_samples,
         dtype=options.dtype,
         columns=tuple(teachers.specs),
+        format=options.format,
     )
 
 

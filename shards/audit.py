@@ -1,10 +1,10 @@
 """Every problem of a cache at once, by file and shard.
 
-Opening a cache checks existence and sizes; this also reads: records, hashes, every checksum, zarr metadata.
+Opening a cache checks existence and sizes; this also reads: records, hashes, every checksum, metadata.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +22,18 @@ from mrmae.shards.commit import (
     units,
     valid_record,
 )
-from mrmae.shards.plan import PIXELS, Plan, column_folder, read_samples, shard_ranges
-from mrmae.shards.reader import Damaged, ShardFile, read_members
+from mrmae.shards.plan import PIXELS, Plan, read_samples, shard_ranges
+from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
 from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
-from mrmae.shards.zarr_io import metadata, metadata_paths, seal
 
 
 def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
     """Everything wrong with the cache at `path`; an empty list for a finished, whole one.
 
     Existence and sizes of all files, ids, commit records. full: also the sha256 of every file, the crc32c of every chunk
-    and member, and the zarr metadata. Raises ValueError where there is no plan and no manifest to go by.
+    and member, and the metadata of columns. Raises ValueError where there is no plan and no manifest to go by.
     """
     plan, manifest, found = trusted(path)
     if manifest is None and not found:
@@ -47,8 +46,9 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
     found += samples_problems
     promised = promised_units(plan, manifest)
     valid = whole_rows(path, plan, table)
+    keys = None if table is None else table["key"]
     for unit in units(plan):
-        found += unit_problems(path, plan, unit, promised.get(unit), valid, full=full)
+        found += unit_problems(path, plan, unit, promised.get(unit), valid, keys, full=full)
     found += metadata_problems(path, plan, full=full)
     found += tail_problems(path, manifest, full=full)
     if full and manifest is not None and table is not None and not found:
@@ -91,8 +91,9 @@ def whole_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) ->
 
 
 def unit_problems(
-    path: Path, plan: Plan, unit: Unit, promised: Mapping[str, Any] | None, valid: np.ndarray[Any, Any], *, full: bool
-) -> Iterator[Problem]:
+    path: Path, plan: Plan, unit: Unit, promised: Mapping[str, Any] | None, valid: np.ndarray[Any, Any],
+    keys: Sequence[str] | None, *, full: bool,
+) -> Iterator[Problem]:  # fmt: skip
     """What is wrong with one shard: its record, its files' sizes; full: their hashes and checksums."""
     record_file = commit_path(path, *unit)
     record = read_record(record_file)
@@ -116,7 +117,7 @@ def unit_problems(
             yield Problem(relative(path, file), what, unit)
             return  # its checksums would only say the same again
     if full:
-        yield from checksum_problems(path, plan, unit, valid)
+        yield from checksum_problems(path, plan, unit, valid, keys)
 
 
 def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None) -> str:
@@ -169,8 +170,13 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def checksum_problems(path: Path, plan: Plan, unit: Unit, valid: np.ndarray[Any, Any]) -> Iterator[Problem]:
-    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there."""
+def checksum_problems(
+    path: Path, plan: Plan, unit: Unit, valid: np.ndarray[Any, Any], keys: Sequence[str] | None
+) -> Iterator[Problem]:
+    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there.
+
+    keys: of all samples; None where they are not known for sure.
+    """
     view, column, shard = unit
     numbers = shard_ranges(plan.n_samples, plan.shard_samples)[shard]
     rows = [row for row, number in enumerate(numbers) if valid[number]]
@@ -178,10 +184,9 @@ def checksum_problems(path: Path, plan: Plan, unit: Unit, valid: np.ndarray[Any,
         if column == PIXELS:
             check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)
             return
-        for (name, (shape, dtype)), file in zip(plan.layout(column).arrays().items(), unit_files(path, plan, *unit)):
-            reader = ShardFile(file, plan.shard_samples, seal(plan.ids[column], view, name, shard))
-            buffer = np.empty(shape, dtype)
-            reader.read(rows, [buffer] * len(rows))
+        folder, layout = plan.column_folder(path, view, column), plan.layout(column)
+        mine = None if keys is None else keys[numbers.start : numbers.stop]
+        plan.storage.open_shard(folder, layout, plan.ids[column], view, shard, mine).check(rows)
     except Damaged as error:
         yield Problem(relative(path, error.path), error.what + where_row(error.row, numbers), unit)
     except ValueError as error:
@@ -193,9 +198,9 @@ def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows
     index = read_index(tar)
     if index.of != pixels_of(plan, view, shard):
         raise Damaged(tar, None, f"its index belongs to {index.of}")
-    for _ in read_members(tar, rows, index.jpegs):
+    for _ in read_members(tar, rows, index.tables["jpg"]):
         pass
-    for row, content in enumerate(read_members(tar, range(len(numbers)), index.abouts)):
+    for row, content in enumerate(read_members(tar, range(len(numbers)), index.tables["json"])):
         about = parse_row(content)
         if (about.number, about.key) != (numbers[row], index.keys[row]):
             raise Damaged(tar, row, f"the member belongs to sample {about.number} ({about.key!r})")
@@ -207,19 +212,19 @@ def where_row(row: int | None, numbers: range) -> str:
 
 
 def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem]:
-    """zarr.json files that are missing or, with `full`, say something else than was written."""
+    """Files that tell what a column holds, missing or, with `full`, say something else than was written."""
     for view in range(plan.n_views):
         for teacher in plan.columns:
             if teacher.column not in plan.quantisers:
                 continue
-            folder, layout = column_folder(path, view, teacher.column), plan.layout(teacher.column)
-            expected = metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
-            for file in metadata_paths(folder, layout):
+            folder, layout = plan.column_folder(path, view, teacher.column), plan.layout(teacher.column)
+            expected = plan.storage.metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
+            for file in plan.storage.metadata_paths(folder, layout):
                 name = file.relative_to(folder).as_posix()
                 if not file.exists():
-                    yield Problem(relative(path, file), "missing zarr metadata")
+                    yield Problem(relative(path, file), "missing metadata of a column")
                 elif full and fields_of(file.read_bytes()) != fields_of(expected[name]):
-                    yield Problem(relative(path, file), "the zarr metadata are not those that were written")
+                    yield Problem(relative(path, file), "it is not what was written")
 
 
 def tail_problems(path: Path, manifest: Manifest | None, *, full: bool) -> Iterator[Problem]:

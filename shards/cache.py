@@ -23,13 +23,14 @@ from torch import Tensor
 
 from mrmae.shards import verify
 from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
-from mrmae.shards.plan import PIXELS, Plan, column_folder, load_plan, read_samples, tail_path, tar_path
+from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
 from mrmae.shards.quantize import Quantiser, dequantise
-from mrmae.shards.reader import Damaged, ShardFile, read_members
+from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.spec import TeacherSpec, signed_hashes
+from mrmae.shards.storage import Shard
 from mrmae.shards.views import BadImage, View, decode_jpeg
-from mrmae.shards.webdataset_io import PixelIndex, parse_row, read_index
-from mrmae.shards.zarr_io import Layout, seal, shard_path
+from mrmae.shards.webdataset_io import TarIndex, parse_row, read_index
+from mrmae.shards.zarr_io import Layout
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Indices = Sequence[int] | Numbers | Tensor
@@ -85,7 +86,7 @@ class Cache:
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
-        self._opened: dict[Path, Any] = {}  # shard files and tar indices, by path: their indices stay in memory
+        self._opened: dict[tuple[str, int, int], Any] = {}  # by column, view, shard: their indices stay in memory
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +146,8 @@ class Cache:
 
         def read(positions: Numbers, view: int, shard: int) -> None:
             path, rows = tar_path(self.path, view, shard), (at[positions] % self.shard_samples).tolist()
-            for i, row, content in zip(positions, rows, read_members(path, rows, self.pixel_index(view, shard).jpegs)):
+            table = self.pixel_index(view, shard).tables["jpg"]
+            for i, row, content in zip(positions, rows, read_members(path, rows, table)):
                 try:
                     pixels[i] = decode_jpeg(content)
                 except (BadImage, ValueError) as error:
@@ -161,7 +163,8 @@ class Cache:
 
         def read(positions: Numbers, view: int, shard: int) -> None:
             path, row = tar_path(self.path, view, shard), number % self.shard_samples
-            found.extend(parse_row(c).view for c in read_members(path, [row], self.pixel_index(view, shard).abouts))
+            table = self.pixel_index(view, shard).tables["json"]
+            found.extend(parse_row(content).view for content in read_members(path, [row], table))
 
         self.run(PIXELS, read, at, of)
         assert found[0] is not None, "a readable sample has a view"
@@ -191,9 +194,8 @@ class Cache:
 
         def read(positions: Numbers, view: int, shard: int) -> None:
             rows = (at[positions] % self.shard_samples).tolist()
-            for name, buffer in buffers.items():
-                file = self.shard_file(column, view, shard, name, buffer.ndim)
-                file.read(rows, [buffer[i] for i in positions])
+            wanted = {name: [buffer[i] for i in positions] for name, buffer in buffers.items()}
+            self.column_shard(column, view, shard).read(rows, wanted)
 
         self.run(column, read, at, of)
         return tensors
@@ -257,32 +259,34 @@ class Cache:
                 f"{commit_path(self.path, view, column, shard)} and run the same extract-features command again, "
                 "which rewrites this shard only")  # fmt: skip
 
-    def shard_file(self, column: str, view: int, shard: int, name: str, dims: int) -> ShardFile:
-        """The opened shard file of one array."""
-        path = shard_path(column_folder(self.path, view, column), name, shard, dims)
-        file = self._opened.get(path)
-        if file is None:
-            mark = seal(self.columns[column].id, view, name, shard)
-            file = self._opened.setdefault(path, ShardFile(path, self.shard_samples, mark))
-        assert isinstance(file, ShardFile)
-        return file
+    def column_shard(self, column: str, view: int, shard: int) -> Shard:
+        """The opened shard of a column."""
+        opened: Shard | None = self._opened.get((column, view, shard))
+        if opened is None:
+            folder, layout = self.plan.column_folder(self.path, view, column), self.columns[column].layout
+            args = folder, layout, self.columns[column].id, view, shard, self.shard_keys(shard)
+            opened = self._opened.setdefault((column, view, shard), self.plan.storage.open_shard(*args))
+        return opened
 
-    def pixel_index(self, view: int, shard: int) -> PixelIndex:
+    def shard_keys(self, shard: int) -> list[str]:
+        """Keys of a shard's samples."""
+        return self.keys[shard * self.shard_samples : (shard + 1) * self.shard_samples]
+
+    def pixel_index(self, view: int, shard: int) -> TarIndex:
         """The index of a pixel tar, once its keys are known to be this cache's."""
         path = tar_path(self.path, view, shard)
-        index = self._opened.get(path)
+        index = self._opened.get((PIXELS, view, shard))
         if index is None:
             try:
                 index = read_index(path)
             except ValueError as error:
                 raise Damaged(path, None, str(error)) from None
-            start = shard * self.shard_samples
             if index.of != pixels_of(self.plan, view, shard):
                 raise Damaged(path, None, f"its index belongs to {index.of}")
-            if index.keys != self.keys[start : start + self.shard_samples]:
+            if index.keys != self.shard_keys(shard):
                 raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
-            self._opened[path] = index
-        assert isinstance(index, PixelIndex)
+            self._opened[PIXELS, view, shard] = index
+        assert isinstance(index, TarIndex)
         return index
 
     def pool(self) -> concurrent.futures.ThreadPoolExecutor:

@@ -10,11 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrmae.shards import zarr_io
 from mrmae.shards.plan import (
     PIXELS,
     Plan,
-    column_folder,
     read_samples,
     readable_json,
     shard_ranges,
@@ -23,8 +21,9 @@ from mrmae.shards.plan import (
     write_samples,
 )
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain
-from mrmae.shards.webdataset_io import PixelRow, index_path, write_pixel_tar
+from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
 from mrmae.shards.write import publish, remove, remove_leftovers
+from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 
@@ -42,8 +41,7 @@ def unit_files(path: Path, plan: Plan, view: int, column: str, shard: int) -> li
     if column == PIXELS:
         tar = tar_path(path, view, shard)
         return [tar, index_path(tar)]
-    folder, arrays = column_folder(path, view, column), plan.layout(column).arrays()
-    return [zarr_io.shard_path(folder, name, shard, 1 + len(shape)) for name, (shape, _) in arrays.items()]
+    return plan.storage.shard_files(plan.column_folder(path, view, column), plan.layout(column), shard)
 
 
 def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
@@ -71,21 +69,22 @@ def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
 
 def store_column(
     path: Path, plan: Plan, view: int, column: str, shard: int,
-    arrays: Mapping[str, zarr_io.Array], valid: Sequence[bool] | zarr_io.Array, about: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, Array], valid: Sequence[bool] | Array, about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write and commit a shard of a teacher's column, clearing what a killed run left of it.
+    """Write and commit a shard of a teacher's column, clearing what a killed run left of it; its pixels are there already.
 
-    arrays, valid: as zarr_io.write_column_shard takes them. about: more for the record, `quality` among it.
+    arrays, valid: as the storage's write_column_shard takes them. about: more for the record, `quality` among it.
     """
     clear(path, plan, view, column, shard)
-    folder = column_folder(path, view, column)
-    zarr_io.create_column(folder, plan.layout(column), column_attributes(plan, view, column))
-    record = zarr_io.write_column_shard(folder, shard, arrays, valid)
+    folder = plan.column_folder(path, view, column)
+    plan.storage.create_column(folder, plan.layout(column), column_attributes(plan, view, column))
+    keys = read_index(tar_path(path, view, shard)).keys
+    record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys)
     commit(path, plan, view, column, shard, {**(about or {}), **record})
 
 
 def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
-    """Attributes of a column's zarr group: enough to dequantise without the rest of the cache."""
+    """A column's attributes: enough to dequantise without the rest of the cache."""
     return {
         "format_version": FORMAT_VERSION,
         "column_id": plan.ids[column],
@@ -97,11 +96,11 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
 
 
 def create_columns(path: Path, plan: Plan) -> None:
-    """Write the zarr metadata of every column and view where it is missing."""
+    """Write the metadata of every column and view where it is missing."""
     for view in range(plan.n_views):
         for column in plan.quantisers:
             attributes = column_attributes(plan, view, column)
-            zarr_io.create_column(column_folder(path, view, column), plan.layout(column), attributes)
+            plan.storage.create_column(plan.column_folder(path, view, column), plan.layout(column), attributes)
 
 
 def clear(path: Path, plan: Plan, view: int, column: str, shard: int) -> None:

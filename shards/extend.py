@@ -3,12 +3,13 @@
 Ids of what exists do not change: a column's id knows nothing of other columns, the geometry's nothing of their number.
 """
 
+import contextlib
 import dataclasses
 import shutil
 from pathlib import Path
 
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import Plan, column_folder, load_plan, readable_json, tail_path
+from mrmae.shards.plan import Plan, load_plan, readable_json, tail_path
 from mrmae.shards.spec import compare_specs
 from mrmae.shards.stats import stats_path
 from mrmae.shards.write import publish, remove
@@ -57,7 +58,7 @@ def drop_column(path: Path, column: str) -> list[str]:
     is finalised again. ValueError where there is no such column.
     """
     plan = load_plan(path)
-    folders = [column_folder(path, view, column) for view in range(plan.n_views)]
+    folders = [plan.column_folder(path, view, column) for view in range(plan.n_views)]
     folders += [commits.commit_path(path, view, column, 0).parent for view in range(plan.n_views)]
     known = {teacher.column: teacher for teacher in plan.columns}
     if column not in known and not any(folder.exists() for folder in folders):
@@ -69,6 +70,8 @@ def drop_column(path: Path, column: str) -> list[str]:
     publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
     for folder in reversed(folders):  # records first: a half-removed shard must not look committed
         shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # a teacher's own folder goes with its last column
+            folder.parent.rmdir()
     remove(stats_path(path, column))
     name = column.partition(".")[0]
     if name not in {teacher.name for teacher in kept}:

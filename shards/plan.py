@@ -17,7 +17,6 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from torch import Tensor
 
-from mrmae.shards import zarr_io
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.spec import (
     FORMAT_VERSION,
@@ -31,7 +30,9 @@ from mrmae.shards.spec import (
     geometry_id,
     plain,
 )
+from mrmae.shards.storage import FORMATS, Storage
 from mrmae.shards.write import TEMPORARY, publish
+from mrmae.shards.zarr_io import Layout
 
 PIXELS = "pixels"  # the column that every cache has
 SAMPLES = pa.schema([
@@ -55,7 +56,8 @@ class Source:
 class Plan:
     """Everything needed to resume, and to refuse a command with other options.
 
-    quantisers: by column name; empty until calibration. Ids and names follow from the fields.
+    quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids. Ids and
+    names follow from the fields.
     """
 
     dataset_id: str
@@ -67,8 +69,11 @@ class Plan:
     dtype: str
     columns: tuple[TeacherSpec, ...]
     quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
+    format: str = "zarr"
 
     def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
         names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
             raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")
@@ -106,11 +111,20 @@ class Plan:
         """The teacher of a column."""
         return next(teacher for teacher in self.columns if teacher.column == column)
 
-    def layout(self, column: str) -> zarr_io.Layout:
+    @property
+    def storage(self) -> Storage:
+        """The functions that write and read this cache's columns."""
+        return FORMATS[self.format]
+
+    def column_folder(self, path: Path, view: int, column: str) -> Path:
+        """Where a column of one view lies in the cache at `path`."""
+        return self.storage.column_folder(path, view, column)
+
+    def layout(self, column: str) -> Layout:
         """The arrays of a teacher's column."""
         teacher, (h, w) = self.teacher(column), self.grid
-        return zarr_io.Layout(self.n_samples, h * w, teacher.width, self.shard_samples, self.dtype,
-                              teacher.has_cls, teacher.has_attention)  # fmt: skip
+        return Layout(self.n_samples, h * w, teacher.width, self.shard_samples, self.dtype,
+                      teacher.has_cls, teacher.has_attention)  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plan.json holds it."""
@@ -279,11 +293,6 @@ def tail_path(path: Path, teacher: str) -> Path:
 def tar_path(path: Path, view: int, shard: int) -> Path:
     """The pixel tar of a shard."""
     return path / "views" / str(view) / PIXELS / f"{shard:06d}.tar"
-
-
-def column_folder(path: Path, view: int, column: str) -> Path:
-    """The zarr group of a column of one view."""
-    return path / "views" / str(view) / f"{column}.zarr"
 
 
 def readable_json(value: Any) -> bytes:

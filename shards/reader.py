@@ -13,8 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from mrmae.shards.zarr_io import ABSENT
-
+ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
 Array = np.ndarray[Any, np.dtype[Any]]
 
 

@@ -1,4 +1,4 @@
-"""Which of a cache's own descriptions to believe: plan.json, manifest.json, commit records, zarr attributes."""
+"""Which of a cache's own descriptions to believe: plan.json, manifest.json, commit records, columns' attributes."""
 
 import dataclasses
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from mrmae.shards import verify
 from mrmae.shards.commit import Unit, column_attributes, commit_path, units
-from mrmae.shards.plan import Plan, column_folder, load_plan
+from mrmae.shards.plan import Plan, load_plan
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip
@@ -42,7 +42,7 @@ def manifest_of(path: Path) -> tuple[Manifest | None, list[Problem]]:
 def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
     """The plan, and the manifest that belongs to it (else None).
 
-    Where plan.json and manifest.json contradict each other, commit records and zarr attributes decide who is right.
+    Where plan.json and manifest.json contradict each other, commit records and columns' attributes decide who is right.
     Raises ValueError where neither can be read.
     """
     manifest, problems = manifest_of(path)
@@ -68,17 +68,18 @@ def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
 
 
 def agreement(path: Path, plan: Plan) -> int:
-    """How many commit records and zarr groups say that they were written for this plan."""
+    """How many commit records and columns say that they were written for this plan."""
     found = 0
     for view, column, shard in units(plan):
         record = read_record(commit_path(path, view, column, shard))
         found += record is not None and record.get("id") == plan.ids.get(column)
     for teacher in plan.columns:
-        group = column_folder(path, 0, teacher.column) / "zarr.json"
-        if teacher.column in plan.quantisers and group.exists():
-            attributes = (fields_of(group.read_bytes()) or {}).get("attributes", {})
-            expected = column_attributes(plan, 0, teacher.column)
-            found += {name: attributes.get(name) for name in expected} == expected
+        try:
+            attributes = plan.storage.read_attributes(plan.column_folder(path, 0, teacher.column))[1]
+        except ValueError:
+            continue
+        expected = column_attributes(plan, 0, teacher.column) if teacher.column in plan.quantisers else None
+        found += {name: attributes.get(name) for name in expected or {}} == expected
     return found
 
 
@@ -102,7 +103,7 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def fields_of(content: bytes) -> dict[str, Any] | None:
-    """What zarr metadata say of the data (other versions of zarr may add fields); None where they are not JSON."""
+    """What a column's metadata say of the data (other versions of zarr may add fields); None where they are not JSON."""
     try:
         return {name: value for name, value in json.loads(content).items() if name in METADATA_FIELDS}
     except (ValueError, AttributeError):

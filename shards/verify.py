@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.shards.commit import samples_id, units
-from mrmae.shards.plan import PIXELS, Plan, column_folder
+from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.spec import FORMAT_VERSION, content_id
-from mrmae.shards.zarr_io import metadata_paths
 
 SHOWN = 50  # problems in one message
 
@@ -52,7 +51,7 @@ def id_problems(plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, lis
 
 
 def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
-    """Files of the manifest that are missing or of another size, and missing zarr metadata."""
+    """Files of the manifest that are missing or of another size, and missing metadata of columns."""
     for name, n_bytes in promised_files(manifest):
         try:
             size = (path / name).stat().st_size
@@ -62,10 +61,10 @@ def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterat
         if size != n_bytes:
             yield f"{name}: {size} bytes; the manifest says {n_bytes}"
     for view, teacher in itertools.product(range(plan.n_views), plan.columns):
-        folder = column_folder(path, view, teacher.column)
-        for file in metadata_paths(folder, plan.layout(teacher.column)):
+        folder = plan.column_folder(path, view, teacher.column)
+        for file in plan.storage.metadata_paths(folder, plan.layout(teacher.column)):
             if not file.exists():
-                yield f"{file.relative_to(path)}: missing zarr metadata"
+                yield f"{file.relative_to(path)}: missing metadata of a column"
 
 
 def promised_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -1,9 +1,11 @@
-"""Pixels as webdataset tars: plain USTAR files, byte-reproducible, with a sidecar index for random access.
+"""Webdataset tars: plain USTAR files, byte-reproducible, with a sidecar index for random access; the views' pixels in them.
 
-A sample is NNNNNNNNN.jpg and NNNNNNNNN.json; a bad image is a JSON-only row. docs/format.md, "Pixel tars".
+A sample is NNNNNNNNN.jpg and NNNNNNNNN.json; a bad image is a JSON-only row. docs/format.md, "Pixel tars". Columns in tars
+are in column_tars.py.
 """
 
 import dataclasses
+import functools
 import json
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,9 +17,12 @@ import numpy as np
 
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json
 from mrmae.shards.views import View
-from mrmae.shards.write import Published, publish
+from mrmae.shards.write import Chunk, Published, publish
 
 BLOCK = 512
+NUMBER_DIGITS = 9
+Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content in parts
+Table = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,16 +38,15 @@ class PixelRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class PixelIndex:
-    """A tar's sidecar: what it belongs to, keys of its samples, (offset, bytes, crc32c) of each one's JPEG and JSON.
+class TarIndex:
+    """A tar's sidecar: what it belongs to, keys of its samples, (offset, bytes, crc32c) of each one's members.
 
-    jpegs, abouts: int64 [samples, 3]; offset -1 where a bad image has no JPEG.
+    tables: by extension, int64 [samples, 3]; offset -1 where a sample has no such member.
     """
 
     of: dict[str, Any]
     keys: list[str]
-    jpegs: np.ndarray[Any, np.dtype[np.int64]]
-    abouts: np.ndarray[Any, np.dtype[np.int64]]
+    tables: dict[str, Table]
 
 
 def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -52,11 +56,9 @@ def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, An
     """
     if [row.number for row in rows] != list(range(rows[0].number, rows[0].number + len(rows))):
         raise ValueError(f"{path}: the rows are not one range of samples in order; expected every sample once")
-    members = [member for row in rows for member in row_members(row)]
-    tar = publish(path, tar_chunks(members))
-    index = publish(index_path(path), sidecar(tar, rows, members, about or {}))
+    files = write_tar(path, [member for row in rows for member in row_members(row)], about or {})
     return {
-        "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in (tar, index)},
+        "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         "count": len(rows),
         "valid": sum(row.view is not None for row in rows),
         "first": rows[0].key,
@@ -72,59 +74,76 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.stem + ".index.json")
 
 
-def row_members(row: PixelRow) -> Iterator[tuple[str, bytes]]:
-    """(name, content) of a row's members."""
-    name = f"{row.number:09d}"
+def row_members(row: PixelRow) -> Iterator[Member]:
+    """A row's members."""
     assert (row.view is None) == (row.jpeg is None) == (row.reason is not None), "a row is good or bad"
     about: dict[str, Any] = {"number": row.number, "key": row.key, "label": row.label, "valid": row.view is not None}
     if row.view is not None and row.jpeg is not None:
-        yield f"{name}.jpg", row.jpeg
+        yield member_name(row.number, "jpg"), row.key, (row.jpeg,)
         about |= {
             "crop": [row.view.top, row.view.left, row.view.height, row.view.width],
             "flip": row.view.flip,
             "source": [row.view.source_height, row.view.source_width],
             "crc32c": int(google_crc32c.value(row.jpeg)),
         }
-    yield f"{name}.json", canonical_json(about | {"reason": row.reason})
+    yield member_name(row.number, "json"), row.key, (canonical_json(about | {"reason": row.reason}),)
 
 
-def tar_chunks(members: Sequence[tuple[str, bytes]]) -> Iterator[bytes]:
+def member_name(number: int, extension: str) -> str:
+    """NNNNNNNNN.extension."""
+    return f"{number:0{NUMBER_DIGITS}d}.{extension}"
+
+
+def write_tar(path: Path, members: Sequence[Member], of: Mapping[str, Any]) -> tuple[Published, Published]:
+    """The new tar and its sidecar index. of: what the sidecar says that the tar belongs to."""
+    tar = publish(path, tar_chunks(members))
+    return tar, publish(index_path(path), sidecar(tar, members, of))
+
+
+def tar_chunks(members: Sequence[Member]) -> Iterator[Chunk]:
     """The bytes of a USTAR file: per member header, content, padding; then two zero blocks."""
-    for name, content in members:
+    for name, _, parts in members:
         info = tarfile.TarInfo(name)
-        info.size, info.mode = len(content), 0o644  # mtime, uid and gid are 0, user and group empty
+        info.size, info.mode = bytes_of(parts), 0o644  # mtime, uid and gid are 0, user and group empty
         yield info.tobuf(tarfile.USTAR_FORMAT)
-        yield content
-        yield bytes(-len(content) % BLOCK)
+        yield from parts
+        yield bytes(-info.size % BLOCK)
     yield bytes(2 * BLOCK)
 
 
-def sidecar(
-    tar: Published, rows: Sequence[PixelRow], members: Sequence[tuple[str, bytes]], about: Mapping[str, Any]
-) -> bytes:
+def bytes_of(parts: Sequence[Chunk]) -> int:
+    """Bytes of a member's content."""
+    return sum(memoryview(part).nbytes for part in parts)
+
+
+def crc32c_of(parts: Sequence[Chunk]) -> int:
+    """crc32c of a member's content."""
+    return functools.reduce(lambda crc, part: int(google_crc32c.extend(crc, part)), parts, 0)
+
+
+def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any]) -> bytes:
     """The index: what the tar belongs to, its size and sha256, and [name, key, offset, bytes, crc32c] of every member."""
-    keys = {f"{row.number:09d}": row.key for row in rows}
     offset, table = 0, []
-    for name, content in members:
-        offset += BLOCK
-        table.append([name, keys[name[:9]], offset, len(content), int(google_crc32c.value(content))])
-        offset += len(content) + -len(content) % BLOCK
-    head = {"of": dict(about), "format_version": FORMAT_VERSION, "tar": {"bytes": tar.bytes, "sha256": tar.sha256}}
+    for name, key, parts in members:
+        offset, size = offset + BLOCK, bytes_of(parts)
+        table.append([name, key, offset, size, crc32c_of(parts)])
+        offset += size + -size % BLOCK
+    head = {"of": dict(of), "format_version": FORMAT_VERSION, "tar": {"bytes": tar.bytes, "sha256": tar.sha256}}
     return canonical_json(head | {"members": table})
 
 
-def read_index(path: Path) -> PixelIndex:
-    """The sidecar index of a tar. Raises ValueError when it is missing or damaged."""
+def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIndex:
+    """The sidecar index of a tar whose members have these extensions. Raises ValueError when it is missing or damaged."""
     try:
         content = json.loads(index_path(path).read_bytes())
         members = content["members"]
-        rows = {name: i for i, name in enumerate(dict.fromkeys(member[0][:9] for member in members))}
-        keys, tables = [""] * len(rows), {kind: np.full((len(rows), 3), -1, np.int64) for kind in ("jpg", "json")}
+        rows = {name: i for i, name in enumerate(dict.fromkeys(member[0][:NUMBER_DIGITS] for member in members))}
+        keys, tables = [""] * len(rows), {name: np.full((len(rows), 3), -1, np.int64) for name in extensions}
         for name, key, *place in members:
-            row, kind = rows[name[:9]], name[10:]
+            row, extension = rows[name[:NUMBER_DIGITS]], name[NUMBER_DIGITS + 1 :]
             keys[row] = key
-            tables[kind][row] = place
-        return PixelIndex(content["of"], keys, tables["jpg"], tables["json"])
+            tables[extension][row] = place
+        return TarIndex(content["of"], keys, tables)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
 

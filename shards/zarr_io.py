@@ -20,10 +20,12 @@ from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
 from mrmae.shards.quantize import SENTINEL
+from mrmae.shards.reader import ABSENT, ShardFile
 from mrmae.shards.spec import canonical_json
 from mrmae.shards.write import Published, publish
 
-ABSENT = 2**64 - 1  # in the index: this chunk was never written
+OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
+METADATA = "zarr.json"
 DIMENSIONS = {
     "tokens": ("sample", "patch", "channel"),
     "scale": ("sample", "patch"),
@@ -62,9 +64,19 @@ class Layout:
         return max(0, min(self.shard_samples, self.n - shard * self.shard_samples))
 
 
+def column_folder(path: Path, view: int, column: str) -> Path:
+    """The zarr group of a column of one view."""
+    return path / "views" / str(view) / f"{column}.zarr"
+
+
 def shard_path(folder: Path, name: str, shard: int, dims: int) -> Path:
     """A shard file of an array with this many dimensions, under zarr's default chunk key encoding."""
     return folder.joinpath(name, "c", str(shard), *["0"] * (dims - 1))
+
+
+def shard_files(folder: Path, layout: Layout, shard: int) -> list[Path]:
+    """The files of one shard: one per array, in the order of layout.arrays()."""
+    return [shard_path(folder, name, shard, 1 + len(shape)) for name, (shape, _) in layout.arrays().items()]
 
 
 def metadata_paths(folder: Path, layout: Layout) -> list[Path]:
@@ -106,39 +118,78 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: content.to_bytes() for name, content in memory.items()}
 
 
-def read_attributes(folder: Path) -> tuple[Layout, dict[str, Any]]:
-    """The layout and all attributes of a column that create_column made."""
+def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[str, Any]]:
+    """The layout and all attributes of a column that create_column made; file: where in the folder they stand."""
     try:
-        attributes = json.loads((folder / "zarr.json").read_bytes())["attributes"]
+        attributes = json.loads((folder / file).read_bytes())["attributes"]
         return Layout(**attributes["layout"]), attributes
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: this is not a column of a cache ({error}); create it first") from None
 
 
 def write_column_shard(
-    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array
+    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The commit record of one shard of a column: files, count, valid.
 
     arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
-    others are not written and read as the sentinel. Raises ValueError for a wrong name, shape, dtype or value.
+    others are not written and read as the sentinel. keys: of the samples; zarr has no place for them.
+    Raises ValueError for a wrong name, shape, dtype or value.
     """
     layout, attributes = read_attributes(folder)
-    keep = np.asarray(valid, bool)
-    where = f"{folder} shard {shard}"
-    if len(keep) != layout.count(shard):
-        raise ValueError(f"{where}: {len(keep)} rows; the plan says {layout.count(shard)}; write whole shards")
-    check_arrays(arrays, keep, layout, where)
+    keep = checked_rows(folder, layout, shard, arrays, valid)
     files: list[Published] = []
-    for name, (shape, _) in layout.arrays().items():
-        path = shard_path(folder, name, shard, 1 + len(shape))
+    for name, path in zip(layout.arrays(), shard_files(folder, layout, shard)):
         mark = seal(attributes.get("column_id"), attributes.get("view"), name, shard)
         files.append(publish(path, shard_chunks(mark, arrays[name], keep, layout.shard_samples)))
+    return shard_record(files, keep)
+
+
+def shard_record(files: Sequence[Published], keep: Array) -> dict[str, Any]:
+    """What a commit record says of a shard of a column."""
     return {
         "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
         "count": len(keep),
         "valid": int(keep.sum()),
     }
+
+
+class ZarrShard:
+    """One shard of a column, its files opened. Thread-safe."""
+
+    def __init__(self, files: Mapping[str, ShardFile], layout: Layout) -> None:
+        self.files, self.layout = files, layout
+
+    def read(self, rows: Sequence[int], out: Mapping[str, Sequence[Array]]) -> None:
+        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged."""
+        for name, buffers in out.items():
+            self.files[name].read(rows, buffers)
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Read every array of the samples at `rows`. Raises Damaged."""
+        for name, (shape, dtype) in self.layout.arrays().items():
+            self.read(rows, {name: [np.empty(shape, dtype)] * len(rows)})
+
+
+def open_shard(
+    folder: Path, layout: Layout, column_id: str, view: int, shard: int, keys: Sequence[str] | None = None
+) -> ZarrShard:
+    """A shard, once read sealed as this column's, view's and shard's. keys: zarr has no place for them."""
+    files = zip(layout.arrays(), shard_files(folder, layout, shard))
+    return ZarrShard({name: ShardFile(path, layout.shard_samples, seal(column_id, view, name, shard))
+                      for name, path in files}, layout)  # fmt: skip
+
+
+def checked_rows(
+    folder: Path, layout: Layout, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array
+) -> Array:
+    """`valid` as an array, once it is known that these arrays are a whole shard. Raises ValueError."""
+    keep = np.asarray(valid, bool)
+    where = f"{folder} shard {shard}"
+    if len(keep) != layout.count(shard):
+        raise ValueError(f"{where}: {len(keep)} rows; the plan says {layout.count(shard)}; write whole shards")
+    check_arrays(arrays, keep, layout, where)
+    return keep
 
 
 def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where: str) -> None:

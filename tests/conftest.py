@@ -28,6 +28,7 @@ def write_synthetic_cache(
     path: Path, n: int = 24, size: int = 32, grid: int = 4, n_views: int = 2,
     teachers: Mapping[str, Mapping[str, Any]] = TEACHERS, shard_samples: int = 8, labels: bool = True,
     dtype: str = "int8", seed: int = 0, bad: Sequence[int] = (), finalise: bool = True,
+    format: str = "zarr",
 ) -> Path:  # fmt: skip
     """A complete cache of n smooth random images, whose features are functions of the pixels that can be learnt.
 
@@ -42,7 +43,8 @@ def write_synthetic_cache(
     specs = tuple(teacher_spec(name, size, grid, **about) for name, about in teachers.items())
     data_id = dataset_id((s.key, s.bytes, s.sha256) for s in sources)
     recipe = ViewRecipe(size=size, seed=seed)
-    made = plan.start(path, Plan(data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs), sources)
+    wanted = Plan(data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format)
+    made = plan.start(path, wanted, sources)
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
     sample = [row for row in rows[0] if row.jpeg][:16]
     made = plan.freeze_quantisers(path, made, {

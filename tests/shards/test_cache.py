@@ -204,7 +204,7 @@ def test_all_problems_are_reported_at_once(copy: Path) -> None:
         open_cache(copy)
     text = str(caught.value)
     assert "4 problems" in text and "run the same extract-features command again" in text
-    for line in ("views/0/pixels/000001.tar: No such file", "tokens/c/0/0/0: 1", "norm/zarr.json: missing zarr",
+    for line in ("views/0/pixels/000001.tar: No such file", "tokens/c/0/0/0: 1", "norm/zarr.json: missing metadata",
                  "tail/a.safetensors: No such file"):  # fmt: skip
         assert line in text
 

@@ -71,9 +71,9 @@ def test_the_sidecar_finds_every_member(tmp_path: Path) -> None:
     path = tmp_path / "000000.tar"
     record = write_pixel_tar(path, rows())
     tar, index = path.read_bytes(), read_index(path)
-    assert index.keys == KEYS and index.jpegs[2].tolist() == [-1, -1, -1]
+    assert index.keys == KEYS and index.tables["jpg"][2].tolist() == [-1, -1, -1]
     for i, row in enumerate(rows()):
-        for table, content in ((index.jpegs, row.jpeg), (index.abouts, None)):
+        for table, content in ((index.tables["jpg"], row.jpeg), (index.tables["json"], None)):
             offset, size, crc = table[i].tolist()
             if offset >= 0:
                 assert google_crc32c.value(tar[offset : offset + size]) == crc

@@ -1,0 +1,40 @@
+"""The formats that a column can be stored in; each is a module with these functions. docs/format.md, "Columns"."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from mrmae.shards import column_tars, zarr_io
+from mrmae.shards.zarr_io import Array, Layout
+
+
+class Shard(Protocol):
+    """A shard opened for reading, from any thread."""
+
+    def read(self, rows: Sequence[int], out: Mapping[str, Sequence[Array]]) -> None:
+        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged."""
+
+    def check(self, rows: Sequence[int]) -> None:
+        """Read all there is of a shard in which the samples at `rows` are valid. Raises Damaged."""
+
+
+class Storage(Protocol):
+    """Where the files of a column lie, and how a shard of it is written and read. folder: column_folder's."""
+
+    OVERHEAD_BYTES: int
+
+    def column_folder(self, path: Path, view: int, column: str) -> Path: ...
+    def shard_files(self, folder: Path, layout: Layout, shard: int) -> list[Path]: ...
+    def metadata_paths(self, folder: Path, layout: Layout) -> list[Path]: ...
+    def metadata(self, layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]: ...
+    def create_column(self, folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> None: ...
+    def read_attributes(self, folder: Path) -> tuple[Layout, dict[str, Any]]: ...
+    def write_column_shard(
+        self, folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str]
+    ) -> dict[str, Any]: ...
+    def open_shard(
+        self, folder: Path, layout: Layout, column_id: str, view: int, shard: int, keys: Sequence[str] | None
+    ) -> Shard: ...
+
+
+FORMATS: Mapping[str, Storage] = {"zarr": zarr_io, "webdataset": column_tars}
