@@ -70,7 +70,8 @@ def truncate(path: Path, made: Plan, rng: Rng) -> Fault:
 def truncate_at_member(path: Path, made: Plan, rng: Rng) -> Fault:
     """A tar cut at a member's boundary and closed properly, its sidecar telling the new truth: it looks complete."""
     view, shard = int(rng.integers(made.n_views)), int(rng.integers(made.n_shards))
-    tar, sidecar = commit.unit_files(path, made, view, PIXELS, shard)
+    column = PIXELS if made.format == "zarr" else some_column(made, rng)
+    tar, sidecar = commit.unit_files(path, made, view, column, shard)
     before = tar.read_bytes(), sidecar.read_bytes()
     index = json.loads(before[1])
     keep = int(rng.integers(1, len(index["members"])))
@@ -80,7 +81,7 @@ def truncate_at_member(path: Path, made: Plan, rng: Rng) -> Fault:
         index["members"] = index["members"][:keep]
         sidecar.write_bytes(json.dumps(index).encode())
     names = tuple(audit.relative(path, file) for file in (tar, sidecar))
-    return Fault("truncation at a member", names, before, (view, PIXELS, shard))
+    return Fault("truncation at a member", names, before, (view, column, shard))
 
 
 def zero_fill(path: Path, made: Plan, rng: Rng) -> Fault:
@@ -94,12 +95,13 @@ def zero_fill(path: Path, made: Plan, rng: Rng) -> Fault:
 
 
 def swap_shards(path: Path, made: Plan, rng: Rng) -> Fault:
-    """Two shards exchanged whole: of one array, or of one view's pixels with their sidecars."""
-    column = [PIXELS, *(t.column for t in made.columns)][int(rng.integers(1 + len(made.columns)))]
+    """Two shards exchanged: of one array or tar alone, or of one view's tars with their sidecars."""
+    column = some_column(made, rng)
     view = int(rng.integers(made.n_views))
     a, b = (int(n) for n in rng.choice(made.n_shards, 2, replace=False))
     pairs = list(zip(*(commit.unit_files(path, made, view, column, shard) for shard in (a, b))))
-    chosen = pairs if column == PIXELS else [pairs[int(rng.integers(len(pairs)))]]
+    whole = column == PIXELS or (made.format == "webdataset" and rng.random() < 0.5)
+    chosen = pairs if whole else [pairs[int(rng.integers(len(pairs)))]]
     files = [file for pair in chosen for file in pair]
     before = [file.read_bytes() for file in files]
     for (one, other), (x, y) in zip(chosen, zip(before[::2], before[1::2])):
@@ -166,6 +168,11 @@ def leaves(value: Any) -> Iterator[tuple[Any, Any]]:
             yield value, key
 
 
+def some_column(made: Plan, rng: Rng) -> str:
+    """The pixels or a teacher's column."""
+    return [PIXELS, *(t.column for t in made.columns)][int(rng.integers(1 + len(made.columns)))]
+
+
 def some_file(path: Path, made: Plan, rng: Rng) -> tuple[Unit, str, bytes]:
     """A file of a random unit."""
     every = list(commit.units(made))
@@ -216,8 +223,7 @@ def harmless(fault: Fault) -> bool:
 
 def well_told(fault: Fault, found: dict[str, str]) -> bool:
     """Whether some check names a damaged file or its shard's record, and how to repair it."""
-    names = [name.rpartition(".zarr/")[2] if ".zarr/" in name else Path(name).name for name in fault.files]
-    return any(any(name in text for name in names) and ("inspect-cache repair" in text or "to repair" in text or "run the same" in text)
+    return any(any(name in text for name in fault.files) and ("inspect-cache repair" in text or "to repair" in text or "run the same" in text)
                for text in found.values())  # fmt: skip
 
 

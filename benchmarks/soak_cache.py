@@ -5,6 +5,7 @@ Exit 1 where one is not noticed, not named with its repair, or where a clean cac
 
 import csv
 import datetime
+import itertools
 import subprocess
 import sys
 import tempfile
@@ -16,12 +17,13 @@ import numpy as np
 from faults import KINDS, harmless, noticed_by, try_fault, well_told
 
 from mrmae.shards import plan
+from mrmae.shards.storage import FORMATS
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
 from conftest import write_synthetic_cache  # noqa: E402
 
-COLUMNS = ("kind", "faults", "noticed", "named_with_repair", "harmless", "false_alarms", "seed", "commit", "date")
+COLUMNS = ("format", "kind", "faults", "noticed", "named_with_repair", "harmless", "false_alarms", "seed", "commit", "date")
 
 
 @click.command()
@@ -29,22 +31,24 @@ COLUMNS = ("kind", "faults", "noticed", "named_with_repair", "harmless", "false_
 @click.option("--seed", default=0, type=click.IntRange(0))
 @click.option("--out", default=ROOT / "results" / "soak_cache.csv", type=click.Path(path_type=Path))
 def main(faults: int, seed: int, out: Path) -> None:
-    """Inject faults of every kind, one at a time, and count who is noticed."""
+    """Inject faults of every kind into a cache of each format, one at a time, and count who is noticed."""
     rng, rows, missed = np.random.default_rng(seed), [], []
     with tempfile.TemporaryDirectory() as folder:
-        cache = write_synthetic_cache(Path(folder) / "c", n=11, size=16, grid=2, n_views=2, shard_samples=3, bad=(2,))
-        made = plan.load_plan(cache)
-        for kind in KINDS:
+        for format, kind in itertools.product(FORMATS, KINDS):
+            cache = Path(folder) / format
+            if not cache.exists():
+                write_synthetic_cache(cache, n=11, size=16, grid=2, n_views=2, shard_samples=3, bad=(2,), format=format)
+            made = plan.load_plan(cache)
             counts: Counter[str] = Counter()
-            for _ in range(-(-faults // len(KINDS))):
+            for _ in range(-(-faults // (len(KINDS) * len(FORMATS)))):
                 fault, found = try_fault(cache, made, kind, rng)
                 same = not found and harmless(fault)
                 counts.update(faults=1, noticed=bool(found), harmless=same, named=well_told(fault, found))
                 if not (same or well_told(fault, found)):
-                    missed.append((fault.kind, fault.files, found))
+                    missed.append((format, fault.kind, fault.files, found))
             alarms = len(noticed_by(cache))
-            rows.append([kind, counts["faults"], counts["noticed"], counts["named"], counts["harmless"], alarms])
-            click.echo(f"{kind}: {counts['noticed']} of {counts['faults']} noticed, {counts['named']} named with repair, "
+            rows.append([format, kind, counts["faults"], counts["noticed"], counts["named"], counts["harmless"], alarms])
+            click.echo(f"{format}, {kind}: {counts['noticed']} of {counts['faults']} noticed, {counts['named']} named with repair, "
                        f"{counts['harmless']} changed no value, {alarms} false alarms afterwards")  # fmt: skip
     append(out, rows, seed)
     for case in missed[:20]:
