@@ -142,6 +142,14 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(tiny_cache: Path, t
     _assert_same_bits(tmp_path / "out", whole)
 
 
+def test_a_cache_of_tars_trains_to_the_same_bits(make_cache: Callable[..., Path], tmp_path: Path, whole: Path) -> None:
+    """The same data in the other format: every loss and, after 24 updates, every weight and moment."""
+    _train(make_cache(tmp_path / "cache", format="webdataset"), tmp_path / "out", quick(), log_every=1)
+    _assert_same_bits(tmp_path / "out", whole)
+    losses = [[row["loss"] for row in read_rows(out / "log.jsonl", "step")] for out in (tmp_path / "out", whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4 * UPDATES
+
+
 @pytest.mark.parametrize("name, step", [("SIGTERM", 8), ("SIGUSR1", 5), ("SIGINT", 0)])
 def test_a_signal_saves_says_how_to_go_on_and_the_same_call_does(
     tiny_cache: Path, tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, name: str, step: int
