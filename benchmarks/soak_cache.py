@@ -23,7 +23,18 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
 from conftest import write_synthetic_cache  # noqa: E402
 
-COLUMNS = ("format", "kind", "faults", "noticed", "named_with_repair", "harmless", "false_alarms", "seed", "commit", "date")
+COLUMNS = (
+    "format",
+    "kind",
+    "faults",
+    "noticed",
+    "named_with_repair",
+    "harmless",
+    "false_alarms",
+    "seed",
+    "commit",
+    "date",
+)
 
 
 @click.command()
@@ -47,7 +58,9 @@ def main(faults: int, seed: int, out: Path) -> None:
                 if not (same or well_told(fault, found)):
                     missed.append((format, fault.kind, fault.files, found))
             alarms = len(noticed_by(cache))
-            rows.append([format, kind, counts["faults"], counts["noticed"], counts["named"], counts["harmless"], alarms])
+            rows.append(
+                [format, kind, counts["faults"], counts["noticed"], counts["named"], counts["harmless"], alarms]
+            )
             click.echo(f"{format}, {kind}: {counts['noticed']} of {counts['faults']} noticed, {counts['named']} named with repair, "
                        f"{counts['harmless']} changed no value, {alarms} false alarms afterwards")  # fmt: skip
     append(out, rows, seed)

@@ -7,6 +7,7 @@ import click
 
 from mrmae.extract.run import Options, extract_features
 from mrmae.extract.teachers import DEFAULT_TEACHERS
+from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.storage import FORMATS
 
@@ -37,7 +38,7 @@ from mrmae.shards.storage import FORMATS
     "--grid", default=14, type=click.IntRange(1), help="Patches per side; the student's patch is size / grid."
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of crops and flips.")
-@click.option("--dtype", default="int8", type=click.Choice(["int8", "float16"]), help="How features are stored.")
+@click.option("--dtype", default="int8", type=click.Choice(list(DTYPES)), help="How features are stored.")
 @click.option("--format", default="zarr", type=click.Choice(list(FORMATS)),
               help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")

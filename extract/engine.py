@@ -54,7 +54,7 @@ def calibrated(job: Job) -> tuple[Job, Kept]:
     if not pending:
         return job, {}
     kept: Kept = {}
-    if job.options.dtype != "int8":
+    if job.options.dtype == "float16":
         found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
         kept = calibration_features(dataclasses.replace(job, teachers=pending))

@@ -14,8 +14,10 @@ from mrmae.extract.teachers import Features, Teacher, TeacherRequest, build_teac
 from mrmae.shards.cache import Cache, Column, Numbers
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec, compare_specs, plain
 
-COSINE = {"float16": 0.9999, "int8": 0.9998}
-FAITHFUL_SNR_DB = 40.0  # above it int8 must reach its cosine; below it, the SNR it had when it was written
+COSINE = {"float16": 0.9999, "int8": 0.9998, "fp8": 0.999}
+FAITHFUL_SNR_DB = (
+    40.0  # above it a column must reach its cosine; below it (fp8: always), the SNR it had when it was written
+)
 SNR_MARGIN_DB = 1.0
 AT_ONCE = 8
 
@@ -133,7 +135,7 @@ def mean_cosine(
 def verdict(cache: Cache, name: str, column: Column, cosine: float, snr: float) -> tuple[bool, str]:
     """(within the limit, the limit in words)."""
     written = recorded_snr(cache, name)
-    if column.quantiser.dtype == "int8" and written is not None and written < FAITHFUL_SNR_DB:
+    if column.quantiser.dtype != "float16" and written is not None and written < FAITHFUL_SNR_DB:
         limit = min(written, FAITHFUL_SNR_DB) - SNR_MARGIN_DB
         return snr >= limit, f"SNR >= {limit:.1f} dB"
     limit = COSINE[column.quantiser.dtype]

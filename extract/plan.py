@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae.extract.progress import human_bytes
+from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import TeacherSpec, ViewRecipe
 from mrmae.shards.storage import FORMATS
 
@@ -15,8 +16,9 @@ JPEG_BYTES_PER_PIXEL = 0.75
 def sample_bytes(teacher: TeacherSpec, dtype: str, format: str) -> int:
     """Bytes of one sample and view in a teacher's column: tokens, scale, CLS, attention, norm, and what the format adds."""
     l = teacher.grid[0] * teacher.grid[1]
-    parts = [l * teacher.width * (1 if dtype == "int8" else 2), 2 * l]
-    parts += [2 * l] * (dtype == "int8") + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
+    stored = DTYPES[dtype]
+    parts = [l * teacher.width * stored.bytes, 2 * l]
+    parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
     return sum(parts) + FORMATS[format].OVERHEAD_BYTES * len(parts)
 
 

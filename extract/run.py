@@ -21,6 +21,7 @@ from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import Plan, Source
+from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
 from mrmae.shards.write import make_folder, remove
 
@@ -99,7 +100,7 @@ def usual_shard_samples(n: int, teachers: Sequence[TeacherSpec], options: Option
     if (options.cache / "plan.json").exists():
         return plans.load_plan(options.cache).shard_samples
     width = max((teacher.width for teacher in teachers), default=1)
-    token_bytes = options.grid**2 * width * (1 if options.dtype == "int8" else 2)
+    token_bytes = options.grid**2 * width * DTYPES[options.dtype].bytes
     return plans.default_shard_samples(n, token_bytes)
 
 

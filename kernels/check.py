@@ -12,7 +12,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 IMAGES = (torch.uint8, *FLOATS)
-CODES = (torch.int8, *FLOATS)
+CODES = (torch.int8, torch.float8_e4m3fn, *FLOATS)
 
 
 def refuse(where: str, wrong: str, expected: str, advice: str) -> NoReturn:

@@ -149,7 +149,7 @@ def mimic_loss(
 ) -> Float[Tensor, "v n"]:
     """Distance of every student token to the teacher token of its patch, fp32, mean over channels.
 
-    codes: int8 or float tokens of the whole grid, read at `ids`; with gathered=True the n rows themselves and ids may be None.
+    codes: int8, E4M3 or float tokens of the whole grid, read at `ids`; with gathered=True the n rows themselves and ids may be None.
     Their value is `channel_mean + channel_std * (scale[token] * code)`, a missing mean being 0 and a missing factor 1.
     target: "none"; "ln0" LayerNorm without affine, eps 1e-5; "l2" unit length; "channel" (value - stat_mean) / stat_std.
     distance: "mse"; "sl1" smooth-L1 with `beta`; "cosd" 1 - cosine. Differentiable in student only, any number of times.
@@ -179,6 +179,10 @@ def mimic_loss(
         stat_mean = stat_std = None
     at = None if gathered else ids
     if use_triton(where, kernels, student, codes):
+        if (
+            codes.dtype == torch.float8_e4m3fn
+        ):  # the kernel cannot load them on every device; float16 holds each exactly
+            codes = codes.half()
         return mimic.mimic_loss(
             student, codes, at, scale, channel_mean, channel_std, stat_mean, stat_std, target, distance, beta
         )

@@ -176,7 +176,7 @@ class Cache:
     ) -> dict[str, Tensor]:  # fmt: skip
         """The named arrays of a column for these samples, [b, ...] in their stored dtypes.
 
-        views: which view of each sample. `scale` is left out where tokens are not int8. out: buffers to fill.
+        views: which view of each sample. `scale` is left out where tokens have none (float16). out: buffers to fill.
         Raises ValueError for an array that the column does not have.
         """
         at, of = self.checked(numbers, views)
@@ -184,7 +184,7 @@ class Cache:
             raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
                              "choose one, or extract with that teacher")  # fmt: skip
         stored = self.columns[column].layout.arrays()
-        arrays = [name for name in arrays if name != "scale" or self.dtype == "int8"]
+        arrays = [name for name in arrays if name != "scale" or name in stored]
         if lacking := [name for name in arrays if name not in stored]:
             raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "
                              "choose a teacher that has it")  # fmt: skip

@@ -26,6 +26,11 @@ from mrmae.shards.write import publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
+VALUE = {
+    "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
+    "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
+    "float16": "tokens[sample, patch, channel]",
+}
 
 
 def units(plan: Plan) -> Iterator[Unit]:
@@ -91,7 +96,7 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
         "view": view,
         "teacher": plain(plan.teacher(column)),
         "quantiser": plan.quantisers[column].to_json(),
-        "value": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
+        "value": VALUE[plan.dtype],
     }
 
 

@@ -1,6 +1,7 @@
 """Stored dtypes: calibration, quantisation and, the definition kernels are tested against, dequantisation.
 
-int8: value = channel_mean + channel_std * (scale[token] * code). Without standardisation mean and std are 0 and 1.
+int8, fp8: value = channel_mean + channel_std * (scale[token] * code). Without standardisation mean and std are 0 and 1. fp8 codes
+are E4M3 numbers (finite, no infinities), kept as their bytes.
 """
 
 import dataclasses
@@ -14,10 +15,31 @@ from jaxtyping import Float, Float16, Shaped
 from torch import Tensor
 
 SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
-TOP = 127
 FP16_MAX = 65504.0
 SAMPLES_AT_ONCE = 32  # in calibration: bounds its float64 copies
 Channels = np.ndarray[Any, np.dtype[np.float32]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """How a dtype lies in an array of numpy's dtype `array`. scaled: one float16 scale per token brings the largest code to `top`.
+
+    unwritten: what an element that was never written reads as; refused: codes that are no value.
+    """
+
+    array: str
+    bytes: int
+    scaled: bool
+    top: float
+    unwritten: float
+    refused: tuple[int, ...] = ()
+
+
+DTYPES = {
+    "int8": Stored("int8", 1, True, 127.0, SENTINEL, (SENTINEL,)),
+    "fp8": Stored("uint8", 1, True, 448.0, 0xFF, (0x7F, 0xFF)),  # both are NaN in E4M3
+    "float16": Stored("float16", 2, False, FP16_MAX, math.nan),
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,13 +52,15 @@ class Quantiser:
     standardised: bool = False
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("int8", "float16"):
-            raise ValueError(f"quantiser: dtype {self.dtype!r} is not known; expected int8 or float16; choose one")
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"quantiser: dtype {self.dtype!r} is not known; expected {' or '.join(DTYPES)}; choose one"
+            )
 
     @property
-    def sentinel(self) -> float:
-        """What an element that was never written reads as."""
-        return SENTINEL if self.dtype == "int8" else math.nan
+    def stored(self) -> Stored:
+        """How its codes lie in an array."""
+        return DTYPES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
         """The quantiser as JSON; nine significant digits carry a float32 exactly."""
@@ -70,15 +94,15 @@ def calibrate(features: Float[Tensor, "n l d"], *, dtype: str = "int8") -> Quant
     features: float32, the first samples in canonical order. Raises ValueError for NaN or infinities.
     """
     refuse_nonfinite(features, "calibration")
-    if dtype != "int8":
+    if dtype == "float16":
         return Quantiser(dtype)
     mean, std = channel_moments(features)
     # A channel that is dead in the sample may live later: give it an average channel's step.
     average = std.square().mean().sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, average if average > 0 else torch.ones_like(average))
     candidates = [
-        Quantiser("int8", host_fp32(mean), host_fp32(std), standardised=True),
-        Quantiser("int8"),
+        Quantiser(dtype, host_fp32(mean), host_fp32(std), standardised=True),
+        Quantiser(dtype),
     ]
     return max(candidates, key=lambda q: round_trip_snr(features, q))
 
@@ -104,7 +128,7 @@ def round_trip_snr(features: Float[Tensor, "n l d"], q: Quantiser) -> float:
 def quantise(
     tokens: Float[Tensor, "b l d"], q: Quantiser
 ) -> tuple[Shaped[Tensor, "b l d"], Float16[Tensor, "b l"] | None]:
-    """Codes (int8 within ±127, or float16) and per-token scale (float16; None for float16 codes).
+    """Codes (int8 within ±127, uint8 bytes of E4M3 within ±448, or float16) and per-token scale (float16; None for float16 codes).
 
     The codes are computed from the scale as stored, so that its rounding costs nothing.
     Raises ValueError for NaN, infinities, and values that float16 cannot hold.
@@ -116,25 +140,26 @@ def quantise(
     centred = tokens.float()
     if q.channel_mean is not None and q.channel_std is not None:
         centred = (centred - on(q.channel_mean, tokens)) / on(q.channel_std, tokens)
-    step = centred.abs().amax(dim=-1) / TOP
+    top = q.stored.top
+    step = centred.abs().amax(dim=-1) / top
     refuse_overflow(step.amax() if step.numel() else step.new_zeros(()), "a token's scale")
     scale = step.to(torch.float16)
     safe = torch.where(scale > 0, scale.float(), 1.0)  # scale 0: nothing float16 can tell from zero
-    codes = (centred / safe[..., None]).round().clamp(-TOP, TOP)
-    return torch.where(scale[..., None] > 0, codes, 0.0).to(torch.int8), scale
+    codes = torch.where(scale[..., None] > 0, (centred / safe[..., None]).clamp(-top, top), 0.0)
+    return codes.to(torch.float8_e4m3fn).view(torch.uint8) if q.dtype == "fp8" else codes.round().to(torch.int8), scale
 
 
 def dequantise(
     codes: Shaped[Tensor, "b l d"], scale: Float16[Tensor, "b l"] | None, q: Quantiser
 ) -> Float[Tensor, "b l d"]:
-    """Float32 tokens; NaN where int8 codes hold the sentinel, so that nothing unwritten is ever used silently."""
+    """Float32 tokens; NaN where codes hold the sentinel, so that nothing unwritten is ever used silently."""
     if q.dtype == "float16":
         return codes.float()
-    assert scale is not None, "int8 codes need their scale"
-    values = codes.float() * scale.float()[..., None]
+    assert scale is not None, "these codes need their scale"
+    values = (codes.view(torch.float8_e4m3fn) if q.dtype == "fp8" else codes).float() * scale.float()[..., None]
     if q.channel_mean is not None and q.channel_std is not None:
         values = on(q.channel_mean, codes) + on(q.channel_std, codes) * values
-    return torch.where(codes == SENTINEL, torch.nan, values)
+    return torch.where(codes == SENTINEL, torch.nan, values) if q.dtype == "int8" else values
 
 
 def quality(

@@ -19,7 +19,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from mrmae.shards.quantize import SENTINEL
+from mrmae.shards.quantize import DTYPES
 from mrmae.shards.reader import ABSENT, ShardFile
 from mrmae.shards.spec import canonical_json
 from mrmae.shards.write import Published, publish
@@ -38,7 +38,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype."""
+    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of quantize.DTYPES)."""
 
     n: int
     l: int
@@ -50,9 +50,10 @@ class Layout:
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape of one sample, dtype) of every stored array, by name."""
+        tokens = DTYPES[self.dtype]
         stored = {
-            "tokens": ((self.l, self.d), self.dtype),
-            "scale": ((self.l,), "float16") if self.dtype == "int8" else None,
+            "tokens": ((self.l, self.d), tokens.array),
+            "scale": ((self.l,), "float16") if tokens.scaled else None,
             "cls": ((self.d,), "float16") if self.has_cls else None,
             "attention": ((self.l,), "float16") if self.has_attention else None,
             "norm": ((self.l,), "float16"),
@@ -110,10 +111,11 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
             shards=(layout.shard_samples, *shape),
             chunks=(1, *shape),
             dtype=dtype,
-            fill_value=SENTINEL if dtype == "int8" else np.nan,
+            fill_value=DTYPES[layout.dtype].unwritten if name == "tokens" else np.nan,
             filters=None,
             compressors=Crc32cCodec(),
             dimension_names=DIMENSIONS[name],
+            attributes={"encoding": "e4m3fn"} if dtype == "uint8" else None,
         )
     return {name: content.to_bytes() for name, content in memory.items()}
 
@@ -203,9 +205,10 @@ def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where
             raise ValueError(f"{where}: {name} is {array.dtype}{list(array.shape)}; "
                              f"expected {dtype}{[len(keep), *shape]}")  # fmt: skip
         rows = array[keep]
-        wrong = int((rows == SENTINEL).sum() if dtype == "int8" else (~np.isfinite(rows)).sum())
+        refused = DTYPES[layout.dtype].refused if name == "tokens" else ()
+        wrong = int((np.isin(rows, refused) if refused else ~np.isfinite(rows)).sum())
         if wrong:
-            kind = "the sentinel -128" if dtype == "int8" else "NaN or infinite"
+            kind = f"the sentinel {refused[-1]}" if refused else "NaN or infinite"
             raise ValueError(f"{where}: {wrong} values of {name} are {kind}; expected numbers; "
                              "this teacher's features cannot be stored so")  # fmt: skip
 

@@ -37,7 +37,7 @@ def cache_info(cache: Cache) -> CacheInfo:
             has_cls=column.spec.has_cls,
             has_attention=column.spec.has_attention,
             column=name,
-            has_scale=column.quantiser.dtype == "int8",
+            has_scale=column.quantiser.stored.scaled,
         )
     return CacheInfo(size=cache.size, grid=cache.grid, teachers=teachers)
 

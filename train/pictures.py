@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from mrmae.shards.quantize import dequantise
 from mrmae.train import batches
 from mrmae.train.checkpoint import write_atomically
 from mrmae.train.feed import load_masked
@@ -107,10 +106,7 @@ def teacher_tokens(run: Run, numbers: batches.Numbers) -> dict[str, Tensor]:
         pixels = run.cache.read_pixels(numbers, views).to(run.device)
         return {name: teacher.forward(pixels).tokens for name, teacher in run.online.items()}
     for teacher, about in run.info.teachers.items():
-        name, quantiser = about.column, run.cache.columns[about.column].quantiser
-        arrays = ("tokens", "scale") if quantiser.dtype == "int8" else ("tokens",)
-        stored = run.cache.read_column(name, numbers, views, arrays=arrays)
-        found[teacher] = dequantise(stored["tokens"], stored.get("scale"), quantiser)
+        found[teacher] = run.cache.read_tokens(about.column, numbers, views)
     return found
 
 

@@ -20,8 +20,6 @@ from mrmae.train.mcmae import MaskedConvViT
 from mrmae.train.recipe import to_dict
 from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
-ITEM_BYTES = {"int8": 1, "float16": 2}
-
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
@@ -141,7 +139,7 @@ def feature_bytes(run: Run) -> int:
     for teacher, arrays in run.needed.items():
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
-        sizes = {"tokens": l * width * ITEM_BYTES[column.quantiser.dtype], "cls": 2 * width}
+        sizes = {"tokens": l * width * column.quantiser.stored.bytes, "cls": 2 * width}
         total += sum(sizes.get(name, 2 * l) for name in arrays)
     return total
 

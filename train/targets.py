@@ -77,7 +77,7 @@ class CacheInfo:
 class Batch:
     """b views and what the teachers said about them, as stored: nothing is dequantised before the loss.
 
-    samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8 or float) with
+    samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l].
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [b, n_keep, ...], gathered before the copy.
     """
@@ -135,6 +135,11 @@ class TeacherStatistics(nn.Module):
         )
         with torch.autocast(like.device.type, enabled=False):
             return (values - self.stat_mean.to(work)) @ self.phi.to(work).T
+
+
+def codes_of(tokens: Shaped[Tensor, "b l d"]) -> Shaped[Tensor, "b l d"]:
+    """Stored tokens as the codes that the kernels take: a cache keeps E4M3 numbers as bytes."""
+    return tokens.view(torch.float8_e4m3fn) if tokens.dtype == torch.uint8 else tokens
 
 
 def constant(info: TeacherInfo, name: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -16,7 +16,7 @@ from mrmae.kernels import dispatch
 from mrmae.train.distances import DISTANCES
 from mrmae.train.masks import Masks, saliency, saliency_arrays
 from mrmae.train.recipe import Recipe, TermRecipe
-from mrmae.train.targets import Batch, CacheInfo, TeacherStatistics, teachers_of
+from mrmae.train.targets import Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def mimic_errors(
     if term.recipe.positions == "cls":  # stored as plain float16: the quantiser describes patch tokens only
         codes, scale, mean, std, ids, gathered = arrays["cls"][:, None], None, None, None, None, True
     else:
-        codes, scale = arrays["tokens"], arrays.get("scale")
+        codes, scale = codes_of(arrays["tokens"]), arrays.get("scale")
         mean, std = statistics.channel_mean, statistics.channel_std
         visible = term.recipe.positions == "visible"
         ids, gathered = (masks.ids_keep if visible else masks.ids_predict), visible and batch.rows == "visible"

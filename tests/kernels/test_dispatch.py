@@ -76,6 +76,15 @@ def test_gathered_rows_give_the_same_mimic_loss() -> None:
     assert torch.equal(whole, picked)
 
 
+def test_e4m3_codes_are_read_as_the_numbers_they_are() -> None:
+    numbers = (torch.randn(B, L, D) * 50).to(torch.float8_e4m3fn)
+    student, scale = torch.randn(B, 3, D, requires_grad=True), torch.rand(B, L).half()
+    losses = [dispatch.mimic_loss(student, codes, IDS, scale=scale, l=L) for codes in (numbers, numbers.float())]
+    assert torch.equal(*losses) and torch.equal(numbers.half().float(), numbers.float()), "float16 holds each exactly"
+    grads = [torch.autograd.grad(loss.sum(), student)[0] for loss in losses]
+    assert torch.equal(*grads) and grads[0].abs().sum() > 0
+
+
 IMAGE, PRED, CODES, STUDENT = images(), torch.zeros(B, 3, VALUES), torch.zeros(B, L, D), torch.zeros(B, 3, D)
 META = torch.device("meta")
 BAD = {

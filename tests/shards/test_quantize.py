@@ -1,5 +1,6 @@
 """Quantisation: the definition of a stored value, its error, and what is refused."""
 
+import dataclasses
 import math
 
 import pytest
@@ -141,3 +142,46 @@ def test_a_quantiser_survives_json_bit_for_bit() -> None:
     assert again.to_json() == q.to_json() and Quantiser.from_json(Quantiser("float16").to_json()).channel_std is None
     with pytest.raises(ValueError, match="int4"):
         Quantiser("int4")
+
+
+def test_fp8_codes_are_torchs_e4m3_and_come_back_as_written() -> None:
+    features = vit_like(massive=100.0)
+    q = dataclasses.replace(calibrate(features), dtype="fp8")
+    assert q.standardised and q.channel_mean is not None and q.channel_std is not None
+    codes, scale = quantise(features, q)
+    assert codes.dtype == torch.uint8 and scale is not None and scale.dtype == torch.float16
+    numbers = codes.view(torch.float8_e4m3fn).float()
+    assert numbers.isfinite().all() and 400 < numbers.abs().amax(-1).min() <= numbers.abs().max() == 448
+    values = torch.from_numpy(q.channel_mean) + torch.from_numpy(q.channel_std) * (scale.float()[..., None] * numbers)
+    assert torch.allclose(dequantise(codes, scale, q), values, rtol=1e-6, atol=1e-6)
+    centred = (features - torch.from_numpy(q.channel_mean)) / torch.from_numpy(q.channel_std)
+    error = (numbers * scale[..., None] - centred).abs()
+    # three bits of mantissa: half a unit is 1/16 of a number, of the smallest normal one below it
+    assert (error <= centred.abs() / 16 + scale.float()[..., None] * 2**-10 + 1e-6).all()
+    assert 29 < snr(features, q) < 34
+
+
+def test_the_scale_per_token_keeps_fp8_within_its_range() -> None:
+    """One token a million times the others: with one scale for all, either it or the others would be lost."""
+    features = vit_like()
+    features[0, 0] *= 1e6
+    q = Quantiser("fp8")
+    got = dequantise(*quantise(features, q), q)
+    for at in ((0, 0), (1, 1)):
+        assert (got[at] - features[at]).norm() < 0.05 * features[at].norm()
+
+
+def test_fp8_sentinels_never_become_numbers_and_zeros_stay_zero() -> None:
+    q = Quantiser("fp8")
+    codes, scale = quantise(torch.zeros(1, 2, 3), q)
+    assert (codes == 0).all() and (dequantise(codes, scale, q) == 0).all()
+    assert dequantise(torch.tensor([[[255, 127, 0]]], dtype=torch.uint8), torch.ones(1, 1).half(), q)[0, 0, :2].isnan().all()
+    assert q.stored.unwritten == 255 and set(q.stored.refused) == {127, 255}
+
+
+def test_fp8_calibration_keeps_what_has_the_higher_snr() -> None:
+    for features in (vit_like(massive=100.0), vit_like() * torch.logspace(-3, 0, 32)):
+        int8 = calibrate(features)
+        both = [dataclasses.replace(int8, dtype="fp8"), Quantiser("fp8")]
+        assert int8.standardised, "so the two differ"
+        assert snr(features, calibrate(features, dtype="fp8")) == max(snr(features, q) for q in both) > 29

@@ -22,7 +22,8 @@ def arrays(layout: Layout, seed: int = 0) -> dict[str, Any]:
     out = {}
     for name, (shape, dtype) in layout.arrays().items():
         whole = (layout.n, *shape)
-        out[name] = (rng.integers(-127, 128, whole) if dtype == "int8" else rng.normal(size=whole)).astype(dtype)
+        codes = {"int8": rng.integers(-127, 128, whole), "uint8": rng.integers(0, 127, whole)}
+        out[name] = codes.get(dtype, rng.normal(size=whole)).astype(dtype)
     return out
 
 
@@ -37,12 +38,13 @@ def write_column(folder: Path, layout: Layout) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("dtype", ["int8", "float16"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "float16"])
 def test_plain_zarr_reads_every_value_and_sentinels_elsewhere(tmp_path: Path, dtype: str) -> None:
     layout = Layout(**{**LAYOUT.__dict__, "dtype": dtype})
     content = write_column(tmp_path / "x.zarr", layout)
     group = zarr.open_group(tmp_path / "x.zarr", mode="r")
-    assert set(group.array_keys()) == set(content) and ("scale" in content) == (dtype == "int8")
+    assert set(group.array_keys()) == set(content) and ("scale" in content) == (dtype != "float16")
+    assert dict(group["tokens"].attrs) == ({"encoding": "e4m3fn"} if dtype == "fp8" else {})
     assert group.attrs["teacher"] == "x"
     for name, expected in content.items():
         array = group[name]
@@ -52,7 +54,8 @@ def test_plain_zarr_reads_every_value_and_sentinels_elsewhere(tmp_path: Path, dt
         got = np.asarray(array[:])
         good = np.arange(layout.n) != BAD
         assert np.array_equal(got[good], expected[good])
-        sentinel = got[BAD] == -128 if got.dtype == np.int8 else np.isnan(got[BAD].astype(np.float32))
+        unwritten = {np.dtype("int8"): -128, np.dtype("uint8"): 255}.get(got.dtype)
+        sentinel = np.isnan(got[BAD]) if unwritten is None else got[BAD] == unwritten
         assert sentinel.all()
         for i in (0, 7, 8, 20):
             assert np.array_equal(np.asarray(array[i]), expected[i])
