@@ -23,10 +23,9 @@ from mrmae.extract.teachers import Features, Teacher
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.plan import PIXELS, Plan
-from mrmae.shards.quantize import Measured, Quantiser, calibrate, measure, quantise, summarise
+from mrmae.shards.quantize import CALIBRATION_SAMPLES, Measured, Quantiser, calibrate, measure, quantise, summarise
 from mrmae.shards.webdataset_io import PixelRow
 
-CALIBRATION_SAMPLES = 1024
 Kept = dict[tuple[int, int, str], Features]  # calibration's features of view 0, by shard, first number, column
 
 
@@ -102,6 +101,7 @@ def extract_missing(job: Job, kept: Kept) -> None:
     """
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for view, column, shard in commits.missing(job.path, job.plan):
+        refuse_requantised(job, column)
         if job.options.part.owns(shard):
             todo[shard].append((view, column))
     stream = prepared_batches(
@@ -119,6 +119,14 @@ def extract_missing(job: Job, kept: Kept) -> None:
             writing.append(writer.submit(store, job, shard, parts, progress))
         while writing:
             writing.popleft().result()
+
+
+def refuse_requantised(job: Job, column: str) -> None:
+    """ValueError for a column that was made from another one: what its teacher says is not what it holds."""
+    quantiser = job.plan.quantisers.get(column)
+    if quantiser is not None and quantiser.source is not None:
+        raise ValueError(f"{job.path}: {column} was made by inspect-cache convert from column {quantiser.source[:19]} and "
+                         "has shards missing; only that can write them: repeat the command that made this cache")  # fmt: skip
 
 
 def cut(todo: Mapping[int, Sequence[tuple[int, str]]], job: Job) -> Iterator[Batch]:

@@ -18,10 +18,14 @@ from mrmae.extract.progress import Progress
 from mrmae.shards import audit
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import commit_path, units
+from mrmae.shards.convert import convert as convert_cache
+from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import drop_column
 from mrmae.shards.plan import load_plan
+from mrmae.shards.quantize import DTYPES
 from mrmae.shards.repair import prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
+from mrmae.shards.storage import FORMATS
 from mrmae.shards.trust import Problem, read_record, trusted
 
 CACHE = click.argument("cache", type=click.Path(path_type=Path))
@@ -145,7 +149,7 @@ def report_damage(cache: Path, problems: list[Problem]) -> None:
 
 
 def recorded_command(cache: Path) -> tuple[str, str]:
-    """The extract-features command in the newest commit record that has one, and the folder it was given in."""
+    """The extract-features (or convert) command in the newest commit record that has one, and the folder it was given in."""
     plan = trusted(cache)[0]
     records = [record for unit in units(plan) if (record := read_record(commit_path(cache, *unit)))]
     told = [record for record in records if record.get("command") and record.get("folder")]
@@ -156,11 +160,12 @@ def recorded_command(cache: Path) -> tuple[str, str]:
 
 
 def run_again(command: str, folder: str) -> None:
-    """Run an extract-features command. ValueError where it is unknown or fails."""
+    """Run the command that made a cache. ValueError where it is unknown or fails."""
     if not command:
         raise ValueError("--run: no commit record tells the command; run it yourself")
-    words = shlex.split(command)[1:]
-    done = subprocess.run([sys.executable, "-m", "mrmae.extract.cli", *words], cwd=folder)
+    program, *words = shlex.split(command)
+    module = "mrmae.extract.inspect" if program == "inspect-cache" else "mrmae.extract.cli"
+    done = subprocess.run([sys.executable, "-m", module, *words], cwd=folder)
     if done.returncode:
         raise ValueError(f"{command}: ended with code {done.returncode}; see above; mend that and run it again")
 
@@ -212,6 +217,33 @@ def drop(cache: Path, column: str, yes: bool) -> None:
             click.confirm(f"Remove {column} from {cache}? Only its teacher can compute it again", abort=True)
         left = drop_column(cache, column)
     click.echo(f"{cache}: {column} is gone; it holds {', '.join(left) or 'no teacher'}")
+
+
+@main.command()
+@CACHE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", type=click.Choice(list(FORMATS)), help="How columns are stored; default: as in CACHE.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), help="Quantise the stored values again; default: as in CACHE."
+)
+@click.option("--drop", multiple=True, metavar="TEACHER[.TAP]", help="Leave a teacher or one of its columns out.")
+def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop: tuple[str, ...]) -> None:
+    """Write finished CACHE to OUT in another format or dtype, or without some teachers; the same command continues."""
+    words = ["inspect-cache", "convert", os.fspath(cache), os.fspath(out)]
+    words += [w for name, value in (("--format", format), ("--dtype", dtype)) if value for w in (name, value)]
+    about = {"command": shlex.join(words + [w for name in drop for w in ("--drop", name)]), "folder": os.getcwd()}
+    with one_line_errors():
+        opened = open_cache(cache)
+        wanted = converted_plan(opened, format=format, dtype=dtype, drop=drop)
+        total = sum(1 for _ in units(wanted))
+        with Progress("converting", total, "shards") as progress:
+            manifest = convert_cache(opened, out, wanted, about=about, progress=lambda n: progress.add(1, bytes=n))
+    click.echo(f"{out}: {manifest['n_valid']} images, {', '.join(c['name'] for c in manifest['columns']) or 'no teacher'}, "
+               f"{wanted.dtype} in {wanted.format}")  # fmt: skip
+    for column in manifest["columns"]:
+        if source := column["quantiser"].get("source"):
+            click.echo(f"  {column['name']}: requantised from {source[:19]}, SNR at least {column['quality']['snr_db']:.1f} dB "
+                       "in the worst shard, counted from the teacher")  # fmt: skip
 
 
 @main.command()

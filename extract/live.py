@@ -135,10 +135,11 @@ def mean_cosine(
 def verdict(cache: Cache, name: str, column: Column, cosine: float, snr: float) -> tuple[bool, str]:
     """(within the limit, the limit in words)."""
     written = recorded_snr(cache, name)
-    if column.quantiser.dtype != "float16" and written is not None and written < FAITHFUL_SNR_DB:
+    dtype = "int8" if column.quantiser.source and column.quantiser.dtype == "float16" else column.quantiser.dtype
+    if dtype != "float16" and written is not None and written < FAITHFUL_SNR_DB:
         limit = min(written, FAITHFUL_SNR_DB) - SNR_MARGIN_DB
         return snr >= limit, f"SNR >= {limit:.1f} dB"
-    limit = COSINE[column.quantiser.dtype]
+    limit = COSINE[dtype]
     return cosine >= limit, f"cosine >= {limit}"
 
 

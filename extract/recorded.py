@@ -15,6 +15,7 @@ def recorded_teachers(path: Path, column: str) -> list[str]:
     """The --teacher arguments of the command that wrote the first shard of a column; relative files made absolute."""
     try:
         record = json.loads(commit_path(path, 0, column, 0).read_bytes())
+        record = record.get("extracted", record)  # of a converted cache: how its source was made
         words = shlex.split(record["command"])
         folder = Path(record["folder"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -255,8 +255,10 @@ class Cache:
         """What is damaged, whose sample it is, and how to repair it."""
         number = shard * self.shard_samples + (error.row or 0)
         whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
+        made = self.plan.quantisers.get(column)
+        command = "inspect-cache convert" if made is not None and made.source else "extract-features"
         return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
-                f"{commit_path(self.path, view, column, shard)} and run the same extract-features command again, "
+                f"{commit_path(self.path, view, column, shard)} and run the same {command} command again, "
                 "which rewrites this shard only")  # fmt: skip
 
     def column_shard(self, column: str, view: int, shard: int) -> Shard:

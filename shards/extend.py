@@ -41,7 +41,12 @@ def extended(old: Plan, wanted: Plan, where: str) -> Plan:
     grown = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, wanted.n_views))
     same = dataclasses.replace(ordered, quantisers=old.quantisers)
     compare_specs(grown.to_json(), same.to_json(), where)
-    return grown if added or grown.n_views > old.n_views else old
+    if grown == old:
+        return old
+    if made := [name for name, quantiser in old.quantisers.items() if quantiser.source is not None]:
+        raise ValueError(f"{where}: {made[0]} was made by inspect-cache convert from another dtype, so extract-features cannot "
+                         "go on with it; add to the cache that it was made from, and convert again (nothing was changed)")  # fmt: skip
+    return grown
 
 
 def in_order_of(old: Plan, plan: Plan) -> Plan:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
 FP16_MAX = 65504.0
+CALIBRATION_SAMPLES = 1024
 SAMPLES_AT_ONCE = 32  # in calibration: bounds its float64 copies
 Channels = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -44,12 +45,16 @@ DTYPES = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Quantiser:
-    """How a column's tokens are stored. channel_mean, channel_std: float32 [d], None without standardisation."""
+    """How a column's tokens are stored. channel_mean, channel_std: float32 [d], None without standardisation.
+
+    source: id of the column whose stored values were quantised again; None where the teacher's own were.
+    """
 
     dtype: str
     channel_mean: Channels | None = None
     channel_std: Channels | None = None
     standardised: bool = False
+    source: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -66,14 +71,17 @@ class Quantiser:
         """The quantiser as JSON; nine significant digits carry a float32 exactly."""
         parts = {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
         lists = {k: None if v is None else [float(f"{x:.9g}") for x in v.tolist()] for k, v in parts.items()}
-        return {"dtype": self.dtype, "standardised": self.standardised, **lists}
+        source = {} if self.source is None else {"source": self.source}
+        return {"dtype": self.dtype, "standardised": self.standardised, **lists, **source}
 
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Quantiser":
         """The quantiser that `to_json` described."""
         arrays = {k: fields[k] if fields[k] is None else np.array(fields[k], np.float32)
                   for k in ("channel_mean", "channel_std")}  # fmt: skip
-        return Quantiser(fields["dtype"], standardised=bool(fields["standardised"]), **arrays)
+        return Quantiser(
+            fields["dtype"], standardised=bool(fields["standardised"]), source=fields.get("source"), **arrays
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +212,20 @@ def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
         "snr_db": round(min(max(snr, -300.0), 300.0), 4),
         "p999_one_minus_cos": float(np.quantile(worst, 0.999)) if len(worst) else 0.0,
         "zero_tokens": sum(part.zero_tokens for part in parts),
+    }
+
+
+def added_quality(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | int]:
+    """Bounds on the quality of values that were quantised twice, each step with its own: never better than what is true.
+
+    Noise amplitudes add (triangle inequality), and so do angles; of these the percentile becomes the 99.8th.
+    """
+    noise = sum(10 ** (-q["snr_db"] / 20) for q in (first, second))
+    angle = sum(math.acos(max(-1.0, 1 - q["p999_one_minus_cos"])) for q in (first, second))
+    return {
+        "snr_db": round(max(-20 * math.log10(noise), -300.0), 4),
+        "p999_one_minus_cos": 1 - math.cos(min(angle, math.pi)),
+        "zero_tokens": int(first["zero_tokens"]),
     }
 
 

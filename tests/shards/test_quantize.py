@@ -175,7 +175,11 @@ def test_fp8_sentinels_never_become_numbers_and_zeros_stay_zero() -> None:
     q = Quantiser("fp8")
     codes, scale = quantise(torch.zeros(1, 2, 3), q)
     assert (codes == 0).all() and (dequantise(codes, scale, q) == 0).all()
-    assert dequantise(torch.tensor([[[255, 127, 0]]], dtype=torch.uint8), torch.ones(1, 1).half(), q)[0, 0, :2].isnan().all()
+    assert (
+        dequantise(torch.tensor([[[255, 127, 0]]], dtype=torch.uint8), torch.ones(1, 1).half(), q)[0, 0, :2]
+        .isnan()
+        .all()
+    )
     assert q.stored.unwritten == 255 and set(q.stored.refused) == {127, 255}
 
 

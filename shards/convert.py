@@ -1,0 +1,187 @@
+"""A finished cache as another one: in the other format, with another dtype, without some columns. No teacher runs.
+
+Every byte read is verified. Files that stay the same are copied; columns that change only their format keep their ids; where
+the dtype changes, values are dequantised and quantised again, and the new id says of which column. docs/format.md, "Converting".
+"""
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mrmae.shards import commit as commits
+from mrmae.shards import plan as plans
+from mrmae.shards.cache import Cache
+from mrmae.shards.commit import Unit, commit_path, unit_files
+from mrmae.shards.plan import PIXELS, Plan
+from mrmae.shards.quantize import (
+    CALIBRATION_SAMPLES,
+    SAMPLES_AT_ONCE,
+    Quantiser,
+    added_quality,
+    calibrate,
+    dequantise,
+    measure,
+    quantise,
+    summarise,
+)
+from mrmae.shards.reader import Damaged
+from mrmae.shards.stats import stats_path
+from mrmae.shards.trust import read_record
+from mrmae.shards.write import publish
+
+BLOCK_BYTES = 1 << 20
+NOT_COPIED = ("files", "quality", "seconds", "command", "folder", "written", "versions", "device")
+
+
+def converted_plan(cache: Cache, *, format: str | None, dtype: str | None, drop: Sequence[str]) -> Plan:
+    """The plan of the new cache, without quantisers. drop: teachers or columns. ValueError for one that is not there."""
+    plan = cache.plan
+    names = {name for teacher in plan.columns for name in (teacher.name, teacher.column)}
+    if unknown := sorted(set(drop) - names):
+        raise ValueError(f"--drop {unknown[0]}: {cache.path} has no such teacher or column; it holds "
+                         f"{', '.join(sorted(cache.columns))}; name one of them")  # fmt: skip
+    kept = tuple(teacher for teacher in plan.columns if not {teacher.name, teacher.column} & set(drop))
+    return dataclasses.replace(
+        plan, columns=kept, quantisers={}, format=format or plan.format, dtype=dtype or plan.dtype
+    )
+
+
+def convert(
+    cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
+) -> dict[str, Any]:
+    """The manifest of the cache at `out`, made of a finished one as converted_plan says. Called again, it continues.
+
+    about: for the commit records: the command that made them and the folder it was given in. progress: called for every
+    shard with the bytes that were written. Raises ValueError, naming shard and repair, where the source is damaged.
+    """
+    if out.resolve() == cache.path.resolve():
+        raise ValueError(f"{out}: is the cache to convert; expected another folder for the new one")
+    plan = plans.start(out, wanted, plans.read_sources(cache.path))
+    plan = plans.freeze_quantisers(out, plan, converted_quantisers(cache, plan))
+    commits.create_columns(out, plan)
+    for name in {teacher.name for teacher in plan.columns}:
+        if plans.tail_path(cache.path, name).exists() and not plans.tail_path(out, name).exists():
+            plans.write_tail(out, name, cache.tail(name))
+    for unit in commits.units(plan):
+        done = commits.valid_record(out, plan, *unit) is not None
+        progress(0 if done else convert_unit(cache, out, plan, unit, about))
+    for column, id in plan.ids.items():
+        if cache.ids.get(column) == id and (moments := stats_path(cache.path, column)).exists():
+            publish(stats_path(out, column), moments.read_bytes(), replace=True)
+    return commits.finalise(out, plan)
+
+
+def converted_quantisers(cache: Cache, plan: Plan) -> dict[str, Quantiser]:
+    """The source's quantisers where the dtype stays, else new ones that name the column they are made from.
+
+    Those that an interrupted call has frozen already are not calibrated again.
+    """
+    found = {}
+    for teacher in plan.columns:
+        column = cache.columns[teacher.column]
+        frozen = plan.quantisers.get(teacher.column)
+        if plan.dtype == cache.dtype:
+            found[teacher.column] = column.quantiser
+        elif frozen is not None and frozen.source == column.id:
+            found[teacher.column] = frozen
+        else:
+            first = cache.numbers[:CALIBRATION_SAMPLES]
+            made = calibrate(cache.read_tokens(teacher.column, first, first * 0), dtype=plan.dtype)
+            found[teacher.column] = dataclasses.replace(made, source=column.id)
+    return found
+
+
+def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping[str, Any]) -> int:
+    """Bytes of the shard that was written and committed."""
+    view, column, shard = unit
+    record = read_record(commit_path(cache.path, *unit))
+    if record is None:
+        raise ValueError(f"{commit_path(cache.path, *unit)}: the commit record is missing or damaged; run inspect-cache "
+                         f"repair {cache.path}")  # fmt: skip
+    origin = record.get("extracted") or {name: record[name] for name in NOT_COPIED[2:] if name in record}
+    record = {name: value for name, value in record.items() if name not in NOT_COPIED} | {
+        "quality": record.get("quality"), "extracted": origin, "written": int(time.time()), **about,
+    }  # fmt: skip
+    record = {name: value for name, value in record.items() if value is not None}
+    if column == PIXELS or (plan.format, plan.dtype) == (cache.plan.format, cache.dtype):
+        copy_unit(cache, out, plan, unit, record)
+    else:
+        arrays, valid, quality = converted_arrays(cache, plan, unit, record.get("quality"))
+        commits.store_column(out, plan, view, column, shard, arrays, valid, record | quality)
+    return sum(file.stat().st_size for file in unit_files(out, plan, *unit))
+
+
+def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:
+    """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
+    view, column, shard = unit
+    commits.clear(out, plan, *unit)
+    promised = cache.manifest["shards"][str(view)][column][shard]["files"]
+    files = {}
+    for file in unit_files(cache.path, cache.plan, *unit):
+        name = file.relative_to(cache.path).as_posix()
+        try:
+            made = publish(out / name, verified_blocks(file, promised[name]["sha256"]))
+        except Damaged as error:
+            raise ValueError(cache.repair_text(error, column, view, shard)) from None
+        files[str(made.path)] = {"bytes": made.bytes, "sha256": made.sha256}
+    commits.commit(out, plan, view, column, shard, {**record, "files": files})
+
+
+def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
+    """The content of a file, block by block. Raises Damaged at its end where it is not what was written."""
+    digest = hashlib.sha256()
+    try:
+        with open(file, "rb") as content:
+            while block := content.read(BLOCK_BYTES):
+                digest.update(block)
+                yield block
+    except OSError as error:
+        raise Damaged(file, None, f"cannot be read ({error.strerror})") from None
+    if digest.hexdigest() != sha256:
+        raise Damaged(file, None, "its sha256 is not that of what was written")
+
+
+def converted_arrays(
+    cache: Cache, plan: Plan, unit: Unit, quality: Mapping[str, Any] | None
+) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any], dict[str, Any]]:
+    """(arrays of a shard as the new cache stores them, which of its rows are valid, what changed of its quality)."""
+    view, column, shard = unit
+    numbers = plans.shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    valid = cache.readable[numbers.start : numbers.stop]
+    good = np.arange(numbers.start, numbers.stop)[valid]
+    read = cache.read_column(column, good, good * 0 + view, tuple(cache.columns[column].layout.arrays()))
+    stored = {name: tensor.numpy() for name, tensor in read.items()}
+    changed: dict[str, Any] = {}
+    if plan.dtype != cache.dtype and len(good):
+        old, new = cache.columns[column].quantiser, plan.quantisers[column]
+        codes, scale, cost = requantised(stored.pop("tokens"), stored.pop("scale", None), old, new)
+        stored |= {"tokens": codes} if scale is None else {"tokens": codes, "scale": scale}
+        changed = {"quality": added_quality(quality, cost) if quality else None}
+    arrays = {}
+    for name, (shape, dtype) in plan.layout(column).arrays().items():
+        arrays[name] = np.zeros((len(valid), *shape), dtype)
+        if len(good):
+            arrays[name][valid] = stored[name]
+    return arrays, valid, changed
+
+
+def requantised(
+    codes: np.ndarray[Any, Any], scale: np.ndarray[Any, Any] | None, old: Quantiser, new: Quantiser
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None, dict[str, float | int]]:
+    """(codes, scale) of `new` for what those of `old` stand for, and what that cost; a few samples at a time."""
+    parts, measured = [], []
+    for start in range(0, len(codes), SAMPLES_AT_ONCE):
+        part = slice(start, start + SAMPLES_AT_ONCE)
+        step = None if scale is None else torch.from_numpy(scale[part])
+        values = dequantise(torch.from_numpy(codes[part]), step, old)
+        parts.append(quantise(values, new))
+        measured.append(measure(values, *parts[-1], new))
+    scales = [made for _, made in parts if made is not None]
+    joined = torch.cat(scales).numpy() if scales else None
+    return torch.cat([made for made, _ in parts]).numpy(), joined, summarise(measured)
