@@ -120,7 +120,7 @@ def column_row(column: Mapping[str, Any], plan: Plan) -> list[str]:
     name, quality = column["name"], column.get("quality")
     what = "JPEG, quality 95" if name == PIXELS else about(plan.teacher(name), plan.dtype)
     what += ", standardised" if column.get("standardised") else ""
-    what += f", requantised from {column['source'][:19]}" if column.get("source") else ""
+    what += ", requantised" if column.get("source") else ""
     measured = [f"{quality['snr_db']:.1f}", f"{quality['p999_one_minus_cos']:.2g}"] if quality else ["", ""]
     return [name, what, f"{column['shards_committed']}/{column['shards']}", human_bytes(column["bytes"]), *measured,
             (column["id"] or "not calibrated")[:19]]  # fmt: skip

@@ -57,7 +57,7 @@ def calibrated(job: Job) -> tuple[Job, Kept]:
         found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
         kept = calibration_features(dataclasses.replace(job, teachers=pending))
-        found = {column: calibrate(first_rows(kept, column)) for column in pending}
+        found = {column: calibrate(first_rows(kept, column), dtype=job.options.dtype) for column in pending}
     plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
     return dataclasses.replace(job, plan=plan), kept
 

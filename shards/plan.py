@@ -74,6 +74,10 @@ class Plan:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
+        for name, quantiser in self.quantisers.items():
+            if quantiser.dtype != self.dtype:
+                raise ValueError(f"plan: {name} has a quantiser of {quantiser.dtype}; the cache has {self.dtype}; all columns of "
+                                 "a cache share one dtype")  # fmt: skip
         names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
             raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")

@@ -2,6 +2,8 @@
 
 import shlex
 import shutil
+import subprocess
+import types
 from pathlib import Path
 from typing import Any
 
@@ -110,3 +112,43 @@ def test_inspect_cache_says_the_same_of_both_formats(extracted: Path, tars: Path
     assert (
         inspect("drop", tmp_path / "1", "cnn", "--yes")[0] == 0 and inspect("verify", tmp_path / "1", "--full")[0] == 0
     )
+
+
+def test_convert_verifies_live_repairs_itself_and_is_not_extracted_into(
+    extract: Any, photo_folder: Path, extracted: Path, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, half = tmp_path / "out", tmp_path / "half"
+    code, text = inspect("convert", extracted, out, "--format", "webdataset")
+    assert code == 0 and f"{out}: 20 images, vit.pre_tail, cnn.last, int8 in webdataset" in text
+    assert contents(out) == contents(tars), "as if it had been extracted so"
+    assert inspect("verify", out, "--full", "--live", 2)[0] == 0, "the teachers of the source's command are found"
+    code, text = inspect("convert", out, half, "--dtype", "float16", "--drop", "cnn")
+    assert code == 0 and "vit.pre_tail: requantised from sha256:" in text and "counted from the teacher" in text
+    assert "requantised" in inspect("show", half)[1] and '"source": "sha256:' in inspect("show", half, "--json")[1]
+    assert inspect("verify", half, "--live", 2)[0] == 0 and inspect("verify", half, "--live", 2, "--mirror")[0] == 1
+    with pytest.raises(ValueError, match="vit.pre_tail was made by inspect-cache convert"):
+        extract(photo_folder, half, VIT, CNN, **{**OPTIONS, "dtype": "float16"})
+    whole = contents(half)
+    (half / "views/0/vit/pre_tail/000001.tar").write_bytes(b"")
+    with pytest.raises(ValueError, match="has shards missing; only that can write them"):
+        extract(photo_folder, half, VIT, **{**OPTIONS, "dtype": "float16"})
+
+    def here(words: list[str], cwd: str) -> Any:
+        """The command in this process: another one takes ten seconds to import its libraries."""
+        assert words[1:4] == ["-m", "mrmae.extract.inspect", "convert"] and cwd == str(Path.cwd())
+        return types.SimpleNamespace(returncode=inspect(*words[3:])[0])
+
+    monkeypatch.setattr(subprocess, "run", here)
+    code, text = inspect("repair", half, "--run")
+    assert code == 0 and f"inspect-cache convert {out} {half} --dtype float16 --drop cnn" in text
+    assert contents(half) == whole
+
+
+def test_fp8_goes_through_extraction_and_inspection(extract: Any, photo_folder: Path, tmp_path: Path) -> None:
+    extract(photo_folder, tmp_path / "c", VIT, **{**OPTIONS, "views": 1, "dtype": "fp8"})
+    code, text = inspect("verify", tmp_path / "c", "--full", "--live", 4)
+    assert code == 0 and "SNR >= 3" in text, text
+    assert inspect("verify", tmp_path / "c", "--live", 4, "--mirror")[0] == 1
+    code, text = inspect("stats", tmp_path / "c")
+    assert code == 0 and "320 tokens" in text
+    assert inspect("pictures", tmp_path / "c")[0] == 0 and "fp8 in webdataset" in inspect("show", tmp_path / "c")[1]
