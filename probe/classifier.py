@@ -1,81 +1,133 @@
-"""A source's model with a new classifier, ready to be fine-tuned."""
+"""A source's model with a classifier for the classes of DATA, ready to be fine-tuned."""
 
 import copy
 from typing import Any
 
 import timm
 import torch
+from jaxtyping import Float
 from timm.layers.drop import DropPath
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
-from mrmae.extract.request import parse_teacher
+from mrmae.extract.request import TeacherRequest, parse_teacher
+from mrmae.extract.timm_teacher import classifier_names, find_config, read_weights
 from mrmae.probe.sources import Source
 from mrmae.train.mcmae import MaskedConvViT
+from mrmae.train.student import LN_EPS
 
 
-def trainable(source: Source, n_classes: int, *, drop_path: float) -> tuple[nn.Module, list[str]]:
-    """The source's model with a new classifier for n_classes, and what to say about it.
+def trainable(
+    source: Source, n_classes: int, *, drop_path: float, new_head: bool = False
+) -> tuple[nn.Module, list[str]]:
+    """The source's model with a classifier for n_classes, and what to say about it.
 
-    Students: mean of patch tokens, a new norm and classifier, as MAE fine-tunes. timm models: their own pooling.
-    Raises ValueError for a column, for MCMAE's student, and for a timm model whose weights do not fit once it has another classifier.
+    Students: mean of patch tokens, a new norm and classifier, as MAE and MCMAE fine-tune. timm models: their own pooling, and
+    the classifier that their weights hold, unless there is none or `new_head` asks for another.
+    Raises ValueError for a column, for a classifier with another number of classes, and for a timm model whose weights do not fit.
     """
     if source.teacher is None:
         raise ValueError(
             f"SOURCE {source.name}: a cache column has no model to fine-tune; expected a student or timm:NAME; give the model itself"
         )
     frozen: Any = source.teacher.tower.module
+    if source.kind == "timm":
+        return timm_classifier(source, frozen, n_classes, drop_path=drop_path, new_head=new_head)
     if isinstance(frozen, MaskedConvViT):
-        raise ValueError(
-            f"SOURCE {source.name}: fine-tuning MCMAE's student is not implemented; expected a plain ViT or timm:NAME; use --probe "
-            "knn, linear or attentive"
-        )
-    if source.kind == "student":
-        return student_classifier(frozen, n_classes, drop_path=drop_path), []
-    return timm_classifier(source, frozen, n_classes, drop_path=drop_path)
+        return MaskedConvClassifier(frozen, n_classes, drop_path=drop_path), []
+    return student_classifier(frozen, n_classes, drop_path=drop_path), []
 
 
 def student_classifier(student: VisionTransformer, n_classes: int, *, drop_path: float) -> nn.Module:
     """The student as MAE fine-tunes it: final norm dropped, mean of patch tokens, new norm, classifier N(0, 2e-5).
 
-    drop_path: of the last block, rising linearly from 0 at the first. Positions stay fixed, as they were trained.
+    drop_path: of the last block, rising linearly from 0 at the first. Everything is trained, positions too.
     """
-    model = timm_copy(student)
-    model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.num_features, eps=1e-6)
+    model = copy.deepcopy(student).requires_grad_(True)  # the frozen one still gives features to other probes
+    model.norm, model.fc_norm = nn.Identity(), nn.LayerNorm(model.num_features, eps=LN_EPS)
     model.global_pool, model.num_classes = "avg", n_classes
-    model.head = nn.Linear(model.num_features, n_classes)
-    nn.init.trunc_normal_(model.head.weight, std=2e-5)
-    nn.init.zeros_(model.head.bias)
+    model.head = new_classifier(model.num_features, n_classes)
     blocks: Any = model.blocks
     for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
         block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
     return model
 
 
-def timm_copy(student: VisionTransformer) -> VisionTransformer:
-    """A trainable copy: the frozen one still gives features to other probes."""
-    model = copy.deepcopy(student).requires_grad_(True)
-    assert model.pos_embed is not None
-    model.pos_embed.requires_grad_(False)
-    return model
+class MaskedConvClassifier(nn.Module):
+    """MCMAE's student as its code fine-tunes it: no stage fusion, mean of all tokens, new norm, classifier.
+
+    drop_path: of the last block, rising linearly from 0 at the first convolution block. For the layer-wise rates the
+    convolution stages count as part of the embedding (Alpha-VL/ConvMAE).
+    """
+
+    def __init__(self, student: MaskedConvViT, n_classes: int, *, drop_path: float) -> None:
+        super().__init__()
+        self.student = copy.deepcopy(student).requires_grad_(True)
+        del self.student.stage1_output_decode, self.student.stage2_output_decode, self.student.norm
+        blocks: list[Any] = [*self.student.blocks1, *self.student.blocks2, *self.student.blocks3]
+        for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist()):
+            for path in ("drop_path1", "drop_path2"):
+                setattr(block, path, DropPath(rate))
+        self.num_classes = n_classes
+        self.fc_norm = nn.LayerNorm(student.num_features, eps=LN_EPS)
+        self.head = new_classifier(student.num_features, n_classes)
+
+    def forward(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n"]:
+        """Logits of normalised images."""
+        out: Tensor = self.head(self.fc_norm(self.student.forward_features(image).mean(dim=1)))
+        return out
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which layer a parameter belongs to, for timm's layer-wise rates."""
+        return {
+            "stem": r"^student\.(?:pos_embed|patch_embed|blocks[12])",
+            "blocks": [(r"^student\.blocks3\.(\d+)", None)],
+        }
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters that are not decayed, beside vectors."""
+        return {"student.pos_embed"}
 
 
-def timm_classifier(source: Source, frozen: Any, n_classes: int, *, drop_path: float) -> tuple[nn.Module, list[str]]:
-    """A timm model built anew with n_classes and drop path, with the frozen one's weights but for its classifier."""
+def new_classifier(width: int, n_classes: int) -> nn.Linear:
+    """One Linear that begins near zero, as in MAE's fine-tuning."""
+    head = nn.Linear(width, n_classes)
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+def timm_classifier(
+    source: Source, frozen: Any, n_classes: int, *, drop_path: float, new_head: bool
+) -> tuple[nn.Module, list[str]]:
+    """A timm model built anew with n_classes and drop path, with the frozen one's weights and the classifier that fits."""
     assert source.teacher
     request = parse_teacher(f"probe={source.name}")
+    head = stored_classifier(request, find_config(request))
+    had = len(next(iter(head.values()))) if head else 0
+    if had not in (0, n_classes) and not new_head:
+        raise ValueError(
+            f"SOURCE {source.name}: the classifier in its weights has {had} classes, DATA has {n_classes}; the same number was "
+            "expected; fine-tune with a new classifier by --set finetune.new_head=true, or give the DATA it was made for"
+        )
     options: dict[str, Any] = {**request.options, "num_classes": n_classes, "drop_path_rate": drop_path}
     if source.teacher.tower.patch:
         options["img_size"] = source.spec.input_size
     model: nn.Module = timm.create_model(f"{request.model}.{request.tag}" if request.tag else request.model, **options)
-    heads = frozen.pretrained_cfg.get("classifier") or ()
-    heads = tuple(f"{head}." for head in ([heads] if isinstance(heads, str) else heads))
-    weights = {name: x for name, x in frozen.state_dict().items() if not name.startswith(heads)}
-    missing, extra = model.load_state_dict(weights, strict=False)
-    if wrong := [*extra, *(name for name in missing if not name.startswith(heads))]:
+    names = classifier_names(find_config(request))
+    weights = {name: x for name, x in frozen.state_dict().items() if name not in names}
+    missing, extra = model.load_state_dict(weights | ({} if new_head else head), strict=False)
+    if wrong := [*extra, *(name for name in missing if name not in names)]:
         raise ValueError(
             f"SOURCE {source.name}: {wrong[0]} does not fit the model with {n_classes} classes; expected the same encoder; "
             "fine-tune without ?options, or another model"
         )
-    had = int(getattr(frozen, "num_classes", 0) or 0)
-    return model, [f"the model's classifier of {had} classes is replaced by a new one of {n_classes}"] if had else []
+    kept = f"fine-tuning begins with the classifier of {had} classes that the weights hold"
+    replaced = f"the classifier of {had} classes that the weights hold is replaced by a new one of {n_classes}"
+    return model, [replaced if new_head else kept] if had else []
+
+
+def stored_classifier(request: TeacherRequest, config: Any) -> dict[str, Tensor]:
+    """The tensors of the classifier in the weights a source names; none where they are random or hold no classifier."""
+    weights = read_weights(request, config, allow_torchscript=False) or {}
+    return {name: weights[name] for name in sorted(classifier_names(config)) if name in weights}

@@ -45,7 +45,7 @@ def finetune(
     a model, for settings that do not fit, and where the loss is not finite.
     """
     torch.manual_seed(seed)
-    model, notes = trainable(source, len(data.classes), drop_path=settings.drop_path)
+    model, notes = trainable(source, len(data.classes), drop_path=settings.drop_path, new_head=settings.new_head)
     model.to(device)
     optimizer = build_optimizer(model, settings)
     average = ModelEmaV3(model, decay=settings.ema) if settings.ema else None

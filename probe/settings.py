@@ -58,6 +58,7 @@ class Finetune:
     """MAE's published fine-tuning of ViT-B (arXiv 2111.06377, table 9; layer decay and minimum as in its released code).
 
     ema: decay of the averaged weights that are evaluated, 0 for none. batch_size: images per update; blr is per 256.
+    new_head: replace the classifier that a timm model's weights hold; without it, one of another number of classes is refused.
     """
 
     epochs: int = 100
@@ -77,6 +78,7 @@ class Finetune:
     erase: float = 0.25
     crop_scale: tuple[float, float] = (0.08, 1.0)
     ema: float = 0.0
+    new_head: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

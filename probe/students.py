@@ -92,7 +92,7 @@ def from_checkpoint(path: Path) -> Student:
 def student_tower(student: Student, size: int, *, where: str) -> Tower:
     """The student at `size` pixels as an image tower: a ViT behind its final norm, MCMAE's tokens as fine-tuning reads them.
 
-    Raises ValueError for a size that is no multiple of the patch, and for another size of MCMAE's student.
+    Positions are interpolated where the size is another. Raises ValueError for one that is no multiple of the patch.
     """
     model, patch = student.model, student.patch
     if size % patch:
@@ -102,19 +102,17 @@ def student_tower(student: Student, size: int, *, where: str) -> Tower:
                     weights_sha256(model.state_dict()))  # fmt: skip
     model.requires_grad_(False).eval()
     if isinstance(model, MaskedConvViT):
-        return mcmae_tower(model, origin, student, size)
+        return mcmae_tower(model, origin, size)
     assert isinstance(model, VisionTransformer)
     if size != student.size:
         model.set_input_size(img_size=(size, size))
     return as_tower(model, origin, "post_ln", patch, (size, size), norm_tail_of(model))
 
 
-def mcmae_tower(model: MaskedConvViT, origin: Origin, student: Student, size: int) -> Tower:
+def mcmae_tower(model: MaskedConvViT, origin: Origin, size: int) -> Tower:
     """MCMAE's encoder: no CLS, no stage fusion, before a final norm (that one belongs to pre-training)."""
-    if size != student.size:
-        raise ValueError(
-            f"--size {size}: MCMAE's student was trained at {student.size} px and is not resized; leave --size out"
-        )
+    if model.grid != (size // PATCH, size // PATCH):
+        model.resize((size // PATCH, size // PATCH))
 
     def features(x: Tensor) -> tuple[Tensor, None]:
         tokens = model.forward_features(x)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from timm.layers.norm import LayerNorm
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
@@ -62,14 +63,15 @@ class ConvBlock(nn.Module):
         self.conv1, self.conv2 = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
         self.attn = nn.Conv2d(width, width, 5, padding=2, groups=width)  # its name in published checkpoints
         self.mlp = ConvMlp(width, int(width * mlp_ratio))
+        self.drop_path1, self.drop_path2 = nn.Identity(), nn.Identity()  # fine-tuning puts stochastic depth here
 
     def forward(
         self, x: Float[Tensor, "v k r r c"], ids_keep: Int64[Tensor, "v k"], grid: tuple[int, int]
     ) -> Float[Tensor, "v k r r c"]:
         """r x r cells of every visible patch, channels last."""
         mixed = convolve_visible(self.attn, pointwise(self.conv1, self.norm1(x)), ids_keep, grid)
-        x = x + pointwise(self.conv2, mixed)
-        out: Tensor = x + self.mlp(self.norm2(x))
+        x = x + self.drop_path1(pointwise(self.conv2, mixed))
+        out: Tensor = x + self.drop_path2(self.mlp(self.norm2(x)))
         return out
 
 
@@ -117,6 +119,11 @@ class MaskedConvViT(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The transformer's blocks."""
         return self.blocks3
+
+    def resize(self, grid: tuple[int, int]) -> None:
+        """Take images of another grid: positions are interpolated, as timm does for its own models; nothing else has a size."""
+        fitted = resample_abs_pos_embed(self.pos_embed.detach(), list(grid), list(self.grid), num_prefix_tokens=0)
+        self.pos_embed, self.grid = nn.Parameter(fitted, requires_grad=False), grid
 
     def stages(
         self, patches: Float[Tensor, "v k P"], ids_keep: Int64[Tensor, "v k"]

@@ -5,17 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import timm
 import torch
+from click.testing import CliRunner
 from timm.layers.drop import DropPath
 from torch import Tensor
 
 from mrmae.probe import finetune as module
-from mrmae.probe.classifier import trainable
+from mrmae.probe.classifier import MaskedConvClassifier, trainable
+from mrmae.probe.cli import main
 from mrmae.probe.data import Data, open_data
 from mrmae.probe.finetune import build_optimizer, finetune, set_rates, soft, update_size
 from mrmae.probe.settings import Finetune, settings_from
 from mrmae.probe.sources import Source, open_source
+from mrmae.train import loop
+from mrmae.train.recipe import load_recipe
 
 QUICK = ("finetune.epochs=4", "finetune.warmup_epochs=1", "finetune.batch_size=12", "finetune.blr=0.05", "finetune.auto_augment=''",
          "finetune.erase=0.0", "finetune.mixup=0.0", "finetune.cutmix=0.0", "finetune.drop_path=0.0")  # fmt: skip
@@ -100,7 +105,7 @@ def test_the_student_becomes_maes_classifier(trained: Path) -> None:
     rates = [block.drop_path1.drop_prob for block in model.blocks]
     assert rates[0] == 0 and rates[-1] == pytest.approx(0.3) and rates == sorted(rates)
     assert isinstance(model.blocks[-1].drop_path2, DropPath)
-    assert not model.pos_embed.requires_grad and model.patch_embed.proj.weight.requires_grad
+    assert all(p.requires_grad for p in model.parameters())
     pixels = torch.randn(2, 3, 32, 32)
     model.eval()
     tokens = model.forward_features(pixels)
@@ -124,22 +129,95 @@ def test_rates_fall_towards_the_input_and_vectors_do_not_decay(trained: Path) ->
     assert decay["head.weight"] == 0.05 and decay["head.bias"] == decay["fc_norm.weight"] == 0.0
 
 
-def test_a_timm_classifier_of_another_number_of_classes_is_replaced_and_it_is_said() -> None:
-    source = open_source("timm:test_vit/random")
-    model, notes = trainable(source, 3, drop_path=0.1)
-    had = timm.create_model("test_vit").num_classes
-    assert model.num_classes == 3 and notes == [
-        f"the model's classifier of {had} classes is replaced by a new one of 3"
-    ]
-    assert source.teacher
-    frozen = source.teacher.tower.module.state_dict()
-    assert all(torch.equal(x, frozen[name]) for name, x in model.state_dict().items() if not name.startswith("head."))
+@pytest.fixture
+def of_seven(tmp_path: Path) -> str:
+    """A timm model whose weights hold a classifier of seven classes."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=7)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "seven.safetensors")
+    return f"timm:test_vit@{tmp_path / 'seven.safetensors'}"
 
 
-def test_a_cnn_is_fine_tuned_too(data: Data, tmp_path: Path) -> None:
-    source = open_source("timm:test_resnet/random?input_size=32")
-    predicted, notes = run(source, data, tmp_path / "cnn", "finetune.epochs=1", "finetune.warmup_epochs=0.5")
-    assert len(predicted) == 12 and "is replaced by a new one of 3" in notes[0]
+def test_a_classifier_of_another_number_of_classes_is_refused_naming_both_and_the_way_out(
+    of_seven: str, images: Path, tmp_path: Path
+) -> None:
+    how = [of_seven, str(images), "--probe", "finetune", "--out", str(tmp_path / "out"), "--workers", "1"]
+    how += [word for text in (*QUICK, "finetune.epochs=1", "finetune.warmup_epochs=0.5") for word in ("--set", text)]
+    refused = CliRunner().invoke(main, how)
+    assert refused.exit_code == 1 and "Traceback" not in refused.output
+    assert "the classifier in its weights has 7 classes, DATA has 3; the same number was expected" in refused.output
+    assert "--set finetune.new_head=true" in refused.output
+    allowed = CliRunner().invoke(main, [*how, "--set", "finetune.new_head=true"])
+    assert allowed.exit_code == 0, allowed.output
+    assert "note: the classifier of 7 classes that the weights hold is replaced by a new one of 3" in allowed.output
+
+
+def test_a_classifier_that_fits_is_where_fine_tuning_begins(of_seven: str) -> None:
+    source = open_source(of_seven)
+    stored = safetensors.torch.load_file(of_seven.partition("@")[2])
+    model, notes = trainable(source, 7, drop_path=0.1)
+    assert notes == ["fine-tuning begins with the classifier of 7 classes that the weights hold"]
+    assert all(torch.equal(x, stored[name]) for name, x in model.state_dict().items())
+    anew, _ = trainable(source, 7, drop_path=0.1, new_head=True)
+    assert not torch.equal(anew.state_dict()["head.weight"], stored["head.weight"])
+    assert torch.equal(anew.state_dict()["blocks.0.attn.qkv.weight"], stored["blocks.0.attn.qkv.weight"])
+
+
+def test_weights_without_a_classifier_get_a_new_one(data: Data, tmp_path: Path) -> None:
+    predicted, notes = run(open_source("timm:test_resnet/random?input_size=32"), data, tmp_path / "cnn",
+                           "finetune.epochs=1", "finetune.warmup_epochs=0.5")  # fmt: skip
+    assert len(predicted) == 12 and notes == []
+
+
+@pytest.fixture(scope="module")
+def mcmae(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of MCMAE's student of 32 px, trained for two epochs."""
+    root = tmp_path_factory.mktemp("mcmae")
+    cache = make_cache(root / "cache", n=8, grid=2, n_views=1, teachers={})
+    recipe = load_recipe("mr-mcmae", ["student.model=test_mcmae", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+                                      "optim.epochs=2", "optim.warmup_epochs=1", "optim.batch_size=4", "terms.mimic=null"])  # fmt: skip
+    loop.train(cache, root / "out", recipe, device="cpu", panels_every=0, tensorboard=False)
+    return root / "out"
+
+
+def test_mcmaes_student_learns_the_classes_at_its_own_size_and_another(mcmae: Path, data: Data, tmp_path: Path) -> None:
+    for size in (32, 48):
+        source = open_source(str(mcmae), size=size)
+        predicted, _ = run(source, data, tmp_path / str(size), "finetune.layer_decay=1.0", "finetune.epochs=8")
+        assert (predicted == data.labels(data.test)).double().mean() > 0.8, size
+
+
+def test_mcmaes_student_becomes_the_classifier_of_its_code(mcmae: Path) -> None:
+    source = open_source(str(mcmae))
+    model = trainable(source, 7, drop_path=0.3)[0]
+    assert isinstance(model, MaskedConvClassifier) and source.teacher
+    names = dict(model.named_parameters())
+    assert not any("output_decode" in name or name.startswith("student.norm") for name in names)
+    paths = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert (
+        len(paths) == 2 * (1 + 2 + 3) and paths[0] == 0 and paths[-1] == pytest.approx(0.3) and paths == sorted(paths)
+    )
+    pixels = torch.randn(2, 3, 32, 32)
+    model.eval()
+    frozen: Any = source.teacher.tower.module
+    wanted = model.head(model.fc_norm(frozen.forward_features(pixels).mean(1)))
+    assert torch.allclose(model(pixels), wanted, atol=1e-6)
+    optimizer = build_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
+    set_rates(optimizer, 1.0)
+    groups = [(group, p) for group in optimizer.param_groups for p in group["params"]]
+    rate = {name: group["lr"] for name, x in names.items() for group, p in groups if p is x}
+    decay = {name: group["weight_decay"] for name, x in names.items() for group, p in groups if p is x}
+    blocks = [rate[f"student.blocks3.{i}.attn.qkv.weight"] for i in range(3)]
+    assert rate["head.weight"] == rate["fc_norm.weight"] == 1.0 and blocks == [0.125, 0.25, 0.5]
+    stem = (
+        "blocks1.0.conv1.weight",
+        "blocks2.1.mlp.fc2.weight",
+        "patch_embed3.proj.weight",
+        "patch_embed4.weight",
+        "pos_embed",
+    )
+    assert {rate[f"student.{name}"] for name in stem} == {0.0625}
+    assert decay["student.pos_embed"] == decay["head.bias"] == 0 and decay["student.blocks1.0.conv1.weight"] == 0.05
 
 
 def test_a_column_cannot_be_fine_tuned(tiny_cache: Path) -> None:
@@ -168,7 +246,5 @@ def test_micro_batches_give_the_update_of_the_whole_batch(trained: Path, data: D
         )
         torch.manual_seed(0)
         run(open_source(str(trained)), data, tmp_path / str(micro), *sets)
-        import safetensors.torch
-
         weights.append(safetensors.torch.load_file(tmp_path / str(micro) / "model.safetensors"))
     assert all((weights[0][name] - x).abs().max() < 2e-4 for name, x in weights[1].items())

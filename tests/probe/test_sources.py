@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 
-from mrmae.probe.classifier import trainable
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
 from mrmae.train import loop
@@ -115,7 +114,8 @@ def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[...
     found = source.teacher.forward(PIXELS)
     assert found.cls is None and (found.tokens - wanted).abs().max() < 1e-5
     assert open_source(str(list_checkpoints(tmp_path / "out" / "checkpoints")[-1])).about == source.about
-    with pytest.raises(ValueError, match="MCMAE's student was trained at 32 px and is not resized"):
-        open_source(str(tmp_path / "out"), size=64)
-    with pytest.raises(ValueError, match="fine-tuning MCMAE's student is not implemented"):
-        trainable(source, 3, drop_path=0.0)
+    larger = open_source(str(tmp_path / "out"), size=64)
+    assert larger.spec.grid == (4, 4) and any("2 x 2 patches to 4 x 4" in note for note in larger.notes)
+    assert larger.teacher and larger.teacher.forward(torch.zeros(1, 64, 64, 3, dtype=torch.uint8)).tokens.shape[1] == 16
+    with pytest.raises(ValueError, match="--size 40: is no multiple of the student's patch of 16 px"):
+        open_source(str(tmp_path / "out"), size=40)
