@@ -19,7 +19,7 @@ from mrmae.shards.stats import read_stats
 from mrmae.shards.stream import epoch_order, view_of
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Recipe
-from mrmae.train.targets import NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo, chosen, target_names
+from mrmae.train.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo, chosen, target_names
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say
@@ -45,11 +45,17 @@ def cache_info(cache: Cache) -> CacheInfo:
 def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInfo:
     """`info` with the exact statistics that the recipe's terms need, from where `inspect-cache stats` stored them.
 
-    Raises ValueError where they are not there, or are of other data.
+    Raises ValueError where they are not there, or are of other data, and for a teacher in the step that the cache does not hold.
     """
     teachers = dict(info.teachers)
     terms = [(name, term) for name, term in recipe.terms.items() if term.transform in NEEDS_STATISTICS]
-    for target in sorted({target for name, term in terms for target in chosen(name, term, info)}):
+    for name, target in sorted({(name, target) for name, term in terms for target in chosen(name, term, info)}):
+        if teachers[target].online and teachers[target].column not in cache.columns:
+            raise ValueError(
+                f"term {name}: transform {recipe.terms[name].transform} wants channel statistics of teacher {target!r}, which runs "
+                f"in the step and has no column in {cache.path}; statistics of cached features were expected; {ADD} {target}=..., or "
+                f"use --set terms.{name}.transform=ln0"
+            )
         found = read_stats(cache, teachers[target].column)
         teachers[target] = replace(
             teachers[target],

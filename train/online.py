@@ -86,8 +86,9 @@ def online_info(info: CacheInfo, teachers: Mapping[str, Teacher]) -> CacheInfo:
             channel_std=None,
             has_cls=spec.has_cls,
             has_attention=spec.has_attention,
-            column=f"{spec.column} (online)",
+            column=spec.column,
             has_scale=False,
+            online=True,
         )
     return replace(info, teachers=told)
 

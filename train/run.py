@@ -18,7 +18,7 @@ from mrmae.train.machine import resolve_device, resolve_precision, versions
 from mrmae.train.model import Pretrainer, build_model
 from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
-from mrmae.train.recipe import Recipe, difference, from_dict, to_dict
+from mrmae.train.recipe import Optim, Recipe, difference, from_dict, to_dict
 from mrmae.train.targets import CacheInfo
 from mrmae.train.terms import needed_arrays
 
@@ -129,12 +129,12 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
-    check_fit(recipe, info, share, len(numbers), teachers=not setup.online)
-    info = batches.stored_statistics(info, cache, recipe)
+    check_fit(recipe, info, share, len(numbers))
     teachers: dict[str, Teacher] = {}
     if setup.online:
         teachers = online.build_teachers(cache, setup.teachers, device=where)
         info = online.online_info(info, teachers)
+    info = batches.stored_statistics(info, cache, recipe)
     needed = needed_arrays(recipe, info)
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
     return Run(
@@ -157,20 +157,25 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
     )
 
 
-def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int, *, teachers: bool) -> None:
-    """Raise ValueError where recipe, cache and batch do not fit, before anything is built or written.
-
-    teachers: whether theirs come from the cache.
-    """
-    o = recipe.optim
-    if teachers:
-        needed_arrays(recipe, info)
+def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
+    """Raise ValueError where mask, batch or schedule do not fit, before any teacher is built."""
     masks.counts(recipe.mask, info.n_patches)
     batches.check_share(share, n_samples)
+    check_schedule(recipe.optim)
+
+
+def check_schedule(o: Optim) -> None:
+    """Raise ValueError where a run would never reach its peak learning rate, or would rise from there to its end."""
     if o.warmup_epochs >= o.epochs:
         raise ValueError(
             f"optim.warmup_epochs: is {o.warmup_epochs:g} in a run of {o.epochs} epochs, which would never reach its learning"
             f" rate; less than optim.epochs was expected; set optim.warmup_epochs={optim.usual_warmup(o.epochs)}"
+        )
+    peak = optim.base_lr(o.lr_per_256, o.batch_size)
+    if o.min_lr > peak:
+        raise ValueError(
+            f"optim.min_lr: is {o.min_lr:g}, above the peak learning rate {peak:.3g} = {o.lr_per_256:g} x {o.batch_size} / 256; at"
+            " most that was expected; give a larger batch, a higher --blr, or --set optim.min_lr=0"
         )
 
 

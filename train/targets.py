@@ -23,7 +23,7 @@ class TeacherInfo:
 
     column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
     stat_mean, stat_std, stat_covariance: exact statistics of the values, for the transforms `channel` and `phi_s`; stat_id:
-    what they are statistics of.
+    what they are statistics of. online: whether the teacher runs in the step.
     """
 
     width: int
@@ -37,11 +37,12 @@ class TeacherInfo:
     stat_std: Any = None
     stat_covariance: Any = None
     stat_id: str | None = None
+    online: bool = False
 
     @property
     def tap(self) -> str:
         """Where in the teacher the column was taken: `pre_tail`, `block_8`."""
-        return self.column.rpartition(".")[2].partition(" ")[0]
+        return self.column.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,8 @@ def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
 
     Raises ValueError when the cache lacks one, saying what it has and how to add it.
     """
-    has = ", ".join(column.column or target for target, column in info.teachers.items()) or "no teacher"
+    here = [f"{c.column or target}{' (in the step)' * c.online}" for target, c in info.teachers.items()]
+    has = ", ".join(here) or "no teacher"
     found: list[str] = []
     for teacher in term.teachers or ("",):
         targets = [t for t in info.teachers if teacher in ("", t, t.partition(":")[0])]

@@ -418,6 +418,13 @@ def test_a_warm_up_as_long_as_the_run_is_refused(tiny_cache: Path, tmp_path: Pat
     _refuse(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.warmup_epochs=4"), "warmup_epochs: is 4 in a run of 4")
 
 
+def test_a_schedule_that_would_rise_to_its_end_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    recipe = quick("mr-mae", "optim.lr_per_256=1.5e-4", "optim.min_lr=1e-5")  # MaskAlign's, at four images
+    told = r"optim.min_lr: is 1e-05, above the peak learning rate 2.34e-06 = 0.00015 x 4 / 256; .* --set optim.min_lr=0"
+    _refuse(tiny_cache, tmp_path / "out", recipe, told)
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_out_that_is_not_a_run_is_refused_and_left_alone(tiny_cache: Path, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_text("precious")
     _refuse(tiny_cache, tmp_path, quick(), "not a run .*holiday.jpg")

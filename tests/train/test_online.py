@@ -1,6 +1,6 @@
 """Teachers in the step say what the cache says of them, on the same views, to within how it is stored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import open_cache
 from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import cost, loop, online
 from mrmae.train.log import read_rows
 from mrmae.train.ranks import Ranks
@@ -40,9 +41,11 @@ def caches(tiny_images: dict[str, bytes], tmp_path_factory: pytest.TempPathFacto
     return {dtype: root / dtype for dtype in ("int8", "float16")}
 
 
-def _losses(cache: Path, out: Path, recipe: str = "mr-mae", **options: Any) -> list[dict[str, float]]:
+def _losses(
+    cache: Path, out: Path, recipe: str = "mr-mae", sets: Sequence[str] = (), **options: Any
+) -> list[dict[str, float]]:
     quiet: dict[str, Any] = {"device": "cpu", "panels_every": 0, "tensorboard": False, "log_every": 1}
-    loop.train(cache, out, load_recipe(recipe, QUICK), **quiet | options)
+    loop.train(cache, out, load_recipe(recipe, [*QUICK, *sets]), **quiet | options)
     return [{**row["terms"], "loss": row["loss"]} for row in read_rows(out / "log.jsonl", "step")]
 
 
@@ -56,6 +59,26 @@ def test_online_losses_are_the_cached_ones_within_quantisation(
     for a, b in zip(cached, live):
         assert a == pytest.approx(b, rel=tolerance)
     assert (tmp_path / "live" / "panels" / "epoch-0001.png").exists()
+
+
+def test_statistics_of_cached_features_serve_teachers_in_the_step_and_others_are_refused(
+    caches: dict[str, Path], make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = open_cache(caches["float16"])
+    for column in cache.columns:
+        write_stats(cache, column, compute_stats(cache, column))
+    for transform in ("channel", "phi_s"):
+        terms = (
+            f"terms.mimic={{tap: final, positions: visible, target: teachers, teachers: [vit], transform: {transform}}}"
+        )
+        cached = _losses(cache.path, tmp_path / f"cached-{transform}", sets=[terms])
+        live = _losses(cache.path, tmp_path / f"live-{transform}", sets=[terms], online=True)
+        assert cached[0] == pytest.approx(live[0], rel=1e-3), transform
+        views = make_cache(tmp_path / f"views-{transform}", n=8, n_views=1, teachers={})
+        told = f"term mimic: transform {transform} wants channel statistics of teacher 'vit', which runs in the step and has no column"
+        with pytest.raises(ValueError, match=told):
+            _losses(views, tmp_path / "refused", sets=[terms], teachers=TEACHERS[:1])
+    assert not (tmp_path / "refused").exists()
 
 
 def test_masks_follow_the_attention_of_a_teacher_in_the_step(caches: dict[str, Path], tmp_path: Path) -> None:
