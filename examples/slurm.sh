@@ -21,7 +21,9 @@ trap 'stopping=1; kill -USR1 "$job" 2>/dev/null' USR1
 trap 'stopping=1; kill -TERM "$job" 2>/dev/null' TERM
 
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint "$master:29500" --rdzv-id "$SLURM_JOB_ID" \
+port=$((30000 + SLURM_JOB_ID % 10000))                                # another one for every job: two may share a node
+srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8}" \
+    --rdzv-backend c10d --rdzv-endpoint "$master:$port" --rdzv-id "$SLURM_JOB_ID" \
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     -m mrmae.train.cli "$@" &
 job=$!

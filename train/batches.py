@@ -49,7 +49,8 @@ def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInf
     """
     teachers = dict(info.teachers)
     terms = [(name, term) for name, term in recipe.terms.items() if term.transform in NEEDS_STATISTICS]
-    for name, target in sorted({(name, target) for name, term in terms for target in chosen(name, term, info)}):
+    wanted = {target: name for name, term in terms for target in chosen(name, term, info)}
+    for target, name in wanted.items():
         if teachers[target].online and teachers[target].column not in cache.columns:
             raise ValueError(
                 f"term {name}: transform {recipe.terms[name].transform} wants channel statistics of teacher {target!r}, which runs "

@@ -3,10 +3,7 @@
 import functools
 import json
 import multiprocessing
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -227,35 +224,3 @@ def test_a_signal_while_the_ranks_agree_counts_from_the_next_update(monkeypatch:
     monkeypatch.setattr(dist, "all_reduce", nobody_asked_yet)
     assert request.agreed() is None  # the other ranks go on; so must this one
     assert request.agreed() == "SIGUSR1"
-
-
-def test_torchrun_hands_a_signal_on_and_the_run_is_saved(tiny_cache: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-                "--signals-to-handle", "SIGTERM,SIGUSR1", "-m", "mrmae.train.cli"]  # fmt: skip
-    recipe = [word for text in (*QUICK, "optim.epochs=5000") for word in ("--set", text)]
-    command = [
-        *launcher,
-        str(tiny_cache),
-        str(out),
-        *recipe,
-        "--device",
-        "cpu",
-        "--panels-every",
-        "0",
-        "--log-every",
-        "1",
-    ]
-    with open(tmp_path / "said", "w") as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        try:
-            end = time.monotonic() + 150
-            while len(read_rows(out / "log.jsonl")) < 3 and process.poll() is None and time.monotonic() < end:
-                time.sleep(0.1)
-            process.send_signal(signal.SIGUSR1)
-            process.wait(120)
-        finally:
-            process.kill()
-    text = (tmp_path / "said").read_text()
-    assert "stopped by SIGUSR1 after update" in text and "torchrun --nproc-per-node N" in text, text
-    assert list((out / "checkpoints").glob("step-*.pt")), text
