@@ -1,5 +1,6 @@
 """Several processes make the cache that one makes, in any number, one after another or at once, killed or not."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -105,16 +106,19 @@ def test_a_part_with_another_plan_or_other_images_is_refused(
 
 
 def command(folder: Path, cache: Path) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "mrmae.extract.cli", str(folder),
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mrmae.extract.cli", str(folder),
             str(cache), "--teacher", VIT, "--teacher", CNN, "--size", "32", "--grid", "4", "--views", "2",
             "--batch-size", "4", "--shard-samples", "8", "--device", "cpu"]  # fmt: skip
 
 
 def children(parent: int) -> list[int]:
     """Ids of a process's children, from /proc."""
-    stats = [(entry.name, entry / "stat") for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
-    parents = {int(pid): int(stat.read_text().rpartition(")")[2].split()[1]) for pid, stat in stats if stat.exists()}
-    return [pid for pid, of in parents.items() if of == parent]
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # processes end while one looks
+            if entry.name.isdecimal() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found
 
 
 @pytest.mark.soak

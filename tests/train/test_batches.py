@@ -183,6 +183,13 @@ def test_feed_keeps_the_order_whatever_takes_longest() -> None:
         assert _drain(feed) == list(range(12))
 
 
+def _until(holds: Callable[[], bool]) -> None:
+    """Wait for another thread, however loaded the machine is."""
+    end = time.monotonic() + 30
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.005)
+
+
 def test_feed_prepares_ahead_but_not_without_bound() -> None:
     loaded: list[int] = []
 
@@ -191,24 +198,33 @@ def test_feed_prepares_ahead_but_not_without_bound() -> None:
         return _tagged(update)
 
     with Feed(load, _todo(100), torch.device("cpu")) as feed:
-        time.sleep(0.2)
-        assert len(loaded) == AHEAD
-        next(feed)
-        time.sleep(0.1)
-        assert len(loaded) == AHEAD + 1
+        for ahead in (AHEAD, AHEAD + 1):
+            _until(lambda ahead=ahead: len(loaded) >= ahead)
+            time.sleep(0.02)  # one more would come at once
+            assert len(loaded) == ahead
+            next(feed)
 
 
-def test_feed_measures_the_wait_for_a_slow_loader_only() -> None:
+def test_feed_measures_the_wait_for_a_slow_loader_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, asked = [0.0], threading.Event()
+
+    def now() -> float:
+        asked.set()
+        return clock[0]
+
     def load(epoch: int, update: int, micro: int) -> Loaded:
-        time.sleep(0.1 if update == 0 else 0)
+        if update == 0:
+            assert asked.wait(30)  # training waits for it already
+            clock[0] += 3.0
         return _tagged(update)
 
+    monkeypatch.setattr(time, "perf_counter", now)
     with Feed(load, _todo(3), torch.device("cpu")) as feed:
         next(feed)
-        first = feed.waited_s
-        time.sleep(0.1)
+        assert feed.waited_s == 3.0
+        clock[0] += 5.0  # training works
         next(feed)
-        assert first > 0.05 and feed.waited_s - first < 0.05
+        assert feed.waited_s == 3.0
 
 
 def test_feed_raises_what_loading_raised() -> None:
