@@ -31,7 +31,7 @@ from mrmae.extract.tower import (
     tap_index,
     with_tail,
 )
-from mrmae.extract.weights import fit_weights, load_weights, nearest, weights_sha256
+from mrmae.extract.weights import fit_weights, hinted, load_weights, weights_sha256
 
 DEFAULT_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 Pretrained = dict[str, Any]  # open_clip's record of a tag: hub, mean, std, interpolation, quick_gelu
@@ -71,7 +71,7 @@ def find_config(request: TeacherRequest) -> dict[str, Any]:
     config = open_clip.get_model_config(request.model)
     if config is None:
         raise ValueError(
-            f"{request.where}: open_clip has no model {request.model!r}{nearest(request.model, open_clip.list_models())}; "
+            f"{request.where}: open_clip has no model {request.model!r}{hinted(request.model, open_clip.list_models())}; "
             "correct the name (tags follow a slash)"
         )
     known = {field.name for field in dataclasses.fields(CLIPVisionCfg)} | {"embed_dim"}
@@ -81,7 +81,7 @@ def find_config(request: TeacherRequest) -> dict[str, Any]:
                 f"{request.where}: ?image_size= follows from the grid; use ?input_size= to choose it yourself"
             )
         if key not in known:
-            raise ValueError(f"{request.where}: open_clip's image towers have no option {key!r}{nearest(key, known)}")
+            raise ValueError(f"{request.where}: open_clip's image towers have no option {key!r}{hinted(key, known)}")
     return dict(config)
 
 
@@ -122,7 +122,7 @@ def tag_advice(request: TeacherRequest, tags: list[str]) -> str:
     )
     if open_clip.get_pretrained_cfg(other, request.tag):
         return f"its weights have another activation: ask for {other}/{request.tag}"
-    return f"it has {', '.join(tags) or 'none'}{nearest(request.tag or '', tags)}"
+    return f"it has {', '.join(tags) or 'none'}{hinted(request.tag or '', tags)}"
 
 
 def preprocessing(request: TeacherRequest, tag: Pretrained) -> Preprocessing:

@@ -6,8 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
+from mrmae.extract.devices import resolve_device
 from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.spec import ViewRecipe
@@ -49,20 +48,15 @@ class Options:
         if self.recipe.size % self.grid:
             raise ValueError(f"--size {self.recipe.size}: is not a multiple of --grid {self.grid}; "
                              "the student's patches tile the view; change one of them")  # fmt: skip
-        device = ("cuda" if torch.cuda.is_available() else "cpu") if self.device == "auto" else self.device
-        try:
-            kind = torch.device(device).type
-        except RuntimeError:
-            raise ValueError(f"--device {device}: is no torch device; expected auto, cpu, cuda or cuda:N") from None
-        if kind == "cuda" and not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: torch sees no CUDA device; expected one; use --device cpu")
         rank, ranks = local_rank()
+        device = resolve_device(self.device, rank)
+        kind = device.type
         return dataclasses.replace(
             self,
             cache=Path(self.cache),
             part=part_of(self.shards),
             teachers=tuple(one for text in self.teachers for one in one_per_tap(text)),
-            device=f"cuda:{rank}" if device == "cuda" and ranks > 1 else device,
+            device=str(device),
             precision=("fp16" if kind == "cuda" else "fp32") if self.precision == "auto" else self.precision,
             batch_size=self.batch_size or (64 if kind == "cuda" else 8),
             workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks),

@@ -37,25 +37,25 @@ def teacher_pictures(cache: Cache, name: str, numbers: Numbers, view: int) -> di
     array = "attention" if "attention" in column.layout.arrays() else "norm"
     scores = cache.read_column(name, numbers, views, (array,))[array].float()
     return {
-        f"{name}{random}": colours(cache.read_tokens(name, numbers, views), cache.grid),
+        f"{name}{random}": bytes_of(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid)),
         f"{name}\n{array}": heat(scores, cache.grid),
     }
 
 
-def colours(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Pictures:
-    """The three main directions of the tokens as red, green and blue, uint8 [b, *grid, 3].
+def pca_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Float[Tensor, "b rows columns 3"]:
+    """The three main directions of the tokens as red, green and blue in 0..1, fp32 on the CPU.
 
     One PCA over all images, so that colours mean the same in every row; layer-normalised first, because a few channels
     of some teachers are a hundred times larger than the rest. Each direction's sign is fixed by its largest entry.
     """
-    x = torch.nn.functional.layer_norm(tokens.double(), tokens.shape[-1:]).flatten(0, 1)
+    x = torch.nn.functional.layer_norm(tokens.detach().double().cpu(), tokens.shape[-1:]).flatten(0, 1)
     x = x - x.mean(0)
     directions = torch.linalg.svd(x, full_matrices=False)[2][:3]
     directions *= directions.gather(1, directions.abs().argmax(1, keepdim=True)).sign()
     found = torch.nn.functional.pad(x @ directions.T, (0, 3 - len(directions)))
     low, high = (torch.quantile(found, q, dim=0) for q in (0.01, 0.99))
     found = ((found - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    return bytes_of(found.reshape(len(tokens), *grid, 3))
+    return found.reshape(len(tokens), *grid, 3).float()
 
 
 def heat(scores: Float[Tensor, "b l"], grid: tuple[int, int]) -> Pictures:

@@ -26,7 +26,7 @@ from mrmae.extract.tower import (
     tap_index,
     with_tail,
 )
-from mrmae.extract.weights import fit_weights, load_weights, nearest, weights_sha256
+from mrmae.extract.weights import fit_weights, hinted, load_weights, weights_sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's own note on weights that its default GELU does not reproduce.
@@ -61,7 +61,7 @@ def find_config(request: TeacherRequest) -> Any:
     """timm's configuration (a PretrainedCfg) of the model and tag. ValueError with the nearest names."""
     if not timm.is_model(request.model):
         raise ValueError(
-            f"{request.where}: timm has no model {request.model!r}{nearest(request.model, timm.list_models())}; "
+            f"{request.where}: timm has no model {request.model!r}{hinted(request.model, timm.list_models())}; "
             "correct the name (tags follow a dot)"
         )
     tags = [name.partition(".")[2] for name in timm.models.get_arch_pretrained_cfgs(request.model)]

@@ -1,18 +1,19 @@
 """Weights from files: read without running code, unwrapped by stated rules, fitted to a model exactly or not at all."""
 
 import argparse
-import difflib
 import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+
+from mrmae.shards.nearest import nearest
 
 StateDict = dict[str, Tensor]
 
@@ -169,7 +170,7 @@ def weights_sha256(weights: Mapping[str, Tensor], *, classifier: Collection[str]
     return digest.hexdigest()
 
 
-def nearest(name: str, known: Collection[str]) -> str:
+def hinted(name: str, known: Iterable[str]) -> str:
     """`; nearest: a, b, c`, or nothing where no known name is similar."""
-    found = difflib.get_close_matches(name, list(known), n=5, cutoff=0.5)
+    found = nearest(name, known, n=5)
     return f"; nearest: {', '.join(found)}" if found else ""

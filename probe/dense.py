@@ -10,7 +10,8 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 from torch import Tensor
 
-from mrmae.train.pictures import draw_panels, pca_rgb
+from mrmae.extract.sheet import pca_rgb
+from mrmae.train.pictures import draw_panels
 
 ITERATIONS = 50
 
@@ -59,7 +60,7 @@ def draw_dense(
     tokens = tokens.float()
     columns = {
         "image": pictures.numpy(),
-        "PCA": pca_rgb(tokens, grid),
+        "PCA": pca_rgb(tokens, grid).numpy(),
         f"k-means, k = {clusters}": segments(tokens, grid, clusters, seed=seed),
         f"each image, k = {parts}": np.concatenate(
             [segments(one, grid, parts, seed=seed) for one in torch.split(tokens, 1)]

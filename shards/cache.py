@@ -8,7 +8,6 @@ Reads are thread-safe, every chunk is verified by its crc32c, and an opened cach
 
 import concurrent.futures
 import dataclasses
-import difflib
 import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from mrmae.shards import verify
 from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
+from mrmae.shards.nearest import nearest
 from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
 from mrmae.shards.quantize import Quantiser, dequantise
 from mrmae.shards.reader import Damaged, read_members
@@ -116,8 +116,8 @@ class Cache:
         """The sample number of a key or (negative from the end) a position. Raises KeyError or IndexError, saying what there is."""
         if isinstance(which, str):
             if which not in self.number_of:
-                near = difflib.get_close_matches(which, self.keys, 1, 0.0)
-                raise KeyError(f"{self.path}: no image has the key {which!r}; the nearest is {near[0]!r}")
+                (near,) = nearest(which, self.keys, 1, cutoff=0.0)
+                raise KeyError(f"{self.path}: no image has the key {which!r}; the nearest is {near!r}")
             return self.number_of[which]
         if not -len(self) <= which < len(self):
             raise IndexError(f"{self.path}: sample {which} is not there; the cache has {len(self)}")

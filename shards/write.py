@@ -1,4 +1,4 @@
-"""The one function through which every byte of a cache reaches the disk.
+"""How every file of a cache, of a run and of a probe reaches the disk.
 
 A file appears under its name complete and durable, or not at all; two writers of one name never mix.
 """
@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +35,29 @@ def publish(path: Path, content: bytes | Iterable[Chunk], *, replace: bool = Fal
     Raises FileExistsError when `path` exists and `replace` is False; OSError, naming the path and what to do, when the
     disk is full or refuses. Nothing is left behind in either case.
     """
+    with put_in_place(path, replace=replace) as temporary:
+        n_bytes, sha256 = write_durably(temporary, [content] if isinstance(content, bytes) else content)
+    return Published(path, n_bytes, sha256)
+
+
+def publish_by(path: Path, write: Callable[[Path], object]) -> None:
+    """As `publish` with replace, for what only knows how to write a file by its name: `write` fills the temporary one."""
+    with put_in_place(path, replace=True) as temporary:
+        write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def put_in_place(path: Path, *, replace: bool) -> Iterator[Path]:
+    """A temporary name in the folder of `path`; the file that lies there at the end is put in place, durably.
+
+    Raises as `publish` does.
+    """
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.writing"
     try:
-        n_bytes, sha256 = write_durably(temporary, [content] if isinstance(content, bytes) else content)
+        yield temporary
         if replace:
             os.replace(temporary, path)
         else:
@@ -52,7 +71,6 @@ def publish(path: Path, content: bytes | Iterable[Chunk], *, replace: bool = Fal
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
-    return Published(path, n_bytes, sha256)
 
 
 def write_durably(path: Path, chunks: Iterable[Chunk]) -> tuple[int, str]:
@@ -108,7 +126,11 @@ def sync_folder(path: Path) -> None:
 def explained(error: OSError, path: Path) -> OSError:
     """The same kind of error, saying which file could not be written and what to do."""
     what = error.strerror or str(error)
-    todo = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check the disk and its permissions"
+    todo = (
+        "free some space"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT)
+        else "check the disk, its space and its permissions"
+    )
     return type(error)(error.errno, f"{path}: could not be written: {what}; everything committed so far stays valid; "
                        f"{todo}, then run the same command again")  # fmt: skip
 

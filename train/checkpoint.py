@@ -4,7 +4,7 @@ A checkpoint holds plain tensors and numbers only, so `torch.load(weights_only=T
 it: views, masks and order are functions of (seed, epoch, sample).
 """
 
-import os
+import errno
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from mrmae.shards.write import TEMPORARY, publish_by
+
 FORMAT = 1
 _PREFIX, _SUFFIX = "step-", ".pt"
+WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
 State = dict[str, Any]
 
 
@@ -27,49 +30,24 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob(f"{_PREFIX}*{_SUFFIX}"))
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then sync it and put it in place: readers see all of it or none.
+def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """`torch.save`, durable and whole or not at all. Raises OSError naming `path` where it cannot be written."""
 
-    Raises OSError naming `path` when the disk is full or not writable; what was there before stays.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        if isinstance(error, RuntimeError) and not _is_write_failure(error):
-            raise
-        errno = getattr(error, "errno", None)
-        raise OSError(
-            errno, f"{path}: could not be written ({error}); earlier files are untouched; free some space and run again"
-        ) from error
-    finally:
-        aside.unlink(missing_ok=True)
+    def write(aside: Path) -> None:
+        try:
+            torch.save(content, aside)
+        except RuntimeError as error:  # how torch.save reports a full disk
+            if not any(word in str(error) for word in WRITE_FAILURES):
+                raise
+            raise OSError(errno.EIO, str(error)) from error
 
-
-def _is_write_failure(error: RuntimeError) -> bool:
-    return any(
-        word in str(error)
-        for word in ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
-    )
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    publish_by(path, write)
 
 
 def save_checkpoint(folder: Path, state: State, *, step: int, keep: int) -> Path:
     """Write `state` as the checkpoint of `step` and delete all but the newest `keep`; returns its path."""
     path = checkpoint_path(folder, step)
-    write_atomically(path, lambda aside: torch.save({"format": FORMAT, **state}, aside))
+    save_tensors(path, {"format": FORMAT, **state})
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -96,7 +74,7 @@ def latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> State | N
     A damaged file is reported through `warn`, set aside as `<name>.damaged`, and the one before it is tried.
     Raises ValueError when there are checkpoints and none can be read: a run never starts over silently.
     """
-    for leftover in folder.glob(f".{_PREFIX}*.tmp"):
+    for leftover in folder.glob(f".{_PREFIX}{TEMPORARY[1:]}"):
         leftover.unlink(missing_ok=True)
     paths = list_checkpoints(folder)
     for path in reversed(paths):

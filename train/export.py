@@ -8,7 +8,6 @@ timm has no MCMAE: that student's folder holds the same files under the paramete
 
 import json
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mrmae.train.checkpoint import write_atomically
+from mrmae.shards.write import publish
 from mrmae.train.mcmae import SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.model import Pretrainer
 
@@ -61,7 +60,7 @@ def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, 
         CARD: model_card(model, source).encode(),
     }
     for name, data in files.items():
-        write_atomically(folder / name, partial(_write, data=data))
+        publish(folder / name, data, replace=True)
     return folder
 
 
@@ -193,7 +192,3 @@ Terms of the loss (`tap @ positions > head ~ target | transform : distance * wei
 {made}
 ```
 """
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)

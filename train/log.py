@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from mrmae.extract.progress import PLAIN_LINE_SECONDS, human_time
-from mrmae.train.checkpoint import write_atomically
+from mrmae.shards.write import publish
 
 
 class Readback:
@@ -143,7 +143,7 @@ class RunLog:
         self.path = out / "log.jsonl"
         rows = read_rows(self.path)
         kept = [row for row in rows if row.get("step", 0) <= step]
-        write_atomically(self.path, lambda aside: _write_rows(aside, kept))
+        publish(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode(), replace=True)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._board = _board(out / "tensorboard", step) if tensorboard else None
         self.console = console or Console(highlight=False, soft_wrap=True)
@@ -196,10 +196,6 @@ class RunLog:
         self.close()
 
 
-def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def _board(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # a second of imports, wanted by runs only
 
@@ -216,14 +212,10 @@ def _start_wandb(project: str, out: Path) -> Any:
         ) from None
     mark = out / "wandb" / "id"  # a new OUT is a new run there, the same OUT the same one
     if not mark.exists():
-        write_atomically(mark, _write_new_id)
+        publish(mark, uuid.uuid4().hex.encode(), replace=True)
     facts = json.loads((out / "run.json").read_text()) if (out / "run.json").exists() else {}
     config = {name: facts[name] for name in ("recipe", "student", "images", "teachers", "cache_ids") if name in facts}
     return wandb.init(project=project, name=out.name, id=mark.read_text(), resume="allow", dir=str(out), config=config)
-
-
-def _write_new_id(path: Path) -> None:
-    path.write_text(uuid.uuid4().hex)
 
 
 def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:

@@ -8,23 +8,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from mrmae.train.ranks import Ranks
-
-
-def resolve_device(name: str, ranks: Ranks) -> torch.device:
-    """The device to train on; under torchrun each rank takes the GPU of its number. Raises ValueError for one not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", ranks.local)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--device {name}: cannot be used ({reason}); expected auto, cpu, cuda or cuda:N") from error
-    return device
-
 
 def resolve_precision(name: str, device: torch.device) -> str:
     """`auto` is bf16 on a GPU that computes in it, else fp32."""

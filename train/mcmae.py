@@ -5,7 +5,6 @@ works on one cell or inside one patch, so only the cells of visible patches are 
 the published one, at a quarter of the pointwise work. Parameter names and shapes are those of Alpha-VL/ConvMAE's checkpoints.
 """
 
-import difflib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch
+from mrmae.shards.nearest import did_you_mean
 from mrmae.train.student import compute_dtype, sincos_positions
 
 STRIDES = (4, 2, 2)
@@ -160,9 +160,8 @@ class MaskedConvViT(nn.Module):
 def build_mcmae(name: str, *, patch: int, grid: Sequence[int], channels: int = 3) -> MaskedConvViT:
     """The student `name` for a grid of 16-pixel patches. Raises ValueError for unknown names and other patch sizes."""
     if name not in SIZES:
-        near = difflib.get_close_matches(name, SIZES, n=1, cutoff=0) or ["mcmae_base"]
         raise ValueError(
-            f"student {name!r}: there is no such model; mcmae_base or mcmae_large was expected; did you mean {near[0]}?"
+            f"student {name!r}: there is no such model; {did_you_mean(name, ['mcmae_base', 'mcmae_large'])}"
         )
     if patch != PATCH:
         raise ValueError(

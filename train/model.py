@@ -11,6 +11,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch
+from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train import mcmae
 from mrmae.train.fusions import build_fusions, check_taps
 from mrmae.train.heads import HEADS
@@ -31,8 +32,6 @@ from mrmae.train.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
 from mrmae.train.terms import Pixels, bind_terms, needed_arrays, score
 
 __all__ = ["Batch", "CacheInfo", "Pretrainer", "TeacherInfo", "build_model", "needed_arrays"]
-
-NORM_PIX_EPS = 1e-6  # MAE's norm_pix_loss
 
 
 def build_model(

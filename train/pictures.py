@@ -10,11 +10,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Int, UInt8
 from torch import Tensor
 
+from mrmae.extract.sheet import pca_rgb
+from mrmae.shards.write import publish_by
 from mrmae.train import batches
-from mrmae.train.checkpoint import write_atomically
 from mrmae.train.feed import load_masked
 from mrmae.train.online import taught
 from mrmae.train.run import Run, random_teachers
@@ -32,24 +33,6 @@ def masked_view(
     seen = torch.zeros(b, gh * gw, dtype=torch.bool).scatter_(1, ids_keep.cpu(), True).reshape(b, gh, gw)
     seen = seen.repeat_interleave(h // gh, 1).repeat_interleave(w // gw, 2)[..., None]
     return torch.where(seen, pixels.cpu(), HIDDEN_GRAY).numpy()
-
-
-def pca_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """The three main directions of the tokens as red, green and blue: [b, grid height, grid width, 3] in 0..1.
-
-    One PCA over all images given, so colours mean the same in every row. Tokens are layer-normalised first: a few channels
-    of some teachers are a hundred times larger than the rest. Each direction's sign is fixed by its largest entry.
-    """
-    flat = torch.nn.functional.layer_norm(tokens.detach().double().cpu(), tokens.shape[-1:]).flatten(0, 1)
-    flat = flat - flat.mean(0)
-    _, _, directions = torch.linalg.svd(flat, full_matrices=False)
-    directions = directions[:3]
-    largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))
-    colours = flat @ (directions * largest.sign()).T
-    low, high = (torch.quantile(colours, q, dim=0) for q in (0.01, 0.99))
-    colours = ((colours - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
-    colours = torch.nn.functional.pad(colours, (0, 3 - colours.shape[1]))
-    return colours.reshape(len(tokens), *grid, 3).float().numpy()
 
 
 def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, title: str, note: str = "") -> None:
@@ -88,8 +71,8 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
         student = run.model.tokens(there[0].pixels)
     for teacher, tokens in teacher_tokens(run, numbers).items():
         random = "\n(random weights)" if teacher in random_teachers(run) else ""
-        columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid)
-    columns["student"] = pca_rgb(student, run.info.grid)
+        columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid).numpy()
+    columns["student"] = pca_rgb(student, run.info.grid).numpy()
     path = run.out / "panels" / f"epoch-{epoch:04d}.png"
     note = "Colours of teachers and student: the three main directions of each model's own tokens over these images."
     if any(term.recipe.transform == "norm_pix" for term in run.model.terms):
@@ -155,6 +138,6 @@ def _number(value: float | None) -> float:
 
 def _save(figure: Any, path: Path) -> None:
     try:
-        write_atomically(path, lambda aside: figure.savefig(aside, format="png"))
+        publish_by(path, lambda aside: figure.savefig(aside, format="png"))
     finally:
         plt.close(figure)

@@ -14,7 +14,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from mrmae.extract.weights import listed, load_weights
-from mrmae.train.checkpoint import write_atomically
+from mrmae.train.checkpoint import save_tensors
 from mrmae.train.mcmae import MaskedConvViT
 from mrmae.train.model import Pretrainer
 from mrmae.train.student import sincos_positions
@@ -182,7 +182,7 @@ def export_published(model: Pretrainer, path: str | Path) -> Path:
     Raises OSError naming the file when the disk is full or not writable.
     """
     weights = published_weights(model)
-    write_atomically(Path(path), lambda aside: torch.save({"model": weights}, aside))
+    save_tensors(Path(path), {"model": weights})
     return Path(path)
 
 

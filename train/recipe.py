@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import yaml
 
+from mrmae.shards.nearest import did_you_mean
 from mrmae.train import strict
 
 RECIPES = Path(__file__).with_name("recipes")
@@ -157,7 +158,7 @@ def recipe_path(name_or_path: str) -> Path:
             )
         return path
     raise ValueError(
-        f"recipe {name_or_path!r}: is neither a shipped recipe nor a .yaml file; {strict.nearest(name_or_path, recipe_names())}"
+        f"recipe {name_or_path!r}: is neither a shipped recipe nor a .yaml file; {did_you_mean(name_or_path, recipe_names())}"
     )
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from mrmae.extract.progress import human_time
+from mrmae.shards.write import publish
 from mrmae.train import optim
-from mrmae.train.checkpoint import write_atomically
 from mrmae.train.machine import versions
 from mrmae.train.mcmae import MaskedConvViT
 from mrmae.train.recipe import to_dict
@@ -23,11 +23,7 @@ from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
-
-    def write(aside: Path) -> None:
-        aside.write_text(text, encoding="utf-8")
-
-    write_atomically(path, write)
+    publish(path, text.encode(), replace=True)
 
 
 def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:

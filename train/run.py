@@ -8,13 +8,14 @@ from typing import IO, Any
 
 import torch
 
+from mrmae.extract.devices import resolve_device
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.spec import TeacherSpec
 from mrmae.train import batches, checkpoint, masks, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
-from mrmae.train.machine import resolve_device, resolve_precision, versions
+from mrmae.train.machine import resolve_precision, versions
 from mrmae.train.model import Pretrainer, build_model
 from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
@@ -124,7 +125,7 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
     numbers, held_out = batches.split_off(cache, setup.hold_out)
     if setup.knn_every:
         batches.check_knn(cache, numbers, held_out)
-    where = resolve_device(setup.device, ranks)
+    where = resolve_device(setup.device, ranks.local)
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)

@@ -4,7 +4,6 @@ Errors name the key, its value and what was expected. Only what recipes use is s
 choices, tuples, `T | None`, nested dataclasses and `dict[str, dataclass]`.
 """
 
-import difflib
 import math
 import re
 import types
@@ -14,6 +13,8 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
 import yaml
+
+from mrmae.shards.nearest import did_you_mean
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -55,7 +56,7 @@ def build(kind: Any, values: Any, where: str, at: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ValueError(f"{where}: {join(at, key)} is not a key of a recipe; {nearest(str(key), hints)}")
+            raise ValueError(f"{where}: {join(at, key)} is not a key of a recipe; {did_you_mean(str(key), hints)}")
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for key in required:
         if key not in values:
@@ -80,7 +81,7 @@ def convert(kind: Any, value: Any, where: str, at: str) -> Any:
     elif origin is Literal and isinstance(value, str):
         if value in arguments:
             return value
-        raise ValueError(f"{where}: {at} is {show(value)}; {nearest(value, arguments)}")
+        raise ValueError(f"{where}: {at} is {show(value)}; {did_you_mean(value, arguments)}")
     elif kind is float and (number := finite_float(value)) is not None:
         return number
     elif kind is not float and type(value) is kind:
@@ -149,10 +150,3 @@ def show(value: Any) -> str:
 def choices(names: Iterable[str]) -> str:
     """`one of a, b, c`."""
     return "one of " + ", ".join(names)
-
-
-def nearest(word: str, names: Iterable[str]) -> str:
-    """`did you mean x?`, or all the names where none is near."""
-    names = list(names)
-    close = difflib.get_close_matches(word, names, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"expected {choices(names)}"

@@ -5,7 +5,6 @@ and only predicted patches leave it. Attention is permutation-equivariant, so no
 timm's own, so its state dict is timm's.
 """
 
-import difflib
 import hashlib
 from collections.abc import Iterable
 
@@ -19,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch, ids
+from mrmae.shards.nearest import nearest
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Decoder
 
@@ -48,7 +48,7 @@ def build_vit(name: str, *, size: int, patch: int, grid: tuple[int, int], channe
     absolute positions: their extra parts would be skipped silently.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3, cutoff=0.4)
+        near = nearest(name, timm.list_models("vit_*"))
         raise ValueError(
             f"student {name!r}: timm has no such model; a plain ViT like vit_base_patch16_224 was expected; "
             f"did you mean {' or '.join(near) or 'vit_base_patch16_224'}?"

@@ -20,7 +20,7 @@ from PIL import Image
 from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect import main
 from mrmae.extract.live import compare_live
-from mrmae.extract.sheet import colours, heat
+from mrmae.extract.sheet import heat, pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stats import read_stats
 
@@ -270,7 +270,7 @@ def test_pictures_show_the_stored_views(extracted: Path, tmp_path: Path) -> None
 def test_colours_and_heat_keep_the_raster() -> None:
     tokens = torch.zeros(1, 6, 4)
     tokens[0, 4] = torch.tensor([3.0, -1, 0, 0])
-    picture = colours(tokens, (2, 3))
+    picture = pca_rgb(tokens, (2, 3)).numpy()
     assert picture.shape == (1, 2, 3, 3)
     other = [(i, j) for i in range(2) for j in range(3) if not np.array_equal(picture[0, i, j], picture[0, 0, 0])]
     assert other == [(1, 1)]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mrmae.extract import hub
-from mrmae.extract.weights import fit_weights, load_weights, nearest, weights_sha256
+from mrmae.extract.weights import fit_weights, hinted, load_weights, weights_sha256
 
 
 def small_model() -> nn.Module:
@@ -138,8 +138,8 @@ def test_the_sha256_is_of_fp32_values_under_sorted_names():
 
 
 def test_nearest_names_only_what_is_near():
-    assert nearest("resnet5", ["resnet50", "vit"]) == "; nearest: resnet50"
-    assert nearest("zzz", ["resnet50"]) == ""
+    assert hinted("resnet5", ["resnet50", "vit"]) == "; nearest: resnet50"
+    assert hinted("zzz", ["resnet50"]) == ""
 
 
 # --- the hub

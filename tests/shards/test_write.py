@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mrmae.shards.write import publish, remove_leftovers
+from mrmae.shards.write import publish, publish_by, remove_leftovers
 
 
 def test_a_published_file_has_its_size_and_hash(tmp_path: Path) -> None:
@@ -90,3 +90,16 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path: Path) -> None:
     (tmp_path / "views" / "000001.tar").write_bytes(b"whole")
     remove_leftovers(tmp_path)
     assert [file.name for file in (tmp_path / "views").iterdir()] == ["000001.tar"]
+
+
+def test_a_file_filled_by_name_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    publish_by(path, lambda aside: aside.write_text("old"))
+
+    def full(aside: Path) -> None:
+        aside.write_text("ne")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="log: could not be written: No space left.*free some space"):
+        publish_by(path, full)
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mrmae.extract.sheet import pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stream import view_of
 from mrmae.train import checkpoint, loop, optim, pictures
@@ -333,7 +334,7 @@ def test_panels_show_what_their_titles_say(tiny_cache: Path, tmp_path: Path, mon
     pixels = cache.read_pixels(numbers, views).numpy()
     assert np.array_equal(drawn["view"], pixels)
     for name, column in cache.teachers.items():
-        expected = pictures.pca_rgb(cache.read_tokens(column, numbers, views), cache.grid)
+        expected = pca_rgb(cache.read_tokens(column, numbers, views), cache.grid)
         assert np.allclose(drawn[teachers[name]], expected, atol=1e-5)
     hidden = (drawn["seen by the student"] != pixels).any(axis=-1)
     close = np.isclose(drawn["reconstruction"], pixels / 255, atol=1e-3).all(axis=-1)

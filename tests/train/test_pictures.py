@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mrmae.extract.sheet import pca_rgb
 from mrmae.train import pictures
 
 GRID = (4, 3)
@@ -31,16 +32,16 @@ def test_pca_colours_separate_two_kinds_of_token() -> None:
     kinds = torch.randn(2, 16, generator=generator)
     which = torch.randint(0, 2, (3, 12), generator=generator)
     tokens = kinds[which] + 0.01 * torch.randn(3, 12, 16, generator=generator)
-    colours = pictures.pca_rgb(tokens, GRID)
+    colours = pca_rgb(tokens, GRID).numpy()
     assert colours.shape == (3, 4, 3, 3) and colours.min() >= 0 and colours.max() <= 1
     red = colours[..., 0].reshape(3, 12)
     assert (np.abs(red[which.numpy() == 0] - red[which.numpy() == 1].mean()) > 0.9).all()
-    assert np.array_equal(colours, pictures.pca_rgb(tokens, GRID))
+    assert np.array_equal(colours, pca_rgb(tokens, GRID).numpy())
 
 
 def test_pca_takes_constant_and_narrow_tokens() -> None:
-    assert np.isfinite(pictures.pca_rgb(torch.ones(2, 12, 8), GRID)).all()
-    assert pictures.pca_rgb(torch.randn(2, 12, 2), GRID).shape == (2, 4, 3, 3)
+    assert np.isfinite(pca_rgb(torch.ones(2, 12, 8), GRID).numpy()).all()
+    assert pca_rgb(torch.randn(2, 12, 2), GRID).shape == (2, 4, 3, 3)
 
 
 def test_panels_and_curves_are_written(tmp_path: Path) -> None:
