@@ -27,6 +27,11 @@ def human_time(seconds: float) -> str:
     return f"{s // 86_400} d {s % 86_400 // 3600:02d} h"
 
 
+def counted(n: float, one: str, many: str = "") -> str:
+    """`n` things: '1 epoch', '1,600 epochs'. one, many: the words (many: one with an s)."""
+    return f"{n:,.9g} {one if n == 1 else many or one + 's'}"
+
+
 def human_bytes(n: float) -> str:
     """`n` bytes in decimal units, three significant digits: '301 kB', '1.29 GB'."""
     for unit in ("B", "kB", "MB", "GB"):

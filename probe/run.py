@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mrmae.extract.options import Options as ExtractOptions
+from mrmae.extract.progress import counted
 from mrmae.probe import attentive, dense, finetune, knn, linear, report
 from mrmae.probe.data import Data, open_data, shared_with, shown
 from mrmae.probe.features import Features, refuse_foreign_column
@@ -277,7 +278,7 @@ def run_finetune(job: Job, name: str) -> Found:
     settings, truth = job.options.settings.finetune, job.labels[1]
     predicted, notes = finetune.finetune(job.source, job.data, settings, folder=job.home / "finetune" / name, say=job.say,
                                          seed=job.options.seed, device=job.options.device, workers=job.options.workers)  # fmt: skip
-    row = report.row(f"fine-tuned, {settings.epochs} epochs", predicted, truth, seed=job.options.seed)
+    row = report.row(f"fine-tuned, {counted(settings.epochs, 'epoch')}", predicted, truth, seed=job.options.seed)
     return {"rows": [row], "notes": notes, **headline(row)}, predicted
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrmae.train import optim
 from mrmae.train.feed import Feed
 from mrmae.train.held_out import held_out_loss, knn_accuracy
-from mrmae.train.log import Readback, RunLog, Sums, epoch_line
+from mrmae.train.log import Readback, RunLog, Sums
 from mrmae.train.machine import memory_mib
 from mrmae.train.pictures import draw_run_panels
 from mrmae.train.ranks import StopRequest
@@ -121,8 +121,7 @@ def end_epoch(run: Run, live: Live) -> None:
     live.epoch_at = time.perf_counter()
     if live.log is not None:
         live.log.write(row)
-        if "held_out" in row:
-            live.log.say(epoch_line(row))
+        live.log.show_epoch(row)
         every = live.habits.panels_every
         if due(done, epochs, math.ceil(epochs / 10) if every is None else every):
             draw_run_panels(run, done)

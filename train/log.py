@@ -80,21 +80,26 @@ class Sums:
 
 
 def progress_line(row: Mapping[str, Any]) -> str:
-    """One readable line of a log row: where, losses per term, speed, stall, learning rate, ETA."""
-    terms = "  ".join(f"{name} {_short(value)}" for name, value in row["terms"].items())
+    """One readable line of a log row: where, losses per term since the row before, speed, stall, learning rate, ETA."""
     skipped = f"  {row['skipped']} skipped" if row.get("skipped") else ""
     return (
-        f"epoch {row['epoch']}/{row['epochs']}  loss {_short(row['loss'])}  {terms}  {row['images_per_s']:.4g} img/s"
-        f"  stall {100 * row['stall']:.1f} %  lr {row['lr']:.2e}{skipped}  ETA {human_time(row['eta_s'])}"
+        f"epoch {row['epoch']}/{row['epochs']} update {row['step']}  loss {_losses(row['loss'], row['terms'])}"
+        f"  {row['images_per_s']:.4g} img/s  stall {100 * row['stall']:.1f} %  lr {row['lr']:.2e}{skipped}"
+        f"  ETA {human_time(row['eta_s'])}"
     )
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
-    """One readable line of an epoch's row: how training and held-out losses stand, and k-NN accuracy where it was measured."""
-    aside = dict(row["held_out"])
-    terms = "  ".join(f"{name} {_short(value)}" for name, value in aside.items() if name != "loss")
+    """One readable line of an epoch's row: its mean losses, those of the images held out, and k-NN accuracy, where measured."""
+    aside = dict(row.get("held_out", {}))
+    held = f"  held out {_losses(aside.pop('loss'), aside)}" if aside else ""
     knn = f"  k-NN top-1 {100 * row['knn_top1']:.1f} %" if "knn_top1" in row else ""
-    return f"epoch {row['epoch']}/{row['epochs']}  loss {_short(row['loss'])}, held out {_short(aside['loss'])}: {terms}{knn}"
+    return f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{held}{knn}"
+
+
+def _losses(loss: float | None, terms: Mapping[str, float]) -> str:
+    """`1.5000 (mimic/clip 0.5000, pixels 1.0000)`."""
+    return f"{_short(loss)} ({', '.join(f'{name} {_short(value)}' for name, value in terms.items())})"
 
 
 def _short(value: float | None) -> str:
@@ -148,7 +153,7 @@ class RunLog:
         self._board = _board(out / "tensorboard", step) if tensorboard else None
         self.console = console or Console(highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._line_at = -math.inf
+        self._line_at = self._epoch_at = -math.inf
         if self.console.is_terminal:
             columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
             self._bar = Progress(*columns, console=self.console)
@@ -173,6 +178,13 @@ class RunLog:
         elif always or time.monotonic() - self._line_at >= PLAIN_LINE_SECONDS:
             self._line_at = time.monotonic()
             self.say(progress_line(row))
+
+    def show_epoch(self, row: Mapping[str, Any]) -> None:
+        """Print an epoch's line: of the last one and where images were held out always, else every ten seconds at most."""
+        due = time.monotonic() - self._epoch_at >= PLAIN_LINE_SECONDS
+        if due or "held_out" in row or row["epoch"] == row["epochs"]:
+            self._epoch_at = time.monotonic()
+            self.say(epoch_line(row))
 
     def say(self, line: str) -> None:
         """Print one line, above the bar where there is one."""

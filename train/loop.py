@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mrmae.extract.progress import counted
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import export_student
@@ -200,7 +201,7 @@ def finish(run: Run, live: Live, command: str, *, export: str | None) -> dict[st
 def write_results(run: Run, rows: list[dict[str, Any]], *, export: str | None) -> Path:
     """Write OUT/student, OUT/curves.png and, if asked for, OUT/published.pth; returns the student's folder."""
     epochs = [row for row in rows if row["kind"] == "epoch"]
-    title = f"{run.recipe.name}: {run.recipe.student.model}, {run.recipe.optim.epochs} epochs"
+    title = f"{run.recipe.name}: {run.recipe.student.model}, {counted(run.recipe.optim.epochs, 'epoch')}"
     draw_curves(run.out / "curves.png", epochs, title=title, note=report.random_line(run) or "")
     export_student(run.model, run.out / "student", source=report.card_source(run))
     if export == "mae":

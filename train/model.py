@@ -10,6 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mrmae.extract.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train import mcmae
@@ -205,10 +206,10 @@ class Pretrainer(nn.Module):
         decoder = self.recipe.student.decoder
         told = {
             "student": f"{self.recipe.student.model} as patch {info.patch} at {info.size} px,"
-            f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {len(self.student.blocks)} blocks",
+            f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {counted(len(self.student.blocks), 'block')}",
             "decoder": "none"
             if self.decoder is None or decoder is None
-            else f"{decoder.depth} blocks of width {decoder.width}",
+            else f"{counted(decoder.depth, 'block')} of width {decoder.width}",
             "mask": f"{self.recipe.mask.sampler}: {self.n_keep} of {info.n_patches} patches visible, {self.n_predict} predicted",
             "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
         }

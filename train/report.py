@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mrmae.extract.progress import human_time
+from mrmae.extract.progress import counted, human_time
 from mrmae.shards.write import publish
 from mrmae.train import optim
 from mrmae.train.machine import versions
@@ -94,23 +94,23 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     o, share = run.recipe.optim, run.share
     described = run.model.describe()
     split = (
-        f" = {share.ranks} processes x {share.accum} micro-batches x {share.micro_size}"
+        f" = {counted(share.ranks, 'process', 'processes')} x {counted(share.accum, 'micro-batch', 'micro-batches')} x {share.micro_size}"
         if share.batch_size != share.micro_size
         else ""
     )
     l, cls = run.info.n_patches, int(run.model.student.num_prefix_tokens)
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
-        "cache": f"{run.cache.path}: {len(run.cache.numbers):,} images x {run.cache.n_views} views, {run.info.size} px",
+        "cache": f"{run.cache.path}: {counted(len(run.cache.numbers), 'image')} x {counted(run.cache.n_views, 'view')}, {run.info.size} px",
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
         **described,
         "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
-        "batch": f"{o.batch_size} images per update{split}; {run.updates} updates per epoch, {run.total:,} in {o.epochs} epochs;"
-        f" {len(run.numbers) - run.updates * o.batch_size} images left out per epoch, others each time",
+        "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
+        f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
-        f" warm-up {o.warmup_epochs:g} epochs, cosine to {o.min_lr:g}",
+        f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
         **(costs or {}),
     }
@@ -118,6 +118,11 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     warning = random_line(run)
     return [*lines, *([warning] if warning else []), *run.notes]
+
+
+def left_out(n: int) -> str:
+    """What happens to the images of the last partial batch."""
+    return f"{counted(n, 'image')} left out per epoch, others each time" if n else "every image in every epoch"
 
 
 def teacher_words(run: Run, teacher: str) -> str:
@@ -145,7 +150,7 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
     warning = random_line(run)
     if summary["finished"]:
         lines = [
-            f"finished: {run.recipe.optim.epochs} epochs, {human_time(summary['seconds'])} since this start",
+            f"finished: {counted(run.recipe.optim.epochs, 'epoch')}, {human_time(summary['seconds'])} since this start",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
             f"student   {how_to_load(run)}",
         ]

@@ -9,6 +9,7 @@ from typing import IO, Any
 import torch
 
 from mrmae.extract.devices import resolve_device
+from mrmae.extract.progress import counted
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.spec import TeacherSpec
@@ -169,7 +170,7 @@ def check_schedule(o: Optim) -> None:
     """Raise ValueError where a run would never reach its peak learning rate, or would rise from there to its end."""
     if o.warmup_epochs >= o.epochs:
         raise ValueError(
-            f"optim.warmup_epochs: is {o.warmup_epochs:g} in a run of {o.epochs} epochs, which would never reach its learning"
+            f"optim.warmup_epochs: is {o.warmup_epochs:g} in a run of {counted(o.epochs, 'epoch')}, which would never reach its learning"
             f" rate; less than optim.epochs was expected; set optim.warmup_epochs={optim.usual_warmup(o.epochs)}"
         )
     peak = optim.base_lr(o.lr_per_256, o.batch_size)

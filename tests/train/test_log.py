@@ -88,7 +88,9 @@ def test_held_out_losses_reach_the_boards_and_the_line(tmp_path: Path, monkeypat
     first, written, end, again, *_ = calls
     assert first["project"] == "project" and first["id"] == again["id"] and end == "finished"
     assert written[0] == 3 and written[1]["epoch/held_out/pixels"] == 1.5 and written[1]["epoch/knn_top1"] == 0.25
-    assert "held out 2.5000: pixels 1.5000  k-NN top-1 25.0 %" in log.epoch_line(row)
+    assert log.epoch_line(row) == (
+        "epoch 1/2 done  mean loss 2.0000 (pixels 1.0000, mimic/clip 1.0000)  held out 2.5000 (pixels 1.5000)  k-NN top-1 25.0 %"
+    )
 
 
 def test_wandb_that_is_not_installed_is_refused_with_the_remedy(
@@ -101,7 +103,12 @@ def test_wandb_that_is_not_installed_is_refused_with_the_remedy(
 
 def test_progress_line_says_where_how_fast_and_how_long() -> None:
     line = log.progress_line(_row(1, skipped=2))
-    for part in ("epoch 1/2", "pixels 1.0000", "mimic/clip 1.0000", "123.4 img/s", "stall 1.2 %", "lr 1.00e-04"):
+    for part in (
+        "epoch 1/2 update 1  loss 2.0000 (pixels 1.0000, mimic/clip 1.0000)",
+        "123.4 img/s",
+        "stall 1.2 %",
+        "lr 1.00e-04",
+    ):
         assert part in line
     assert "2 skipped" in line and "ETA 3 min 20 s" in line
 
@@ -115,6 +122,16 @@ def test_plain_lines_are_rationed_and_the_last_one_always_comes(tmp_path: Path) 
     run.close()
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("epoch 1/2") == 2
+
+
+def test_epoch_lines_are_rationed_but_for_the_last_and_those_with_images_held_out(tmp_path: Path) -> None:
+    console = _quiet()
+    run = log.RunLog(tmp_path, step=0, total=10, console=console, tensorboard=False)
+    for epoch, more in enumerate(({}, {}, {"held_out": {"loss": 3.0}}, {}, {}), start=1):
+        run.show_epoch(_row(epoch, kind="epoch", **{**more, "epoch": epoch, "epochs": 5}))
+    run.close()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split()[1] for line in lines] == ["1/5", "3/5", "5/5"]
 
 
 def test_a_terminal_gets_a_bar(tmp_path: Path) -> None:

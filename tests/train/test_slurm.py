@@ -81,7 +81,7 @@ def test_a_pre_empted_job_saves_its_run_and_is_queued_again(tiny_cache: Path, tm
     status = job.wait(120)
     text = (tmp_path / "said").read_text()
     assert status == 0 and (tmp_path / "asked").read_text() == f"requeue {number}\n", text
-    assert "= 2 processes x 1 micro-batches" in text, text
+    assert "= 2 processes x 1 micro-batch x 2" in text, text
     assert "stopped by SIGUSR1 after update" in text and "torchrun --nproc-per-node N" in text, text
     assert list((out / "checkpoints").glob("step-*.pt")), text
 

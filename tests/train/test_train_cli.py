@@ -88,7 +88,8 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_cache: Path, tmp_path: 
     for part in (
         "mr-mae (seed 0)", "24 images x 2 views", "column a", "random weights", "test_vit as patch 8 at 32 px",
         "4 of 16 patches visible, 12 predicted", "5 encoder, 17 decoder", "8 images per update; 3 updates per epoch",
-        "4.69e-06 = 0.00015 x 8 / 256, warm-up 1 epochs", "RANDOM WEIGHTS",
+        "4.69e-06 = 0.00015 x 8 / 256, warm-up 1 epoch, cosine to 0", "10 epochs; every image in every epoch",
+        "1 block of width 16", "RANDOM WEIGHTS",
     ):  # fmt: skip
         assert part in result.output, part
     kib = (16 * (8 + 2) + 16 * (6 + 2)) / 1024  # int8 codes and a 2-byte scale per token, two teachers
