@@ -74,10 +74,6 @@ class Plan:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
-        for name, quantiser in self.quantisers.items():
-            if quantiser.dtype != self.dtype:
-                raise ValueError(f"plan: {name} has a quantiser of {quantiser.dtype}; the cache has {self.dtype}; all columns of "
-                                 "a cache share one dtype")  # fmt: skip
         names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
             raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")
@@ -246,6 +242,10 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
     compare_specs({"quantisers": before}, {"quantisers": now}, str(path / "plan.json"))
     if len(before) == len(quantisers):
         return load_plan(path)
+    if others := {q.dtype for q in quantisers.values()} - {plan.dtype}:
+        raise ValueError(
+            f"{path}: a quantiser is of {others.pop()}; the cache has {plan.dtype}; its columns share one dtype"
+        )
     publish(path / "plan.json", readable_json(frozen.to_json()), replace=True)
     return frozen
 

@@ -222,6 +222,14 @@ def test_quantisers_are_frozen_once(uninterrupted: Path) -> None:
         plan.freeze_quantisers(uninterrupted, made, {})
 
 
+def test_a_quantiser_of_another_dtype_is_refused(make_cache: Make, tmp_path: Path) -> None:
+    made = plan.load_plan(make_cache(tmp_path / "c", **SMALL))
+    fresh = dataclasses.replace(made, quantisers={})
+    write.publish(tmp_path / "c/plan.json", plan.readable_json(fresh.to_json()), replace=True)
+    with pytest.raises(ValueError, match="a quantiser is of fp8; the cache has int8"):
+        plan.freeze_quantisers(tmp_path / "c", fresh, {name: Quantiser("fp8") for name in made.quantisers})
+
+
 def test_plans_survive_json_and_give_the_same_ids(uninterrupted: Path) -> None:
     made = plan.load_plan(uninterrupted)
     again = dataclasses.replace(made)
