@@ -54,6 +54,7 @@ from mrmae.shards.storage import FORMATS
 @click.option(
     "--shards", default="", metavar="I/N", show_default=False, help="Do part I of N (from 0); without: all, and finish."
 )
+@click.option("--append", is_flag=True, help="Append the IMAGES that are new to CACHE; what it holds stays as it is.")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--max-pixels", default=178_956_970, type=click.IntRange(1), help="Larger images are refused undecoded.")
 @click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mrmae.extract.images import Sources
-from mrmae.shards.plan import Plan, Source, shard_ranges, tar_path
+from mrmae.shards.plan import Plan, Source, tar_path
 from mrmae.shards.reader import read_members
 from mrmae.shards.spec import ViewRecipe, key_hash
 from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render
@@ -19,7 +19,7 @@ AHEAD = 3  # batches decoded or being decoded while one is with the teachers
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`."""
+    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`, -1 for not given."""
 
     sources: Sources
     rows: Sequence[Source]
@@ -32,6 +32,9 @@ class Images:
         ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
         """
         row, position = self.rows[number], self.order[number]
+        if position < 0:
+            raise ValueError(f"{row.key}: this image is not among IMAGES and something of it is missing in the cache; expected "
+                             "all images that are not committed yet; give their folder too")  # fmt: skip
         try:
             data = self.sources.read(position)
         except OSError as error:
@@ -117,7 +120,7 @@ def prepared_batches(
 def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:
     """The rows of a committed pixel tar, with their JPEGs, by sample number, every byte verified."""
     tar = tar_path(path, view, shard)
-    index, numbers = read_index(tar), shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    index, numbers = read_index(tar), plan.ranges[shard]
     abouts = read_members(tar, range(len(numbers)), index.tables["json"])
     rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
     good = [i for i, number in enumerate(numbers) if rows[number].view is not None]

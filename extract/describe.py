@@ -27,16 +27,17 @@ def description(path: Path) -> dict[str, Any]:
     if finished:
         read_manifest(path)
     records = {unit: record for unit in commits.units(plan) if (record := commits.valid_record(path, plan, *unit))}
-    table = read_samples(path)
+    table = read_samples(path, plan.n_rows)
     bad = commits.bad_images(path, plan)
     return {
         "path": str(path),
         "finished": finished,
         "shards_committed": len(records),
         "shards": sum(1 for _ in commits.units(plan)),
-        "dataset_id": plan.dataset_id,
+        "dataset_id": plan.parts[-1].dataset_id,
+        "parts": [{"first": p.numbers.start, "images": len(p.numbers), "dataset_id": p.dataset_id} for p in plan.parts],
         "geometry_id": plan.geometry_id,
-        "images": plan.n_samples,
+        "images": plan.n_images,
         "bad_images": {table["key"][number]: reason for number, reason in sorted(bad.items())},
         "labels": len({label for label in table["label"] if label is not None}),
         "views": plan.n_views,
@@ -97,6 +98,8 @@ def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
     facts = Table.grid(padding=(0, 2))
     facts.add_row("cache", f"{found['path']}, {state}, {human_bytes(found['bytes'])}")
     facts.add_row("images", f"{found['images']} ({len(found['bad_images'])} bad), {found['labels']} labels")
+    if len(parts := found["parts"]) > 1:
+        facts.add_row("appended", ", ".join(f"{part['images']} from sample {part['first']}" for part in parts[1:]))
     facts.add_row("views", f"{found['views']} of {recipe['size']} px, crop {recipe['crop_scale'][0]:g} to "
                   f"{recipe['crop_scale'][1]:g}, flip {recipe['flip']:g}, seed {recipe['seed']}")  # fmt: skip
     facts.add_row(

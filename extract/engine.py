@@ -68,7 +68,7 @@ def calibration_features(job: Job) -> Kept:
     readable, reason = 0, ""
     work = cut({shard: [(0, column) for column in job.teachers] for shard in range(job.plan.n_shards)}, job)
     batches = prepared_batches(job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers)
-    with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_samples)) as progress:
+    with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_images)) as progress:
         for batch, prepared in batches:
             pixels = view_pixels(prepared, 0)
             if pixels is not None:
@@ -81,7 +81,7 @@ def calibration_features(job: Job) -> Kept:
                 batches.close()
                 break
     if not readable:
-        raise ValueError(f"{job.path}: none of the {job.plan.n_samples} images can be read, the first says: {reason}; "
+        raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
                          "expected photographs; check IMAGES")  # fmt: skip
     return kept
 
@@ -131,7 +131,7 @@ def refuse_requantised(job: Job, column: str) -> None:
 
 def cut(todo: Mapping[int, Sequence[tuple[int, str]]], job: Job) -> Iterator[Batch]:
     """The batches of the shards to do, cut at fixed offsets inside each shard."""
-    ranges = plans.shard_ranges(job.plan.n_samples, job.plan.shard_samples)
+    ranges = job.plan.ranges
     for shard, units in todo.items():
         views = tuple(sorted({view for view, _ in units}))
         for at in range(0, len(ranges[shard]), job.options.batch_size):
@@ -173,7 +173,7 @@ def shard_parts(
 ) -> Parts:
     """Everything of one shard, in memory: rows of pixels, codes of teachers."""
     parts: Parts = {unit: Part() for unit in units}
-    samples = len(plans.shard_ranges(job.plan.n_samples, job.plan.shard_samples)[shard])
+    samples = len(job.plan.ranges[shard])
     for _ in range(-(-samples // job.options.batch_size)):
         waited = time.monotonic()
         batch, prepared = next(stream)

@@ -23,12 +23,22 @@ from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import drop_column
 from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
+from mrmae.shards.remote import Unreachable, locate
 from mrmae.shards.repair import prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.storage import FORMATS
 from mrmae.shards.trust import Problem, read_record, trusted
 
-CACHE = click.argument("cache", type=click.Path(path_type=Path))
+
+def folder_or_url(text: str) -> Path:
+    """The path of a cache on the command line."""
+    try:
+        return locate(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+CACHE = click.argument("cache", type=folder_or_url, metavar="CACHE")
 SHOWN_PROBLEMS = 100
 
 
@@ -42,7 +52,7 @@ def one_line_errors() -> Iterator[None]:
     """What a user can mend is said in a line, without a traceback."""
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unreachable) as error:
         raise click.ClickException(str(error)) from None
 
 
@@ -171,8 +181,8 @@ def run_again(command: str, folder: str) -> None:
 
 
 @main.command()
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
+@click.argument("a", type=folder_or_url, metavar="A")
+@click.argument("b", type=folder_or_url, metavar="B")
 def diff(a: Path, b: Path) -> None:
     """List every field by which caches A and B differ; exit 1 where there is one."""
     with one_line_errors():

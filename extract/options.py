@@ -9,6 +9,7 @@ from pathlib import Path
 from mrmae.extract.devices import resolve_device
 from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
+from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.views import MAX_PIXELS
 
@@ -20,7 +21,7 @@ class Options:
     """What extract-features can be told. 0, -1 and "auto" choose; see the command's --help.
 
     grid: patches per side of the student; recipe.size must be a multiple of it. shards: 'i/n', this process's part of
-    the shards. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
+    the shards. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
     """
 
     images: Sequence[str | os.PathLike[str]]
@@ -41,10 +42,14 @@ class Options:
     max_pixels: int = MAX_PIXELS
     allow_torchscript: bool = False
     shards: str = ""
+    append: bool = False
     part: Part = Part()
 
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
+        if isinstance(locate(self.cache), RemotePath):
+            raise ValueError(f"{locate(self.cache)}: extract-features writes to folders; expected one; extract there, then copy "
+                             "it to the URL, manifest.json last")  # fmt: skip
         if self.recipe.size % self.grid:
             raise ValueError(f"--size {self.recipe.size}: is not a multiple of --grid {self.grid}; "
                              "the student's patches tile the view; change one of them")  # fmt: skip
@@ -76,7 +81,7 @@ class Options:
         }
         for name, value in values.items():
             words += [f"--{name.replace('_', '-')}", str(value)] * (value != usual[name])
-        return shlex.join(words + ["--allow-torchscript"] * self.allow_torchscript)
+        return shlex.join(words + ["--append"] * self.append + ["--allow-torchscript"] * self.allow_torchscript)
 
 
 def one_per_tap(text: str) -> list[str]:

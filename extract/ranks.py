@@ -65,8 +65,8 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def wait_for_plan(job_path: Path, wanted: Plan) -> Plan:
-    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here) and calibrated.
+def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
+    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and of these images.
 
     ValueError when another plan stays there.
     """
@@ -76,7 +76,8 @@ def wait_for_plan(job_path: Path, wanted: Plan) -> Plan:
         if not (job_path / "plan.json").exists():
             return None
         found = plans.load_plan(job_path)
-        same = dataclasses.replace(in_order_of(found, wanted), dataset_id=found.dataset_id, quantisers=found.quantisers)
+        same = dataclasses.replace(in_order_of(found, wanted), quantisers=found.quantisers, dataset_id=found.dataset_id,
+                                   n_samples=found.n_samples, appended=found.appended)  # fmt: skip
         try:
             compare_specs(found.to_json(), same.to_json(), "the plan there")
         except ValueError as error:
@@ -84,8 +85,13 @@ def wait_for_plan(job_path: Path, wanted: Plan) -> Plan:
                 raise
             why[0] = str(error)
             return None
-        why[0] = "it is not calibrated yet"
-        return found if set(found.quantisers) == {teacher.column for teacher in found.columns} else None
+        if set(found.quantisers) != {teacher.column for teacher in found.columns}:
+            why[0] = "it is not calibrated yet"
+            return None
+        if not keys <= {row.key for row in plans.read_sources(job_path)}:
+            why[0] = "it does not have all of these images"
+            return None
+        return found
 
     return wait(ready, lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}")
 

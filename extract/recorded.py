@@ -35,6 +35,8 @@ def complete_teacher(options: Options, text: str) -> TeacherSpec | None:
 
     Such a teacher need not be built: nothing of it will be computed.
     """
+    if options.append:
+        return None  # new images need every teacher
     try:
         plan = load_plan(options.cache)
     except (ValueError, OSError):

@@ -19,6 +19,7 @@ from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.append import admit, is_grown
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import Plan, Source
 from mrmae.shards.quantize import DTYPES
@@ -51,6 +52,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     """
     began, options = time.monotonic(), options.resolved()
     plans.refuse_other_folder(options.cache)
+    refuse_nothing_to_append_to(options)
     sources = list_sources(options.images, options.include)
     teachers = asked_teachers(options)
     shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
@@ -64,7 +66,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     if dry_run:
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
-    job = (start if options.part.leads else join)(options, sources, teachers, shard_samples)
+    job = (start if options.part.leads else join)(options, sources, teachers, shard_samples, say)
     finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
     job, kept = calibrated(job)
     commits.create_columns(job.path, job.plan)
@@ -104,17 +106,38 @@ def usual_shard_samples(n: int, teachers: Sequence[TeacherSpec], options: Option
     return plans.default_shard_samples(n, token_bytes)
 
 
-def start(options: Options, sources: Sources, teachers: Teachers, shard_samples: int) -> Job:
+def refuse_nothing_to_append_to(options: Options) -> None:
+    """ValueError where --append was given for a cache that does not exist."""
+    if options.append and not (options.cache / "plan.json").exists():
+        raise ValueError(
+            f"--append: there is no cache at {options.cache}; one that exists was expected; leave --append out"
+        )
+
+
+def positions(sources: Sources, rows: Sequence[Source]) -> list[int]:
+    """Where each row's image is among the sources, -1 for not there."""
+    at = {image.key: i for i, image in enumerate(sources)}
+    return [at.get(row.key, -1) for row in rows]
+
+
+def start(
+    options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None]
+) -> Job:
     """The job, its plan written or found equal on disk."""
     path = options.cache
     order = canonical_order([image.key for image in sources])
     make_folder(path)
-    digests = digest_images(sources, order, known_digests(path), path / SPOOL, workers=options.workers)
+    known = [] if options.append else known_digests(path)  # the bytes of what is appended decide, not only their number
+    digests = digest_images(sources, order, known, path / SPOOL, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
     plan = planned(options, dataset_id(digests), len(rows), teachers, shard_samples)
-    if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
-        plan = extend_plan(path, plan)
-    plan = plans.start(path, plan, rows)
+    if options.append or is_grown(path):
+        plan, rows = admit(path, plan, rows, append=options.append, say=say)
+        order = positions(sources, rows)
+    else:
+        if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
+            plan = extend_plan(path, plan)
+        plan = plans.start(path, plan, rows)
     remove(path / SPOOL)
     for teacher in teachers.built.values():
         if teacher.tail and not plans.tail_path(path, teacher.spec.name).exists():
@@ -123,15 +146,16 @@ def start(options: Options, sources: Sources, teachers: Teachers, shard_samples:
     return Job(path, plan, images, teachers.built, options)
 
 
-def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: int) -> Job:
+def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None]) -> Job:
     """The job as the leading process planned and calibrated it; waits for that.
 
     ValueError where this process sees other images.
     """
-    order = canonical_order([image.key for image in sources])
-    plan = wait_for_plan(options.cache, planned(options, "", len(order), teachers, shard_samples))
+    keys = {image.key for image in sources}
+    plan = wait_for_plan(options.cache, planned(options, "", len(keys), teachers, shard_samples), keys)
     rows = plans.read_sources(options.cache)
-    if [row.key for row in rows] != [sources.images[i].key for i in order]:
+    order = positions(sources, rows)
+    if not options.append and any(at < 0 and row.key for at, row in zip(order, rows)):
         raise ValueError(f"{options.cache}: part {options.part} sees other images than the plan's; expected the same "
                          "IMAGES everywhere; check paths and mounts")  # fmt: skip
     images = Images(sources, rows, order, options.max_pixels)
@@ -157,17 +181,17 @@ def known_digests(path: Path) -> list[tuple[str, int, str]]:
     """The digests of an existing plan: images of the same key and size are checked when they are decoded."""
     if not ((path / "plan.json").exists() and (path / "samples.parquet").exists()):
         return []
-    return [(row.key, row.bytes, row.sha256) for row in plans.read_sources(path)]
+    return [(row.key, row.bytes, row.sha256) for row in plans.read_sources(path) if row.key]
 
 
 def refuse_too_many_bad(job: Job) -> None:
     """TooManyBad, listing them, when more images are bad than allowed."""
     bad = commits.bad_images(job.path, job.plan)
-    allowed = job.options.max_bad if job.options.max_bad >= 0 else max(3, job.plan.n_samples // 1000)
+    allowed = job.options.max_bad if job.options.max_bad >= 0 else max(3, job.plan.n_images // 1000)
     if len(bad) > allowed:
         remove(job.path / "manifest.json")
         raise TooManyBad(
-            f"{job.path}: {len(bad)} of {job.plan.n_samples} images cannot be read; at most {allowed} may; everything "
+            f"{job.path}: {len(bad)} of {job.plan.n_images} images cannot be read; at most {allowed} may; everything "
             f"else is committed: mend nothing and raise --max-bad to {len(bad)} to finish without running again, or "
             f"leave them out in a new cache:\n{bad_list(job, bad)}"
         )

@@ -37,6 +37,7 @@ PROBES = ("knn", "linear", "attentive", "finetune", "dense")
     "--batch-size", type=click.IntRange(0), default=0, help="Images per forward pass. [0: 64 on a GPU, else 8]"
 )
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding threads. [0: all cores]")
+@click.option("--allow-partial", is_flag=True, help="Probe on what is committed of an unfinished cache.")
 @click.option("--allow-shared", is_flag=True, help="Also test on images the student was pre-trained on.")
 def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], **options: Any) -> None:
     """Probe the features of SOURCE on the labelled images of DATA.
@@ -47,10 +48,11 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     """
     from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
+    from mrmae.shards.remote import Unreachable
 
     try:
         probe_features(Options(source, data, probes, settings_from(sets), **options), say=click.echo)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 
 

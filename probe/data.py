@@ -18,6 +18,7 @@ from mrmae.extract.images import Sources, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.plan import Source as Row
 from mrmae.shards.plan import read_sources
+from mrmae.shards.remote import locate
 from mrmae.shards.spec import content_id, dataset_id
 from mrmae.shards.views import FILTERS, BadImage, Pixels, decode_rgb
 from mrmae.shards.write import make_folder
@@ -68,10 +69,12 @@ class Data:
 
 
 def open_data(
-    paths: Sequence[str], home: Path, *, train_include: Sequence[str] = (), test_include: Sequence[str] = (), workers: int = 1
+    paths: Sequence[str], home: Path, *, train_include: Sequence[str] = (), test_include: Sequence[str] = (), workers: int = 1,
+    partial: Sequence[str] | None = None,
 ) -> Data:  # fmt: skip
     """Train and test part of DATA: one path with train/ and test/ (or patterns), a train and a test path, or a cache.
 
+    partial: columns that must be committed with the pixels, of a cache that may then be unfinished.
     home: where digests of the files are kept, so that they are read once. Raises ValueError for missing labels, an empty
     part, fewer than two classes, classes that only the test part has, and images that are in both parts.
     """
@@ -80,14 +83,16 @@ def open_data(
     chosen = {"train": tuple(train_include), "test": tuple(test_include)}
     if len(paths) == 1:
         chosen = {"train": chosen["train"] or TRAIN, "test": chosen["test"] or TEST}
-    train, test = (open_part(name, path, chosen[name], home, workers)
+    train, test = (open_part(name, path, chosen[name], home, workers, partial)
                    for name, path in zip(chosen, [paths[0], paths[-1]]))  # fmt: skip
     return checked(train, test)
 
 
-def open_part(name: str, path: str, include: Sequence[str], home: Path, workers: int) -> Part:
-    if (Path(path) / "plan.json").is_file():
-        return cache_part(name, path, include)
+def open_part(
+    name: str, path: str, include: Sequence[str], home: Path, workers: int, partial: Sequence[str] | None
+) -> Part:
+    if (locate(path) / "plan.json").exists():
+        return cache_part(name, path, include, partial)
     try:
         sources = list_sources([path], include)
     except ValueError as error:
@@ -110,9 +115,10 @@ def read_file(sources: Sources, i: int) -> Pixels:
         ) from None
 
 
-def cache_part(name: str, path: str, include: Sequence[str]) -> Part:
+def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Part:
     """The samples of a cache whose keys match, with the first stored view of each."""
-    cache, rows = open_cache(path), read_sources(Path(path))
+    cache = open_cache(path, allow_partial=partial is not None, columns=partial)
+    rows = read_sources(locate(path))
     numbers = np.array([n for n in cache.numbers if matches(rows[n].key, include)], np.int64)
     if not len(numbers):
         raise ValueError(f"DATA {path}: none of {len(cache.numbers)} keys match {' '.join(include)}, like "
@@ -145,6 +151,8 @@ def checked(train: Part, test: Part) -> Data:
 
 def notes_on(train: Part, test: Part, absent: set[str]) -> list[str]:
     said = []
+    if train.cache and train.cache.unfinished:
+        said.append(f"UNFINISHED cache: {train.cache.unfinished} are committed; only these are probed")
     if absent:
         said.append(f"{len(absent)} of the classes have no test image ({', '.join(sorted(absent)[:5])}): the accuracy says "
                     "nothing about them")  # fmt: skip
@@ -166,9 +174,9 @@ def refuse_same_images(train: Part, test: Part) -> None:
                          "disjoint parts; correct --train-include and --test-include")  # fmt: skip
 
 
-def shared_with(test: Part, cache: Path) -> list[str]:
-    """Keys of test images that a cache holds too, by key or by bytes."""
-    rows = read_sources(cache)
+def shared_with(test: Part, cache: Path, n_rows: int | None = None) -> list[str]:
+    """Keys of test images that a cache holds too, by key or by bytes. n_rows: of its first rows only."""
+    rows = [row for row in read_sources(cache)[:n_rows] if row.key]
     keys, contents = {row.key for row in rows}, {row.sha256 for row in rows}
     return [row.key for row in test.rows if row.key in keys or row.sha256 in contents]
 

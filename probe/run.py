@@ -44,6 +44,7 @@ class Options:
     batch_size: int = 0
     workers: int = 0
     allow_shared: bool = False
+    allow_partial: bool = False
 
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
@@ -88,10 +89,11 @@ def begin(options: Options, say: Callable[[str], None]) -> Job:
     """The job, checked: nothing is computed yet but digests of the images."""
     if unknown := [name for name in options.probes if name not in PROBES]:
         raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(PROBES)}")
-    source = open_source(options.source, size=options.size, device=options.device, precision=options.precision)
+    source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
+                         allow_partial=options.allow_partial)  # fmt: skip
     home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))
     data = open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
-                     workers=options.workers)  # fmt: skip
+                     workers=options.workers, partial=needed_columns(source) if options.allow_partial else None)  # fmt: skip
     notes = refuse_shared(source, data, allowed=options.allow_shared)
     notes += [f"{part.name} views are stored at {part.cache.size} px and resized to the model's {source.size} px"
               for part in (data.train, data.test) if part.cache and not source.column and part.cache.size != source.size]  # fmt: skip
@@ -101,6 +103,11 @@ def begin(options: Options, say: Callable[[str], None]) -> Job:
         refuse_foreign_column(source, part)
         parts.append(Features(source, part, home, options.batch_size, options.workers, say))
     return Job(options, source, data, parts[0], parts[1], home, say)
+
+
+def needed_columns(source: Source) -> list[str]:
+    """The columns that a source reads."""
+    return [source.column[0].teachers[source.column[1]]] if source.column else []
 
 
 def folder_name(source: str) -> str:
@@ -117,8 +124,9 @@ def refuse_shared(source: Source, data: Data, *, allowed: bool) -> list[str]:
     if source.cache is None:
         return []
     try:
-        same = load_plan(source.cache).dataset_id == source.cache_dataset
-        shared = shared_with(data.test, source.cache) if same else []
+        known = {part.dataset_id: part.numbers.stop for part in load_plan(source.cache).parts}
+        same = source.cache_dataset in known
+        shared = shared_with(data.test, source.cache, known[str(source.cache_dataset)]) if same else []
     except ValueError:
         same = False
     if not same:

@@ -19,6 +19,7 @@ from mrmae.extract.timm_teacher import find_config
 from mrmae.extract.tower import has_norm
 from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.remote import locate
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec
 
 
@@ -56,8 +57,10 @@ class Source:
         return self.spec.input_size[0]
 
 
-def open_source(text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32") -> Source:
-    """The source that `text` names. size: another input size in pixels, 0 for the model's own.
+def open_source(
+    text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32", allow_partial: bool = False
+) -> Source:
+    """The source that `text` names. size: another input size in pixels, 0 for the model's own. allow_partial: of a cache.
 
     Raises ValueError for what is no source, naming the forms, and for one that does not load.
     """
@@ -65,7 +68,7 @@ def open_source(text: str, *, size: int = 0, device: str = "cpu", precision: str
         return timm_source(text, size=size, device=device, precision=precision)
     path, _, teacher = text.rpartition("#")
     if path and not Path(text).exists():
-        return column_source(path, teacher, size=size)
+        return column_source(path, teacher, size=size, allow_partial=allow_partial)
     if not Path(text).exists():
         raise ValueError(f"SOURCE {text}: there is no such file or folder; expected {FORMS}; correct the path")
     return student_source(Path(text), size=size, device=device, precision=precision)
@@ -131,7 +134,7 @@ def student_source(path: Path, *, size: int, device: str, precision: str) -> Sou
     notes = [f"the student's teachers have RANDOM weights: {', '.join(random)}"] if random else []
     notes += [f"{place.name}: a checkpoint, the run is not finished"] if place.is_file() and path.is_dir() else []
     notes += resized_note(size, student.size, student.patch)
-    trained_on = Path(facts["cache"]) if "cache" in facts else None
+    trained_on = locate(facts["cache"]) if "cache" in facts else None
     dataset = facts.get("cache_ids", {}).get("dataset")
     return Source(str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes))
 
@@ -139,14 +142,16 @@ def student_source(path: Path, *, size: int, device: str, precision: str) -> Sou
 # --- columns of a cache
 
 
-def column_source(path: str, teacher: str, *, size: int) -> Source:
+def column_source(path: str, teacher: str, *, size: int, allow_partial: bool = False) -> Source:
     """The stored features of a cache's teacher, behind its final norm where the cache has it."""
-    cache = open_cache(path)
+    cache = open_cache(path, allow_partial=allow_partial)
     if teacher not in cache.teachers:
         raise ValueError(f"SOURCE {path}#{teacher}: the cache has no teacher {teacher!r}; it has "
                          f"{', '.join(sorted(cache.teachers)) or 'none'}; choose one")  # fmt: skip
     if size:
         raise ValueError(f"--size {size}: {path}#{teacher} holds features of {cache.size} px views; leave --size out")
+    if cache.unfinished:
+        cache = open_cache(path, allow_partial=True, columns=[cache.teachers[teacher]])
     spec = cache.columns[cache.teachers[teacher]].spec
     random = ("RANDOM weights: these features know nothing",) if spec.weights == "random" else ()
     about = {"column": cache.ids[cache.teachers[teacher]], "behind_norm": final_norm(cache, teacher) is not None}

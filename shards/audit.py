@@ -22,8 +22,9 @@ from mrmae.shards.commit import (
     units,
     valid_record,
 )
-from mrmae.shards.plan import PIXELS, Plan, read_samples, shard_ranges
+from mrmae.shards.plan import PIXELS, Plan, read_samples
 from mrmae.shards.reader import Damaged, read_members
+from mrmae.shards.remote import pieces
 from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
 from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
@@ -59,11 +60,11 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
 def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[str, list[Any]] | None, list[Problem]]:
     """The table of samples, None where it is damaged or not this cache's."""
     try:
-        table = read_samples(path)
+        table = read_samples(path, plan.n_rows)
     except ValueError as error:
         return None, [Problem("samples.parquet", reason(error, path / "samples.parquet"))]
-    if len(table["key"]) != plan.n_samples:
-        return None, [Problem("samples.parquet", f"{len(table['key'])} rows; the plan says {plan.n_samples}")]
+    if len(table["key"]) != plan.n_rows:
+        return None, [Problem("samples.parquet", f"{len(table['key'])} rows; the plan says {plan.n_rows}")]
     if manifest is not None:
         wrong = [what for what in verify.id_problems(plan, manifest, table) if what.startswith("samples.parquet")]
         if wrong:
@@ -83,7 +84,7 @@ def promised_units(plan: Plan, manifest: Manifest | None) -> dict[Unit, dict[str
 
 def whole_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Which samples must have a chunk in every column: all but the bad images."""
-    valid = np.ones(plan.n_samples, bool)
+    valid = np.ones(plan.n_rows, bool)
     if table is not None and None not in table["valid"]:
         return np.array(table["valid"], bool)
     valid[list(bad_images(path, plan))] = False
@@ -128,7 +129,7 @@ def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Ma
         "view": view,
         "column": column,
         "shard": shard,
-        "id": plan.ids[column],
+        "id": plan.shard_ids(shard)[column],
     }
     for name, value in expected.items():
         if record.get(name) != value:
@@ -166,8 +167,10 @@ def wrong_file(file: Path, about: Mapping[str, Any], *, full: bool) -> str:
 
 def sha256_of(file: Path) -> str:
     """The file's sha256 in hex."""
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    for piece in pieces(file):
+        digest.update(piece)
+    return digest.hexdigest()
 
 
 def checksum_problems(
@@ -178,7 +181,7 @@ def checksum_problems(
     keys: of all samples; None where they are not known for sure.
     """
     view, column, shard = unit
-    numbers = shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    numbers = plan.ranges[shard]
     rows = [row for row, number in enumerate(numbers) if valid[number]]
     try:
         if column == PIXELS:
@@ -186,7 +189,7 @@ def checksum_problems(
             return
         folder, layout = plan.column_folder(path, view, column), plan.layout(column)
         mine = None if keys is None else keys[numbers.start : numbers.stop]
-        plan.storage.open_shard(folder, layout, plan.ids[column], view, shard, mine).check(rows)
+        plan.storage.open_shard(folder, layout, plan.shard_ids(shard)[column], view, shard, mine).check(rows)
     except Damaged as error:
         yield Problem(relative(path, error.path), error.what + where_row(error.row, numbers), unit)
     except ValueError as error:

@@ -23,10 +23,11 @@ from torch import Tensor
 from mrmae.shards import verify
 from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
 from mrmae.shards.nearest import nearest
-from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
+from mrmae.shards.plan import NO_IMAGE, PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
 from mrmae.shards.quantize import Quantiser, dequantise
 from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.spec import TeacherSpec, signed_hashes
+from mrmae.shards.remote import RemotePath, Unreachable, locate
+from mrmae.shards.spec import TeacherSpec, content_id, signed_hashes
 from mrmae.shards.storage import Shard
 from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import TarIndex, parse_row, read_index
@@ -34,7 +35,9 @@ from mrmae.shards.zarr_io import Layout
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Indices = Sequence[int] | Numbers | Tensor
+REMOTE_THREADS = 16
 PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
+REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +70,8 @@ class Sample:
 class Cache:
     """A cache opened by open_cache.
 
-    keys, labels, reasons: per sample, in canonical order. numbers: the samples that can be read.
+    keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
+    can be read.
     columns: by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry and column ids.
     """
 
@@ -84,10 +88,17 @@ class Cache:
         self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
                         for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
-        self.ids = {"dataset": plan.dataset_id, "geometry": plan.geometry_id,
+        self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
         self._opened: dict[tuple[str, int, int], Any] = {}  # by column, view, shard: their indices stay in memory
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
+
+    @property
+    def unfinished(self) -> str | None:
+        """How much of an unfinished cache is read, with an id of which samples; None for a finished one."""
+        if self.manifest:
+            return None
+        return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_opened": {}, "_pool": None}
@@ -110,7 +121,7 @@ class Cache:
     @functools.cached_property
     def number_of(self) -> dict[str, int]:
         """Sample number by key."""
-        return {key: number for number, key in enumerate(self.keys)}
+        return {key: number for number, key in enumerate(self.keys) if key}
 
     def number(self, which: int | str) -> int:
         """The sample number of a key or (negative from the end) a position. Raises KeyError or IndexError, saying what there is."""
@@ -153,7 +164,7 @@ class Cache:
                 except (BadImage, ValueError) as error:
                     raise Damaged(path, row, str(error)) from None
 
-        self.run(PIXELS, read, at, of, at_once=PIXELS_AT_ONCE)
+        self.run(PIXELS, read, at, of, at_once=REMOTE_PIXELS if isinstance(self.path, RemotePath) else PIXELS_AT_ONCE)
         return out
 
     def read_crop(self, number: int, view: int) -> View:
@@ -210,7 +221,7 @@ class Cache:
         path = tail_path(self.path, teacher)
         if not path.exists():
             raise ValueError(f"{path}: this cache stores no tail for teacher {teacher}; taps after it need one")
-        return safetensors.torch.load_file(path)
+        return safetensors.torch.load(path.read_bytes())
 
     def checked(self, numbers: Indices, views: Indices) -> tuple[Numbers, Numbers]:
         """Both as int64 arrays. Raises ValueError for samples that cannot be read, and for views that are not there."""
@@ -240,6 +251,10 @@ class Cache:
                 read(*part)
             except Damaged as error:
                 raise ValueError(self.repair_text(error, column, *part[1:])) from None
+            except Unreachable as error:
+                number = int(numbers[part[0][0]])
+                raise Unreachable(f"sample {number} ({self.keys[number]!r}), shard {part[2]} of {column}, view {part[1]}: "
+                                  f"{error}") from None  # fmt: skip
 
         parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
         if len(parts) <= 1:
@@ -255,6 +270,9 @@ class Cache:
         """What is damaged, whose sample it is, and how to repair it."""
         number = shard * self.shard_samples + (error.row or 0)
         whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
+        if isinstance(error.path, RemotePath):
+            return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; upload this file again from the "
+                    "folder that the cache was extracted to (inspect-cache verify --full there says whether it is whole)")  # fmt: skip
         made = self.plan.quantisers.get(column)
         command = "inspect-cache convert" if made is not None and made.source else "extract-features"
         return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
@@ -266,13 +284,14 @@ class Cache:
         opened: Shard | None = self._opened.get((column, view, shard))
         if opened is None:
             folder, layout = self.plan.column_folder(self.path, view, column), self.columns[column].layout
-            args = folder, layout, self.columns[column].id, view, shard, self.shard_keys(shard)
+            args = folder, layout, self.plan.shard_ids(shard)[column], view, shard, self.shard_keys(shard)
             opened = self._opened.setdefault((column, view, shard), self.plan.storage.open_shard(*args))
         return opened
 
     def shard_keys(self, shard: int) -> list[str]:
         """Keys of a shard's samples."""
-        return self.keys[shard * self.shard_samples : (shard + 1) * self.shard_samples]
+        numbers = self.plan.ranges[shard]
+        return self.keys[numbers.start : numbers.stop]
 
     def pixel_index(self, view: int, shard: int) -> TarIndex:
         """The index of a pixel tar, once its keys are known to be this cache's."""
@@ -307,30 +326,47 @@ def shard_parts(shards: Numbers, views: Numbers, at_once: int) -> Iterator[tuple
             yield part[start : start + at_once], int(views[part[0]]), int(shards[part[0]])
 
 
-def open_cache(path: str | os.PathLike[str], *, allow_partial: bool = False, threads: int | None = None) -> Cache:
+def open_cache(
+    path: str | os.PathLike[str],
+    *,
+    allow_partial: bool = False,
+    columns: Sequence[str] | None = None,
+    threads: int | None = None,
+) -> Cache:
     """The cache at `path`, after checking that every file is there and of its size.
 
-    allow_partial: also open an unfinished cache, with the samples whose every view and column is committed.
-    threads: for reading; default: as many as there are cores, at most 8.
-    Raises ValueError with all problems at once, or with how far an unfinished cache is.
+    path: a folder, or a URL: s3://, gs://, az://BUCKET/PATH, with credentials in the environment.
+    allow_partial: also open an unfinished cache, with the samples whose every view is committed, in the pixels and in `columns`
+    (default: all); other columns may then lack samples.
+    threads: for reading; default: as many as there are cores, at most 8; at a URL 16, which mostly wait.
+    Raises ValueError with all problems at once, or with how far an unfinished cache is; Unreachable where a URL does not
+    answer.
     """
-    path = Path(path)
+    path = locate(path)
+    if isinstance(path, RemotePath):
+        path.refresh()
+        threads = threads or REMOTE_THREADS
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
-    table = read_samples(path)
+    table = read_samples(path, plan.n_rows)
     if not (path / "manifest.json").exists():
         done = committed(path, plan)
         if not allow_partial:
             verify.refuse_unfinished(path, plan, len(done))
-        return open_unfinished(path, plan, table, done, threads)
+        return open_unfinished(path, plan, table, done, threads, columns)
     manifest = verify.read_manifest(path)
     verify.refuse_problems(path, plan, manifest, table)
     return Cache(path, plan, manifest, table, table["valid"], threads)
 
 
-def open_unfinished(path: Path, plan: Plan, table: dict[str, list[Any]], done: set[Unit], threads: int) -> Cache:
-    """A cache without a manifest, restricted to the shards whose every view and column is committed."""
-    whole = [all(unit in done for unit in units(plan) if unit[2] == shard) for shard in range(plan.n_shards)]
+def open_unfinished(
+    path: Path, plan: Plan, table: dict[str, list[Any]], done: set[Unit], threads: int, columns: Sequence[str] | None
+) -> Cache:
+    """A cache without a manifest, restricted to the shards whose every view is committed in the pixels and these columns."""
+    wanted = {PIXELS, *([teacher.column for teacher in plan.columns] if columns is None else columns)}
+    missing = {shard for view, column, shard in units(plan) if column in wanted and (view, column, shard) not in done}
+    whole = [shard not in missing for shard in range(plan.n_shards)]
     bad = bad_images(path, plan)
-    readable = [whole[number // plan.shard_samples] and number not in bad for number in range(plan.n_samples)]
-    reasons = [bad.get(number) for number in range(plan.n_samples)]
+    readable = [whole[number // plan.shard_samples] and bool(key) and number not in bad
+                for number, key in enumerate(table["key"])]  # fmt: skip
+    reasons = [bad.get(number) if key else NO_IMAGE["reason"] for number, key in enumerate(table["key"])]
     return Cache(path, plan, {}, {**table, "reason": reasons}, readable, threads)

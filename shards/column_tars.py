@@ -5,7 +5,6 @@ them; we read the arrays' bytes in place, by the sidecar index. docs/format.md, 
 """
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import google_crc32c
 import numpy as np
 
 from mrmae.shards import zarr_io
-from mrmae.shards.reader import Damaged, opened, read_members
+from mrmae.shards.reader import Damaged, File, opened, read_members
+from mrmae.shards.remote import RemoteFile
 from mrmae.shards.spec import canonical_json, plain
 from mrmae.shards.webdataset_io import Member, Table, TarIndex, index_path, member_name, read_index, write_tar
 from mrmae.shards.write import publish
@@ -65,19 +65,20 @@ def read_attributes(folder: Path) -> tuple[Layout, dict[str, Any]]:
 
 
 def write_column_shard(
-    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str]
-) -> dict[str, Any]:
+    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str],
+    *, id: str | None = None, count: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The commit record of one shard of a column: files, count, valid.
 
     arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
-    others become a JSON member alone. keys: of all samples of the shard, bad ones too.
+    others become a JSON member alone. keys: of all samples of the shard, bad ones too. id, count: as in zarr_io.
     Raises ValueError for a wrong name, shape, dtype, value or number of keys.
     """
     layout, attributes = read_attributes(folder)
-    keep = checked_rows(folder, layout, shard, arrays, valid)
+    keep = checked_rows(folder, layout, shard, arrays, valid, count)
     if len(keys) != len(keep):
         raise ValueError(f"{folder} shard {shard}: {len(keys)} keys; expected {len(keep)}, one per row")
-    of = belongs_to(attributes["column_id"], attributes["view"], shard)
+    of = belongs_to(id or attributes["column_id"], attributes["view"], shard)
     members = list(
         row_members({name: arrays[name] for name in layout.arrays()}, keep, keys, shard * layout.shard_samples)
     )
@@ -127,11 +128,13 @@ class TarShard:
         """
         places = {name: self.index.tables[f"{name}.npy"] for name in out}
         with opened(self.tar) as file:
+            if isinstance(file, RemoteFile):
+                file.expect([(int(table[row][0]), int(table[row][1])) for table in places.values() for row in rows if table[row][0] >= 0])  # fmt: skip
             for i, row in enumerate(rows):  # a sample's arrays are neighbours
                 for name, buffers in out.items():
                     self.read_member(file, row, places[name][row], self.headers[name], buffers[i])
 
-    def read_member(self, file: int, row: int, place: Table, expected: bytes, out: Array) -> None:
+    def read_member(self, file: File, row: int, place: Table, expected: bytes, out: Array) -> None:
         """Read and verify one array."""
         offset, n_bytes, crc = (int(n) for n in place)
         if offset < 0:
@@ -139,7 +142,7 @@ class TarShard:
         if n_bytes != NPY_HEADER + out.nbytes:
             raise Damaged(self.tar, row, f"the member has {n_bytes} bytes; expected {NPY_HEADER + out.nbytes}")
         header = bytearray(NPY_HEADER)
-        got = os.preadv(file, [header, out.reshape(-1).view(np.uint8).data], offset)
+        got = file.read_into([header, out.reshape(-1).view(np.uint8).data], offset)
         if got != n_bytes:
             raise Damaged(self.tar, row, f"the file ends within the member ({got} of {n_bytes} bytes)")
         if header != expected:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.shards.plan import (
+    NO_IMAGE,
     PIXELS,
     Plan,
     read_samples,
     readable_json,
-    shard_ranges,
     tail_path,
     tar_path,
     write_samples,
@@ -59,7 +59,7 @@ def store_pixels(
 ) -> None:
     """Write and commit the pixels of a shard, clearing what a killed run left of it. about: more for the record."""
     clear(path, plan, view, PIXELS, shard)
-    expected = shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    expected = plan.ranges[shard]
     if [row.number for row in rows] != list(expected):
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
@@ -69,7 +69,7 @@ def store_pixels(
 
 def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
     """What a pixel tar belongs to: its sidecar says so, that exchanged tars are told apart."""
-    return {"geometry_id": plan.geometry_id, "view": view, "shard": shard}
+    return {"geometry_id": plan.shard_ids(shard)[PIXELS], "view": view, "shard": shard}
 
 
 def store_column(
@@ -81,10 +81,14 @@ def store_column(
     arrays, valid: as the storage's write_column_shard takes them. about: more for the record, `quality` among it.
     """
     clear(path, plan, view, column, shard)
-    folder = plan.column_folder(path, view, column)
-    plan.storage.create_column(folder, plan.layout(column), column_attributes(plan, view, column))
-    keys = read_index(tar_path(path, view, shard)).keys
-    record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys)
+    folder, layout = plan.column_folder(path, view, column), plan.layout(column)
+    plan.storage.create_column(folder, layout, column_attributes(plan, view, column))
+    keys, id, count = (
+        read_index(tar_path(path, view, shard)).keys,
+        plan.shard_ids(shard)[column],
+        len(plan.ranges[shard]),
+    )
+    record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count)
     commit(path, plan, view, column, shard, {**(about or {}), **record})
 
 
@@ -101,11 +105,16 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
 
 
 def create_columns(path: Path, plan: Plan) -> None:
-    """Write the metadata of every column and view where it is missing."""
+    """Write the metadata of every column and view where it is missing, or where images were appended since."""
     for view in range(plan.n_views):
         for column in plan.quantisers:
             attributes = column_attributes(plan, view, column)
-            plan.storage.create_column(plan.column_folder(path, view, column), plan.layout(column), attributes)
+            folder, layout = plan.column_folder(path, view, column), plan.layout(column)
+            plan.storage.create_column(folder, layout, attributes)
+            if plan.storage.read_attributes(folder)[0].n != layout.n:
+                contents = plan.storage.metadata(layout, attributes)
+                for file in reversed(plan.storage.metadata_paths(folder, layout)):  # the one that tells n last
+                    publish(file, contents[file.relative_to(folder).as_posix()], replace=True)
 
 
 def clear(path: Path, plan: Plan, view: int, column: str, shard: int) -> None:
@@ -125,7 +134,7 @@ def commit(path: Path, plan: Plan, view: int, column: str, shard: int, record: M
     """
     files = {Path(file).relative_to(path).as_posix(): about for file, about in record["files"].items()}
     unit = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard}
-    content = {**record, **unit, "id": plan.ids[column], "files": files}
+    content = {**record, **unit, "id": plan.shard_ids(shard)[column], "files": files}
     publish(commit_path(path, view, column, shard), canonical_json(content) + b"\n")
 
 
@@ -133,7 +142,7 @@ def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> 
     """A unit's commit record; None when it is absent, unreadable, of another plan, or a file is missing or resized."""
     try:
         record: dict[str, Any] = json.loads(commit_path(path, view, column, shard).read_bytes())
-        if record["format_version"] != FORMAT_VERSION or record["id"] != plan.ids[column]:
+        if record["format_version"] != FORMAT_VERSION or record["id"] != plan.shard_ids(shard)[column]:
             return None
         expected = {file.relative_to(path).as_posix() for file in unit_files(path, plan, view, column, shard)}
         sizes = {name: about["bytes"] for name, about in record["files"].items()}
@@ -171,7 +180,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
     complete = {unit: record for unit, record in records.items() if record is not None}
     refuse_disagreement(path, complete)
-    table = {**read_samples(path), **decoded_columns(plan, complete)}
+    table = {**read_samples(path, plan.n_rows), **decoded_columns(plan, complete)}
     write_samples(path, table)
     body = manifest_body(path, plan, complete, table)
     manifest = {**body, "manifest_id": content_id(body)}
@@ -206,14 +215,15 @@ def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -
 
 def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """height, width, valid and reason of every sample, as the pixels of view 0 tell."""
-    pixels = [records[0, PIXELS, shard] for shard in range(plan.n_shards)]
-    bad = {int(number): reason for record in pixels for number, reason in record["bad"].items()}
-    return {
-        "height": [n for record in pixels for n in record["heights"]],
-        "width": [n for record in pixels for n in record["widths"]],
-        "valid": [number not in bad for number in range(plan.n_samples)],
-        "reason": [bad.get(number) for number in range(plan.n_samples)],
-    }
+    names = ("height", "width", "valid", "reason")
+    table: dict[str, list[Any]] = {name: [NO_IMAGE[name]] * plan.n_rows for name in names}
+    for shard, numbers in enumerate(plan.ranges):
+        record = records[0, PIXELS, shard]
+        reasons = [record["bad"].get(str(number)) for number in numbers]
+        valid = [reason is None for reason in reasons]
+        for name, values in zip(names, (record["heights"], record["widths"], valid, reasons)):
+            table[name][numbers.start : numbers.stop] = values
+    return table
 
 
 def samples_id(table: Mapping[str, Sequence[Any]]) -> str:

@@ -31,6 +31,7 @@ from mrmae.shards.quantize import (
     summarise,
 )
 from mrmae.shards.reader import Damaged
+from mrmae.shards.remote import pieces
 from mrmae.shards.stats import stats_path
 from mrmae.shards.trust import read_record
 from mrmae.shards.write import publish
@@ -137,10 +138,9 @@ def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
     """The content of a file, block by block. Raises Damaged at its end where it is not what was written."""
     digest = hashlib.sha256()
     try:
-        with open(file, "rb") as content:
-            while block := content.read(BLOCK_BYTES):
-                digest.update(block)
-                yield block
+        for block in pieces(file, BLOCK_BYTES):
+            digest.update(block)
+            yield block
     except OSError as error:
         raise Damaged(file, None, f"cannot be read ({error.strerror})") from None
     if digest.hexdigest() != sha256:
@@ -152,7 +152,7 @@ def converted_arrays(
 ) -> tuple[dict[str, np.ndarray[Any, Any]], np.ndarray[Any, Any], dict[str, Any]]:
     """(arrays of a shard as the new cache stores them, which of its rows are valid, what changed of its quality)."""
     view, column, shard = unit
-    numbers = plans.shard_ranges(plan.n_samples, plan.shard_samples)[shard]
+    numbers = plan.ranges[shard]
     valid = cache.readable[numbers.start : numbers.stop]
     good = np.arange(numbers.start, numbers.stop)[valid]
     read = cache.read_column(column, good, good * 0 + view, tuple(cache.columns[column].layout.arrays()))

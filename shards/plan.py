@@ -6,6 +6,7 @@ docs/format.md, "Plan". Commit records, resume and the manifest are in commit.py
 
 import dataclasses
 import functools
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ from mrmae.shards.spec import (
     dataset_id,
     from_json,
     geometry_id,
+    grown_dataset_id,
     plain,
 )
 from mrmae.shards.storage import FORMATS, Storage
@@ -42,6 +44,12 @@ SAMPLES = pa.schema([
 ])  # fmt: skip
 
 
+NO_IMAGE: dict[str, Any] = {
+    "key": "", "label": None, "bytes": 0, "sha256": "", "height": 0, "width": 0, "valid": False,
+    "reason": "this row holds no image: it lies before an appended part",
+}  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An image of the data set: key, label, size and sha256 (hex) of the encoded file."""
@@ -53,9 +61,26 @@ class Source:
 
 
 @dataclasses.dataclass(frozen=True)
+class Appended:
+    """Images appended to a cache: how many, and the id of the data set with them."""
+
+    dataset_id: str
+    n_samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Consecutive samples that came together, the first images or an appended part, and the id of the data set up to them."""
+
+    numbers: range
+    dataset_id: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Everything needed to resume, and to refuse a command with other options.
 
+    dataset_id, n_samples: of the images the cache was made for; appended: those that came later, in turn.
     quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids. Ids and
     names follow from the fields.
     """
@@ -70,6 +95,7 @@ class Plan:
     columns: tuple[TeacherSpec, ...]
     quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
     format: str = "zarr"
+    appended: tuple[Appended, ...] = ()
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -91,21 +117,60 @@ class Plan:
                              "expected at least one of each")  # fmt: skip
 
     @functools.cached_property
-    def geometry_id(self) -> str:
-        """Id of the views that all columns share."""
-        return geometry_id(self.dataset_id, self.recipe)
+    def parts(self) -> list[Part]:
+        """The first images, then every appended part, which begins with a shard of its own."""
+        parts = [Part(range(self.n_samples), self.dataset_id)]
+        for more in self.appended:
+            start = -(-parts[-1].numbers.stop // self.shard_samples) * self.shard_samples
+            parts.append(Part(range(start, start + more.n_samples), more.dataset_id))
+        return parts
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of every array: the last sample's number, and one."""
+        return self.parts[-1].numbers.stop
+
+    @property
+    def n_images(self) -> int:
+        """Images, without the empty rows before an appended part."""
+        return sum(len(part.numbers) for part in self.parts)
 
     @functools.cached_property
+    def ranges(self) -> list[range]:
+        """The sample numbers of every shard; the last of each part may be shorter."""
+        return [range(part.numbers.start + at.start, part.numbers.start + at.stop)
+                for part in self.parts for at in shard_ranges(len(part.numbers), self.shard_samples)]  # fmt: skip
+
+    @property
+    def geometry_id(self) -> str:
+        """Id of the views that all columns share (of the first images)."""
+        return self.ids[PIXELS]
+
+    @property
     def ids(self) -> dict[str, str]:
-        """Id of the numbers of every column that has a quantiser, by name; for the pixels, of the views."""
-        named = {t.column: column_id(t, self.geometry_id, self.quantisers[t.column].to_json())
-                 for t in self.columns if t.column in self.quantisers}  # fmt: skip
-        return {PIXELS: self.geometry_id, **named}
+        """Id of the numbers of every column that has a quantiser, by name; for the pixels, of the views (of the first images)."""
+        return self.part_ids[0]
+
+    @functools.cached_property
+    def part_ids(self) -> list[dict[str, str]]:
+        """The same for every part: an appended one has ids of its own, from the data set up to it."""
+        found = []
+        for part in self.parts:
+            geometry = geometry_id(part.dataset_id, self.recipe)
+            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json())
+                     for t in self.columns if t.column in self.quantisers}  # fmt: skip
+            found.append({PIXELS: geometry, **named})
+        return found
+
+    def shard_ids(self, shard: int) -> dict[str, str]:
+        """Ids of the pixels and of every column with a quantiser, as a shard's records and seals hold them."""
+        first = self.ranges[shard].start
+        return next(ids for part, ids in zip(self.parts, self.part_ids) if first in part.numbers)
 
     @property
     def n_shards(self) -> int:
         """Shards per view and column."""
-        return len(shard_ranges(self.n_samples, self.shard_samples))
+        return len(self.ranges)
 
     def teacher(self, column: str) -> TeacherSpec:
         """The teacher of a column."""
@@ -123,13 +188,15 @@ class Plan:
     def layout(self, column: str) -> Layout:
         """The arrays of a teacher's column."""
         teacher, (h, w) = self.teacher(column), self.grid
-        return Layout(self.n_samples, h * w, teacher.width, self.shard_samples, self.dtype,
+        return Layout(self.n_rows, h * w, teacher.width, self.shard_samples, self.dtype,
                       teacher.has_cls, teacher.has_attention)  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plan.json holds it."""
         fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
         fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if not self.appended:
+            del fields["appended"]
         return fields | {"quantisers": {name: q.to_json() for name, q in self.quantisers.items()}}
 
     @staticmethod
@@ -143,6 +210,7 @@ class Plan:
                     "grid": tuple(fields["grid"]),
                     "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
                     "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
+                    "appended": tuple(Appended(**part) for part in fields.get("appended", ())),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:
@@ -166,13 +234,22 @@ def canonical_sources(sources: Iterable[Source]) -> list[Source]:
     return [sources[i] for i in canonical_order([source.key for source in sources])]
 
 
+def dataset_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:
+    """Id of the data set up to and with every part of the plan, computed from the images by number."""
+    ids: list[str] = []
+    for part in plan.parts:
+        leaves = [(row.key, row.bytes, row.sha256) for row in rows[part.numbers.start : part.numbers.stop]]
+        ids.append(grown_dataset_id(ids[-1], leaves) if ids else dataset_id(leaves))
+    return ids
+
+
 def start(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
     """The plan as it stands on disk: newly written, or an equal one from before, with its quantisers.
 
     sources: in canonical order. A plan that adds to the one on disk goes through extend.extend_plan first. Raises ValueError, and changes nothing, where the plan on disk differs (naming the
     first field and both values), or where the folder holds something else.
     """
-    if dataset_id((s.key, s.bytes, s.sha256) for s in sources) != plan.dataset_id:
+    if dataset_ids(plan, sources) != [part.dataset_id for part in plan.parts]:
         raise ValueError(f"{path}: the plan's dataset id is not that of these images; compute it from them")
     if (path / "plan.json").exists():
         old = load_plan(path)
@@ -206,15 +283,16 @@ def refuse_other_folder(path: Path) -> None:
 def refuse_other_images(path: Path, sources: Sequence[Source]) -> None:
     """ValueError that names an image by which the cache's data set and these images differ."""
     table = read_samples(path)
-    then = dict(zip(table["key"], table["sha256"]))
+    then = {key: sha for key, sha in zip(table["key"], table["sha256"]) if key}
     now = {source.key: source.sha256 for source in sources}
     changed = [key for key in then if now.get(key, then[key]) != then[key]]
-    gone, new = [key for key in then if key not in now], [key for key in now if key not in then]
+    gone, new = [key for key in then if key and key not in now], [key for key in now if key not in then]
     example = next((f"{what} {keys[0]!r}" for what, keys in
                     (("gone is", gone), ("new is", new), ("changed is", changed)) if keys), "the order")  # fmt: skip
+    added = "" if gone or changed else ", add --append to append the new ones"
     raise ValueError(f"{path}: it was begun with {len(then)} images and this command has {len(now)}: {len(gone)} gone, "
                      f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
-                     "give the same images, or write to a new folder (nothing was changed)")  # fmt: skip
+                     f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
 
 
 def load_plan(path: Path) -> Plan:
@@ -251,8 +329,12 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
 
 
 def write_samples(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    """Write samples.parquet. table: its columns by name, without the number, which is the position."""
-    columns = {"number": list(range(len(table["key"]))), **table}
+    """Write samples.parquet. table: its columns by name, without the number, which is the position.
+
+    Rows without a key, those before an appended part, are left out.
+    """
+    numbers = [number for number, key in enumerate(table["key"]) if key]
+    columns = {"number": numbers, **{name: [values[i] for i in numbers] for name, values in table.items()}}
     out = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, SAMPLES), out, compression="zstd", write_page_checksum=True)
     publish(path / "samples.parquet", out.getvalue().to_pybytes(), replace=True)
@@ -265,21 +347,33 @@ def write_sources(path: Path, sources: Sequence[Source]) -> None:
     write_samples(path, table | unknown)
 
 
-def read_samples(path: Path) -> dict[str, list[Any]]:
-    """The columns of samples.parquet by name, without the number. ValueError when it is missing or damaged."""
+def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
+    """The columns of samples.parquet by name, without the number, which is the position.
+
+    Rows that hold no image, before an appended part, have the key "" and are not valid. n_rows: what comes behind is not part
+    of the plan (an append was killed before it was planned). ValueError when it is missing or damaged.
+    """
     file = path / "samples.parquet"
     try:
-        table = pq.read_table(file, page_checksum_verification=True, partitioning=None)
+        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True, partitioning=None)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
-    if not table.schema.equals(SAMPLES) or table["number"].to_pylist() != list(range(len(table))):
+    numbers = table["number"].to_pylist() if table.schema.equals(SAMPLES) else []
+    if not numbers or numbers[0] != 0 or any(b <= a for a, b in itertools.pairwise(numbers)):
         raise ValueError(f"{file}: not a table of samples; expected {SAMPLES.names}, numbered from 0; restore it")
-    return {name: table[name].to_pylist() for name in SAMPLES.names[1:]}
+    columns = {name: table[name].to_pylist() for name in SAMPLES.names[1:]}
+    if numbers[-1] == len(numbers) - 1:
+        return {name: values[:n_rows] for name, values in columns.items()}
+    rows = {name: [NO_IMAGE[name]] * (numbers[-1] + 1) for name in columns}
+    for name, values in columns.items():
+        for number, value in zip(numbers, values):
+            rows[name][number] = value
+    return {name: values[:n_rows] for name, values in rows.items()}
 
 
 def read_sources(path: Path) -> list[Source]:
-    """The images of the cache at `path`, in canonical order, as they were when the plan was made."""
-    table = read_samples(path)
+    """The images of the cache at `path` by number, as they were when the plan was made; key "" where a row holds none."""
+    table = read_samples(path, load_plan(path).n_rows)
     return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
 
 

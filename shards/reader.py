@@ -1,7 +1,8 @@
 """The fast road: read chunks of shard files straight into a batch buffer and verify each one's crc32c.
 
 It reads the same spec-valid files that any zarr v3 client reads. Files are opened per call (about 10 us), so there is
-no descriptor to share, to run out of, or to lose at a fork.
+no descriptor to share, to run out of, or to lose at a fork. Objects at URLs are read the same way, all chunks of a call
+in as few range requests as their places allow (remote.py).
 """
 
 import os
@@ -13,6 +14,8 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mrmae.shards.remote import RemoteFile, RemotePath
+
 ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -23,6 +26,27 @@ class Damaged(ValueError):
     def __init__(self, path: Path, row: int | None, what: str) -> None:
         super().__init__(f"{path}: {what}")
         self.path, self.row, self.what = path, row, what
+
+
+class LocalFile:
+    """An open file of the disk."""
+
+    __slots__ = ("descriptor",)
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def size(self) -> int:
+        return os.fstat(self.descriptor).st_size
+
+    def read(self, n_bytes: int, offset: int) -> bytes:
+        return os.pread(self.descriptor, n_bytes, offset)
+
+    def read_into(self, buffers: Sequence[Any], offset: int) -> int:
+        return os.preadv(self.descriptor, buffers, offset)
+
+
+File = LocalFile | RemoteFile
 
 
 class ShardFile:
@@ -39,25 +63,29 @@ class ShardFile:
         """
         with opened(self.path) as file:
             index = self.index(file)
+            if isinstance(file, RemoteFile):
+                file.expect([(int(at), int(n)) for at, n in index[list(rows)] if at != ABSENT])
             for row, array in zip(rows, out):
                 self.read_chunk(file, row, index[row], array)
 
-    def index(self, file: int) -> Array:
+    def index(self, file: File) -> Array:
         """Offset and bytes of every chunk, uint64 [shard_samples, 2]."""
         if self._index is None:
             n_bytes = 16 * self.shard_samples + 4
-            start = os.fstat(file).st_size - n_bytes
-            data = os.pread(file, n_bytes, start) if start >= 0 else b""
+            start = file.size() - n_bytes
+            if isinstance(file, RemoteFile) and start >= 0:
+                file.expect([(start, n_bytes), (0, len(self.seal))])
+            data = file.read(n_bytes, start) if start >= 0 else b""
             if len(data) != n_bytes:
                 raise Damaged(self.path, None, "the file is too short for its index")
             if google_crc32c.value(data[:-4]) != int.from_bytes(data[-4:], "little"):
                 raise Damaged(self.path, None, "the index fails its crc32c")
-            if os.pread(file, len(self.seal), 0) != self.seal:
+            if file.read(len(self.seal), 0) != self.seal:
                 raise Damaged(self.path, None, "its seal says that it is another shard, or is damaged")
             self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
         return self._index
 
-    def read_chunk(self, file: int, row: int, place: Array, out: Array) -> None:
+    def read_chunk(self, file: File, row: int, place: Array, out: Array) -> None:
         """Read and verify one chunk."""
         offset, n_bytes = int(place[0]), int(place[1])
         if offset == ABSENT:
@@ -65,7 +93,7 @@ class ShardFile:
         if n_bytes != out.nbytes + 4:
             raise Damaged(self.path, row, f"the chunk has {n_bytes} bytes; expected {out.nbytes + 4}")
         crc = bytearray(4)
-        got = os.preadv(file, [out.reshape(-1).view(np.uint8).data, crc], offset)
+        got = file.read_into([out.reshape(-1).view(np.uint8).data, crc], offset)
         if got != n_bytes:
             raise Damaged(self.path, row, f"the file ends within the chunk ({got} of {n_bytes} bytes)")
         if google_crc32c.value(out) != int.from_bytes(crc, "little"):
@@ -78,11 +106,13 @@ def read_members(path: Path, rows: Sequence[int], table: Array) -> Iterator[byte
     table: (offset, bytes, crc32c) of every row, from the sidecar. Raises Damaged, naming the row.
     """
     with opened(path) as file:
+        if isinstance(file, RemoteFile):
+            file.expect([(int(table[row][0]), int(table[row][1])) for row in rows if table[row][0] >= 0])
         for row in rows:
             offset, n_bytes, crc = (int(n) for n in table[row])
             if offset < 0:
                 raise Damaged(path, row, "there is no such member")
-            content = os.pread(file, n_bytes, offset)
+            content = file.read(n_bytes, offset)
             if len(content) != n_bytes:
                 raise Damaged(path, row, f"the file ends within the member ({len(content)} of {n_bytes} bytes)")
             if google_crc32c.value(content) != crc:
@@ -91,10 +121,10 @@ def read_members(path: Path, rows: Sequence[int], table: Array) -> Iterator[byte
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[int]:
-    """A read-only file descriptor. Raises Damaged when the file cannot be opened or read."""
+def opened(path: Path) -> Iterator[File]:
+    """A file to read from. Raises Damaged when it cannot be opened or read; Unreachable where a URL does not answer."""
     try:
-        file = os.open(path, os.O_RDONLY)
+        file = RemoteFile(path) if isinstance(path, RemotePath) else LocalFile(path)
     except OSError as error:
         raise Damaged(path, None, f"cannot be opened ({error.strerror})") from None
     try:
@@ -102,4 +132,5 @@ def opened(path: Path) -> Iterator[int]:
     except OSError as error:
         raise Damaged(path, None, f"cannot be read ({error.strerror})") from None
     finally:
-        os.close(file)
+        if isinstance(file, LocalFile):
+            os.close(file.descriptor)

@@ -38,7 +38,7 @@ def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
 def refuse_foreign_plan(path: Path, plan: Plan) -> None:
     """ValueError where plan.json, not the shards, is what was altered: no commit record would survive its repair."""
     records = [(unit, record) for unit in units(plan) if (record := read_record(commit_path(path, *unit)))]
-    foreign = [unit for unit, record in records if record.get("id") != plan.ids.get(unit[1])]
+    foreign = [unit for unit, record in records if record.get("id") != plan.shard_ids(unit[2]).get(unit[1])]
     if len(foreign) > len(records) / 2:
         raise ValueError(f"{path / 'plan.json'}: {len(foreign)} of {len(records)} commit records are of another plan, and "
                          "there is no manifest to tell which is right; expected the plan that the shards were written "

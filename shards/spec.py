@@ -176,6 +176,12 @@ def dataset_id(rows: Iterable[tuple[str, int, str]]) -> str:
     return "sha256:" + level[0].hex()
 
 
+def grown_dataset_id(before: str, appended: Iterable[tuple[str, int, str]]) -> str:
+    """Id of a data set with images appended. before: its id until then; appended: rows as for dataset_id."""
+    rows = dataset_id(appended)
+    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": rows})
+
+
 def geometry_id(dataset_id: str, recipe: ViewRecipe) -> str:
     """Id of a data set's views. Not of their number: views may be added later."""
     return content_id({"format_version": FORMAT_VERSION, "dataset": dataset_id, "recipe": dataclasses.asdict(recipe)})

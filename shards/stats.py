@@ -97,11 +97,12 @@ def read_stats(cache: Cache, column: str) -> Stats:
     path = stats_path(cache.path, column)
     todo = f"run inspect-cache stats {cache.path}"
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in ("mean", "variance", "covariance")}
+        data = path.read_bytes()
+        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        stored = safetensors.torch.load(data)
+        tensors = {name: stored[name] for name in ("mean", "variance", "covariance")}
         id, n = about["stats_id"], int(about["tokens"])
-    except (OSError, safetensors.SafetensorError, KeyError, TypeError) as error:
+    except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: there are no moments of this column ({error}); {todo}") from None
     if id != content_id(stats_fields(cache, column)):
         raise ValueError(f"{path}: these moments are of {about['of']}; this cache is "

@@ -72,7 +72,7 @@ def agreement(path: Path, plan: Plan) -> int:
     found = 0
     for view, column, shard in units(plan):
         record = read_record(commit_path(path, view, column, shard))
-        found += record is not None and record.get("id") == plan.ids.get(column)
+        found += record is not None and record.get("id") == plan.shard_ids(shard).get(column)
     for teacher in plan.columns:
         try:
             attributes = plan.storage.read_attributes(plan.column_folder(path, 0, teacher.column))[1]

@@ -8,6 +8,7 @@ from typing import Any
 
 from mrmae.shards.commit import samples_id, units
 from mrmae.shards.plan import PIXELS, Plan
+from mrmae.shards.remote import RemotePath
 from mrmae.shards.spec import FORMAT_VERSION, content_id
 
 SHOWN = 50  # problems in one message
@@ -35,8 +36,10 @@ def refuse_problems(path: Path, plan: Plan, manifest: Mapping[str, Any], table: 
     found = [*id_problems(plan, manifest, table), *file_problems(path, plan, manifest)]
     if found:
         more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        raise ValueError(f"{path}: {len(found)} problems; the cache cannot be trusted; run the same extract-features "
-                         "command again, it rewrites what is missing:\n  " + "\n  ".join(found[:SHOWN] + more))  # fmt: skip
+        todo = ("upload these files again from the folder it was extracted to" if isinstance(path, RemotePath) else
+                "run the same extract-features command again, it rewrites what is missing")  # fmt: skip
+        raise ValueError(f"{path}: {len(found)} problems; the cache cannot be trusted; {todo}:\n  "
+                         + "\n  ".join(found[:SHOWN] + more))  # fmt: skip
 
 
 def id_problems(plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, list[Any]]) -> Iterator[str]:
@@ -44,8 +47,8 @@ def id_problems(plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, lis
     ids = {column["name"]: column["id"] for column in manifest["columns"]}
     if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
         yield "plan.json: its ids are not those of manifest.json"
-    if len(table["key"]) != manifest["n_samples"]:
-        yield f"samples.parquet: {len(table['key'])} rows; the manifest says {manifest['n_samples']}"
+    if len(table["key"]) != plan.n_rows:
+        yield f"samples.parquet: {len(table['key'])} rows; the manifest says {plan.n_rows}"
     elif samples_id(table) != manifest["samples_id"]:
         yield "samples.parquet: its rows are not those the manifest was written for"
 
@@ -83,4 +86,4 @@ def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:
     total = sum(1 for _ in units(plan))
     raise ValueError(f"{path}: this cache is unfinished (no manifest.json): {done} of {total} shards are committed; "
                      "a finished cache was expected; run the same extract-features command again, it continues where "
-                     "it stopped, or open what is there with open_cache(..., allow_partial=True)")  # fmt: skip
+                     "it stopped, or use what is there with --allow-partial (open_cache(..., allow_partial=True))")  # fmt: skip

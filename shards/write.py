@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mrmae.shards.remote import RemotePath
+
 Chunk = Any  # anything with a buffer: bytes, memoryview, numpy array
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
 TEMPORARY = ".*.writing"  # glob of what a killed writer leaves behind
@@ -101,7 +103,9 @@ def link_exclusively(temporary: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder and its parents, durably."""
+    """Create the folder and its parents, durably. ValueError for one at a URL."""
+    if isinstance(path, RemotePath):
+        path.mkdir()
     missing = [folder for folder in [path, *path.parents] if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -130,19 +130,21 @@ def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[st
 
 
 def write_column_shard(
-    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str] = ()
-) -> dict[str, Any]:
+    folder: Path, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array, keys: Sequence[str] = (),
+    *, id: str | None = None, count: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The commit record of one shard of a column: files, count, valid.
 
     arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
-    others are not written and read as the sentinel. keys: of the samples; zarr has no place for them.
+    others are not written and read as the sentinel. keys: of the samples; zarr has no place for them. id, count: of an
+    appended part's shard, which has an id of its own, and of a part's last shard; else as the column's attributes say.
     Raises ValueError for a wrong name, shape, dtype or value.
     """
     layout, attributes = read_attributes(folder)
-    keep = checked_rows(folder, layout, shard, arrays, valid)
+    keep = checked_rows(folder, layout, shard, arrays, valid, count)
     files: list[Published] = []
     for name, path in zip(layout.arrays(), shard_files(folder, layout, shard)):
-        mark = seal(attributes.get("column_id"), attributes.get("view"), name, shard)
+        mark = seal(id or attributes.get("column_id"), attributes.get("view"), name, shard)
         files.append(publish(path, shard_chunks(mark, arrays[name], keep, layout.shard_samples)))
     return shard_record(files, keep)
 
@@ -183,13 +185,15 @@ def open_shard(
 
 
 def checked_rows(
-    folder: Path, layout: Layout, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array
-) -> Array:
-    """`valid` as an array, once it is known that these arrays are a whole shard. Raises ValueError."""
+    folder: Path, layout: Layout, shard: int, arrays: Mapping[str, Array], valid: Sequence[bool] | Array,
+    count: int | None = None,
+) -> Array:  # fmt: skip
+    """`valid` as an array, once it is known that these arrays are a whole shard, of `count` samples. Raises ValueError."""
     keep = np.asarray(valid, bool)
     where = f"{folder} shard {shard}"
-    if len(keep) != layout.count(shard):
-        raise ValueError(f"{where}: {len(keep)} rows; the plan says {layout.count(shard)}; write whole shards")
+    count = layout.count(shard) if count is None else count
+    if len(keep) != count:
+        raise ValueError(f"{where}: {len(keep)} rows; the plan says {count}; write whole shards")
     check_arrays(arrays, keep, layout, where)
     return keep
 

@@ -1,8 +1,10 @@
 """Small synthetic caches, written through the real writers."""
 
 import hashlib
+import importlib.util
 import io
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import commit, plan, quantize, views
+from mrmae.shards import commit, plan, quantize, remote, views
 from mrmae.shards.plan import Plan, Source
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.webdataset_io import PixelRow
@@ -145,7 +147,39 @@ def real_file(request: pytest.FixtureRequest) -> Callable[[str], Path]:
     return find
 
 
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Any]:
+    """A local S3 server. Skips where moto or obstore is not installed."""
+    for module in ("obstore", "moto.server", "flask"):
+        pytest.importorskip(module, reason=f"NO S3 SERVER: {module} is not installed; pip install -e '.[dev]'")
+    spec = importlib.util.spec_from_file_location("s3", Path(__file__).with_name("s3.py"))
+    assert spec and spec.loader
+    module_s3 = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module_s3)
+    server = module_s3.S3()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The local S3 server, with the environment that leads there."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    remote.bucket_of.cache_clear()
+    yield s3_server
+    s3_server.proxy.cuts = 0
+    remote.bucket_of.cache_clear()
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    without = [r for r in terminalreporter.stats.get("skipped", []) if "NO S3 SERVER" in str(r.longrepr)]
+    if without:
+        terminalreporter.write_line(
+            f"!! {len(without)} tests of caches at URLs SKIPPED: install the dev extra", red=True
+        )
     reports = [r for kind in terminalreporter.stats.values() for r in kind if getattr(r, "when", "") == "call"]
     found = [value for report in reports for name, value in report.user_properties if name == "real file"]
     if found.count(False):

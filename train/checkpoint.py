@@ -6,7 +6,7 @@ it: views, masks and order are functions of (seed, epoch, sample).
 
 import errno
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mrmae.shards.write import TEMPORARY, publish_by
 FORMAT = 1
 _PREFIX, _SUFFIX = "step-", ".pt"
 WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
+COMMITTED = "committed images"  # of an unfinished cache
 State = dict[str, Any]
 
 
@@ -88,13 +89,26 @@ def latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> State | N
     return None
 
 
-def check_same_cache(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
+def check_same_cache(
+    saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str, parts: Collection[str] = ()
+) -> None:
     """Refuse to continue on another cache. Both map dataset, geometry and every column used to its id.
 
+    parts: where images were appended, the data set's earlier ids, the present one last.
     Raises ValueError naming the first id that differs, and both values.
     """
     for field in dict.fromkeys([*saved, *now]):
         if saved.get(field) != now.get(field):
+            if field == COMMITTED:
+                raise ValueError(
+                    f"{where}: the cache was unfinished when this run began, or is now: {saved.get(field) or 'all images'} then,"
+                    f" {now.get(field) or 'all images'} now; the same images were expected; give a new OUT"
+                )
+            if field == "dataset" and saved.get(field) in parts:
+                raise ValueError(
+                    f"{where}: images were appended to the cache since this run began: dataset was {saved[field]} and is now"
+                    f" {now[field]}; the same images were expected; train on the grown cache in a new OUT"
+                )
             raise ValueError(
                 f"{where}: this run was trained on another cache: {field} was {saved.get(field)} and is now"
                 f" {now.get(field)}; give the cache it began with, or a new OUT"

@@ -23,7 +23,7 @@ SHORTHANDS = {
 
 
 @click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--recipe", default="mr-mae", metavar="NAME|FILE", help="A shipped recipe or a yaml file: the whole method."
@@ -77,6 +77,9 @@ SHORTHANDS = {
     help="Epochs per k-NN accuracy of the images held out, 0 for none.",
 )
 @click.option(
+    "--allow-partial", is_flag=True, help="Train on what is committed of an unfinished cache (said aloud, recorded)."
+)
+@click.option(
     "--init", type=click.Path(path_type=Path), help="Begin from a checkpoint of MAE or MCMAE, or a timm ViT's weights."
 )
 @click.option(
@@ -90,31 +93,36 @@ SHORTHANDS = {
 @click.option("--panels-every", type=click.IntRange(0), help="Epochs per picture, 0 for none. [default: ten per run]")
 @click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases too (pip install 'mrmae[wandb]').")
 @click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop; nothing is written.")
-def main(cache: Path, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
-    """Train a student on CACHE (from extract-features); everything goes to the folder OUT.
+def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
+    """Train a student on CACHE (from extract-features; a folder or an s3://, gs:// or az:// URL); all goes to the folder OUT.
 
     Ends with OUT/student (load it with timm), OUT/curves.png and OUT/panels. The same command again continues a run that was
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """
+    from mrmae.shards.remote import Unreachable, locate
     from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
     from mrmae.train.recipe import load_recipe
 
     given = {name: options.pop(name) for name in SHORTHANDS}
     try:
+        place = locate(cache)
         resolved = load_recipe(recipe, [*overrides(given, sets), *sets])
         if dry_run:
-            how = {name: options[name] for name in ("device", "kernels", "accum", "hold_out", "knn_every", "teachers")}
+            how = {
+                name: options[name]
+                for name in ("device", "kernels", "accum", "hold_out", "knn_every", "teachers", "allow_partial")
+            }
             setup = run.Setup(
                 **how,
                 init=options["init"] and str(options["init"]),
                 online=options["online"] or bool(options["teachers"]),
             )
-            for line in loop.dry_run(cache, out, resolved, setup):
+            for line in loop.dry_run(place, out, resolved, setup):
                 click.echo(line)
             return
-        summary = loop.train(cache, out, resolved, command=same_command(), **options)
-    except (ValueError, OSError, loop.Diverged, ranks.OtherRankFailed) as error:
+        summary = loop.train(place, out, resolved, command=same_command(), **options)
+    except (ValueError, OSError, Unreachable, loop.Diverged, ranks.OtherRankFailed) as error:
         raise click.ClickException(str(error)) from error  # a process group with a dead member is not taken leave of
     ranks.leave()
     if not summary["finished"]:

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor
 
 from mrmae.extract.progress import counted
+from mrmae.shards.remote import locate
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import export_student
@@ -48,6 +49,7 @@ def train(
     hold_out: float = 0.0,
     knn_every: int = 0,
     init: str | Path | None = None,
+    allow_partial: bool = False,
     export: str | None = None,
     save_minutes: float = 10.0,
     keep: int = 3,
@@ -67,6 +69,7 @@ def train(
     online: run the teachers in the step (`teachers` as for extract-features; none: the cache's own) instead of reading their
     features. hold_out: share of the images not trained on; their loss is logged every epoch. knn_every: epochs per k-NN
     accuracy of the images held out, 0 for none.
+    allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
     init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student,
     as their fine-tuning scripts load it.
     save_minutes: at least this often, beside every epoch's end. keep: checkpoints kept. log_every: updates per log row.
@@ -83,7 +86,7 @@ def train(
     ranks = join()
     talk = console or Console(highlight=False, soft_wrap=True, quiet=ranks.rank > 0)
     setup = Setup(device, kernels, accum, workers, hold_out, knn_every, online or bool(teachers), tuple(teachers),
-                  None if init is None else str(init))  # fmt: skip
+                  None if init is None else str(init), allow_partial)  # fmt: skip
     habits = Habits(save_minutes, keep, log_every, panels_every)
     again = command or f'train("{cache_path}", "{out}", recipe)'
 
@@ -91,7 +94,7 @@ def train(
         talk.print(f"WARNING {text}", markup=False, style="bold red")
 
     with failing_together(ranks), contextlib.ExitStack() as stack:
-        run = begin(Path(cache_path), Path(out), recipe, ranks, setup, warn=warn)
+        run = begin(locate(cache_path), Path(out), recipe, ranks, setup, warn=warn)
         stack.enter_context(run.lock or contextlib.nullcontext())
         log = None
         if ranks.rank == 0:
@@ -112,7 +115,7 @@ def train(
 
 def dry_run(cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup) -> list[str]:
     """The resolved plan of `train` with these arguments, in lines; nothing is written. Raises ValueError like `train`."""
-    run = build(Path(cache_path), Path(out), recipe, Ranks(), setup)
+    run = build(locate(cache_path), Path(out), recipe, Ranks(), setup)
     saved = list_checkpoints(run.out / "checkpoints")
     return [
         *report.plan_lines(run, cost.cost_facts(run)),

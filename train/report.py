@@ -67,6 +67,7 @@ def source_of(run: Run) -> dict[str, Any]:
         "student": run.recipe.student.model,
         "cache": str(run.cache.path),
         "cache_ids": cache_ids(run),
+        **({"unfinished_cache": run.cache.unfinished} if run.cache.unfinished else {}),
         "images": len(run.numbers),
         "held_out": len(run.held_out),
         "teachers": teachers,
@@ -102,6 +103,11 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {counted(len(run.cache.numbers), 'image')} x {counted(run.cache.n_views, 'view')}, {run.info.size} px",
+        **(
+            {"UNFINISHED": f"the cache holds {run.cache.unfinished} so far; only these are trained on"}
+            if run.cache.unfinished
+            else {}
+        ),
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
         **described,

@@ -12,6 +12,7 @@ from mrmae.extract.devices import resolve_device
 from mrmae.extract.progress import counted
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.remote import RemotePath
 from mrmae.shards.spec import TeacherSpec
 from mrmae.train import batches, checkpoint, masks, online, optim
 from mrmae.train.batches import Share
@@ -34,7 +35,7 @@ class Setup:
 
     device: auto, cpu, cuda or cuda:N. kernels: auto, triton or torch. accum: micro-batches per update. workers: reading
     threads. hold_out: share of the images not trained on. knn_every: epochs per k-NN accuracy of those, 0 for none.
-    online: teachers run in the step; `teachers` says which, none: the cache's own. init: published weights to start from.
+    online: teachers run in the step; `teachers` says which, none: the cache's own. init: published weights to start from. allow_partial: an unfinished cache will do.
     """
 
     device: str = "auto"
@@ -46,6 +47,7 @@ class Setup:
     online: bool = False
     teachers: tuple[str, ...] = ()
     init: str | None = None
+    allow_partial: bool = False
 
 
 @dataclass
@@ -122,7 +124,7 @@ def begin(
 
 def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setup) -> Run:
     """A run at its beginning; nothing is written. Raises ValueError where cache, recipe, batch and device do not fit."""
-    cache = open_cache(cache_path, threads=setup.workers or batches.default_workers())
+    cache = open_needed(cache_path, recipe, setup)
     numbers, held_out = batches.split_off(cache, setup.hold_out)
     if setup.knn_every:
         batches.check_knn(cache, numbers, held_out)
@@ -157,6 +159,22 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
         precision=resolve_precision(recipe.optim.precision, where),
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
     )
+
+
+def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
+    """The cache; with allow_partial an unfinished one too, with the samples that are committed in all that the recipe reads."""
+    threads = setup.workers or (None if isinstance(path, RemotePath) else batches.default_workers())
+    cache = open_cache(path, allow_partial=setup.allow_partial, threads=threads)
+    if cache.unfinished is None:
+        return cache
+    info = batches.cache_info(cache)
+    needed = () if setup.online else needed_arrays(recipe, info)
+    columns = [info.teachers[teacher].column for teacher in needed]
+    cache = open_cache(path, allow_partial=True, columns=columns, threads=threads)
+    if cache.unfinished is not None and not len(cache.numbers):
+        raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'};"
+                         " at least one was expected; let extract-features run on")  # fmt: skip
+    return cache
 
 
 def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
@@ -237,7 +255,8 @@ def check_continues(state: checkpoint.State, run: Run) -> list[str]:
         )
     differences = difference(old, run.recipe)
     changed = checkpoint.check_same_recipe(differences, where=str(run.out), may_change=may_change)
-    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out))
+    parts = [part.dataset_id for part in run.cache.plan.parts]
+    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out), parts=parts)
     held = state.get("hold_out", 0.0)
     if held != run.setup.hold_out:
         raise ValueError(
@@ -252,6 +271,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
     """The ids of everything a run reads: data set, geometry, number of views, and its columns or teachers in the step."""
     cache = run.cache
     ids: dict[str, Any] = {"dataset": cache.ids["dataset"], "geometry": cache.ids["geometry"], "views": cache.n_views}
+    if cache.unfinished is not None:
+        ids[checkpoint.COMMITTED] = cache.unfinished
     if run.setup.online:
         return ids | online.online_ids(cache, run.online)
     return ids | {f"column {name}": cache.columns[run.info.teachers[name].column].id for name in sorted(run.needed)}
