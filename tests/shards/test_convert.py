@@ -118,7 +118,7 @@ class Stopped(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-@pytest.mark.parametrize("at", [0, 2, 9, 30])
+@pytest.mark.parametrize("at", [2, 9])
 def test_a_stop_at_any_write_is_continued_to_the_same_cache(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
@@ -134,17 +134,23 @@ def test_a_stop_at_any_write_is_continued_to_the_same_cache(
         patch.setattr(write, "link_exclusively", stopping)
         with pytest.raises(Stopped):
             converted(source, tmp_path / "c", format="webdataset", dtype="fp8")
-    if at > 2:
+    if at > 2:  # the plan is the second file
         monkeypatch.setattr(convert, "calibrate", None)  # frozen in the plan already
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "c").glob("commits/*/*/*.json")}
     assert contents(converted(source, tmp_path / "c", format="webdataset", dtype="fp8")) == whole
     assert all(file.stat().st_mtime_ns == before for file, before in times.items()), "what was committed stays"
 
 
-@pytest.mark.parametrize("how", [{"format": "webdataset"}, {"dtype": "fp8"}, {"drop": ["b"]}])
-@pytest.mark.parametrize("name", ["views/1/a.pre_tail.zarr/tokens/c/1/0/0", "views/0/pixels/000002.tar"])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("views/1/a.pre_tail.zarr/tokens/c/1/0/0", {"format": "webdataset"}),
+        ("views/1/a.pre_tail.zarr/tokens/c/1/0/0", {"drop": ["b"]}),
+        ("views/0/pixels/000002.tar", {"dtype": "fp8"}),
+    ],
+)
 def test_a_damaged_source_is_refused_naming_shard_and_repair(
-    source: Path, tmp_path: Path, how: dict[str, Any], name: str
+    source: Path, tmp_path: Path, name: str, how: dict[str, Any]
 ) -> None:
     shutil.copytree(source, tmp_path / "c")
     file = tmp_path / "c" / name
