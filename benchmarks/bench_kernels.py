@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernels.py                    # this machine's device, default batch sizes
     python benchmarks/bench_kernels.py --device cpu -n 16 --threads 1
+    python benchmarks/bench_kernels.py --threads 1 --replace    # all rows of this device again, instead of the older ones
 
 All providers of a stage start from the same uint8 views or cached codes and run in one process, so a row means something beside the other
 rows of its run only. Rows are appended to benchmarks/results/kernels.csv, or `--out`. The last stage is the share of a step: forward and
@@ -320,13 +321,14 @@ def losers(rows: list[dict[str, Any]]) -> list[str]:
 @click.option("--threads", type=int, default=0, help="CPU threads; 0 keeps torch's choice.")
 @click.option("--compiled/--no-compiled", default=True, help="Also measure the compiled providers.")
 @click.option("--budget-s", default=0.5, help="Seconds of repetitions per row.")
+@click.option("--replace", is_flag=True, help="Drop older rows of the same device.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     default=Path(__file__).parent / "results/kernels.csv",
     help="CSV to append to.",
 )
-def main(device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budget_s: float, out: Path) -> None:
+def main(device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budget_s: float, replace: bool, out: Path) -> None:
     """Measure every kernel and append the rows to a CSV; the table comes last."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if threads:
@@ -338,7 +340,7 @@ def main(device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budg
             rows.append(row | {"pct_copy": 100 * row["gb_per_s"] / rows[0]["gb_per_s"]})
             click.echo(f"{name} {n} {row['provider']} {row['mode']}", err=True)
     rows.append(transformer_row(sizes[0] if device == "cuda" else 2, device, budget_s))
-    append(out, [row | machine(device) for row in rows])
+    append(out, [row | machine(device) for row in rows], instead_of=("device",) if replace else ())
     report(rows)
     for line in losers(rows):
         click.echo(f"slower than the compiled reference: {line}")

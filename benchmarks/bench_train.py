@@ -2,19 +2,18 @@
 
     python benchmarks/bench_train.py                                   # this machine's device; ViT-B/16
     python benchmarks/bench_train.py --device cpu --batch-size 4 --rounds 5
+    python benchmarks/bench_train.py --batch-size 8 --rounds 5 --replace   # these rows again, instead of the older ones
     python benchmarks/bench_train.py --student vit_tiny_patch16_224 --batch-size 2 --rounds 3 --out /tmp/try.csv
 
 One process; in every round each arm makes its steps in turn, and a ratio is taken within a round. All arms read the same JPEG views
 through the same loader, running; stock MAE normalises them in the step. The cache is synthetic (`synthetic.py`). Rows are appended
-to benchmarks/results/train.csv, or `--out`. With one CPU thread the clock is CPU time of the whole process, loader included, so that
+to benchmarks/results/train.csv, or `--out`. Run it from a clean commit, whose name stands in the row (`+`: files were changed). With one CPU thread the clock is CPU time of the whole process, loader included, so that
 other work on the machine counts less (not nothing: it takes caches and memory bandwidth; the load stands in the row).
 """
 
-import csv
 import itertools
 import os
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,7 +23,7 @@ from typing import Any
 import click
 import torch
 from arms import CACHED, EXPLICIT, ONLINE, REFERENCE, RESIDENT, STOCK, TRITON, Arm, build_arms, online_run
-from measure import ROOT, clock, machine, shown
+from measure import ROOT, append, clock, machine, memory_mark, memory_peak
 from synthetic import write_cache
 from torch import Tensor, nn
 
@@ -50,6 +49,7 @@ RATIOS = (
     (CACHED, RESIDENT),
     (TRITON, REFERENCE),
 )
+SAME = ("student", "batch", "mode", "precision", "device")  # what rows must share to take each other's place
 Clock = Callable[[], float]
 
 
@@ -151,20 +151,19 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
 
 
 def measure_arms(arms: list[Arm], run: Run, *, rounds: int, steps: int, now: Clock) -> None:
-    """Fill every arm's seconds, one value per round, the arms taking turns; on CUDA their peak memory too."""
+    """Fill every arm's seconds, one value per round, the arms taking turns, and its peak memory beyond what lies there between steps."""
     for turn in range(-1, rounds):  # the first round warms up
         for arm in arms:
-            if run.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(run.device)
-                before = torch.cuda.memory_allocated(run.device)
             waited, start = getattr(arm.feed, "waited_s", 0.0), time.perf_counter()
             seconds = seconds_of(arm, steps, run.device, now)
-            if run.device.type == "cuda":
-                arm.peak_bytes = torch.cuda.max_memory_allocated(run.device) - before
             if turn >= 0:
                 arm.seconds.append(seconds)
                 arm.wall_s += time.perf_counter() - start
                 arm.waited_s += getattr(arm.feed, "waited_s", 0.0) - waited
+    for arm in arms:  # apart: giving memory back to the system, to see what a step takes, would cost the next step time
+        mark = memory_mark(run.device.type)
+        seconds_of(arm, 1, run.device, now)
+        arm.peak_bytes = memory_peak(run.device.type, mark)
 
 
 # ---- rows
@@ -199,22 +198,6 @@ def part_rows(name: str, run: Run, common: dict[str, Any], now: Clock, steps: in
     return rows
 
 
-def commit() -> str:
-    """This checkout's commit, with `+` where it was changed."""
-    ask = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(ask, capture_output=True, text=True).stdout.strip()
-
-
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Append rows, with a header in a new file."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
-
-
 def show(rows: list[dict[str, Any]]) -> None:
     """The short table."""
     for row in rows:
@@ -237,9 +220,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--steps", type=int, help="Per arm and round. [default: 10 on CUDA, 1 elsewhere]")
 @click.option("--threads", default=1, help="On the CPU.")
 @click.option("--workers", default=1, help="Threads that read and decode.")
+@click.option("--replace", is_flag=True, help="Drop older rows of the same student, batch, mode, precision and device.")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results" / "train.csv")
 def main(device: str, student: str, batch_size: int | None, size: int, grid: int, texts: tuple[str, ...], rounds: int,
-         steps: int | None, threads: int, workers: int, out: Path) -> None:  # fmt: skip
+         steps: int | None, threads: int, workers: int, replace: bool, out: Path) -> None:  # fmt: skip
     """Measure every arm and the parts of our steps; print the table and append it."""
     cuda = device.startswith("cuda")
     batch_size, steps = batch_size or (256 if cuda else 4), steps or (10 if cuda else 1)
@@ -255,7 +239,7 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
         run = build(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
         live = online_run(run, teachers)
         common = {"student": student, "batch": batch_size, "precision": run.precision, "rounds": rounds}
-        common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu"), "commit": commit()}
+        common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu")}
         for compile in (False, True) if cuda else (False,):
             mode = common | {"mode": "compiled" if compile else "eager"}
             arms = build_arms(run, live, compile=compile)
@@ -270,7 +254,7 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
                 for name, one in ((CACHED, run), (ONLINE, live)):
                     rows += part_rows(name, one, mode, now, min(rounds, 4) + 1)
             show(rows)
-            append(out, rows)
+            append(out, rows, COLUMNS, instead_of=SAME if replace else ())
 
 
 if __name__ == "__main__":

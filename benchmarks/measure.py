@@ -1,11 +1,13 @@
 """What the benchmarks share: time, bytes moved, bytes saved for backward, memory, and the CSV rows."""
 
 import csv
+import ctypes
+import gc
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -142,13 +144,10 @@ def cpu_name(model: str) -> str:
 
 
 def machine(device: str) -> dict[str, str]:
-    """Where and with what the rows were measured; a `+` after the commit says that kernels/ had changes on top of it."""
+    """Where and with what the rows were measured."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if "model name" in line), platform.machine())
-    git = ["git", "-C", str(ROOT)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    dirty = subprocess.run([*git, "status", "--porcelain", "../kernels"], capture_output=True, text=True).stdout.strip()
     try:
         triton = version("triton")
     except PackageNotFoundError:
@@ -157,19 +156,64 @@ def machine(device: str) -> dict[str, str]:
         "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(model),
         "torch": torch.__version__,
         "triton": triton,
-        "commit": commit + "+" * bool(dirty),
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def commit() -> str:
+    """This checkout's commit, with `+` where a tracked file other than a result was changed on top of it."""
+    git = ["git", "-C", str(ROOT.parent)]
+    head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    ask = [*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results"]
+    return head + "+" * bool(subprocess.run(ask, capture_output=True, text=True).stdout.strip())
 
 
 def shown(value: Any) -> Any:
     return f"{value:.4g}" if isinstance(value, float) else value
 
 
-def append(path: Path, rows: list[dict[str, Any]]) -> None:
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerows({k: shown(v) for k, v in row.items()} for row in rows)
+def append(
+    path: Path, rows: list[dict[str, Any]], columns: Sequence[str] = COLUMNS, *, instead_of: Sequence[str] = ()
+) -> None:
+    """Add rows to a CSV, with a header in a new file. instead_of: columns; older rows that agree with a new one in all of
+    them are dropped first."""
+    new = [{k: str(shown(v)) for k, v in row.items()} for row in rows]
+    old: list[dict[str, str]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = list(csv.DictReader(file))
+    if instead_of:
+        measured = {tuple(row.get(name, "") for name in instead_of) for row in new}
+        old = [row for row in old if tuple(row.get(name, "") for name in instead_of) not in measured]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*old, *new])
+
+
+def memory_mark(device: str) -> int | None:
+    """Bytes in use now, with the peak counter set back to them: of the GPU, or resident; None where nobody counts them."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    gc.collect()
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed before must not hide what is allocated now
+        Path("/proc/self/clear_refs").write_text("5")
+        return status_bytes("VmRSS")
+    except (OSError, AttributeError):
+        return None
+
+
+def memory_peak(device: str, mark: int | None) -> int | str:
+    """The most bytes in use since `memory_mark`, beyond those of then; empty where nobody counts them."""
+    if mark is None:
+        return ""
+    return (torch.cuda.max_memory_allocated() if device == "cuda" else status_bytes("VmHWM")) - mark
+
+
+def status_bytes(name: str) -> int:
+    """A field of this process's /proc status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) << 10
