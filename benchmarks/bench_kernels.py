@@ -328,7 +328,9 @@ def losers(rows: list[dict[str, Any]]) -> list[str]:
     default=Path(__file__).parent / "results/kernels.csv",
     help="CSV to append to.",
 )
-def main(device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budget_s: float, replace: bool, out: Path) -> None:
+def main(
+    device: str, sizes: tuple[int, ...], threads: int, compiled: bool, budget_s: float, replace: bool, out: Path
+) -> None:
     """Measure every kernel and append the rows to a CSV; the table comes last."""
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     if threads:
