@@ -71,7 +71,7 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)
     with counted() as counter:
-        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     flops = counter.get_total_flops() // len(whole[0].samples)
     return Arm(name, lambda: loop.step(run, live, forward), lambda: run.model(*whole)[0], run.model, feed, flops)
 

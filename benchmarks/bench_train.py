@@ -126,7 +126,7 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
         marks = [settled(run.device, now)]
         loaded = next(feed)
         marks.append(settled(run.device, now))
-        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
         marks.append(settled(run.device, now))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             loss, _ = run.model(*whole)

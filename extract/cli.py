@@ -41,6 +41,13 @@ from mrmae.shards.storage import FORMATS
 @click.option("--dtype", default="int8", type=click.Choice(list(DTYPES)), help="How features are stored.")
 @click.option("--format", default="zarr", type=click.Choice(list(FORMATS)),
               help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
+@click.option(
+    "--token-layout",
+    default="raster",
+    type=click.Choice(["raster", "blocks"]),
+    help="blocks: cut each view's tokens at random into --blocks parts; training that shows one part reads only that.",
+)
+@click.option("--blocks", default=4, type=click.IntRange(2), help="With --token-layout blocks: parts per view.")
 @click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
 @click.option(
     "--precision",

@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
-from mrmae.extract.plan import about
+from mrmae.extract.plan import about, blocks_in_words
 from mrmae.extract.progress import human_bytes
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples
@@ -46,6 +46,7 @@ def description(path: Path) -> dict[str, Any]:
         "shard_samples": plan.shard_samples,
         "dtype": plan.dtype,
         "format": plan.format,
+        "token_layout": plain(plan.token_layout) if plan.token_layout else "raster",
         "bytes": sum(unit_bytes(record) for record in records.values()),
         "columns": [column_description(path, plan, name, records) for name in column_names(plan)],
     }
@@ -105,6 +106,8 @@ def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
     facts.add_row(
         "grid", f"{h} x {w} patches, shards of {found['shard_samples']}, {found['dtype']} in {found['format']}"
     )
+    if plan.token_layout:
+        facts.add_row("token blocks", blocks_in_words(plan.token_layout, plan.grid))
     facts.add_row("data set", found["dataset_id"])
     facts.add_row("geometry", found["geometry_id"])
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)

@@ -81,8 +81,9 @@ def write_rate(cache: Path) -> float:
 def forecast(rates: Rates, teachers: Sequence[TeacherSpec], options: Options, images: int) -> str:
     """Rates, what limits the extraction, how long it takes, and whether a cache is worth it."""
     on_cpu = torch.device(options.device).type == "cpu"
+    blocks = rule.blocks if (rule := options.block_rule()) else 1
     view_bytes = jpeg_bytes(options.recipe) + sum(
-        sample_bytes(teacher, options.dtype, options.format) for teacher in teachers
+        sample_bytes(teacher, options.dtype, options.format, blocks) for teacher in teachers
     )
     forward_s, write_s = sum(rates.forward_s.values()), view_bytes / rates.write_bytes_per_s
     stages = {"decoding": rates.decode_s, "the teachers": forward_s, "the disk": write_s}

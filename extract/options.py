@@ -9,11 +9,13 @@ from pathlib import Path
 from mrmae.extract.devices import resolve_device
 from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
+from mrmae.shards.blocks import BlockRule
 from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.views import MAX_PIXELS
 
-SAID = ("views", "grid", "dtype", "format", "precision", "batch_size", "shard_samples", "max_bad", "max_pixels")
+SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad",
+        "max_pixels")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Options:
     grid: int = 14
     dtype: str = "int8"
     format: str = "zarr"
+    token_layout: str = "raster"
+    blocks: int = 4
     device: str = "auto"
     precision: str = "auto"
     batch_size: int = 0
@@ -53,6 +57,8 @@ class Options:
         if self.recipe.size % self.grid:
             raise ValueError(f"--size {self.recipe.size}: is not a multiple of --grid {self.grid}; "
                              "the student's patches tile the view; change one of them")  # fmt: skip
+        if rule := self.block_rule():
+            rule.rows(self.grid**2)
         rank, ranks = local_rank()
         device = resolve_device(self.device, rank)
         kind = device.type
@@ -66,6 +72,13 @@ class Options:
             batch_size=self.batch_size or (64 if kind == "cuda" else 8),
             workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks),
         )
+
+    def block_rule(self) -> BlockRule | None:
+        """How tokens are cut into blocks; None for raster order."""
+        if self.token_layout == "raster" and self.blocks != Options.blocks:
+            raise ValueError(f"--blocks {self.blocks}: tokens are stored in raster order; --token-layout blocks was "
+                             "expected with it; give that, or leave --blocks out")  # fmt: skip
+        return BlockRule(self.recipe.seed, self.blocks) if self.token_layout == "blocks" else None
 
     def command(self) -> str:
         """The command line that means the same, for commit records and for who has to repeat it."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae.extract.progress import human_bytes
+from mrmae.shards.blocks import BlockRule
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import TeacherSpec, ViewRecipe
 from mrmae.shards.storage import FORMATS
@@ -13,13 +14,14 @@ from mrmae.shards.storage import FORMATS
 JPEG_BYTES_PER_PIXEL = 0.75
 
 
-def sample_bytes(teacher: TeacherSpec, dtype: str, format: str) -> int:
+def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1) -> int:
     """Bytes of one sample and view in a teacher's column: tokens, scale, CLS, attention, norm, and what the format adds."""
     l = teacher.grid[0] * teacher.grid[1]
     stored = DTYPES[dtype]
     parts = [l * teacher.width * stored.bytes, 2 * l]
     parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
-    return sum(parts) + FORMATS[format].OVERHEAD_BYTES * len(parts)
+    chunks = len(parts) + (blocks - 1) * (1 + stored.scaled)
+    return sum(parts) + FORMATS[format].OVERHEAD_BYTES * chunks
 
 
 def jpeg_bytes(recipe: ViewRecipe) -> int:
@@ -38,25 +40,34 @@ def describe(
     dtype: str,
     format: str,
     shard_samples: int,
+    blocks: BlockRule | None = None,
 ) -> str:
     """The plan as a person reads it."""
     total = images * views
     shards = -(-images // shard_samples)
     rows = [("views", f"{recipe.size} px JPEG, quality 95 (estimate)", jpeg_bytes(recipe))]
     for teacher in teachers:
-        rows.append((teacher.column, about(teacher, dtype), sample_bytes(teacher, dtype, format)))
+        size = sample_bytes(teacher, dtype, format, blocks.blocks if blocks else 1)
+        rows.append((teacher.column, about(teacher, dtype), size))
     per_view = sum(row[2] for row in rows)
     lines = [
         f"{cache}: {images} images, {labels} labels, {views} view{'s' * (views > 1)} each, {shards} shards of "
         f"{shard_samples}, {format}",
         f"crops of {recipe.crop_scale[0]:g} to {recipe.crop_scale[1]:g} of the area, flip {recipe.flip:g}, "
         f"seed {recipe.seed}",
+        *([f"token blocks: {blocks_in_words(blocks, teachers[0].grid)}"] if blocks and teachers else []),
         *(f"  {name:<24} {what:<64} {human_bytes(size):>8}/view {human_bytes(size * total):>8}"
           for name, what, size in rows),
         f"  {'total':<24} {'':<64} {human_bytes(per_view):>8}/view {human_bytes(per_view * total):>8}",
         space(cache, per_view * total),
     ]  # fmt: skip
     return "\n".join(lines)
+
+
+def blocks_in_words(blocks: BlockRule, grid: tuple[int, int]) -> str:
+    """The rule of the blocks: how many, of how many patches, and what they are good for."""
+    n = blocks.rows(grid[0] * grid[1])
+    return f"{blocks.blocks} of {n} patches, seed {blocks.seed}; train-mrmae --set mask.sampler=block reads one of them"
 
 
 def about(teacher: TeacherSpec, dtype: str) -> str:

@@ -59,7 +59,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     if options.part.leads:
         say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
                      labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
-                     format=options.format, shard_samples=shard_samples))  # fmt: skip
+                     format=options.format, shard_samples=shard_samples, blocks=options.block_rule()))  # fmt: skip
     if options.part.leads and sources.passed_over:
         kinds = " ".join(sorted(sources.passed_over))
         say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
@@ -174,6 +174,7 @@ def planned(options: Options, dataset: str, n: int, teachers: Teachers, shard_sa
         dtype=options.dtype,
         columns=tuple(teachers.specs),
         format=options.format,
+        token_layout=options.block_rule(),
     )
 
 

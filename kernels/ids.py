@@ -11,7 +11,7 @@ from torch import Tensor
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-STREAMS = {"order": 0, "gumbel": 1}
+STREAMS = {"order": 0, "gumbel": 1, "block": 3}  # 2 cuts the blocks of a cache: shards/blocks.py
 
 
 def signed(word: int) -> int:
@@ -92,3 +92,9 @@ def gumbel_noise(samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int)
     # 52 bits and a half: the smallest and the largest value are exact in float64, so 0 < uniform < 1.
     uniform = (bits.double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))
+
+
+def drawn_block(samples: Int64[Tensor, " b"], blocks: int, *, seed: int, epoch: int) -> Int64[Tensor, " b"]:
+    """One of `blocks` equal parts of each image, uniformly: floor(u * blocks) of a 32-bit hashed u."""
+    bits = hash_patches(samples, 1, seed=seed, epoch=epoch, stream="block")[:, 0]
+    return (shift_right(bits, 32) * blocks) >> 32

@@ -21,6 +21,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mrmae.shards import verify
+from mrmae.shards.blocks import IN_BLOCKS, BlockRule
 from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
 from mrmae.shards.nearest import nearest
 from mrmae.shards.plan import NO_IMAGE, PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
@@ -71,7 +72,7 @@ class Cache:
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
-    can be read.
+    can be read. blocks: how tokens are cut into blocks, None where they lie in raster order.
     columns: by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry and column ids.
     """
 
@@ -84,7 +85,7 @@ class Cache:
         self.readable = np.asarray(readable, bool)
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
         self.size, self.grid, self.n_views = plan.recipe.size, plan.grid, plan.n_views
-        self.shard_samples, self.dtype = plan.shard_samples, plan.dtype
+        self.shard_samples, self.dtype, self.blocks = plan.shard_samples, plan.dtype, plan.token_layout
         self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
                         for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
@@ -185,12 +186,78 @@ class Cache:
         self, column: str, numbers: Indices, views: Indices, arrays: Sequence[str] = ("tokens", "scale"),
         *, out: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:  # fmt: skip
-        """The named arrays of a column for these samples, [b, ...] in their stored dtypes.
+        """The named arrays of a column for these samples, [b, ...] in their stored dtypes, patches in raster order.
 
         views: which view of each sample. `scale` is left out where tokens have none (float16). out: buffers to fill.
         Raises ValueError for an array that the column does not have.
         """
         at, of = self.checked(numbers, views)
+        empty = self.buffers(column, arrays, 0 if out else len(at))
+        tensors = {name: out[name] for name in empty} if out else empty
+        self.fill(column, at, of, tensors, None)
+        return tensors
+
+    def read_block(
+        self,
+        column: str,
+        numbers: Indices,
+        views: Indices,
+        blocks: Indices,
+        arrays: Sequence[str] = ("tokens", "scale"),
+    ) -> dict[str, Tensor]:
+        """As read_column, but of tokens and scale one block of each sample, [b, l / B, ...]; nothing else of them is read.
+
+        blocks: which block of each sample; `block_ids` tells the patches. ValueError where the cache has no blocks.
+        """
+        (at, of), rule = self.checked(numbers, views), self.block_rule()
+        which = np.asarray(blocks, np.int64)
+        if which.shape != at.shape or ((which < 0) | (which >= rule.blocks)).any():
+            raise ValueError(f"{self.path}: blocks {which.tolist()} for {len(at)} samples; expected one of "
+                             f"0 to {rule.blocks - 1} per sample")  # fmt: skip
+        tensors = self.buffers(column, arrays, len(at), rule.blocks)
+        self.fill(column, at, of, tensors, which)
+        return tensors
+
+    def fill(self, column: str, at: Numbers, of: Numbers, tensors: Mapping[str, Tensor], which: Numbers | None) -> None:
+        """Read arrays of a column into `tensors`: whole and in raster order, or, of those in blocks, the blocks `which`."""
+        final = {name: tensor.numpy() for name, tensor in tensors.items()}
+        mixed = [name for name in final if self.blocks and which is None and name in IN_BLOCKS]
+
+        def read(positions: Numbers, view: int, shard: int) -> None:
+            rows = (at[positions] % self.shard_samples).tolist()
+            stored = {name: np.empty((len(rows), *final[name].shape[1:]), final[name].dtype) for name in mixed}
+            out = {
+                name: list(stored[name]) if name in stored else [array[i] for i in positions]
+                for name, array in final.items()
+            }
+            self.column_shard(column, view, shard).read(rows, out, None if which is None else which[positions].tolist())
+            order = self.order(at[positions], of[positions]) if stored else positions
+            for name, array in stored.items():
+                final[name][positions[:, None], order] = array
+
+        self.run(column, read, at, of)
+
+    def block_ids(self, numbers: Indices, views: Indices, blocks: Indices) -> Int64[Tensor, "b n"]:
+        """Grid indices, ascending, of one block of each sample: what `read_block` reads. ValueError without blocks."""
+        (at, of), rule = self.checked(numbers, views), self.block_rule()
+        return torch.from_numpy(rule.ids(self.hashes.numpy()[at], of, np.asarray(blocks), self.grid[0] * self.grid[1]))
+
+    def block_rule(self) -> BlockRule:
+        """How tokens are cut. ValueError where they lie in raster order."""
+        if self.blocks is None:
+            raise ValueError(f"{self.path}: its tokens lie in raster order; token blocks were expected; extract a cache with "
+                             "--token-layout blocks")  # fmt: skip
+        return self.blocks
+
+    def order(self, numbers: Numbers, views: Numbers) -> Numbers:
+        """[b, l]: the grid index of every stored row of tokens. ValueError where the cache has no blocks."""
+        return self.block_rule().order(self.hashes.numpy()[numbers], views, self.grid[0] * self.grid[1])
+
+    def buffers(self, column: str, arrays: Sequence[str], n: int, blocks: int = 1) -> dict[str, Tensor]:
+        """Empty tensors [n, ...] for the named arrays of a column; of those in blocks, for one of so many.
+
+        ValueError for a column or an array that the cache does not have.
+        """
         if column not in self.columns:
             raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
                              "choose one, or extract with that teacher")  # fmt: skip
@@ -199,17 +266,12 @@ class Cache:
         if lacking := [name for name in arrays if name not in stored]:
             raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "
                              "choose a teacher that has it")  # fmt: skip
-        tensors = dict(out or {name: torch.empty(len(at), *stored[name][0], dtype=getattr(torch, stored[name][1]))
-                               for name in arrays})  # fmt: skip
-        buffers = {name: tensors[name].numpy() for name in arrays}
-
-        def read(positions: Numbers, view: int, shard: int) -> None:
-            rows = (at[positions] % self.shard_samples).tolist()
-            wanted = {name: [buffer[i] for i in positions] for name, buffer in buffers.items()}
-            self.column_shard(column, view, shard).read(rows, wanted)
-
-        self.run(column, read, at, of)
-        return tensors
+        found = {}
+        for name in arrays:
+            (first, *rest), dtype = stored[name]
+            first //= blocks if name in IN_BLOCKS else 1
+            found[name] = torch.empty(n, first, *rest, dtype=getattr(torch, dtype))
+        return found
 
     def read_tokens(self, column: str, numbers: Indices, views: Indices) -> Float[Tensor, "b l d"]:
         """Dequantised tokens, float32 [b, l, d]."""

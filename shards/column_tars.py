@@ -1,6 +1,7 @@
 """Columns as webdataset tars beside the pixels': the same samples in the same order, one `.npy` member per array.
 
-Sample n is NNNNNNNNN.tokens.npy, .scale.npy, ... and NNNNNNNNN.json; a bad image is a JSON-only row. Plain `webdataset` decodes
+Sample n is NNNNNNNNN.tokens.npy, .scale.npy, ... and NNNNNNNNN.json; of an array in blocks each block is a member of its own,
+.tokens.0.npy and on. A bad image is a JSON-only row. Plain `webdataset` decodes
 them; we read the arrays' bytes in place, by the sidecar index. docs/format.md, "Column tars".
 """
 
@@ -13,6 +14,7 @@ import google_crc32c
 import numpy as np
 
 from mrmae.shards import zarr_io
+from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.reader import Damaged, File, opened, read_members
 from mrmae.shards.remote import RemoteFile
 from mrmae.shards.spec import canonical_json, plain
@@ -46,7 +48,7 @@ def metadata_paths(folder: Path, layout: Layout) -> list[Path]:
 
 def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
     """The content of that file, by its name: what a zarr group has as attributes."""
-    return {METADATA: canonical_json({"attributes": {**attrs, "layout": plain(layout)}}) + b"\n"}
+    return {METADATA: canonical_json({"attributes": {**attrs, "layout": plain(layout.to_json())}}) + b"\n"}
 
 
 def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> None:
@@ -70,7 +72,7 @@ def write_column_shard(
 ) -> dict[str, Any]:  # fmt: skip
     """The commit record of one shard of a column: files, count, valid.
 
-    arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
+    arrays: every stored array, [samples of the shard, ...] in its stored dtype and order. valid: which rows hold a sample; the
     others become a JSON member alone. keys: of all samples of the shard, bad ones too. id, count: as in zarr_io.
     Raises ValueError for a wrong name, shape, dtype, value or number of keys.
     """
@@ -79,10 +81,28 @@ def write_column_shard(
     if len(keys) != len(keep):
         raise ValueError(f"{folder} shard {shard}: {len(keys)} keys; expected {len(keep)}, one per row")
     of = belongs_to(id or attributes["column_id"], attributes["view"], shard)
-    members = list(
-        row_members({name: arrays[name] for name in layout.arrays()}, keep, keys, shard * layout.shard_samples)
-    )
+    members = list(row_members(cut(layout, arrays), keep, keys, shard * layout.shard_samples))
     return shard_record(write_tar(shard_files(folder, layout, shard)[0], members, of), keep)
+
+
+def pieces(layout: Layout) -> dict[str, tuple[str, int]]:
+    """(array, block) of every member of a sample, by extension without `.npy`, in order: a block's arrays are neighbours."""
+    cut = [name for name in layout.arrays() if layout.blocks_of(name) > 1]
+    found = {f"{name}.{block}": (name, block) for block in range(layout.blocks) for name in cut}
+    return found | {name: (name, 0) for name in layout.arrays() if name not in cut}
+
+
+def cut(layout: Layout, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """What every member holds of a shard's arrays, [samples, ...], by extension without `.npy`."""
+    return {
+        piece: in_parts(arrays[name], layout.blocks_of(name))[:, block]
+        for piece, (name, block) in pieces(layout).items()
+    }
+
+
+def in_parts(array: Array, blocks: int) -> Array:
+    """[samples, blocks, rows of a block, ...]: a view."""
+    return array.reshape(len(array), blocks, array.shape[1] // blocks, *array.shape[2:])
 
 
 def belongs_to(column_id: str, view: int, shard: int) -> dict[str, Any]:
@@ -118,21 +138,39 @@ class TarShard:
 
     def __init__(self, tar: Path, index: TarIndex, layout: Layout, start: int) -> None:
         self.tar, self.index, self.layout, self.start = tar, index, layout, start
-        self.headers = {name: npy_header(np.dtype(dtype).newbyteorder("<"), shape)
-                        for name, (shape, dtype) in layout.arrays().items()}  # fmt: skip
+        self.pieces = pieces(layout)
+        empty = {name: np.empty((1, *shape), np.dtype(dtype).newbyteorder("<"))
+                 for name, (shape, dtype) in layout.arrays().items()}  # fmt: skip
+        self.headers = {piece: npy_header(array.dtype, array.shape[1:]) for piece, array in cut(layout, empty).items()}
 
-    def read(self, rows: Sequence[int], out: Mapping[str, Sequence[Array]]) -> None:
+    def read(
+        self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None = None
+    ) -> None:
         """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified.
 
+        blocks: of arrays in blocks, the one of each sample to read; None: all of them, one behind the other.
         Raises Damaged, naming the row, where a member is absent, short or fails its crc32c.
         """
-        places = {name: self.index.tables[f"{name}.npy"] for name in out}
+        wanted = list(self.members(rows, out, blocks))
+        places = [self.index.tables[f"{piece}.npy"][row] for row, piece, _ in wanted]
         with opened(self.tar) as file:
             if isinstance(file, RemoteFile):
-                file.expect([(int(table[row][0]), int(table[row][1])) for table in places.values() for row in rows if table[row][0] >= 0])  # fmt: skip
-            for i, row in enumerate(rows):  # a sample's arrays are neighbours
-                for name, buffers in out.items():
-                    self.read_member(file, row, places[name][row], self.headers[name], buffers[i])
+                file.expect([(int(offset), int(n_bytes)) for offset, n_bytes, _ in places if offset >= 0])
+            for (row, piece, buffer), place in zip(wanted, places):
+                self.read_member(file, row, place, self.headers[piece], buffer)
+
+    def members(
+        self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None
+    ) -> Iterator[tuple[int, str, Array]]:
+        """(row, extension without `.npy`, buffer) of every member to read; a sample's are neighbours."""
+        for i, row in enumerate(rows):
+            for piece, (name, block) in self.pieces.items():
+                if name not in out:
+                    continue
+                if blocks is None or name not in IN_BLOCKS:
+                    yield row, piece, in_parts(out[name][i][None], self.layout.blocks_of(name))[0, block]
+                elif block == blocks[i]:
+                    yield row, piece, out[name][i]
 
     def read_member(self, file: File, row: int, place: Table, expected: bytes, out: Array) -> None:
         """Read and verify one array."""
@@ -166,7 +204,7 @@ def open_shard(
     """A shard whose sidecar belongs to this column, view and shard, and these samples (None: any). Raises Damaged."""
     tar = shard_files(folder, layout, shard)[0]
     try:
-        index = read_index(tar, [*(f"{name}.npy" for name in layout.arrays()), "json"])
+        index = read_index(tar, [*(f"{piece}.npy" for piece in pieces(layout)), "json"])
     except ValueError as error:
         raise Damaged(tar, None, str(error)) from None
     if index.of != belongs_to(column_id, view, shard):

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from mrmae.shards.blocks import IN_BLOCKS, in_blocks
 from mrmae.shards.plan import (
     NO_IMAGE,
     PIXELS,
@@ -20,7 +23,7 @@ from mrmae.shards.plan import (
     tar_path,
     write_samples,
 )
-from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain
+from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
 from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
 from mrmae.shards.write import publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array
@@ -78,7 +81,8 @@ def store_column(
 ) -> None:  # fmt: skip
     """Write and commit a shard of a teacher's column, clearing what a killed run left of it; its pixels are there already.
 
-    arrays, valid: as the storage's write_column_shard takes them. about: more for the record, `quality` among it.
+    arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. about: more for the record,
+    `quality` among it.
     """
     clear(path, plan, view, column, shard)
     folder, layout = plan.column_folder(path, view, column), plan.layout(column)
@@ -88,13 +92,25 @@ def store_column(
         plan.shard_ids(shard)[column],
         len(plan.ranges[shard]),
     )
+    arrays = stored_order(plan, view, arrays, keys)
     record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count)
     commit(path, plan, view, column, shard, {**(about or {}), **record})
 
 
+def stored_order(plan: Plan, view: int, arrays: Mapping[str, Array], keys: Sequence[str]) -> Mapping[str, Array]:
+    """A shard's arrays with patches as the plan orders them on disk. keys: of all its samples."""
+    if plan.token_layout is None:
+        return arrays
+    hashes = signed_hashes(keys)
+    order = plan.token_layout.order(hashes, np.full(len(hashes), view), plan.grid[0] * plan.grid[1])
+    return {name: in_blocks(array, order) if name in IN_BLOCKS else array for name, array in arrays.items()}
+
+
 def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
     """A column's attributes: enough to dequantise without the rest of the cache."""
+    layout = {} if plan.token_layout is None else {"token_layout": plain(plan.token_layout)}
     return {
+        **layout,
         "format_version": FORMAT_VERSION,
         "column_id": plan.ids[column],
         "view": view,

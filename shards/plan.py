@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import safetensors.torch
 from torch import Tensor
 
+from mrmae.shards.blocks import BlockRule
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.spec import (
     FORMAT_VERSION,
@@ -81,8 +82,8 @@ class Plan:
     """Everything needed to resume, and to refuse a command with other options.
 
     dataset_id, n_samples: of the images the cache was made for; appended: those that came later, in turn.
-    quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids. Ids and
-    names follow from the fields.
+    quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids.
+    token_layout: the rule of the blocks, None for raster order. Ids and names follow from the fields.
     """
 
     dataset_id: str
@@ -96,6 +97,7 @@ class Plan:
     quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
     format: str = "zarr"
     appended: tuple[Appended, ...] = ()
+    token_layout: BlockRule | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
@@ -115,6 +117,8 @@ class Plan:
         if min(self.n_views, self.shard_samples, self.n_samples) < 1:
             raise ValueError(f"plan: {self.n_samples} samples, {self.n_views} views, shards of {self.shard_samples}; "
                              "expected at least one of each")  # fmt: skip
+        if self.token_layout is not None:
+            self.token_layout.rows(self.grid[0] * self.grid[1])
 
     @functools.cached_property
     def parts(self) -> list[Part]:
@@ -154,10 +158,10 @@ class Plan:
     @functools.cached_property
     def part_ids(self) -> list[dict[str, str]]:
         """The same for every part: an appended one has ids of its own, from the data set up to it."""
-        found = []
+        found, blocks = [], None if self.token_layout is None else plain(self.token_layout)
         for part in self.parts:
             geometry = geometry_id(part.dataset_id, self.recipe)
-            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json())
+            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json(), blocks)
                      for t in self.columns if t.column in self.quantisers}  # fmt: skip
             found.append({PIXELS: geometry, **named})
         return found
@@ -189,14 +193,17 @@ class Plan:
         """The arrays of a teacher's column."""
         teacher, (h, w) = self.teacher(column), self.grid
         return Layout(self.n_rows, h * w, teacher.width, self.shard_samples, self.dtype,
-                      teacher.has_cls, teacher.has_attention)  # fmt: skip
+                      teacher.has_cls, teacher.has_attention,
+                      1 if self.token_layout is None else self.token_layout.blocks)  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plan.json holds it."""
+        """The plan as plan.json holds it; raster order goes without saying."""
         fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
         fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
         if not self.appended:
             del fields["appended"]
+        if self.token_layout is None:
+            del fields["token_layout"]
         return fields | {"quantisers": {name: q.to_json() for name, q in self.quantisers.items()}}
 
     @staticmethod
@@ -211,6 +218,7 @@ class Plan:
                     "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
                     "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
                     "appended": tuple(Appended(**part) for part in fields.get("appended", ())),
+                    "token_layout": BlockRule.from_json(fields.get("token_layout")),
                 }
             )
         except (KeyError, TypeError, AttributeError) as error:

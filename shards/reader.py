@@ -50,28 +50,34 @@ File = LocalFile | RemoteFile
 
 
 class ShardFile:
-    """One zarr shard file with one chunk per sample. Thread-safe; seal and index are read and verified once."""
+    """One zarr shard file with `blocks` chunks per sample. Thread-safe; seal and index are read and verified once."""
 
-    def __init__(self, path: Path, shard_samples: int, seal: bytes) -> None:
-        self.path, self.shard_samples, self.seal = path, shard_samples, seal
+    def __init__(self, path: Path, shard_samples: int, seal: bytes, blocks: int = 1) -> None:
+        self.path, self.shard_samples, self.seal, self.blocks = path, shard_samples, seal, blocks
         self._index: Array | None = None
 
-    def read(self, rows: Sequence[int], out: Sequence[Array]) -> None:
+    def read(self, rows: Sequence[int], out: Sequence[Array], blocks: Sequence[int] | None = None) -> None:
         """Read the samples at `rows` of the shard into the contiguous arrays `out`, verified.
 
+        blocks: the chunk of each sample to read; None: all of them, one behind the other.
         Raises Damaged, naming the row, where a chunk is absent, short or fails its crc32c.
         """
         with opened(self.path) as file:
             index = self.index(file)
             if isinstance(file, RemoteFile):
-                file.expect([(int(at), int(n)) for at, n in index[list(rows)] if at != ABSENT])
-            for row, array in zip(rows, out):
-                self.read_chunk(file, row, index[row], array)
+                places = index[list(rows)] if blocks is None else index[list(rows), list(blocks)]
+                file.expect([(int(at), int(n)) for at, n in places.reshape(-1, 2) if at != ABSENT])
+            for i, (row, array) in enumerate(zip(rows, out)):
+                if blocks is not None:
+                    self.read_chunk(file, row, index[row, blocks[i]], array)
+                    continue
+                for place, chunk in zip(index[row], array.reshape(self.blocks, -1)):
+                    self.read_chunk(file, row, place, chunk)
 
     def index(self, file: File) -> Array:
-        """Offset and bytes of every chunk, uint64 [shard_samples, 2]."""
+        """Offset and bytes of every chunk, uint64 [shard_samples, blocks, 2]."""
         if self._index is None:
-            n_bytes = 16 * self.shard_samples + 4
+            n_bytes = 16 * self.shard_samples * self.blocks + 4
             start = file.size() - n_bytes
             if isinstance(file, RemoteFile) and start >= 0:
                 file.expect([(start, n_bytes), (0, len(self.seal))])
@@ -82,7 +88,7 @@ class ShardFile:
                 raise Damaged(self.path, None, "the index fails its crc32c")
             if file.read(len(self.seal), 0) != self.seal:
                 raise Damaged(self.path, None, "its seal says that it is another shard, or is damaged")
-            self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, 2)
+            self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, self.blocks, 2)
         return self._index
 
     def read_chunk(self, file: File, row: int, place: Array, out: Array) -> None:

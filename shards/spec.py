@@ -187,12 +187,21 @@ def geometry_id(dataset_id: str, recipe: ViewRecipe) -> str:
     return content_id({"format_version": FORMAT_VERSION, "dataset": dataset_id, "recipe": dataclasses.asdict(recipe)})
 
 
-def column_id(teacher: TeacherSpec, geometry_id: str, quantiser: Mapping[str, Any]) -> str:
-    """Id of one column's numbers: teacher, geometry and quantiser (`Quantiser.to_json()`, calibration included)."""
+def column_id(
+    teacher: TeacherSpec, geometry_id: str, quantiser: Mapping[str, Any], token_layout: Mapping[str, Any] | None = None
+) -> str:
+    """Id of one column's numbers: teacher, geometry and quantiser (`Quantiser.to_json()`, calibration included).
+
+    token_layout: the rule of the blocks; raster order, None, is no part of the id.
+    """
     fields = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in NOT_HASHED}
-    return content_id(
-        {"format_version": FORMAT_VERSION, "teacher": fields, "geometry": geometry_id, "quantiser": dict(quantiser)}
-    )
+    content = {
+        "format_version": FORMAT_VERSION,
+        "teacher": fields,
+        "geometry": geometry_id,
+        "quantiser": dict(quantiser),
+    }
+    return content_id(content if token_layout is None else {**content, "token_layout": dict(token_layout)})
 
 
 def compare_specs(old: Any, new: Any, where: str, *, field: str = "") -> None:

@@ -11,8 +11,13 @@ from mrmae.shards.zarr_io import Array, Layout
 class Shard(Protocol):
     """A shard opened for reading, from any thread."""
 
-    def read(self, rows: Sequence[int], out: Mapping[str, Sequence[Array]]) -> None:
-        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged."""
+    def read(
+        self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None = None
+    ) -> None:
+        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged.
+
+        blocks: of arrays in blocks, the one of each sample to read; None: all of them, one behind the other.
+        """
 
     def check(self, rows: Sequence[int]) -> None:
         """Read all there is of a shard in which the samples at `rows` are valid. Raises Damaged."""

@@ -1,7 +1,7 @@
 """Columns as zarr v3 groups of sharded arrays: zarr writes the metadata, we write the shard files, byte by byte.
 
-A shard file (zarr v3 `sharding_indexed`) is a 32-byte seal, one chunk per sample (its raw bytes and their crc32c), an
-index of (offset, bytes) per sample, and the index's crc32c. Absent chunks read as the fill value: the sentinel. The seal
+A shard file (zarr v3 `sharding_indexed`) is a 32-byte seal, one chunk per sample or per block of a sample's tokens (its
+raw bytes and their crc32c), an index of (offset, bytes) per chunk, and the index's crc32c. Absent chunks read as the fill value: the sentinel. The seal
 is unused space to other readers, which go by the index; it tells us exchanged shards apart.
 docs/format.md, "Columns".
 """
@@ -19,6 +19,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
+from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.reader import ABSENT, ShardFile
 from mrmae.shards.spec import canonical_json
@@ -33,12 +34,16 @@ DIMENSIONS = {
     "attention": ("sample", "patch"),
     "norm": ("sample", "patch"),
 }
+STORED = {"patch": "stored_patch"}  # in blocks: not the raster's
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of quantize.DTYPES)."""
+    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of quantize.DTYPES).
+
+    blocks: chunks per sample of the arrays that are stored block by block (1: raster order).
+    """
 
     n: int
     l: int
@@ -47,6 +52,7 @@ class Layout:
     dtype: str
     has_cls: bool
     has_attention: bool
+    blocks: int = 1
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape of one sample, dtype) of every stored array, by name."""
@@ -59,6 +65,14 @@ class Layout:
             "norm": ((self.l,), "float16"),
         }
         return {name: array for name, array in stored.items() if array is not None}
+
+    def blocks_of(self, name: str) -> int:
+        """Chunks per sample of an array."""
+        return self.blocks if name in IN_BLOCKS else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as attributes hold it; one block goes without saying."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("blocks", 1)}
 
     def count(self, shard: int) -> int:
         """How many samples the shard holds: shard_samples, fewer in the last."""
@@ -101,20 +115,19 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
 def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
     """The content of a column's zarr.json files, by path inside its folder."""
     memory: dict[str, Any] = {}
-    group = zarr.create_group(
-        MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": dataclasses.asdict(layout)}
-    )
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": layout.to_json()})
     for name, (shape, dtype) in layout.arrays().items():
+        blocks = layout.blocks_of(name)
         group.create_array(
             name,
             shape=(layout.n, *shape),
             shards=(layout.shard_samples, *shape),
-            chunks=(1, *shape),
+            chunks=(1, shape[0] // blocks, *shape[1:]),
             dtype=dtype,
             fill_value=DTYPES[layout.dtype].unwritten if name == "tokens" else np.nan,
             filters=None,
             compressors=Crc32cCodec(),
-            dimension_names=DIMENSIONS[name],
+            dimension_names=[STORED.get(d, d) if blocks > 1 else d for d in DIMENSIONS[name]],
             attributes={"encoding": "e4m3fn"} if dtype == "uint8" else None,
         )
     return {name: content.to_bytes() for name, content in memory.items()}
@@ -135,8 +148,8 @@ def write_column_shard(
 ) -> dict[str, Any]:  # fmt: skip
     """The commit record of one shard of a column: files, count, valid.
 
-    arrays: every stored array, [samples of the shard, ...] in its stored dtype. valid: which rows hold a sample; the
-    others are not written and read as the sentinel. keys: of the samples; zarr has no place for them. id, count: of an
+    arrays: every stored array, [samples of the shard, ...] in its stored dtype and order. valid: which rows hold a sample;
+    the others are not written and read as the sentinel. keys: of the samples; zarr has no place for them. id, count: of an
     appended part's shard, which has an id of its own, and of a part's last shard; else as the column's attributes say.
     Raises ValueError for a wrong name, shape, dtype or value.
     """
@@ -145,7 +158,7 @@ def write_column_shard(
     files: list[Published] = []
     for name, path in zip(layout.arrays(), shard_files(folder, layout, shard)):
         mark = seal(id or attributes.get("column_id"), attributes.get("view"), name, shard)
-        files.append(publish(path, shard_chunks(mark, arrays[name], keep, layout.shard_samples)))
+        files.append(publish(path, shard_chunks(mark, arrays[name], keep, layout, layout.blocks_of(name))))
     return shard_record(files, keep)
 
 
@@ -164,10 +177,15 @@ class ZarrShard:
     def __init__(self, files: Mapping[str, ShardFile], layout: Layout) -> None:
         self.files, self.layout = files, layout
 
-    def read(self, rows: Sequence[int], out: Mapping[str, Sequence[Array]]) -> None:
-        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged."""
+    def read(
+        self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None = None
+    ) -> None:
+        """Read the samples at `rows` of every array in `out` into its contiguous buffers, verified. Raises Damaged.
+
+        blocks: of arrays in blocks, the one of each sample to read; None: all of them, one behind the other.
+        """
         for name, buffers in out.items():
-            self.files[name].read(rows, buffers)
+            self.files[name].read(rows, buffers, blocks if name in IN_BLOCKS else None)
 
     def check(self, rows: Sequence[int]) -> None:
         """Read every array of the samples at `rows`. Raises Damaged."""
@@ -180,7 +198,7 @@ def open_shard(
 ) -> ZarrShard:
     """A shard, once read sealed as this column's, view's and shard's. keys: zarr has no place for them."""
     files = zip(layout.arrays(), shard_files(folder, layout, shard))
-    return ZarrShard({name: ShardFile(path, layout.shard_samples, seal(column_id, view, name, shard))
+    return ZarrShard({name: ShardFile(path, layout.shard_samples, seal(column_id, view, name, shard), layout.blocks_of(name))
                       for name, path in files}, layout)  # fmt: skip
 
 
@@ -222,17 +240,19 @@ def seal(column_id: str | None, view: int | None, name: str, shard: int) -> byte
     return hashlib.sha256(canonical_json([column_id, view, name, shard])).digest()
 
 
-def shard_chunks(mark: bytes, array: Array, keep: Array, shard_samples: int) -> Iterator[Any]:
+def shard_chunks(mark: bytes, array: Array, keep: Array, layout: Layout, blocks: int) -> Iterator[Any]:
     """The bytes of a shard file: seal, chunks with their crc32c, the index, the index's crc32c."""
-    index = np.full((shard_samples, 2), ABSENT, "<u8")
+    index = np.full((layout.shard_samples, blocks, 2), ABSENT, "<u8")
     array = np.ascontiguousarray(array).astype(array.dtype.newbyteorder("<"), copy=False)
-    offset, chunk_bytes = len(mark), array[:1].nbytes + 4
+    chunks = array.reshape(len(array), blocks, -1)
+    offset, chunk_bytes = len(mark), chunks[:1, 0].nbytes + 4
     yield mark
     for i in np.flatnonzero(keep):
-        yield array[i]
-        yield crc32c_bytes(array[i])
-        index[i] = offset, chunk_bytes
-        offset += chunk_bytes
+        for block in range(blocks):
+            yield chunks[i, block]
+            yield crc32c_bytes(chunks[i, block])
+            index[i, block] = offset, chunk_bytes
+            offset += chunk_bytes
     yield index
     yield crc32c_bytes(index)
 

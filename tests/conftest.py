@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae.shards import commit, plan, quantize, remote, views
+from mrmae.shards.blocks import BlockRule
 from mrmae.shards.plan import Plan, Source
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.webdataset_io import PixelRow
@@ -31,10 +32,11 @@ def write_synthetic_cache(
     teachers: Mapping[str, Mapping[str, Any]] = TEACHERS, shard_samples: int = 8, labels: bool = True,
     dtype: str = "int8", seed: int = 0, bad: Sequence[int] = (), finalise: bool = True,
     format: str = "zarr",
+    blocks: int = 0,
 ) -> Path:  # fmt: skip
     """A complete cache of n smooth random images, whose features are functions of the pixels that can be learnt.
 
-    size: a multiple of 2 * grid.
+    size: a multiple of 2 * grid. blocks: token blocks per view, 0 for raster order.
     bad: positions of images (in the order they are made) that do not decode.
     """
     images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(smooth_images(n, seed, labels).items())}
@@ -45,7 +47,10 @@ def write_synthetic_cache(
     specs = tuple(teacher_spec(name, size, grid, **about) for name, about in teachers.items())
     data_id = dataset_id((s.key, s.bytes, s.sha256) for s in sources)
     recipe = ViewRecipe(size=size, seed=seed)
-    wanted = Plan(data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format)
+    rule = BlockRule(seed, blocks) if blocks else None
+    wanted = Plan(
+        data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format, token_layout=rule
+    )
     made = plan.start(path, wanted, sources)
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
     sample = [row for row in rows[0] if row.jpeg][:16]

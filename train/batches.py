@@ -19,7 +19,7 @@ from mrmae.shards.stats import read_stats
 from mrmae.shards.stream import epoch_order, view_of
 from mrmae.train.masks import Masks
 from mrmae.train.recipe import Recipe
-from mrmae.train.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo, chosen, target_names
+from mrmae.train.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say
@@ -39,7 +39,7 @@ def cache_info(cache: Cache) -> CacheInfo:
             column=name,
             has_scale=column.quantiser.stored.scaled,
         )
-    return CacheInfo(size=cache.size, grid=cache.grid, teachers=teachers)
+    return CacheInfo(cache.size, cache.grid, teachers, blocks=cache.blocks, n_views=cache.n_views)
 
 
 def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInfo:
@@ -159,19 +159,25 @@ def views_of(cache: Cache, numbers: Numbers, *, epoch: int) -> Numbers:
     return view_of(cache.hashes.numpy()[numbers], epoch, cache.n_views)
 
 
-def load_batch(cache: Cache, numbers: Numbers, *, epoch: int, needed: Mapping[str, set[str]]) -> Batch:
+def load_batch(
+    cache: Cache, numbers: Numbers, *, epoch: int, needed: Mapping[str, set[str]], blocks: Numbers | None = None
+) -> Batch:
     """The batch of these samples on the host: hashes, pixels of the epoch's views, and only the arrays that are needed.
 
-    needed: teacher -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`).
+    needed: teacher -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`). blocks: of tokens and scale, the
+    one block of each sample to read.
     """
     samples = cache.hashes[torch.from_numpy(numbers)]
     views, columns = views_of(cache, numbers, epoch=epoch), target_names(cache.columns)
-    targets = {
-        teacher: cache.read_column(columns[teacher], numbers, views, arrays=tuple(sorted(arrays)))
-        for teacher, arrays in needed.items()
-        if arrays
-    }
-    return Batch(samples=samples, pixels=cache.read_pixels(numbers, views), targets=targets)
+
+    def read(column: str, arrays: tuple[str, ...]) -> dict[str, Tensor]:
+        if blocks is None:
+            return cache.read_column(column, numbers, views, arrays=arrays)
+        return cache.read_block(column, numbers, views, blocks, arrays=arrays)
+
+    targets = {teacher: read(columns[teacher], tuple(sorted(arrays))) for teacher, arrays in needed.items() if arrays}
+    rows: Rows = "grid" if blocks is None else "visible"
+    return Batch(samples=samples, pixels=cache.read_pixels(numbers, views), targets=targets, rows=rows)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
-from mrmae.train.masks import Draw, draw_masks
+from mrmae.train.masks import chosen_blocks, draw_masks, draw_of
 from mrmae.train.run import Run
 
 AHEAD = 4  # micro-batches in memory beside the one in use
@@ -39,11 +39,16 @@ def load_masked(run: Run, numbers: batches.Numbers, *, epoch: int) -> Loaded:
 
     Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention.
     """
-    batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed={} if run.online else run.needed)
+    draw = draw_of(run.recipe, run.info, epoch)
     if run.online:
-        return batch, None
-    masks = draw_masks(batch, Draw(run.recipe.seed, epoch), recipe=run.recipe.mask, l=run.info.n_patches)
-    return (batches.visible_rows(batch, masks) if batches.reads_only_visible(run.recipe) else batch), masks
+        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), None
+    blocks = None
+    if run.recipe.mask.sampler == "block":
+        blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
+    batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
+    masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)
+    gather = batch.rows == "grid" and batches.reads_only_visible(run.recipe)
+    return (batches.visible_rows(batch, masks) if gather else batch), masks
 
 
 class Feed:

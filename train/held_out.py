@@ -33,7 +33,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     """The mean loss, and every term's, over the images held out."""
     total = torch.zeros(2 + len(run.model.terms), dtype=torch.float64)
     for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
-        whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+        whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             loss, terms = run.model(*whole)
         values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()

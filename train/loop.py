@@ -150,7 +150,7 @@ def step(run: Run, live: Live, forward: Callable[..., Any]) -> Tensor:
     parts, bf16 = [], run.precision == "bf16"
     for micro in range(run.share.accum):
         batch, masks = taught(
-            next(live.feed), run.online, run.needed, recipe=run.recipe, epoch=run.epoch, l=run.info.n_patches
+            next(live.feed), run.online, run.needed, recipe=run.recipe, epoch=run.epoch, info=run.info
         )
         last = micro == run.share.accum - 1
         with contextlib.nullcontext() if last else getattr(forward, "no_sync", contextlib.nullcontext)():

@@ -13,7 +13,9 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mrmae.kernels import ids
-from mrmae.train.recipe import MaskRecipe
+from mrmae.shards.blocks import BlockRule
+from mrmae.shards.stream import view_of
+from mrmae.train.recipe import MaskRecipe, Recipe
 from mrmae.train.targets import ADD, Batch, CacheInfo
 
 NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is finite and the noise still orders them
@@ -33,10 +35,12 @@ class Masks:
 
 
 class Draw(NamedTuple):
-    """What decides a mask beside the sample and the patch."""
+    """What decides a mask beside the sample and the patch; of blocks also how the cache cuts them, per view."""
 
     seed: int
     epoch: int
+    blocks: BlockRule | None = None
+    n_views: int = 1
 
 
 Sampler = Callable[..., Masks]
@@ -67,6 +71,11 @@ def draw_masks(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks
     return SAMPLERS[recipe.sampler](batch, draw, recipe=recipe, l=l)
 
 
+def draw_of(recipe: Recipe, info: CacheInfo, epoch: int) -> Draw:
+    """What decides the masks of a run on a cache in `epoch`."""
+    return Draw(recipe.seed, epoch, info.blocks, info.n_views)
+
+
 def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
     """Keep `n_keep` patches of each image, uniformly without replacement. MAE section 3, "Masking" (arXiv 2111.06377)."""
     noise = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
@@ -85,6 +94,53 @@ def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> M
         noise = ids.gumbel_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
         share = noise + (share.clamp_min(NEVER).log() if recipe.draw == "prob" else share)
     return split(share.argsort(dim=1, descending=True, stable=True), recipe)
+
+
+def block_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
+    """Keep one of the cache's token blocks of each image; of a cache, nothing else need be read.
+
+    Every (image, view) has the same few blocks in every epoch, unlike `random`, whose masks never repeat. Ours.
+    """
+    assert draw.blocks is not None, "check_blocks comes first"
+    samples = batch.samples.cpu().numpy()
+    views = view_of(samples, draw.epoch, draw.n_views)
+    keep = torch.from_numpy(draw.blocks.ids(samples, views, chosen_blocks(batch.samples, draw).cpu().numpy(), l))
+    order = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
+    return split(order.scatter(1, keep.to(order.device), torch.iinfo(torch.int64).min).argsort(dim=1), recipe)
+
+
+def chosen_blocks(samples: Int64[Tensor, " b"], draw: Draw) -> Int64[Tensor, " b"]:
+    """Which block of each image is visible."""
+    assert draw.blocks is not None, "check_blocks comes first"
+    return ids.drawn_block(samples, draw.blocks.blocks, seed=draw.seed, epoch=draw.epoch)
+
+
+def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
+    """Raise ValueError where masks are blocks and the cache has none, or others, or a term needs more than one.
+
+    cached: whether the teachers' tokens come from the cache.
+    """
+    if recipe.mask.sampler != "block":
+        return
+    otherwise = "or use --set mask.sampler=random"
+    if info.blocks is None:
+        raise ValueError(
+            "mask.sampler = block: the cache stores tokens in raster order; token blocks were expected; extract one with "
+            f"extract-features --token-layout blocks, {otherwise}"
+        )
+    rows, n_keep = info.blocks.rows(info.n_patches), counts(recipe.mask, info.n_patches)[0]
+    if n_keep != rows:
+        said = f"mask.ratio = {recipe.mask.ratio}" if recipe.mask.n_keep is None else f"mask.n_keep = {n_keep}"
+        raise ValueError(
+            f"mask.sampler = block: {said} shows {n_keep} of {info.n_patches} patches; the cache has {info.blocks.blocks} blocks"
+            f" of {rows}; give --set mask.n_keep={rows}, extract with other --blocks, {otherwise}"
+        )
+    hidden = [name for name, t in recipe.terms.items() if t.target == "teachers" and t.positions == "predicted"]
+    if hidden and cached:
+        raise ValueError(
+            f"mask.sampler = block: term {hidden[0]} predicts teachers at hidden patches, whose tokens lie in the blocks that are"
+            f" not read; terms at visible patches were expected; drop it with --set terms.{hidden[0]}=null, {otherwise}"
+        )
 
 
 def split(order: Int64[Tensor, "b l"], recipe: MaskRecipe) -> Masks:
@@ -148,4 +204,4 @@ def normalised(values: Float[Tensor, "b l"]) -> Float64[Tensor, "b l"]:
     return counted.double() / counted.sum(dim=1, keepdim=True).clamp_min(1).double()
 
 
-SAMPLERS: dict[str, Sampler] = {"random": random_mask, "attn_prob": attn_prob_mask}
+SAMPLERS: dict[str, Sampler] = {"random": random_mask, "attn_prob": attn_prob_mask, "block": block_mask}

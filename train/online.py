@@ -14,7 +14,7 @@ from mrmae.extract.request import TeacherRequest
 from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.spec import TeacherSpec, column_id, compare_specs
-from mrmae.train.masks import Draw, Masks, draw_masks
+from mrmae.train.masks import Masks, draw_masks, draw_of
 from mrmae.train.recipe import Recipe
 from mrmae.train.targets import Batch, CacheInfo, TeacherInfo
 
@@ -126,11 +126,11 @@ def taught(
     *,
     recipe: Recipe,
     epoch: int,
-    l: int,
+    info: CacheInfo,
 ) -> tuple[Batch, Masks]:
     """The batch and masks a step trains on: as loaded, or completed by the teachers that run in the step."""
     batch, masks = loaded
     if masks is not None:
         return batch, masks
     batch = teach(batch, teachers, needed)
-    return batch, draw_masks(batch, Draw(recipe.seed, epoch), recipe=recipe.mask, l=l)
+    return batch, draw_masks(batch, draw_of(recipe, info, epoch), recipe=recipe.mask, l=info.n_patches)

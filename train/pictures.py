@@ -59,7 +59,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
     loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
-    there = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, l=run.info.n_patches)
+    there = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     batch, masks = there[0], there[1]
     columns = {
         "view": batch.pixels.cpu().numpy(),

@@ -17,7 +17,7 @@ from mrmae.train import strict
 
 RECIPES = Path(__file__).with_name("recipes")
 
-Sampler = Literal["random", "attn_prob"]
+Sampler = Literal["random", "attn_prob", "block"]
 Positions = Literal["visible", "predicted", "cls", "cls+visible"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]

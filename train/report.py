@@ -112,7 +112,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
         **described,
         "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
-        "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image, and its stored view",
+        "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
@@ -138,15 +138,26 @@ def teacher_words(run: Run, teacher: str) -> str:
     return f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width}, {how} {arrays}"
 
 
+def blocks_words(run: Run) -> str:
+    """Which of a cache's token blocks are read, and what that costs; nothing where no tokens are read in blocks."""
+    rule = run.info.blocks
+    if run.online or rule is None or not any("tokens" in arrays for arrays in run.needed.values()):
+        return ""
+    if run.recipe.mask.sampler == "block":
+        return f" (one of {rule.blocks} token blocks)"
+    return f" (all {rule.blocks} token blocks, put in order: {rule.blocks} x the tokens that mask.sampler=block reads)"
+
+
 def feature_bytes(run: Run) -> int:
     """Bytes of cached features read per image and epoch; none where the teachers run in the step."""
     total, l = 0, run.info.n_patches
     if run.online:
         return total
+    rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "block" else l
     for teacher, arrays in run.needed.items():
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
-        sizes = {"tokens": l * width * column.quantiser.stored.bytes, "cls": 2 * width}
+        sizes = {"tokens": rows * width * column.quantiser.stored.bytes, "scale": 2 * rows, "cls": 2 * width}
         total += sum(sizes.get(name, 2 * l) for name in arrays)
     return total
 

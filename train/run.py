@@ -134,6 +134,7 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
     check_fit(recipe, info, share, len(numbers))
+    masks.check_blocks(recipe, info, cached=not setup.online)
     teachers: dict[str, Teacher] = {}
     if setup.online:
         teachers = online.build_teachers(cache, setup.teachers, device=where)

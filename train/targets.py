@@ -9,12 +9,14 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from mrmae.kernels import reference
+from mrmae.shards.blocks import BlockRule
 from mrmae.train.phi_s import phi_s
 from mrmae.train.recipe import TermRecipe, Transform
 
 # How to get what a cache lacks, for the ends of error messages.
 ADD = "add the teacher to the cache with extract-features IMAGES CACHE --teacher"
 NEEDS_STATISTICS = ("channel", "phi_s")
+Rows = Literal["grid", "visible"]
 
 
 @dataclass(frozen=True)
@@ -50,12 +52,15 @@ class CacheInfo:
     """The part of a cache that decides a model: `size` pixels a side, a grid of patches (rows, columns), the teachers.
 
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
+    blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image.
     """
 
     size: int
     grid: tuple[int, int]
     teachers: Mapping[str, TeacherInfo] = field(default_factory=dict)
     channels: int = 3
+    blocks: BlockRule | None = None
+    n_views: int = 1
 
     @property
     def n_patches(self) -> int:
@@ -80,13 +85,13 @@ class Batch:
 
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l].
-    rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [b, n_keep, ...], gathered before the copy.
+    rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [b, n_keep, ...], gathered before the copy or read alone.
     """
 
     samples: Int64[Tensor, " b"]
     pixels: UInt8[Tensor, "b h w c"]
     targets: dict[str, dict[str, Tensor]]
-    rows: Literal["grid", "visible"] = "grid"
+    rows: Rows = "grid"
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""

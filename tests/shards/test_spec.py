@@ -123,3 +123,10 @@ def test_wrong_recipes_are_refused_by_name(wrong: dict[str, object]) -> None:
 def test_teacher_names_that_would_break_paths_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="teacher name"):
         dataclasses.replace(TEACHER, name=name)
+
+
+def test_column_id_of_blocks_is_golden() -> None:
+    rule = {"rule": "splitmix64", "seed": 7, "blocks": 4}
+    assert spec.column_id(TEACHER, "sha256:geometry", QUANTISER.to_json(), rule) == (
+        "sha256:022ac7e2ad74d39104b0fe2c9d2c067977fa08e94e8a1a2a2cb1c5707983d0d6"
+    )
