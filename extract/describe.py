@@ -11,9 +11,10 @@ from rich.table import Table
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.extract.progress import human_bytes
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples
+from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples, read_tail
 from mrmae.shards.spec import plain
 from mrmae.shards.stats import stats_path
+from mrmae.shards.tail import derived_specs
 from mrmae.shards.verify import read_manifest
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences
@@ -48,6 +49,10 @@ def description(path: Path) -> dict[str, Any]:
         "format": plan.format,
         "token_layout": plain(plan.token_layout) if plan.token_layout else "raster",
         "bytes": sum(unit_bytes(record) for record in records.values()),
+        "derived": {
+            name: {"from": source, "width": spec.width}
+            for name, (spec, source) in derived_specs(plan.columns, lambda teacher: read_tail(path, teacher)).items()
+        },
         "columns": [column_description(path, plan, name, records) for name in column_names(plan)],
     }
 
@@ -110,6 +115,8 @@ def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
         facts.add_row("token blocks", blocks_in_words(plan.token_layout, plan.grid))
     facts.add_row("data set", found["dataset_id"])
     facts.add_row("geometry", found["geometry_id"])
+    for name, about_it in found["derived"].items():
+        facts.add_row("derived", f"{name}: width {about_it['width']}, from {about_it['from']} and its tail when read")
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for heading, justify in (("column", "left"), ("what", "left"), ("shards", "right"), ("bytes", "right"),
                              ("SNR dB", "right"), ("p99.9 1-cos", "right"), ("id", "left")):  # fmt: skip

@@ -196,13 +196,20 @@ def diff(a: Path, b: Path) -> None:
 
 @main.command()
 @CACHE
-@click.option("--column", "columns", multiple=True, metavar="TEACHER.TAP", help="Only these; default: all.")
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="TEACHER.TAP",
+    help="Only these, also TEACHER.post_ln and .projected; default: all stored.",
+)
 def stats(cache: Path, columns: tuple[str, ...]) -> None:
     """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
     with one_line_errors():
         opened = open_cache(cache)
-        if unknown := sorted(set(columns) - set(opened.columns)):
-            raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}")
+        if unknown := sorted(set(columns) - {*opened.columns, *opened.derived}):
+            raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}, and from "
+                             f"their tails follow {sorted(opened.derived)}")  # fmt: skip
         for name in columns or tuple(opened.columns):
             with Progress(name, len(opened.numbers) * opened.n_views, "views") as progress:
                 moments = compute_stats(opened, name, progress=progress.add)

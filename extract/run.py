@@ -16,7 +16,7 @@ from mrmae.extract.plan import describe
 from mrmae.extract.progress import human_bytes, human_time
 from mrmae.extract.ranks import wait_for_plan, wait_for_shards
 from mrmae.extract.recorded import complete_teacher
-from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
+from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
@@ -24,6 +24,7 @@ from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import Plan, Source
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
+from mrmae.shards.tail import BEHIND, taps_behind
 from mrmae.shards.write import make_folder, remove
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
@@ -54,7 +55,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     plans.refuse_other_folder(options.cache)
     refuse_nothing_to_append_to(options)
     sources = list_sources(options.images, options.include)
-    teachers = asked_teachers(options)
+    teachers = asked_teachers(options, say if options.part.leads else lambda line: None)
     shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
     if options.part.leads:
         say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
@@ -82,19 +83,41 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     return manifest
 
 
-def asked_teachers(options: Options) -> Teachers:
-    """The teachers of the options, built where something of theirs may have to be computed."""
-    specs, built = [], {}
-    for text in options.teachers:
-        spec = complete_teacher(options, text)
+def asked_teachers(options: Options, say: Callable[[str], None]) -> Teachers:
+    """The teachers of the options, built where something of theirs may have to be computed.
+
+    What follows from another column and its tail is left out, aloud.
+    """
+    requests = [parse_teacher(text) for text in options.teachers]
+    specs: dict[int, TeacherSpec] = {}
+    built: dict[str, Teacher] = {}
+    for i in sorted(range(len(requests)), key=lambda i: requests[i].tap in BEHIND):
+        name, tap = requests[i].name, requests[i].tap
+        if tap in BEHIND and follows(options, requests[i], list(specs.values()), built):
+            say(f"{name}.{tap}: is not stored twice, it follows from {name}.pre_tail and the tail: readers know it as a column, "
+                f"recipes as terms.NAME.teacher_tap={tap}, probes as CACHE#{name}.{tap}")  # fmt: skip
+            continue
+        spec = complete_teacher(options, options.teachers[i])
         if spec is None:
-            teacher = build_teacher(parse_teacher(text), grid=options.grid, view_size=options.recipe.size,
-                                    device=options.device, precision=options.precision,
-                                    allow_torchscript=options.allow_torchscript)  # fmt: skip
+            teacher = build_teacher(requests[i], grid=options.grid, view_size=options.recipe.size, device=options.device,
+                                    precision=options.precision, allow_torchscript=options.allow_torchscript)  # fmt: skip
             spec = teacher.spec
             built[spec.column] = teacher
-        specs.append(spec)
-    return Teachers(specs, built)
+        specs[i] = spec
+    return Teachers([specs[i] for i in sorted(specs)], built)
+
+
+def follows(
+    options: Options, request: TeacherRequest, specs: Sequence[TeacherSpec], built: Mapping[str, Teacher]
+) -> bool:
+    """Whether the asked-for tap follows from a column of `specs`; not where the cache stores it already."""
+    source, column = f"{request.name}.pre_tail", f"{request.name}.{request.tap}"
+    if source not in [spec.column for spec in specs]:
+        return False
+    if (options.cache / "plan.json").exists() and column in {t.column for t in plans.load_plan(options.cache).columns}:
+        return False
+    tail = built[source].tail if source in built else plans.read_tail(options.cache, request.name)
+    return request.tap in taps_behind(tail)
 
 
 def usual_shard_samples(n: int, teachers: Sequence[TeacherSpec], options: Options) -> int:

@@ -10,8 +10,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mrmae.extract.request import TeacherRequest, parse_teacher
-from mrmae.extract.tower import StateDict, Tower, apply_tail
+from mrmae.extract.tower import StateDict, Tower
 from mrmae.shards.spec import TeacherSpec
+from mrmae.shards.tail import apply_tail
 
 __all__ = ["DEFAULT_TEACHERS", "Features", "Teacher", "TeacherRequest", "apply_tail", "build_teacher", "parse_teacher"]
 

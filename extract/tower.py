@@ -5,8 +5,9 @@ import re
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from mrmae.shards.tail import BEHIND, apply_tail, taps_behind
 
 StateDict = dict[str, Tensor]
 ImageSize = tuple[int, int]  # height, width
@@ -88,29 +89,11 @@ def linear_tail(weight: Tensor, bias: Tensor | None) -> StateDict:
     return {key: value.detach().float().cpu().clone().contiguous() for key, value in tail.items()}
 
 
-def apply_tail(tokens: Tensor, tail: Mapping[str, Tensor], tap: str) -> Tensor:
-    """Tokens at `post_ln` or `projected`, from tokens at `pre_tail` [..., d] in fp32.
-
-    ValueError where the tower's tail does not define that tap.
-    """
-    if tap not in ("post_ln", "projected") or not has_norm(tail) or (tap == "projected" and "proj.weight" not in tail):
-        raise ValueError(f"tap {tap!r} does not follow from this tower's tail ({', '.join(tail) or 'empty'}); "
-                         "expected post_ln with a norm, or projected with a norm and a projection")  # fmt: skip
-    at = {key: value.to(tokens.device, tokens.dtype) for key, value in tail.items()}
-    d = tokens.shape[-1:]
-    if "layer_norm.weight" in at:
-        eps = float(tail["layer_norm.eps"])
-        tokens = F.layer_norm(tokens, d, at["layer_norm.weight"], at.get("layer_norm.bias"), eps)
-    else:
-        tokens = F.rms_norm(tokens, d, at["rms_norm.weight"], float(tail["rms_norm.eps"]))
-    return F.linear(tokens, at["proj.weight"], at.get("proj.bias")) if tap == "projected" else tokens
-
-
 def with_tail(features: Features, tail: Mapping[str, Tensor], tap: str, *, where: str) -> Features:
     """`features` followed by the tail in fp32 where `tap` is behind it; ValueError where the tail does not lead there."""
-    if tap not in ("post_ln", "projected"):
+    if tap not in BEHIND:
         return features
-    if not has_norm(tail) or (tap == "projected" and "proj.weight" not in tail):
+    if tap not in taps_behind(tail):
         raise ValueError(f"{where}: this tower has no tap {tap!r} for patch tokens (its tail: {', '.join(tail) or 'none'}); "
                          "expected pre_tail or block_i; correct ?tap=")  # fmt: skip
 
@@ -121,10 +104,6 @@ def with_tail(features: Features, tail: Mapping[str, Tensor], tap: str, *, where
             return tokens, None if cls is None else apply_tail(cls.float(), tail, tap)
 
     return after
-
-
-def has_norm(tail: Mapping[str, Tensor]) -> bool:
-    return "layer_norm.weight" in tail or "rms_norm.weight" in tail
 
 
 # --- activation

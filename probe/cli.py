@@ -42,7 +42,7 @@ PROBES = ("knn", "linear", "attentive", "finetune", "dense")
 def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], **options: Any) -> None:
     """Probe the features of SOURCE on the labelled images of DATA.
 
-    SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], or CACHE#TEACHER. DATA: a folder or tar
+    SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]. DATA: a folder or tar
     with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views). Features are computed once and kept;
     results are in OUT/results (JSON) and OUT/results.md.
     """

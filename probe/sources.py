@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.extract.request import parse_teacher
-from mrmae.extract.teachers import Teacher, apply_tail, build_teacher, make_spec
+from mrmae.extract.teachers import Teacher, build_teacher, make_spec
 from mrmae.extract.timm_teacher import find_config
-from mrmae.extract.tower import has_norm
 from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.remote import locate
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec
+from mrmae.shards.tail import has_norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Source:
 
     teacher: computes them from pixels; None for a column, which has them stored. home: its run's folder, if it has one.
     cache, cache_dataset: what a student was trained on, and the id of its images, if its run tells.
-    column: (cache, teacher name) of a column.
+    column: (cache, name) of a stored or derived column.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Source:
             return self.teacher.spec
         assert self.column
         cache, name = self.column
-        return cache.columns[cache.teachers[name]].spec
+        return cache.column(name).spec
 
     @property
     def size(self) -> int:
@@ -142,41 +142,39 @@ def student_source(path: Path, *, size: int, device: str, precision: str) -> Sou
 # --- columns of a cache
 
 
-def column_source(path: str, teacher: str, *, size: int, allow_partial: bool = False) -> Source:
-    """The stored features of a cache's teacher, behind its final norm where the cache has it."""
+def column_source(path: str, name: str, *, size: int, allow_partial: bool = False) -> Source:
+    """The features of a cache's teacher, behind its final norm where they are, or of one column, stored or derived."""
     cache = open_cache(path, allow_partial=allow_partial)
-    if teacher not in cache.teachers:
-        raise ValueError(f"SOURCE {path}#{teacher}: the cache has no teacher {teacher!r}; it has "
-                         f"{', '.join(sorted(cache.teachers)) or 'none'}; choose one")  # fmt: skip
+    column = usual_column(cache, name) if name in cache.teachers else name
+    if column not in cache.columns and column not in cache.derived:
+        raise ValueError(f"SOURCE {path}#{name}: the cache has no teacher or column {name!r}; it has "
+                         f"{', '.join([*sorted(cache.teachers), *cache.columns, *cache.derived]) or 'none'}; choose one")  # fmt: skip
     if size:
-        raise ValueError(f"--size {size}: {path}#{teacher} holds features of {cache.size} px views; leave --size out")
+        raise ValueError(f"--size {size}: {path}#{name} holds features of {cache.size} px views; leave --size out")
+    stored = cache.derived[column].source if column in cache.derived else column
     if cache.unfinished:
-        cache = open_cache(path, allow_partial=True, columns=[cache.teachers[teacher]])
-    spec = cache.columns[cache.teachers[teacher]].spec
-    random = ("RANDOM weights: these features know nothing",) if spec.weights == "random" else ()
-    about = {"column": cache.ids[cache.teachers[teacher]], "behind_norm": final_norm(cache, teacher) is not None}
-    return Source(f"{path}#{teacher}", "cache", about, column=(cache, teacher), notes=random)
+        cache = open_cache(path, allow_partial=True, columns=[stored])
+    random = ("RANDOM weights: these features know nothing",) if cache.column(column).spec.weights == "random" else ()
+    about = {"column": cache.ids[stored], **behind(cache, column)}
+    return Source(f"{path}#{name}", "cache", about, column=(cache, column), notes=random)
 
 
-def final_norm(cache: Cache, teacher: str) -> dict[str, Tensor] | None:
-    """The teacher's tail, where its stored tokens are before a norm."""
-    if cache.columns[cache.teachers[teacher]].spec.tap != "pre_tail":
-        return None
-    try:
-        tail = cache.tail(teacher)
-    except ValueError:
-        return None
-    return tail if has_norm(tail) else None
+def usual_column(cache: Cache, teacher: str) -> str:
+    """A teacher's first column; where that is before a norm, the one behind it."""
+    stored, normed = cache.teachers[teacher], f"{teacher}.post_ln"
+    known = normed in cache.derived or normed in cache.columns
+    return normed if cache.columns[stored].spec.tap == "pre_tail" and known else stored
+
+
+def behind(cache: Cache, column: str) -> dict[str, Any]:
+    """How a column follows from its stored tokens: by the final norm, and by the projection."""
+    tap = cache.derived[column].spec.tap if column in cache.derived else None
+    return {"behind_norm": tap is not None, **({"tap": tap} if tap == "projected" else {})}
 
 
 def column_features(source: Source, numbers: Any) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"] | None]:
     """Tokens and CLS of the first stored view of these samples."""
     assert source.column
-    cache, teacher = source.column
-    name, views = cache.teachers[teacher], [0] * len(numbers)
-    tokens = cache.read_tokens(name, numbers, views)
-    cls = cache.read_column(name, numbers, views, ("cls",))["cls"].float() if source.spec.has_cls else None
-    tail = final_norm(cache, teacher)
-    if tail is None:
-        return tokens, cls
-    return apply_tail(tokens, tail, "post_ln"), None if cls is None else apply_tail(cls, tail, "post_ln")
+    (cache, column), views = source.column, [0] * len(numbers)
+    cls = cache.read_cls(column, numbers, views) if source.spec.has_cls else None
+    return cache.read_tokens(column, numbers, views), cls

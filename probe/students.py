@@ -17,7 +17,7 @@ from mrmae.train.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.recipe import from_dict
 from mrmae.train.student import build_vit
 
-FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER"
+FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]"
 
 
 @dataclasses.dataclass(frozen=True)

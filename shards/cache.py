@@ -9,6 +9,7 @@ Reads are thread-safe, every chunk is verified by its crc32c, and an opened cach
 import concurrent.futures
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import RemotePath, Unreachable, locate
 from mrmae.shards.spec import TeacherSpec, content_id, signed_hashes
 from mrmae.shards.storage import Shard
+from mrmae.shards.tail import apply_tail, derived_specs
 from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import TarIndex, parse_row, read_index
 from mrmae.shards.zarr_io import Layout
@@ -49,6 +51,18 @@ class Column:
     quantiser: Quantiser
     id: str
     layout: Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Derived:
+    """A column that is not stored but follows from a stored one, at `pre_tail`, and its teacher's tail.
+
+    spec: of the teacher at this tap. source: the stored column. id: of its numbers.
+    """
+
+    spec: TeacherSpec
+    source: str
+    id: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +106,7 @@ class Cache:
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
         self._opened: dict[tuple[str, int, int], Any] = {}  # by column, view, shard: their indices stay in memory
+        self._tails: dict[str, dict[str, Tensor]] = {}
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
 
     @property
@@ -102,7 +117,7 @@ class Cache:
         return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_pool": None}
+        return {**self.__dict__, "_opened": {}, "_tails": {}, "_pool": None}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -273,17 +288,57 @@ class Cache:
             found[name] = torch.empty(n, first, *rest, dtype=getattr(torch, dtype))
         return found
 
-    def read_tokens(self, column: str, numbers: Indices, views: Indices) -> Float[Tensor, "b l d"]:
-        """Dequantised tokens, float32 [b, l, d]."""
-        raw = self.read_column(column, numbers, views)
-        return dequantise(raw["tokens"], raw.get("scale"), self.columns[column].quantiser)
+    def read_tokens(
+        self, column: str, numbers: Indices, views: Indices, *, tap: str | None = None
+    ) -> Float[Tensor, "b l d"]:
+        """Dequantised tokens, float32 [b, l, d], of a stored or a derived column.
+
+        tap: of the column's teacher, instead of the column's own: `post_ln`, `projected`.
+        """
+        name = column if tap is None else f"{column.partition('.')[0]}.{tap}"
+        if name not in self.derived:
+            raw = self.read_column(name, numbers, views)
+            return dequantise(raw["tokens"], raw.get("scale"), self.columns[name].quantiser)
+        about = self.derived[name]
+        return apply_tail(self.read_tokens(about.source, numbers, views), self.tail(about.spec.name), about.spec.tap)
+
+    def read_cls(self, column: str, numbers: Indices, views: Indices) -> Float[Tensor, "b d"]:
+        """CLS tokens, float32 [b, d], of a stored or a derived column. ValueError where there are none."""
+        if column not in self.derived:
+            return self.read_column(column, numbers, views, ("cls",))["cls"].float()
+        about = self.derived[column]
+        return apply_tail(self.read_cls(about.source, numbers, views), self.tail(about.spec.name), about.spec.tap)
+
+    @functools.cached_property
+    def derived(self) -> dict[str, Derived]:
+        """The columns that follow from stored ones and their teachers' tails, by name, but for those that are stored."""
+        specs = [column.spec for column in self.columns.values()]
+        found = derived_specs(specs, lambda name: self.tail(name) if tail_path(self.path, name).exists() else {})
+        return {name: Derived(spec, source, content_id({"column": self.columns[source].id, "tap": spec.tap}))
+                for name, (spec, source) in found.items()}  # fmt: skip
+
+    def column(self, name: str) -> Column | Derived:
+        """What is known of a stored or derived column. ValueError where there is none of that name."""
+        if (found := self.columns.get(name) or self.derived.get(name)) is None:
+            raise ValueError(f"{self.path}: there is no column {name!r}; it holds {sorted(self.columns)}, and from their tails "
+                             f"follow {sorted(self.derived)}; choose one, or extract with that teacher")  # fmt: skip
+        return found
 
     def tail(self, teacher: str) -> dict[str, Tensor]:
-        """A teacher's final norm and projection, by tensor name."""
+        """A teacher's final norm and projection, by tensor name, whose bytes are those of the manifest."""
         path = tail_path(self.path, teacher)
         if not path.exists():
             raise ValueError(f"{path}: this cache stores no tail for teacher {teacher}; taps after it need one")
-        return safetensors.torch.load(path.read_bytes())
+        if teacher not in self._tails:
+            data = path.read_bytes()
+            told = [
+                column["tail"] for column in self.manifest.get("columns", []) if column["teacher"]["name"] == teacher
+            ]
+            if told and told[0] and hashlib.sha256(data).hexdigest() != told[0]["sha256"]:
+                raise ValueError(f"{path}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, "
+                                 "delete it and run the same extract-features command again")  # fmt: skip
+            self._tails[teacher] = safetensors.torch.load(data)
+        return self._tails[teacher]
 
     def checked(self, numbers: Indices, views: Indices) -> tuple[Numbers, Numbers]:
         """Both as int64 arrays. Raises ValueError for samples that cannot be read, and for views that are not there."""

@@ -391,6 +391,12 @@ def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
     publish(tail_path(path, teacher), data, replace=True)
 
 
+def read_tail(path: Path, teacher: str) -> dict[str, Tensor]:
+    """A teacher's tail; empty where the cache has none."""
+    file = tail_path(path, teacher)
+    return safetensors.torch.load(file.read_bytes()) if file.exists() else {}
+
+
 def tail_path(path: Path, teacher: str) -> Path:
     """Where a teacher's tail lies."""
     return path / "tail" / f"{teacher}.safetensors"

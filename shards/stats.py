@@ -50,7 +50,7 @@ def stats_fields(cache: Cache, column: str) -> dict[str, Any]:
     """What moments depend on: column id, data set, views, and how many samples are readable."""
     return {
         "format_version": FORMAT_VERSION,
-        "column": cache.columns[column].id,
+        "column": cache.column(column).id,
         "dataset": cache.ids["dataset"],
         "n_views": cache.n_views,
         "n_valid": len(cache.numbers),
@@ -63,7 +63,7 @@ def compute_stats(cache: Cache, column: str, *, progress: Callable[[int], object
     One pass: sums about the first batch's mean, so that a large common offset costs no digits. progress: called with the
     number of samples and views read.
     """
-    spec = cache.columns[column].spec
+    spec = cache.column(column).spec
     at_once = max(1, TOKENS_AT_ONCE // (spec.grid[0] * spec.grid[1]))
     centre: Tensor | None = None
     total, products, n = torch.zeros(spec.width).double(), torch.zeros(spec.width, spec.width).double(), 0

@@ -39,7 +39,23 @@ def cache_info(cache: Cache) -> CacheInfo:
             column=name,
             has_scale=column.quantiser.stored.scaled,
         )
-    return CacheInfo(cache.size, cache.grid, teachers, blocks=cache.blocks, n_views=cache.n_views)
+    derived = derived_targets(cache, teachers)
+    return CacheInfo(cache.size, cache.grid, teachers, blocks=cache.blocks, n_views=cache.n_views, derived=derived)
+
+
+def derived_targets(cache: Cache, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherInfo]:
+    """The targets, `<teacher>:<tap>`, that follow from stored ones by their teachers' tails."""
+    target_of = {about.column: target for target, about in teachers.items()}
+    return {
+        f"{about.spec.name}:{about.spec.tap}": replace(
+            teachers[target_of[about.source]],
+            width=about.spec.width,
+            column=name,
+            source=target_of[about.source],
+            tail=cache.tail(about.spec.name),
+        )
+        for name, about in cache.derived.items()
+    }
 
 
 def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInfo:
@@ -47,25 +63,26 @@ def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInf
 
     Raises ValueError where they are not there, or are of other data, and for a teacher in the step that the cache does not hold.
     """
-    teachers = dict(info.teachers)
+    teachers, derived = dict(info.teachers), dict(info.derived)
     terms = [(name, term) for name, term in recipe.terms.items() if term.transform in NEEDS_STATISTICS]
     wanted = {target: name for name, term in terms for target in chosen(name, term, info)}
     for target, name in wanted.items():
-        if teachers[target].online and teachers[target].column not in cache.columns:
+        group = teachers if target in teachers else derived
+        if group[target].online and group[target].column not in cache.columns:
             raise ValueError(
                 f"term {name}: transform {recipe.terms[name].transform} wants channel statistics of teacher {target!r}, which runs "
                 f"in the step and has no column in {cache.path}; statistics of cached features were expected; {ADD} {target}=..., or "
                 f"use --set terms.{name}.transform=ln0"
             )
-        found = read_stats(cache, teachers[target].column)
-        teachers[target] = replace(
-            teachers[target],
+        found = read_stats(cache, group[target].column)
+        group[target] = replace(
+            group[target],
             stat_mean=found.mean,
             stat_std=found.std,
             stat_covariance=found.covariance,
             stat_id=found.id,
         )
-    return replace(info, teachers=teachers)
+    return replace(info, teachers=teachers, derived=derived)
 
 
 def _tensor(values: Any) -> Tensor | None:

@@ -80,7 +80,7 @@ class Pretrainer(nn.Module):
         self.statistics = nn.ModuleDict()
         for term in self.terms:
             width_in = decoder.width if decoder is not None and term.recipe.tap == "decoder" else width
-            out = patch**2 * info.channels if term.teacher is None else info.teachers[term.teacher].width
+            out = patch**2 * info.channels if term.teacher is None else info.target(term.teacher).width
             self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         freeze_unread(self.student, {term.recipe.tap for term in self.terms}, self.keep_blocks)
@@ -99,7 +99,7 @@ class Pretrainer(nn.Module):
         for term in self.terms:
             if term.teacher is not None:
                 self.statistics[term.name] = TeacherStatistics(
-                    self.info.teachers[term.teacher], dtype, term.recipe.transform
+                    self.info.target(term.teacher), dtype, term.recipe.transform
                 )
 
     @property

@@ -90,7 +90,12 @@ def online_info(info: CacheInfo, teachers: Mapping[str, Teacher]) -> CacheInfo:
             has_scale=False,
             online=True,
         )
-    return replace(info, teachers=told)
+    derived = {
+        target: replace(about, channel_mean=None, channel_std=None, has_scale=False)
+        for target, about in info.derived.items()
+        if about.source in told
+    }
+    return replace(info, teachers=told, derived=derived)
 
 
 def online_ids(cache: Cache, teachers: Mapping[str, Teacher]) -> dict[str, str]:

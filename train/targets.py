@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mrmae.kernels import reference
 from mrmae.shards.blocks import BlockRule
+from mrmae.shards.tail import apply_tail
 from mrmae.train.phi_s import phi_s
 from mrmae.train.recipe import TermRecipe, Transform
 
@@ -24,6 +25,8 @@ class TeacherInfo:
     """One cached column: `value = channel_mean + channel_std * (scale[token] * code)`, missing parts being 0 and 1.
 
     column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
+    source, tail: where nothing is stored of this tap, the target whose stored tokens are read, and what makes of them this one's
+    (shards/tail.py); channel_mean and channel_std are the source's then.
     stat_mean, stat_std, stat_covariance: exact statistics of the values, for the transforms `channel` and `phi_s`; stat_id:
     what they are statistics of. online: whether the teacher runs in the step.
     """
@@ -35,6 +38,8 @@ class TeacherInfo:
     has_attention: bool = False
     column: str = ""
     has_scale: bool = True
+    source: str | None = None
+    tail: Any = None
     stat_mean: Any = None
     stat_std: Any = None
     stat_covariance: Any = None
@@ -52,6 +57,7 @@ class CacheInfo:
     """The part of a cache that decides a model: `size` pixels a side, a grid of patches (rows, columns), the teachers.
 
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
+    derived: likewise, those that follow from stored ones; only a term that names their tap predicts them.
     blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image.
     """
 
@@ -61,6 +67,11 @@ class CacheInfo:
     channels: int = 3
     blocks: BlockRule | None = None
     n_views: int = 1
+    derived: Mapping[str, TeacherInfo] = field(default_factory=dict)
+
+    def target(self, name: str) -> TeacherInfo:
+        """A target, stored or derived."""
+        return self.teachers[name] if name in self.teachers else self.derived[name]
 
     @property
     def n_patches(self) -> int:
@@ -118,28 +129,48 @@ class TeacherStatistics(nn.Module):
 
     def __init__(self, info: TeacherInfo, dtype: torch.dtype, transform: Transform = "none") -> None:
         super().__init__()
+        tail = info.tail or {}
+        self.source, self.tap = info.source, info.tap
+        self.epsilons = {name: float(value) for name, value in tail.items() if name.endswith(".eps")}
+        self.tail_names = [name for name in tail if name not in self.epsilons]
+        for i, name in enumerate(self.tail_names):
+            self.register_buffer(f"tail_{i}", tail[name].detach().to(dtype), persistent=False)
+        norm = next((tail[name] for name in ("layer_norm.weight", "rms_norm.weight") if name in tail), None)
+        stored = info.width if norm is None else len(norm)
         for name in ("channel_mean", "channel_std", "stat_mean", "stat_std"):
-            tensor = constant(info, name, (info.width,))
+            tensor = constant(info, name, (stored if name.startswith("channel") else info.width,))
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
         covariance = constant(info, "stat_covariance", (info.width, info.width)) if transform == "phi_s" else None
         self.register_buffer("phi", None if covariance is None else phi_s(covariance).to(dtype))
 
+    @property
+    def tail(self) -> dict[str, Any]:
+        """What makes this tap of stored tokens; empty where it is stored itself."""
+        return {name: getattr(self, f"tail_{i}") for i, name in enumerate(self.tail_names)} | self.epsilons
+
     @torch.no_grad()
-    def rotated(
+    def values(
         self,
         codes: Shaped[Tensor, "b l d"],
         ids: Int64[Tensor, "v n"] | None,
         scale: Float[Tensor, "b l"] | None,
+        mean: Float[Tensor, " d"] | None,
+        std: Float[Tensor, " d"] | None,
         *,
-        like: Float[Tensor, "v n d"],
-    ) -> Float[Tensor, "v n d"]:
-        """The teacher's tokens at `ids` (None: gathered already) under `phi_s`, in fp32 (fp64 where `like` is)."""
-        assert self.phi is not None and self.stat_mean is not None
+        like: Float[Tensor, "v n e"],
+    ) -> Float[Tensor, "v n e"]:
+        """The teacher's tokens at `ids` (None: gathered already), behind its tail and under `phi_s` where these apply.
+
+        mean, std: of the codes' channels. In fp32 (fp64 where `like` is).
+        """
         work = reference.wide(like, codes)
-        values = reference.dequantised_rows(
-            codes, ids, scale, self.channel_mean, self.channel_std, n_rows=like.shape[0], work=work
-        )
+        values = reference.dequantised_rows(codes, ids, scale, mean, std, n_rows=like.shape[0], work=work)
         with torch.autocast(like.device.type, enabled=False):
+            if self.tail_names:
+                values = apply_tail(values, self.tail, self.tap)
+            if self.phi is None:
+                return values
+            assert self.stat_mean is not None
             return (values - self.stat_mean.to(work)) @ self.phi.to(work).T
 
 
@@ -172,6 +203,7 @@ def target_names(columns: Iterable[str]) -> dict[str, str]:
 def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
     """The target names a term predicts: of the teachers it names (else of all), those taken at its teacher_tap (else any).
 
+    At a tap that is not stored but follows from what is, the derived targets.
     Raises ValueError when the cache lacks one, saying what it has and how to add it.
     """
     here = [f"{c.column or target}{' (in the step)' * c.online}" for target, c in info.teachers.items()]
@@ -186,6 +218,7 @@ def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
                 f"term {name}: mimics teachers and the cache has none; at least one was expected; {ADD} NAME=..."
             )
         taken = [t for t in targets if term.teacher_tap in (None, info.teachers[t].tap)]
+        taken += [t for t, about in info.derived.items() if about.source in targets and about.tap == term.teacher_tap]
         if not taken:
             raise ValueError(
                 f"term {name}: wants tap {term.teacher_tap} of {f'teacher {teacher!r}' if teacher else 'a teacher'}; the cache "
@@ -203,7 +236,7 @@ def teachers_of(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]
     """
     teachers = chosen(name, term, info)
     for teacher in teachers:
-        column = info.teachers[teacher]
+        column = info.target(teacher)
         if "cls" in term.positions and not column.has_cls:
             raise ValueError(
                 f"term {name}: wants the CLS token of teacher {teacher!r}, which the cache does not hold; a teacher with a "

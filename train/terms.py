@@ -73,11 +73,12 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
     needed: dict[str, set[str]] = {}
     for term in bind_terms(recipe, info):
         if term.teacher is not None:
-            arrays = needed.setdefault(term.teacher, set())
+            target = info.target(term.teacher)
+            arrays = needed.setdefault(target.source or term.teacher, set())
             if "cls" in term.recipe.positions:
                 arrays.add("cls")
             if term.recipe.positions != "cls":
-                arrays |= {"tokens", "scale"} if info.teachers[term.teacher].has_scale else {"tokens"}
+                arrays |= {"tokens", "scale"} if target.has_scale else {"tokens"}
     if recipe.mask.sampler == "attn_prob" or any(term.focus for term in recipe.terms.values()):
         for teacher, array in saliency_arrays(recipe.mask.source, info).items():
             needed.setdefault(teacher, set()).add(array)
@@ -153,7 +154,7 @@ def mimic_errors(
     At `cls+visible` CLS is one token among n_keep + 1.
     """
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
-    arrays, transform = batch.targets[term.teacher], term.recipe.transform
+    arrays, transform = batch.targets[statistics.source or term.teacher], term.recipe.transform
     if term.recipe.positions == "cls+visible":
         parts = (replace(term, recipe=replace(term.recipe, positions=at)) for at in ("cls", "visible"))
         pieces = (prediction[:, :1], prediction[:, 1:])
@@ -168,9 +169,9 @@ def mimic_errors(
         mean, std = statistics.channel_mean, statistics.channel_std
         visible = term.recipe.positions == "visible"
         ids, gathered = (masks.ids_keep if visible else masks.ids_predict), visible and batch.rows == "visible"
-    if transform == "phi_s":
-        codes = statistics.rotated(codes, None if gathered else ids, scale, like=prediction)
-        scale, mean, std, gathered, transform = None, None, None, True, "none"
+    if transform == "phi_s" or statistics.tail_names:
+        codes = statistics.values(codes, None if gathered else ids, scale, mean, std, like=prediction)
+        scale, mean, std, gathered, transform = None, None, None, True, "none" if transform == "phi_s" else transform
     distance = DISTANCES[term.recipe.distance]
     errors = dispatch.mimic_loss(
         prediction,

@@ -90,7 +90,7 @@ def test_an_unknown_source_is_refused_with_the_forms(text: str, told: str) -> No
 def test_folders_and_columns_that_hold_nothing_are_refused(tiny_cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no student and no checkpoint"):
         open_source(str(tmp_path))
-    with pytest.raises(ValueError, match="has no teacher 'z'; it has a, b"):
+    with pytest.raises(ValueError, match="has no teacher or column 'z'; it has a, b, a.pre_tail"):
         open_source(f"{tiny_cache}#z")
     with pytest.raises(ValueError, match="--size 64: .* leave --size out"):
         open_source(f"{tiny_cache}#a", size=64)

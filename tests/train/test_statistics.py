@@ -16,6 +16,7 @@ from mrmae.train.masks import Draw, Masks, draw_masks
 from mrmae.train.model import Batch, CacheInfo, build_model, needed_arrays
 from mrmae.train.phi_s import hadamard, phi_s
 from mrmae.train.recipe import Recipe
+from mrmae.train.targets import TeacherStatistics
 
 MakeRecipe = Callable[..., Recipe]
 PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=null", "student.decoder=null"]
@@ -150,11 +151,12 @@ def test_the_rotation_is_saved_with_the_weights_and_applied_outside_autocast(
     state = model.state_dict()
     assert [name for name in state if name.startswith("statistics")] == ["statistics.mimic/a.phi"]
     like = torch.zeros(4, masks.ids_keep.shape[1], 8)
-    rotated = model.statistics["mimic/a"].rotated
-    raw = batch.targets["a"]
-    exact = rotated(raw["tokens"], masks.ids_keep, raw["scale"], like=like)  # type: ignore[operator]
+    statistics, raw = model.statistics["mimic/a"], batch.targets["a"]
+    assert isinstance(statistics, TeacherStatistics)
+    stored = raw["tokens"], masks.ids_keep, raw["scale"], statistics.channel_mean, statistics.channel_std
+    exact = statistics.values(*stored, like=like)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(rotated(raw["tokens"], masks.ids_keep, raw["scale"], like=like), exact)  # type: ignore[operator]
+        assert torch.equal(statistics.values(*stored, like=like), exact)
     flipped = {**state, "statistics.mimic/a.phi": -state["statistics.mimic/a.phi"]}
     before = model(batch, masks)[0].item()
     model.load_state_dict(flipped)

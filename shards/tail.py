@@ -1,0 +1,58 @@
+"""The tail of a teacher, its final norm and projection: the taps behind it follow from `pre_tail` and are never stored twice."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrmae.shards.spec import TeacherSpec
+
+BEHIND = ("post_ln", "projected")  # taps that follow from `pre_tail` and a tail
+Tail = Mapping[str, Any]  # tensors; epsilons may be numbers
+
+
+def has_norm(tail: Tail) -> bool:
+    """Whether a tail has a final norm, without which nothing follows from it."""
+    return "layer_norm.weight" in tail or "rms_norm.weight" in tail
+
+
+def taps_behind(tail: Tail) -> tuple[str, ...]:
+    """The taps that follow from `pre_tail` by this tail."""
+    if not has_norm(tail):
+        return ()
+    return BEHIND if "proj.weight" in tail else BEHIND[:1]
+
+
+def derived_specs(specs: Sequence[TeacherSpec], tail_of: Callable[[str], Tail]) -> dict[str, tuple[TeacherSpec, str]]:
+    """(spec, stored column it follows from) of every column that is not stored and need not be, by name.
+
+    tail_of: a teacher's tail by its name, empty where there is none.
+    """
+    stored, found = {spec.column for spec in specs}, {}
+    for source in (spec for spec in specs if spec.tap == "pre_tail"):
+        tail = tail_of(source.name)
+        for tap in taps_behind(tail):
+            width = source.width if tap == "post_ln" else len(tail["proj.weight"])
+            spec = dataclasses.replace(source, tap=tap, width=width)
+            found[spec.column] = (spec, source.column)
+    return {name: about for name, about in found.items() if name not in stored}
+
+
+def apply_tail(tokens: Tensor, tail: Tail, tap: str) -> Tensor:
+    """Tokens at `post_ln` or `projected`, from tokens at `pre_tail` [..., d] in fp32.
+
+    ValueError where the tail does not define that tap.
+    """
+    if tap not in taps_behind(tail):
+        raise ValueError(f"tap {tap!r} does not follow from this tower's tail ({', '.join(tail) or 'empty'}); "
+                         "expected post_ln with a norm, or projected with a norm and a projection")  # fmt: skip
+    at = {key: value.to(tokens.device, tokens.dtype) for key, value in tail.items() if not key.endswith(".eps")}
+    d = tokens.shape[-1:]
+    if "layer_norm.weight" in at:
+        eps = float(tail["layer_norm.eps"])
+        tokens = F.layer_norm(tokens, d, at["layer_norm.weight"], at.get("layer_norm.bias"), eps)
+    else:
+        tokens = F.rms_norm(tokens, d, at["rms_norm.weight"], float(tail["rms_norm.eps"]))
+    return F.linear(tokens, at["proj.weight"], at.get("proj.bias")) if tap == "projected" else tokens
