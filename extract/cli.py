@@ -63,6 +63,8 @@ from mrmae.shards.storage import FORMATS
 )
 @click.option("--append", is_flag=True, help="Append the IMAGES that are new to CACHE; what it holds stays as it is.")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
+@click.option("--min-snr", default=20.0, type=float, metavar="DB",
+              help="Stop at a shard whose int8 or fp8 codes keep less than this of a teacher; float16 is not measured by it.")  # fmt: skip
 @click.option("--max-pixels", default=178_956_970, type=click.IntRange(1), help="Larger images are refused undecoded.")
 @click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
 @click.option(

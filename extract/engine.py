@@ -26,6 +26,11 @@ from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.quantize import CALIBRATION_SAMPLES, Measured, Quantiser, calibrate, measure, quantise, summarise
 from mrmae.shards.webdataset_io import PixelRow
 
+
+class HopelessQuality(ValueError):
+    """A shard whose quantised features are too far from the teacher's; it is not committed."""
+
+
 Kept = dict[tuple[int, int, str], Features]  # calibration's features of view 0, by shard, first number, column
 
 
@@ -219,7 +224,11 @@ def view_pixels(prepared: Sequence[Prepared], view: int) -> Tensor | None:
 
 
 def store(job: Job, shard: int, parts: Parts, progress: Progress) -> None:
-    """Write and commit one shard: pixels first, so that a column never stands without its views."""
+    """Write and commit one shard: pixels first, so that a column never stands without its views.
+
+    Raises HopelessQuality for a column that is too coarse, once all others are committed.
+    """
+    hopeless: list[HopelessQuality] = []
     for (view, column), part in sorted(parts.items(), key=lambda item: (item[0][1] != PIXELS, item[0])):
         about: dict[str, Any] = {"seconds": dict(part.seconds), **circumstances(job)}
         if column == PIXELS:
@@ -229,8 +238,25 @@ def store(job: Job, shard: int, parts: Parts, progress: Progress) -> None:
         arrays = whole_shard(part, job.plan.layout(column).arrays())
         if part.measured:
             about["quality"] = summarise(part.measured)
+            if too_coarse(about["quality"]["snr_db"], job.options):
+                hopeless.append(HopelessQuality(hopeless_text(job, view, column, shard, about["quality"]["snr_db"])))
+                continue
         commits.store_column(job.path, job.plan, view, column, shard, arrays, part.valid, about)
         progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
+    if hopeless:
+        raise hopeless[0]
+
+
+def too_coarse(snr_db: float, options: Options) -> bool:
+    """Whether codes lose more of a shard than --min-snr allows; -300 dB says that there was no signal to lose."""
+    return options.dtype != "float16" and -300 < snr_db < options.min_snr
+
+
+def hopeless_text(job: Job, view: int, column: str, shard: int, snr_db: float) -> str:
+    """Which shard is too coarse, and what can be done."""
+    return (f"{job.path}: {column}, view {view}, shard {shard}: {job.options.dtype} keeps an SNR of {snr_db:.1f} dB; at least "
+            f"{job.options.min_snr:g} were expected (--min-snr); use --dtype float16 with a new folder, leave this teacher out, "
+            "or take it as it is with a lower --min-snr (what is committed stays, the same command goes on from there)")  # fmt: skip
 
 
 def whole_shard(part: Part, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray[Any, Any]]:

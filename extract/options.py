@@ -14,7 +14,7 @@ from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.views import MAX_PIXELS
 
-SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad",
+SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
         "max_pixels")  # fmt: skip
 
 
@@ -43,6 +43,7 @@ class Options:
     workers: int = 0
     shard_samples: int = 0
     max_bad: int = -1
+    min_snr: float = 20.0
     max_pixels: int = MAX_PIXELS
     allow_torchscript: bool = False
     shards: str = ""

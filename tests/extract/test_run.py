@@ -1,5 +1,6 @@
 """The extraction as a whole: what lies in the cache, resume, bad images, refusals. Tiny teachers with random weights."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -238,3 +239,30 @@ def test_files_that_are_no_images_are_counted_aloud(tmp_path: Path) -> None:
         (images / name).write_bytes(b"x")
     code, output = cli([images, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4"])
     assert code == 0 and "3 files that are no images were passed over (.bmp .gif)" in output
+
+
+def test_features_that_codes_cannot_hold_stop_the_run(folder: Path, tmp_path: Path) -> None:
+    options = Options(images=[folder], cache=tmp_path / "c", teachers=(VIT, CNN), **BASE)
+    with pytest.raises(
+        ValueError, match=r"view 0, shard 0: int8 keeps an SNR of \d\d\.\d dB; at least 90 .*--dtype float16"
+    ):
+        extract_features(dataclasses.replace(options, min_snr=90.0), say=lambda line: None)
+    assert list((tmp_path / "c/commits/0/pixels").glob("*.json")), "what is committed stays"
+    assert not list((tmp_path / "c/commits").glob("0/*.*/*.json")) and not (tmp_path / "c/manifest.json").exists()
+    manifest = extract_features(options, say=lambda line: None)
+    assert all(column["quality"]["snr_db"] > 20 for column in manifest["columns"])
+    exact = dataclasses.replace(options, cache=tmp_path / "f", dtype="float16", min_snr=290.0)
+    extract_features(exact, say=lambda line: None)
+    assert engine.too_coarse(-20.0, options) and not engine.too_coarse(-300.0, options)
+
+
+def test_one_hopeless_teacher_does_not_cost_the_others_their_shard(folder: Path, tmp_path: Path) -> None:
+    options = Options(images=[folder], cache=tmp_path / "c", teachers=(VIT, CNN), **BASE)
+    manifest = extract_features(dataclasses.replace(options, cache=tmp_path / "whole"), say=lambda line: None)
+    snr = {column["name"]: column["quality"]["snr_db"] for column in manifest["columns"]}
+    worse, better = sorted(snr, key=lambda name: snr[name])
+    between = sum(snr.values()) / 2
+    with pytest.raises(ValueError, match=f"{worse}, view 0, shard 0: int8 keeps"):
+        extract_features(dataclasses.replace(options, min_snr=between), say=lambda line: None)
+    assert (tmp_path / f"c/commits/0/{better}/000000.json").exists()
+    assert not (tmp_path / f"c/commits/0/{worse}").exists()
