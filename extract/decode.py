@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,11 +52,15 @@ class Images:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """One sample's views as stored (`rows`) and as pixels; a bad image has rows with a reason and no pixels."""
+    """One sample's views as stored (`rows`) and as pixels; a bad image has rows with a reason and no pixels.
+
+    seconds: that a thread spent on it.
+    """
 
     number: int
     rows: Mapping[int, PixelRow]
     pixels: Mapping[int, Pixels]
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +80,7 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
 
     Pixels are always those of the decoded JPEG: what the student will see is what the teachers see.
     """
+    began = time.perf_counter()
     rows = {view: stored[view][number] for view in views if view in stored}
     if len(rows) < len(views):
         source = images.rows[number]
@@ -88,7 +94,7 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
             for view in set(views) - set(rows):
                 rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
     pixels = {view: decode_jpeg(row.jpeg) for view, row in rows.items() if row.jpeg is not None}
-    return Prepared(number, rows, pixels)
+    return Prepared(number, rows, pixels, time.perf_counter() - began)
 
 
 def prepared_batches(

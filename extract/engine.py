@@ -187,6 +187,7 @@ def shard_parts(
         for (view, column), part in parts.items():
             if column == PIXELS:
                 part.rows += [p.rows[view] for p in prepared]
+                part.seconds["decode"] += sum(p.seconds for p in prepared) / len(batch.views)
                 part.seconds["decode_wait"] += waited
             else:
                 features = kept.pop((shard, batch.numbers.start, column), None) if view == 0 else None
@@ -264,10 +265,10 @@ def whole_shard(part: Part, stored: Mapping[str, tuple[tuple[int, ...], str]]) -
     valid = np.array(part.valid, bool)
     arrays = {}
     for name, (shape, dtype) in stored.items():
-        array = np.zeros((len(valid), *shape), dtype)
-        if part.arrays[name]:
-            array[valid] = torch.cat(part.arrays[name]).numpy()
-        arrays[name] = array
+        rows = torch.cat(part.arrays.pop(name)).numpy() if part.arrays[name] else np.zeros((0, *shape), dtype)
+        arrays[name] = rows if valid.all() else np.zeros((len(valid), *shape), dtype)
+        if not valid.all():
+            arrays[name][valid] = rows
     return arrays
 
 

@@ -48,6 +48,8 @@ class Teacher:
         """Features of uint8 RGB views of any one size; resized and normalised here, in fp32, as `spec` says."""
         spec = self.spec
         image = normalise(pixels.to(self.device, non_blocking=True), spec)
+        if self.tower.patch is None:
+            image = image.contiguous(memory_format=torch.channels_last)
         with computing(self.device, spec.precision):
             found, cls = self.tower.features(image)
             row = self.tower.attention_row() if self.tower.attention_row else None
@@ -80,6 +82,8 @@ def build_teacher(
         found, cls = tower.features(torch.zeros(1, 3, *tower.input_size))
     target = torch.device(device)
     tower.module.to(target)
+    if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
+        tower.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return Teacher(make_spec(request, tower, found, cls is not None, grid, precision), tower.tail, tower, target)
 
 

@@ -6,6 +6,7 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 
 import hashlib
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,13 +62,14 @@ def store_pixels(
     path: Path, plan: Plan, view: int, shard: int, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None
 ) -> None:
     """Write and commit the pixels of a shard, clearing what a killed run left of it. about: more for the record."""
+    began = time.perf_counter()
     clear(path, plan, view, PIXELS, shard)
     expected = plan.ranges[shard]
     if [row.number for row in rows] != list(expected):
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
     record = write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard))
-    commit(path, plan, view, PIXELS, shard, {**(about or {}), **record})
+    commit(path, plan, view, PIXELS, shard, {**written_in(began, about), **record})
 
 
 def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
@@ -84,6 +86,7 @@ def store_column(
     arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. about: more for the record,
     `quality` among it.
     """
+    began = time.perf_counter()
     clear(path, plan, view, column, shard)
     folder, layout = plan.column_folder(path, view, column), plan.layout(column)
     plan.storage.create_column(folder, layout, column_attributes(plan, view, column))
@@ -94,7 +97,13 @@ def store_column(
     )
     arrays = stored_order(plan, view, arrays, keys)
     record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count)
-    commit(path, plan, view, column, shard, {**(about or {}), **record})
+    commit(path, plan, view, column, shard, {**written_in(began, about), **record})
+
+
+def written_in(began: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`about` with the seconds that the shard's files took to write, fsync included, since `began`."""
+    about = dict(about or {})
+    return about | {"seconds": {**about.get("seconds", {}), "write": round(time.perf_counter() - began, 6)}}
 
 
 def stored_order(plan: Plan, view: int, arrays: Mapping[str, Array], keys: Sequence[str]) -> Mapping[str, Array]:

@@ -17,7 +17,7 @@ from torch import Tensor
 SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
 FP16_MAX = 65504.0
 CALIBRATION_SAMPLES = 1024
-SAMPLES_AT_ONCE = 32  # in calibration: bounds its float64 copies
+CACHED_VALUES = 2**18  # a CPU works on so many features at a time: temporaries stay in its cache, and memory bounded
 Channels = np.ndarray[Any, np.dtype[np.float32]]
 
 
@@ -86,12 +86,15 @@ class Quantiser:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Sums over tokens from which quality follows; parts of a shard add up. Per-channel sums are float64 [d]."""
+    """Sums over tokens from which quality follows; parts of a shard add up. sum: of every channel, float64.
+
+    sum_sq, noise: squared values and squared errors over all channels.
+    """
 
     tokens: int
     zero_tokens: int
     sum: Float[Tensor, "d"]
-    sum_sq: Float[Tensor, "d"]
+    sum_sq: float
     noise: float
     one_minus_cos: Float[Tensor, "n"]
 
@@ -116,21 +119,32 @@ def calibrate(features: Float[Tensor, "n l d"], *, dtype: str = "int8") -> Quant
 
 
 def channel_moments(features: Float[Tensor, "n l d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
-    """Float64 mean and (population) standard deviation of every channel, a few samples at a time to save memory."""
+    """Float64 mean and (population) standard deviation of every channel."""
     n = features.shape[0] * features.shape[1]
-    parts = torch.split(features, SAMPLES_AT_ONCE)
-    mean = torch.stack([part.double().sum(dim=(0, 1)) for part in parts]).sum(dim=0) / n
-    squares = torch.stack([(part.double() - mean).square().sum(dim=(0, 1)) for part in parts])
-    return mean, (squares.sum(dim=0) / n).sqrt()
+    middle = features[0].mean(dim=0)  # near the mean: squares about it lose no digits
+    total, squares = torch.zeros_like(middle).double(), torch.zeros_like(middle).double()
+    for part in parts_of(features):
+        apart = part - middle
+        total += apart.sum(dim=(0, 1))  # of a few samples in float32, of all in float64
+        squares += apart.square_().sum(dim=(0, 1))
+    shift = total / n
+    return middle + shift, (squares / n - shift.square()).clamp(min=0).sqrt()
 
 
 def round_trip_snr(features: Float[Tensor, "n l d"], q: Quantiser) -> float:
     """SNR in dB of quantising and dequantising, -inf where the quantiser cannot hold the features."""
     try:
-        measured = [measure(part, *quantise(part, q), q) for part in torch.split(features, SAMPLES_AT_ONCE)]
+        measured = [measure(part, *quantise(part, q), q) for part in parts_of(features)]
     except ValueError:
         return -math.inf
     return float(summarise(measured)["snr_db"])
+
+
+def parts_of(features: Float[Tensor, "n l d"]) -> Sequence[Float[Tensor, "_ l d"]]:
+    """The samples a few at a time on a CPU, all at once elsewhere."""
+    if features.device.type != "cpu" or not len(features):
+        return (features,)
+    return torch.split(features, max(1, CACHED_VALUES // max(features[0].numel(), 1)))
 
 
 def quantise(
@@ -141,20 +155,38 @@ def quantise(
     The codes are computed from the scale as stored, so that its rounding costs nothing.
     Raises ValueError for NaN, infinities, and values that float16 cannot hold.
     """
-    refuse_nonfinite(tokens, "quantise")
+    parts = [quantise_part(part, q) for part in parts_of(tokens)]
+    if len(parts) == 1:
+        return parts[0]
+    scales = [scale for _, scale in parts if scale is not None]
+    return torch.cat([codes for codes, _ in parts]), torch.cat(scales) if scales else None
+
+
+def quantise_part(
+    tokens: Float[Tensor, "b l d"], q: Quantiser
+) -> tuple[Shaped[Tensor, "b l d"], Float16[Tensor, "b l"] | None]:
+    """`quantise` of a few samples."""
     if q.dtype == "float16":
-        refuse_overflow(tokens.abs().amax() if tokens.numel() else tokens.new_zeros(()), "a token value")
+        refuse_overflow(largest(tokens), tokens, "a token value")
         return tokens.to(torch.float16), None
     centred = tokens.float()
     if q.channel_mean is not None and q.channel_std is not None:
-        centred = (centred - on(q.channel_mean, tokens)) / on(q.channel_std, tokens)
+        centred = (centred - on(q.channel_mean, tokens)).div_(on(q.channel_std, tokens))
     top = q.stored.top
-    step = centred.abs().amax(dim=-1) / top
-    refuse_overflow(step.amax() if step.numel() else step.new_zeros(()), "a token's scale")
+    step = largest(centred) / top
+    refuse_overflow(step, tokens, "a token's scale")
     scale = step.to(torch.float16)
-    safe = torch.where(scale > 0, scale.float(), 1.0)  # scale 0: nothing float16 can tell from zero
-    codes = torch.where(scale[..., None] > 0, (centred / safe[..., None]).clamp(-top, top), 0.0)
-    return codes.to(torch.float8_e4m3fn).view(torch.uint8) if q.dtype == "fp8" else codes.round().to(torch.int8), scale
+    nothing = scale == 0  # nothing float16 can tell from zero
+    codes = (centred / torch.where(nothing, 1.0, scale.float())[..., None]).clamp_(-top, top)
+    if bool(nothing.any()):
+        codes.masked_fill_(nothing[..., None], 0.0)
+    return codes.to(torch.float8_e4m3fn).view(torch.uint8) if q.dtype == "fp8" else codes.round_().to(torch.int8), scale
+
+
+def largest(tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l"]:
+    """Every token's largest magnitude; NaN where it holds one."""
+    low, high = tokens.aminmax(dim=-1)
+    return torch.maximum(high, -low)
 
 
 def dequantise(
@@ -163,11 +195,21 @@ def dequantise(
     """Float32 tokens; NaN where codes hold the sentinel, so that nothing unwritten is ever used silently."""
     if q.dtype == "float16":
         return codes.float()
+    values = values_of(codes, scale, q)
+    return values.masked_fill_(codes == SENTINEL, torch.nan) if q.dtype == "int8" else values
+
+
+def values_of(
+    codes: Shaped[Tensor, "b l d"], scale: Float16[Tensor, "b l"] | None, q: Quantiser
+) -> Float[Tensor, "b l d"]:
+    """`dequantise` of codes among which there is no sentinel."""
+    if q.dtype == "float16":
+        return codes.float()
     assert scale is not None, "these codes need their scale"
-    values = (codes.view(torch.float8_e4m3fn) if q.dtype == "fp8" else codes).float() * scale.float()[..., None]
+    values = (codes.view(torch.float8_e4m3fn) if q.dtype == "fp8" else codes).float().mul_(scale.float()[..., None])
     if q.channel_mean is not None and q.channel_std is not None:
-        values = on(q.channel_mean, codes) + on(q.channel_std, codes) * values
-    return torch.where(codes == SENTINEL, torch.nan, values) if q.dtype == "int8" else values
+        values.mul_(on(q.channel_std, codes)).add_(on(q.channel_mean, codes))
+    return values
 
 
 def quality(
@@ -179,21 +221,44 @@ def quality(
 
 def measure(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
     """The sums behind `quality` for one batch; on any device, brought to the host once."""
-    d = tokens.shape[-1]
-    x = tokens.reshape(-1, d).float()
-    y = dequantise(codes, scale, q).reshape(-1, d)
-    zero = (x == 0).all(dim=-1)
-    # |a - b|^2 / 2 of unit vectors: 1 - cos itself would drown in float32 rounding
-    apart = torch.nn.functional.normalize(x, dim=-1) - torch.nn.functional.normalize(y, dim=-1)
-    wide = x.double()
+    parts = [measure_part(*part, q) for part in zip(parts_of(tokens), parts_of(codes), scale_parts(scale, tokens))]
+    return Measured(
+        tokens=sum(part.tokens for part in parts),
+        zero_tokens=sum(part.zero_tokens for part in parts),
+        sum=torch.stack([part.sum for part in parts]).sum(dim=0),
+        sum_sq=sum(part.sum_sq for part in parts),
+        noise=sum(part.noise for part in parts),
+        one_minus_cos=torch.cat([part.one_minus_cos for part in parts]),
+    )
+
+
+def scale_parts(scale: Tensor | None, tokens: Float[Tensor, "b l d"]) -> Sequence[Tensor | None]:
+    """A scale (or None) for every one of `parts_of(tokens)`."""
+    parts = parts_of(tokens)
+    return [None] * len(parts) if scale is None else torch.split(scale, max(len(parts[0]), 1))
+
+
+def measure_part(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
+    """`measure` of a few samples. Only sums of a token's few hundred values are float32."""
+    x, y = tokens.flatten(0, 1).float(), values_of(codes, scale, q).flatten(0, 1)
+    wide, close = lengths(x), lengths(y)
+    error = lengths(y.sub_(x))
+    zero = wide == 0
+    # |x - y|^2 = (|x| - |y|)^2 + 2 |x| |y| (1 - cos): 1 - cos itself would drown in rounding
+    apart = (error.square() - (wide - close).square()).clamp(min=0) / (2 * wide * close)
     return Measured(
         tokens=len(x),
         zero_tokens=int(zero.sum()),
-        sum=wide.sum(dim=0).cpu(),
-        sum_sq=wide.square().sum(dim=0).cpu(),
-        noise=float((y.double() - wide).square().sum()),
-        one_minus_cos=(apart.square().sum(dim=-1) / 2)[~zero].cpu(),
+        sum=x.sum(dim=0).double().cpu(),
+        sum_sq=float(wide.square().sum()),
+        noise=float(error.square().sum()),
+        one_minus_cos=torch.where(close > 0, apart, 0.5)[~zero].float().cpu(),
     )
+
+
+def lengths(tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
+    """Euclidean norms, as float64."""
+    return torch.linalg.vector_norm(tokens, dim=-1).double()
 
 
 def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
@@ -204,8 +269,8 @@ def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
     n = sum(part.tokens for part in parts)
     total, squares = sum(part.sum for part in parts), sum(part.sum_sq for part in parts)
     noise = sum(part.noise for part in parts)
-    assert isinstance(total, Tensor) and isinstance(squares, Tensor), "at least one part"
-    signal = float((squares - total.square() / max(n, 1)).clamp(min=0).sum())
+    assert isinstance(total, Tensor), "at least one part"
+    signal = max(squares - float(total.square().sum()) / max(n, 1), 0.0)
     snr = 300.0 if noise == 0 else -300.0 if signal == 0 else 10 * math.log10(signal / noise)
     worst = np.concatenate([part.one_minus_cos.numpy() for part in parts])
     return {
@@ -231,6 +296,8 @@ def added_quality(first: Mapping[str, float], second: Mapping[str, float]) -> di
 
 def refuse_nonfinite(tokens: Tensor, where: str) -> None:
     """ValueError that counts NaN and infinite values and names the first, unless all are finite."""
+    if bool(torch.isfinite(tokens.sum())):
+        return
     wrong = ~torch.isfinite(tokens)
     count = int(wrong.sum())
     if count:
@@ -239,10 +306,12 @@ def refuse_nonfinite(tokens: Tensor, where: str) -> None:
                          f"(sample, token, channel); expected finite values; try --precision fp32")  # fmt: skip
 
 
-def refuse_overflow(largest: Tensor, what: str) -> None:
-    """ValueError when `largest` does not fit float16."""
-    if float(largest) > FP16_MAX:
-        raise ValueError(f"quantise: {what} is {float(largest):.4g}; float16 holds at most {FP16_MAX:.0f}; "
+def refuse_overflow(values: Tensor, tokens: Tensor, what: str) -> None:
+    """ValueError when one of `values`, computed from `tokens`, does not fit float16, or `tokens` are not finite."""
+    top = float(values.amax()) if values.numel() else 0.0
+    if not top <= FP16_MAX:
+        refuse_nonfinite(tokens, "quantise")
+        raise ValueError(f"quantise: {what} is {top:.4g}; float16 holds at most {FP16_MAX:.0f}; "
                          "is this the right tap of the teacher?")  # fmt: skip
 
 

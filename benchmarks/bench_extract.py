@@ -1,0 +1,187 @@
+"""Extraction against its parts: wall time of extract-features beside the teacher's forward and decoding, each alone.
+
+    python benchmarks/bench_extract.py                                # all cores, MobileNetV2 and a random ViT-B/16: 5 minutes
+    python benchmarks/bench_extract.py --threads 1 --case cnn         # one core
+    python benchmarks/bench_extract.py --data-root DIR --images 1500 --vit-images 96 --rounds 5
+
+One process on `--threads` cores, with as many PyTorch and decoding threads. A round measures, one after the other: the forward
+alone, of the bare model on normalised pixels, at the batch size and memory format that were fastest before the first round;
+reading, decoding, cropping, encoding and decoding again alone; and a whole extraction, from listing the images to the manifest,
+without building the teacher (its own column). The ratio, extraction / (forward + decoding), is taken within a round. `cpu_ratio` is the same
+of the processor time of the whole process, which other work on the machine disturbs less. Appended to results/extract.csv.
+"""
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import click
+import numpy as np
+import torch
+from measure import ROOT, machine
+from rows import append
+from torch import Tensor
+
+from mrmae.extract import run
+from mrmae.extract.forecast import one_view
+from mrmae.extract.images import list_sources
+from mrmae.extract.options import Options
+from mrmae.extract.teachers import Teacher, build_teacher, normalise, parse_teacher
+from mrmae.shards.spec import canonical_order
+
+CASES = {
+    "cnn": "cnn=timm:mobilenetv2_100@{root}/weights/mobilenetv2_100_imagenet1k.safetensors"
+           "?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear",
+    "vit": "vit=timm:vit_base_patch16_224/random",
+}  # fmt: skip
+BATCHES = {"cnn": (1, 2, 4, 8, 16, 32), "vit": (1, 4, 8, 16)}
+FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+Spent = tuple[float, float]  # seconds of wall time, and of processor time
+
+
+def spent(work: Callable[[], Any]) -> Spent:
+    """What `work` takes."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+# --- the parts
+
+
+class Forward:
+    """The bare model on normalised pixels, at its best batch size and memory format."""
+
+    def __init__(self, teacher: Teacher, pixels: Tensor, batches: tuple[int, ...]) -> None:
+        self.teacher, self.image = teacher, normalise(pixels, teacher.spec)
+        choices = list(itertools.product(batches, FORMATS))
+        times = {choice: min(self.trial(*choice) for _ in range(2)) for choice in choices}
+        self.batch, self.format = min(choices, key=lambda choice: times[choice])
+
+    def use(self, batch: int, format: str) -> None:
+        self.batch, self.format = batch, format
+        self.teacher.tower.module.to(memory_format=FORMATS[format])  # type: ignore[call-overload]
+
+    def trial(self, batch: int, format: str) -> float:
+        """Seconds per image."""
+        self.use(batch, format)
+        n = max(batch, len(self.image) // 8 // batch * batch)
+        self.pass_over(batch)
+        return spent(lambda: self.pass_over(n))[0] / n
+
+    def pass_over(self, n: int) -> None:
+        """The forward of `n` images."""
+        self.teacher.tower.module.to(memory_format=FORMATS[self.format])  # type: ignore[call-overload]
+        with torch.inference_mode():
+            for at in range(0, n, self.batch):
+                image = self.image[torch.arange(at, min(at + self.batch, n)) % len(self.image)]
+                self.teacher.tower.features(image.contiguous(memory_format=FORMATS[self.format]))
+
+
+def decode_all(folder: Path, options: Options) -> list[np.ndarray[Any, Any]]:
+    """Every view as a teacher sees it, by the options' number of threads."""
+    sources = list_sources([folder], ())
+    with ThreadPoolExecutor(options.workers) as pool:
+        return list(pool.map(lambda i: one_view(sources.read(i), sources[i].key, options), range(len(sources))))
+
+
+@contextmanager
+def timed_building() -> Iterator[list[Spent]]:
+    """Inside, the times that extractions spend on building teachers are gathered."""
+    times: list[Spent] = []
+
+    def build(*args: Any, **how: Any) -> Teacher:
+        made: list[Teacher] = []
+        times.append(spent(lambda: made.append(build_teacher(*args, **how))))
+        return made[0]
+
+    with mock.patch.object(run, "build_teacher", build):
+        yield times
+
+
+def extract(options: Options) -> tuple[Spent, float]:
+    """(A whole extraction without the building, seconds of building)."""
+    with timed_building() as building:
+        wall, cpu = spent(lambda: run.extract_features(options, say=lambda _: None))
+    return (wall - building[0][0], cpu - building[0][1]), building[0][0]
+
+
+# --- rounds
+
+
+def images_of(tar: Path, n: int, folder: Path) -> Path:
+    """A folder with the first `n` training images of the tar, in canonical order, as they are."""
+    sources = list_sources([tar], ("train/*",))
+    for i in canonical_order([image.key for image in sources])[:n]:
+        file = folder / sources[i].key
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(sources.read(i))
+    return folder
+
+
+def one_case(case: str, text: str, folder: Path, rounds: int, work: Path, threads: int) -> dict[str, Any]:
+    """The row of one teacher."""
+    options = Options([folder], work / "none", teachers=(text,), device="cpu").resolved()
+    pixels = torch.from_numpy(np.stack(decode_all(folder, options)))
+    n = len(pixels)
+    teacher = build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
+    forward = Forward(teacher, pixels, BATCHES[case])
+    parts: dict[str, list[Spent]] = {"forward": [], "decode": [], "extract": []}
+    build_s = 0.0
+    for i in range(rounds):
+        parts["forward"].append(spent(lambda: forward.pass_over(n)))
+        parts["decode"].append(spent(lambda: decode_all(folder, options)))
+        took, build_s = extract(Options([folder], work / f"{case}{i}", teachers=(text,), device="cpu"))
+        parts["extract"].append(took)
+    spec = teacher.spec
+    ratio, cpu_ratio = ratios(parts, 0), ratios(parts, 1)
+    row = {"teacher": spec.model, "weights": spec.weights, "images": n, "threads": threads, "rounds": rounds,
+           "forward_batch": forward.batch, "forward_format": forward.format, "engine_batch": options.batch_size}  # fmt: skip
+    row |= {f"{name}_ms": statistics.median(t[0] for t in times) / n * 1e3 for name, times in parts.items()}
+    row |= {"build_s": build_s, "ratio": statistics.median(ratio), "ratio_min": min(ratio), "ratio_max": max(ratio)}
+    row |= {"cpu_ratio": statistics.median(cpu_ratio), "cpu_ratio_min": min(cpu_ratio), "cpu_ratio_max": max(cpu_ratio)}
+    return row
+
+
+def ratios(parts: dict[str, list[Spent]], which: int) -> list[float]:
+    """Extraction over the sum of its parts, round by round."""
+    return [e[which] / (f[which] + d[which]) for f, d, e in zip(parts["forward"], parts["decode"], parts["extract"])]
+
+
+@click.command()
+@click.option("--data-root", default=ROOT.parents[1] / "shared", type=click.Path(path_type=Path))
+@click.option("--case", "cases", multiple=True, type=click.Choice(list(CASES)), help="Default: all.")
+@click.option("--images", default=512, type=click.IntRange(1), help="For the CNN.")
+@click.option("--vit-images", default=64, type=click.IntRange(1), help="For the ViT.")
+@click.option("--threads", default=0, type=click.IntRange(0), help="Cores, PyTorch threads, decoding threads; 0: all.")
+@click.option("--rounds", default=3, type=click.IntRange(1))
+@click.option("--out", default=ROOT / "results" / "extract.csv", type=click.Path(path_type=Path))
+def main(data_root: Path, cases: tuple[str, ...], images: int, vit_images: int, threads: int, rounds: int, out: Path) -> None:  # fmt: skip
+    """Print and append one row per teacher; exit 1 where a ratio is above 1.05."""
+    cores = sorted(os.sched_getaffinity(0))[-threads:]
+    os.sched_setaffinity(0, cores)
+    torch.set_num_threads(len(cores))
+    rows = []
+    for case in cases or CASES:
+        with tempfile.TemporaryDirectory() as work:
+            n = images if case == "cnn" else vit_images
+            folder = images_of(data_root / "data/clothing-small.tar", n, Path(work) / "images")
+            text = CASES[case].format(root=data_root)
+            rows.append(one_case(case, text, folder, rounds, Path(work), len(cores)))
+        about = machine("cpu")
+        rows[-1] |= {"load": os.getloadavg()[0], **{k: about[k] for k in ("device", "torch", "commit", "date")}}
+        click.echo("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in rows[-1].items()))
+    append(out, rows)
+    raise SystemExit(any(row["ratio"] > 1.05 for row in rows))
+
+
+if __name__ == "__main__":
+    main()
