@@ -101,9 +101,11 @@ def store_column(
 
 
 def written_in(began: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`about` with the seconds that the shard's files took to write, fsync included, since `began`."""
+    """`about`; where it tells seconds, with those that the shard's files took to write, fsync included, since `began`."""
     about = dict(about or {})
-    return about | {"seconds": {**about.get("seconds", {}), "write": round(time.perf_counter() - began, 6)}}
+    if "seconds" in about:
+        about["seconds"] = {**about["seconds"], "write": time.perf_counter() - began}
+    return about
 
 
 def stored_order(plan: Plan, view: int, arrays: Mapping[str, Array], keys: Sequence[str]) -> Mapping[str, Array]:

@@ -363,7 +363,8 @@ def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
     """
     file = path / "samples.parquet"
     try:
-        table = pq.read_table(pa.BufferReader(file.read_bytes()), page_checksum_verification=True, partitioning=None)
+        with pq.ParquetFile(pa.BufferReader(file.read_bytes()), page_checksum_verification=True) as parquet:
+            table = parquet.read()
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
     numbers = table["number"].to_pylist() if table.schema.equals(SAMPLES) else []

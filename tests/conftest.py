@@ -69,7 +69,7 @@ def write_synthetic_cache(
 def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows: Sequence[PixelRow]) -> None:
     """Store one shard of the pixels or of one teacher's column."""
     if column == plan.PIXELS:
-        return commit.store_pixels(path, made, view, shard, rows, {"seconds": {"write": 0.0}})
+        return commit.store_pixels(path, made, view, shard, rows)
     keep, quantiser = torch.tensor([row.jpeg is not None for row in rows]), made.quantisers[column]
     arrays = features(rows, made.teacher(column))
     tokens = arrays.pop("tokens")
