@@ -1,0 +1,62 @@
+"""How long it takes to open caches of 1,000 shards, for bench_cache.py."""
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from mrmae.shards import commit, plan
+from mrmae.shards.cache import open_cache
+from mrmae.shards.plan import PIXELS, Plan
+from mrmae.shards.quantize import Quantiser
+from mrmae.shards.spec import TeacherSpec, ViewRecipe, content_id
+
+SHARDS = 1000
+
+
+def rows(work: Path, repeats: int = 3) -> list[dict[str, Any]]:
+    """Seconds to open: 1,000 shards of 16 samples, and of 1,280 samples, as many as ImageNet has."""
+    found = []
+    for samples in (16 * SHARDS, 1280 * SHARDS):
+        path = hollow_cache(work / f"open{samples}", samples)
+        seconds = [seconds_to_open(path) for _ in range(repeats)]
+        found.append({"what": f"open {SHARDS} shards, {samples} samples", "reader": "mrmae zarr", "value": statistics.median(seconds),
+                      "unit": "s", "low": min(seconds), "high": max(seconds), "goal_s": 2})  # fmt: skip
+    return found
+
+
+def seconds_to_open(path: Path) -> float:
+    began = time.perf_counter()
+    open_cache(path)
+    return time.perf_counter() - began
+
+
+def hollow_cache(path: Path, n: int) -> Path:
+    """A cache whose metadata are whole and whose shard files are sparse, of the size that the manifest tells."""
+    keys = sorted(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n))  # the order of keys is not checked when opening
+    from bench_cache import teacher
+
+    spec: TeacherSpec = teacher()
+    made = Plan("sha256:" + "0" * 64, n, ViewRecipe(size=28), spec.grid, 1, n // SHARDS, "int8", (spec,),
+                {spec.column: Quantiser("int8")})  # fmt: skip
+    table = {"key": keys, "label": [key[:9] for key in keys], "bytes": [110_000] * n, "sha256": [f"{i:064x}" for i in range(n)],
+             "height": [375] * n, "width": [500] * n, "valid": [True] * n, "reason": [None] * n}  # fmt: skip
+    plan.write_samples(path, table)
+    (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
+    commit.create_columns(path, made)
+    records = {unit: hollow_shard(path, made, unit) for unit in commit.units(made)}
+    body = commit.manifest_body(path, made, records, table)
+    (path / "manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
+    return path
+
+
+def hollow_shard(path: Path, made: Plan, unit: commit.Unit) -> dict[str, Any]:
+    """A commit record of files of zeros that take no space."""
+    files = {}
+    for file in commit.unit_files(path, made, *unit):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "wb") as content:
+            content.truncate(1 << 20 if unit[1] == PIXELS else 150_000 * made.shard_samples)
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": "0" * 64}
+    return {"files": files, "count": made.shard_samples, "valid": made.shard_samples}
