@@ -29,7 +29,6 @@ from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_p
 from mrmae.shards.write import publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array
 
-ESCAPED = bytes(range(32)) + b"\\"  # beside the quotation mark: what JSON does not hold as it is
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 VALUE = {
     "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
@@ -256,18 +255,7 @@ def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> di
 
 def samples_id(table: Mapping[str, Sequence[Any]]) -> str:
     """Content id of the rows of samples.parquet, as columns (not of its bytes: they depend on pyarrow's version)."""
-    pairs = [canonical_json(name) + b":" + canonical_list(table[name]) for name in sorted(table)]
-    return "sha256:" + hashlib.sha256(b"{" + b",".join(pairs) + b"}").hexdigest()
-
-
-def canonical_list(values: Sequence[Any]) -> bytes:
-    """Canonical JSON of a list; of a million plain strings four times as fast as the json module."""
-    try:
-        text = '","'.join(values).encode()
-    except TypeError:
-        return canonical_json(list(values))
-    escaped = text.count(b'"') > 2 * (len(values) - 1) or len(text) > len(text.translate(None, ESCAPED))
-    return canonical_json(list(values)) if escaped or not values else b'["' + text + b'"]'
+    return content_id(dict(table))
 
 
 def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:

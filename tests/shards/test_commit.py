@@ -18,7 +18,7 @@ from mrmae.shards import commit, plan, write
 from mrmae.shards.cache import open_cache
 from mrmae.shards.plan import Source
 from mrmae.shards.quantize import Quantiser
-from mrmae.shards.spec import ViewRecipe, content_id
+from mrmae.shards.spec import ViewRecipe
 
 Make = Callable[..., Path]
 SMALL = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 4, "bad": (2,)}
@@ -256,10 +256,3 @@ def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None
     made = plan.Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
     with pytest.raises(ValueError, match="dataset id is not that of these images"):
         plan.start(tmp_path / "c", made, [Source("a", None, 1, "00")])
-
-
-@pytest.mark.parametrize("key", ["a.png", 'quoted".png', "back\\slash", "new\nline", '","', "ü 中 \u2028", ""])
-def test_the_id_of_samples_is_a_content_id_whatever_the_keys(key: str) -> None:
-    table = {"key": [key, "b"], "label": [None, key], "bytes": [1, 2], "sha256": ["", key], "valid": [True, False]}
-    assert commit.samples_id(table) == content_id(table)
-    assert commit.samples_id({"key": []}) == content_id({"key": []})
