@@ -23,7 +23,7 @@ from typing import Any
 import click
 import numpy as np
 import openings
-from measure import ROOT, clock, machine
+from measure import ROOT, machine
 from readers import BATCH, COLUMN, Reader, readers_of
 from rows import append
 from synthetic import SHARD, write_cache
@@ -67,7 +67,9 @@ def warm_rows(readers: dict[str, Reader], n: int, threads: int, rounds: int) -> 
     rows = []
     for mode in ("random", "epoch", "stream"):
         # webdataset has one order; in the others it is left out
-        chosen = {name: r for name, r in readers.items() if name == "memcpy" or ("webdataset" in name) == (mode == "stream")}
+        chosen = {
+            name: r for name, r in readers.items() if name == "memcpy" or ("webdataset" in name) == (mode == "stream")
+        }
         speeds: dict[str, list[float]] = {name: [] for name in chosen}
         for i in range(rounds + 1):
             for name, reader in chosen.items():
@@ -168,7 +170,9 @@ def cold_rows(cache_path: Path, readers: dict[str, Reader], n: int, rounds: int)
 @click.option("--rounds", default=5, type=click.IntRange(1))
 @click.option("--format", "formats", multiple=True, default=("zarr",), help="How the cache stores columns.")
 @click.option("--only", type=click.Choice(["warm", "open", "memory", "cold"]))
-@click.option("--folder", type=click.Path(path_type=Path), help="Where the cache lies for a while; default: the system's.")
+@click.option(
+    "--folder", type=click.Path(path_type=Path), help="Where the cache lies for a while; default: the system's."
+)
 @click.option("--out", default=ROOT / "results" / "cache.csv", type=click.Path(path_type=Path))
 def main(samples: int, threads: int, rounds: int, formats: tuple[str, ...], only: str | None, folder: Path | None, out: Path) -> None:  # fmt: skip
     """Print and append rows; exit 1 where a goal is missed."""

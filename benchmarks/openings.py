@@ -34,7 +34,9 @@ def seconds_to_open(path: Path) -> float:
 
 def hollow_cache(path: Path, n: int) -> Path:
     """A cache whose metadata are whole and whose shard files are sparse, of the size that the manifest tells."""
-    keys = sorted(f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n))  # the order of keys is not checked when opening
+    keys = sorted(
+        f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG" for i in range(n)
+    )  # the order of keys is not checked when opening
     from bench_cache import teacher
 
     spec: TeacherSpec = teacher()

@@ -48,7 +48,9 @@ def ours(path: Path, threads: int) -> Reader:
         {n: np.empty((1, *shape), dtype) for n, (shape, dtype) in cache.columns[COLUMN].layout.arrays().items() if n != "norm"}
     ).items()}  # fmt: skip
     views = np.zeros(BATCH, np.int64)
-    return lambda numbers: {n: t.numpy() for n, t in cache.read_column(COLUMN, numbers, views, tuple(out), out=out).items()}
+    return lambda numbers: {
+        n: t.numpy() for n, t in cache.read_column(COLUMN, numbers, views, tuple(out), out=out).items()
+    }
 
 
 def in_threads(copy: Callable[[int, int], None], threads: int) -> Callable[[], None]:

@@ -4,6 +4,8 @@ What is left to do is always the plan minus the valid commits, so stopping anywh
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import os
 import time
 from collections import defaultdict, deque
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from mrmae.extract.decode import Batch, Images, Prepared, StoredRows, prepared_batches, stored_rows
 from mrmae.extract.options import Options
-from mrmae.extract.progress import Progress
+from mrmae.extract.progress import Pace, Progress
 from mrmae.extract.teachers import Features, Teacher
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
@@ -43,6 +45,7 @@ class Job:
     images: Images
     teachers: Mapping[str, Teacher]
     options: Options
+    pace: Pace = dataclasses.field(default_factory=Pace)
 
 
 # --- calibration
@@ -73,7 +76,11 @@ def calibration_features(job: Job) -> Kept:
     readable, reason = 0, ""
     work = cut({shard: [(0, column) for column in job.teachers] for shard in range(job.plan.n_shards)}, job)
     batches = prepared_batches(job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers)
-    with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_images)) as progress:
+    first = min(CALIBRATION_SAMPLES, job.plan.n_images)
+    # Their forward is done here, so that shards which hold them take less time later.
+    left = {"calibrating": first, "known": first * job.plan.n_views}
+    left["new"] = max(0, views_of(unfinished(job), job) - left["known"])
+    with Progress("calibrating", first, left=left, pace=job.pace) as progress:
         for batch, prepared in batches:
             pixels = view_pixels(prepared, 0)
             if pixels is not None:
@@ -104,18 +111,15 @@ def extract_missing(job: Job, kept: Kept) -> None:
 
     One shard is written while the next is computed.
     """
-    todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
-    for view, column, shard in commits.missing(job.path, job.plan):
-        refuse_requantised(job, column)
-        if job.options.part.owns(shard):
-            todo[shard].append((view, column))
+    todo = unfinished(job)
     stream = prepared_batches(
         job.images, job.plan.recipe, cut(todo, job), known_pixels(job), workers=job.options.workers
     )
-    total = sum(len(batch.numbers) * len(batch.views) for batch in cut(todo, job))
+    total, known = views_of(todo, job), views_of(todo, job, kept)
     unit = "views" if job.plan.n_views > 1 else "images"
     what = "extracting" + (f" part {job.options.part}" if job.options.part.of > 1 else "")
-    with Progress(what, total, unit) as progress, ThreadPoolExecutor(1, "write") as writer:
+    left = {"new": total - known, "known": known}
+    with Progress(what, total, unit, left=left, pace=job.pace) as progress, ThreadPoolExecutor(1, "write") as writer:
         writing: deque[Future[None]] = deque()
         for shard, units in todo.items():
             parts = shard_parts(job, shard, units, stream, kept, progress)
@@ -132,6 +136,23 @@ def refuse_requantised(job: Job, column: str) -> None:
     if quantiser is not None and quantiser.source is not None:
         raise ValueError(f"{job.path}: {column} was made by inspect-cache convert from column {quantiser.source[:19]} and "
                          "has shards missing; only that can write them: repeat the command that made this cache")  # fmt: skip
+
+
+def unfinished(job: Job) -> dict[int, list[tuple[int, str]]]:
+    """(view, column) of everything that this process's part has to do, by shard."""
+    todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    for view, column, shard in commits.missing(job.path, job.plan):
+        refuse_requantised(job, column)
+        if job.options.part.owns(shard):
+            todo[shard].append((view, column))
+    return todo
+
+
+def views_of(todo: Mapping[int, Sequence[tuple[int, str]]], job: Job, kept: Kept | None = None) -> int:
+    """How many views the batches of these shards hold; kept: only of batches among these."""
+    starts = None if kept is None else {(shard, start) for shard, start, _ in kept}
+    return sum(len(batch.numbers) * len(batch.views) for batch in cut(todo, job)
+               if starts is None or (batch.shard, batch.numbers.start) in starts)  # fmt: skip
 
 
 def cut(todo: Mapping[int, Sequence[tuple[int, str]]], job: Job) -> Iterator[Batch]:
@@ -184,6 +205,7 @@ def shard_parts(
         batch, prepared = next(stream)
         waited = time.monotonic() - waited
         assert batch.shard == shard, "batches come in the order of the shards"
+        known = any((shard, batch.numbers.start, column) in kept for _, column in parts)
         for (view, column), part in parts.items():
             if column == PIXELS:
                 part.rows += [p.rows[view] for p in prepared]
@@ -192,7 +214,7 @@ def shard_parts(
             else:
                 features = kept.pop((shard, batch.numbers.start, column), None) if view == 0 else None
                 take(job, column, part, prepared, view, features)
-        progress.add(len(prepared) * len(batch.views))
+        progress.add(len(prepared) * len(batch.views), kind="known" if known else "new")
     return parts
 
 
@@ -274,10 +296,12 @@ def whole_shard(part: Part, stored: Mapping[str, tuple[tuple[int, ...], str]]) -
 
 def circumstances(job: Job) -> dict[str, Any]:
     """What is recorded beside a shard and hashed nowhere: versions, device, time, command and where it was given."""
-    import open_clip
-    import PIL
-    import timm
-
-    versions = {module.__name__: module.__version__ for module in (torch, timm, open_clip, np, PIL)}
-    return {"versions": versions, "device": job.options.device, "written": int(time.time()),
+    return {"versions": versions(), "device": job.options.device, "written": int(time.time()),
             "command": job.options.command(), "folder": os.getcwd()}  # fmt: skip
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What is installed of what computes, found without importing it: open_clip alone would take seconds."""
+    packages = {"torch": "torch", "timm": "timm", "open_clip": "open_clip_torch", "numpy": "numpy", "PIL": "pillow"}
+    return {name: importlib.metadata.version(package) for name, package in packages.items()}

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -41,11 +42,45 @@ def human_bytes(n: float) -> str:
     return f"{n:.3g} TB"
 
 
-class Progress:
-    """Counts `total` things called `unit`; use it as a context manager, call `add` as they are done."""
+class Pace:
+    """How long things of several kinds take, from the recent past, through all stages of a run.
 
-    def __init__(self, what: str, total: int, unit: str = "images", *, console: Console | None = None) -> None:
+    The first things of a kind pay for its start and do not count. A kind that was not seen yet is taken to be as slow as the
+    slowest that was.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, list[tuple[float, int]]] = {}  # by kind: (seconds, things) so far
+
+    def add(self, kind: str, n: int, seconds: float) -> None:
+        """`n` things of this kind took so long."""
+        marks = self._seen.setdefault(kind, [])
+        marks.append((marks[-1][0] + seconds, marks[-1][1] + n) if marks else (0.0, 0))
+        recent = marks[-1][0] - max(RATE_WINDOW_SECONDS, marks[-1][0] / 2)
+        while len(marks) > 2 and marks[1][0] < recent:
+            marks.pop(0)
+
+    def seconds_left(self, left: Mapping[str, int]) -> float:
+        """How long these many things will take; infinite as long as nothing is known."""
+        each = {kind: (marks[-1][0] - marks[0][0]) / (marks[-1][1] - marks[0][1])
+                for kind, marks in self._seen.items() if marks[-1][1] > marks[0][1]}  # fmt: skip
+        slowest = max(each.values(), default=math.inf)
+        return sum(n * each.get(kind, slowest) for kind, n in left.items() if n > 0)
+
+
+class Progress:
+    """Counts `total` things called `unit`; use it as a context manager, call `add` as they are done.
+
+    left: things of every kind that the whole run has still to do, these and later ones; their ETA is shown. pace: what is
+    known of kinds from stages before.
+    """
+
+    def __init__(
+        self, what: str, total: int, unit: str = "images", *, console: Console | None = None,
+        left: Mapping[str, int] | None = None, pace: Pace | None = None,
+    ) -> None:  # fmt: skip
         self.what, self.total, self.unit = what, total, unit
+        self.left, self.pace = dict(left or {unit: total}), pace or Pace()
         self.done = 0
         self.bytes = 0
         self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
@@ -68,12 +103,17 @@ class Progress:
         elif kind is None and self.total:
             self.console.print(f"{self.what} {self.line()}")
 
-    def add(self, n: int = 1, *, bytes: int = 0) -> None:
-        """`n` more are done, `bytes` more were written."""
+    def add(self, n: int = 1, *, bytes: int = 0, kind: str = "") -> None:
+        """`n` more are done, `bytes` more were written. kind: one of `left`; default: the first."""
         self.done += n
         self.bytes += bytes
         now = time.monotonic()
-        self._marks.append((now, self.done))
+        if n:
+            kind = kind or next(iter(self.left))
+            self.left[kind] -= n
+            self.pace.add(kind, n, now - self._marks[-1][0])
+        if n:
+            self._marks.append((now, self.done))
         while len(self._marks) > 2 and self._marks[1][0] < now - RATE_WINDOW_SECONDS:
             self._marks.pop(0)
         if self._bar:
@@ -89,10 +129,8 @@ class Progress:
 
     def rates(self) -> str:
         """Rate, bytes so far and ETA."""
-        rate = self.rate()
-        left = (self.total - self.done) / rate if rate else math.inf
         written = f"  {human_bytes(self.bytes)}" if self.bytes else ""
-        return f"{rate:.3g} {self.unit}/s{written}  ETA {human_time(left)}"
+        return f"{self.rate():.3g} {self.unit}/s{written}  ETA {human_time(self.pace.seconds_left(self.left))}"
 
     def line(self) -> str:
         """One plain line: how many of how many, and the rates."""

@@ -12,7 +12,7 @@ from mrmae.extract.engine import Job, calibrated, extract_missing
 from mrmae.extract.forecast import forecast, measure_rates
 from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
-from mrmae.extract.plan import describe
+from mrmae.extract.plan import choices, describe
 from mrmae.extract.progress import human_bytes, human_time
 from mrmae.extract.ranks import wait_for_plan, wait_for_shards
 from mrmae.extract.recorded import complete_teacher
@@ -65,6 +65,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         kinds = " ".join(sorted(sources.passed_over))
         say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
     if dry_run:
+        say(choices(options.recipe, teachers.specs, images=len(sources), views=options.views))
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     job = (start if options.part.leads else join)(options, sources, teachers, shard_samples, say)

@@ -8,6 +8,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import tensorstore
 import zarr
 
 from mrmae.shards.zarr_io import Layout, create_column, read_attributes, shard_path, write_column_shard
@@ -62,7 +63,6 @@ def test_plain_zarr_reads_every_value_and_sentinels_elsewhere(tmp_path: Path, dt
 
 
 def test_tensorstore_reads_every_value(tmp_path: Path) -> None:
-    tensorstore = pytest.importorskip("tensorstore", reason="an optional second reader")
     content = write_column(tmp_path / "x.zarr", LAYOUT)
     for name, expected in content.items():
         spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(tmp_path / "x.zarr" / name)}}
