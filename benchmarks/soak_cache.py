@@ -28,7 +28,7 @@ from conftest import TEACHERS, write_synthetic_cache  # noqa: E402
 
 def tiny_cache(folder: Path, format: str) -> Path:
     """Three shards, two views, one teacher with CLS and attention, one bad image: small, so that a fault takes 50 ms."""
-    return write_synthetic_cache(folder / format, n=5, size=16, grid=2, n_views=2, shard_samples=2, bad=(2,),
+    return write_synthetic_cache(folder / format, n=6, size=16, grid=2, n_views=2, shard_samples=2, bad=(2,),
                                  teachers={"a": TEACHERS["a"]}, format=format)  # fmt: skip
 
 
