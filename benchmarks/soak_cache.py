@@ -52,7 +52,9 @@ def done_before(out: Path, commit: str, seed: int) -> set[tuple[str, str]]:
     if not out.exists():
         return set()
     with open(out, newline="") as file:
-        return {(r["format"], r["kind"]) for r in csv.DictReader(file) if (r["commit"], r["seed"]) == (commit, str(seed))}
+        return {
+            (r["format"], r["kind"]) for r in csv.DictReader(file) if (r["commit"], r["seed"]) == (commit, str(seed))
+        }
 
 
 @click.command()
@@ -73,7 +75,19 @@ def main(faults: int, formats: tuple[str, ...], seed: int, folder: Path | None, 
                 continue
             row = soak(caches[format], kind, each, [seed, i])
             wrong += row["missed"] + row["false_alarms"]
-            append(out, [{"format": format, "kind": kind, **row, "seed": seed, "commit": about["commit"], "date": about["date"]}])
+            append(
+                out,
+                [
+                    {
+                        "format": format,
+                        "kind": kind,
+                        **row,
+                        "seed": seed,
+                        "commit": about["commit"],
+                        "date": about["date"],
+                    }
+                ],
+            )
             click.echo(f"{format} {kind}: " + "  ".join(f"{name} {n}" for name, n in row.items()))
     raise SystemExit(bool(wrong))
 

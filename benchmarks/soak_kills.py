@@ -70,7 +70,7 @@ def start(images: Path, cache: Path, teachers: dict[str, Teacher], rank: int, ra
         return pid
     code = 4
     try:
-        with open(cache.parent / f"said{rank}", "w") as said, contextlib.redirect_stderr(said):
+        with open(images.parent / f"said{rank}", "w") as said, contextlib.redirect_stderr(said):
             os.environ |= {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(ranks),

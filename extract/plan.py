@@ -70,16 +70,16 @@ def blocks_in_words(blocks: BlockRule, grid: tuple[int, int]) -> str:
     return f"{blocks.blocks} of {n} patches, seed {blocks.seed}; train-mrmae --set mask.sampler=block reads one of them"
 
 
-def choices(recipe: ViewRecipe, teachers: Sequence[TeacherSpec], *, images: int, views: int) -> str:
+def choices(recipe: ViewRecipe, teachers: Sequence[TeacherSpec], *, images: int, views: int, format: str) -> str:
     """What other choices would cost: bytes per image and view, and of the whole cache."""
-    pixels = jpeg_bytes(recipe)
-    every = {"int8": pixels + sum(sample_bytes(teacher, "int8") for teacher in teachers),
-             "float16": pixels + sum(sample_bytes(teacher, "float16") for teacher in teachers)}  # fmt: skip
-    every |= {f"int8, only {t.column}": pixels + sample_bytes(t, "int8") for t in teachers if len(teachers) > 1}
-    rows = [(f"{name}, {k} view{'s' * (k > 1)}", size, size * k * images)
-            for k in sorted({1, 2, views}) for name, size in every.items()]  # fmt: skip
-    return "\n".join(["choices:", *(f"  {name:<48} {human_bytes(size):>8}/view {human_bytes(total):>8}"
-                                    for name, size, total in rows)])  # fmt: skip
+    every = {f"{dtype}, all teachers": teachers for dtype in DTYPES}
+    every |= {f"int8, only {t.column}": [t] for t in teachers if len(teachers) > 1} | {"no teachers: views alone": []}
+    lines = []
+    for name, kept in every.items():
+        size = jpeg_bytes(recipe) + sum(sample_bytes(t, name.partition(",")[0], format) for t in kept)
+        whole = "  ".join(f"{human_bytes(size * k * images):>8} with {k}" for k in sorted({1, 2, views}))
+        lines.append(f"  {name:<40} {human_bytes(size):>8}/view  {whole}")
+    return "\n".join([f"choices, by views per image ({format}):", *lines])
 
 
 def about(teacher: TeacherSpec, dtype: str) -> str:

@@ -65,7 +65,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         kinds = " ".join(sorted(sources.passed_over))
         say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
     if dry_run:
-        say(choices(options.recipe, teachers.specs, images=len(sources), views=options.views))
+        say(choices(options.recipe, teachers.specs, images=len(sources), views=options.views, format=options.format))
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     job = (start if options.part.leads else join)(options, sources, teachers, shard_samples, say)

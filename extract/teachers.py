@@ -83,7 +83,7 @@ def build_teacher(
     target = torch.device(device)
     tower.module.to(target)
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
-        tower.module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        tower.module.to(memory_format=torch.channels_last)
     return Teacher(make_spec(request, tower, found, cls is not None, grid, precision), tower.tail, tower, target)
 
 

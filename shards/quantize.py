@@ -17,6 +17,7 @@ from torch import Tensor
 SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
 FP16_MAX = 65504.0
 CALIBRATION_SAMPLES = 1024
+SAMPLES_AT_ONCE = 32  # in conversion: bounds its float32 copies
 CACHED_VALUES = 2**18  # a CPU works on so many features at a time: temporaries stay in its cache, and memory bounded
 Channels = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -258,7 +259,8 @@ def measure_part(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | 
 
 def lengths(tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
     """Euclidean norms, as float64."""
-    return torch.linalg.vector_norm(tokens, dim=-1).double()
+    norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1)
+    return norms.double()
 
 
 def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
