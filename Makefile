@@ -30,7 +30,8 @@ check: $(INSTALLED)
 
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600
-	$(BIN)/python benchmarks/soak_cache.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_cache.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
