@@ -51,8 +51,12 @@ def main(data_root: Path, images: int, only: str, out: Path) -> None:
     """Print and append one row per teacher, tap and dtype."""
     with tempfile.TemporaryDirectory() as work:
         folder = images_of(data_root / "data/clothing-small.tar", images, Path(work))
-        pixels = torch.from_numpy(np.stack(decode_all(folder, Options([folder], Path(work) / "c", device="cpu").resolved())))
-    click.echo("| teacher | weights | tap | dtype | standardised | SNR dB | p99.9 of 1 - cos |\n| --- | --- | --- | --- | --- | ---: | ---: |")
+        pixels = torch.from_numpy(
+            np.stack(decode_all(folder, Options([folder], Path(work) / "c", device="cpu").resolved()))
+        )
+    click.echo(
+        "| teacher | weights | tap | dtype | standardised | SNR dB | p99.9 of 1 - cos |\n| --- | --- | --- | --- | --- | ---: | ---: |"
+    )
     about = machine("cpu")
     for name, text in TEACHERS:
         if only not in name:
@@ -61,7 +65,13 @@ def main(data_root: Path, images: int, only: str, out: Path) -> None:
         for r in rows:
             click.echo(f"| {r['teacher']} | {r['weights']} | {r['tap']} | {r['dtype']} | {'yes' if r['standardised'] else 'no'} | "
                        f"{r['snr_db']:.1f} | {r['p999_one_minus_cos']:.2g} |")  # fmt: skip
-        append(out, [row | {"images": images, "torch": about["torch"], "commit": about["commit"], "date": about["date"]} for row in rows])
+        append(
+            out,
+            [
+                row | {"images": images, "torch": about["torch"], "commit": about["commit"], "date": about["date"]}
+                for row in rows
+            ],
+        )
 
 
 if __name__ == "__main__":

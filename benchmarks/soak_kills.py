@@ -180,6 +180,8 @@ class Soak:
         """Count an interruption that must have been told, with what to do."""
         said = (self.work / "said0").read_text()
         counts["events"] += 1
+        if codes != [3] or "run the same command again" not in said:
+            click.echo(f"not told: exit {codes}, {said[-400:]}", err=True)
         counts["told"] += codes == [3] and "could not be written" in said and "run the same command again" in said
         counts["invalid"] += self.invalid_shards(cache)
 
@@ -195,7 +197,9 @@ class Soak:
                     time.sleep(self.rng.uniform(0.1, 0.9) * self.seconds)
                     while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
                         pass  # busy while a file is open for writing
-                self.count_refusal(disk / "c", finish(pids), counts)
+                codes = finish(pids)
+                if codes != [0]:  # else it had finished before the disk was taken away
+                    self.count_refusal(disk / "c", codes, counts)
                 subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
                 self.check_end(disk / "c", 1, counts)
         return counts

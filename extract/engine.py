@@ -89,6 +89,7 @@ def calibration_features(job: Job) -> Kept:
                 readable += len(pixels)
             reason = next((p.rows[0].reason or "" for p in prepared if p.rows[0].reason), reason)
             progress.add(len(prepared))
+            job.pace.add("known", len(prepared), sum(p.seconds for p in prepared) / job.options.workers)
             if readable >= CALIBRATION_SAMPLES:
                 batches.close()
                 break

@@ -140,9 +140,13 @@ def explained(error: OSError, path: Path) -> OSError:
 
 
 def remove(path: Path) -> None:
-    """Remove a file of the cache, if it is there."""
-    with contextlib.suppress(FileNotFoundError):
+    """Remove a file of the cache, if it is there. OSError as in publish; a read-only disk refuses even what is not there."""
+    try:
         path.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise explained(error, path) from error
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mrmae.shards import write
 from mrmae.shards.write import publish, publish_by, remove_leftovers
 
 
@@ -103,3 +104,18 @@ def test_a_file_filled_by_name_is_there_whole_or_not_at_all(tmp_path: Path) -> N
     with pytest.raises(OSError, match="log: could not be written: No space left.*free some space"):
         publish_by(path, full)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_turns_read_only_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It refuses to remove, too: even the temporary file, even what is not there."""
+
+    def read_only(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(write, "link_exclusively", read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    for act in (lambda: write.publish(tmp_path / "a", b"x"), lambda: write.remove(tmp_path / "a")):
+        with pytest.raises(
+            OSError, match="a: could not be written: Read-only .*; everything committed so far stays valid"
+        ):
+            act()
