@@ -71,7 +71,7 @@ def put_in_place(path: Path, *, replace: bool) -> Iterator[Path]:
     except OSError as error:
         raise explained(error, path) from error
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a disk that turned read-only refuses this, too; the first error says why
             temporary.unlink()
 
 
