@@ -168,7 +168,9 @@ def cold_rows(cache_path: Path, readers: dict[str, Reader], n: int, rounds: int)
 @click.option("--samples", default=1024, type=click.IntRange(2 * BATCH))
 @click.option("--threads", default=0, type=click.IntRange(0), help="0: as many as cores.")
 @click.option("--rounds", default=5, type=click.IntRange(1))
-@click.option("--format", "formats", multiple=True, default=("zarr",), help="How the cache stores columns.")
+@click.option(
+    "--format", "formats", multiple=True, default=("zarr", "webdataset"), help="How the cache stores columns."
+)
 @click.option("--only", type=click.Choice(["warm", "open", "memory", "cold"]))
 @click.option(
     "--folder", type=click.Path(path_type=Path), help="Where the cache lies for a while; default: the system's."
@@ -179,7 +181,7 @@ def main(samples: int, threads: int, rounds: int, formats: tuple[str, ...], only
     threads = threads or len(os.sched_getaffinity(0))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=folder) as work:
-        paths = {f: write_cache(Path(work) / f, [teacher()], n=samples, size=28, grid=GRID) for f in formats}
+        paths = {f: write_cache(Path(work) / f, [teacher()], n=samples, size=28, grid=GRID, format=f) for f in formats}
         readers = readers_of(paths, Path(work), threads)
         want: dict[str, Callable[[], list[dict[str, Any]]]] = {
             "warm": lambda: warm_rows(readers, samples, threads, rounds),

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from mrmae.shards.cache import open_cache
-from mrmae.shards.plan import column_folder
 
 BATCH = 64
 COLUMN = "t.pre_tail"
@@ -26,7 +25,7 @@ def readers_of(paths: Mapping[str, Path], work: Path, threads: int) -> dict[str,
     found |= {f"mrmae {format}": ours(path, threads) for format, path in paths.items()}
     found["np.memmap"] = mapped(rows, work, threads)
     if "zarr" in paths:
-        folder = column_folder(paths["zarr"], 0, COLUMN)
+        folder = open_cache(paths["zarr"]).plan.column_folder(paths["zarr"], 0, COLUMN)
         found |= {"zarr-python": zarr_python(folder, threads), "tensorstore": tensorstore(folder, threads)}
     found["webdataset"] = webdataset(rows, work)
     check = np.arange(BATCH)

@@ -14,12 +14,16 @@ from mrmae.shards.webdataset_io import PixelRow
 SHARD = 32
 
 
-def write_cache(path: Path, specs: Sequence[TeacherSpec], *, n: int, size: int, grid: int) -> Path:
+def write_cache(
+    path: Path, specs: Sequence[TeacherSpec], *, n: int, size: int, grid: int, format: str = "zarr"
+) -> Path:
     """A cache of `n` images with a column of every teacher, through the real writers."""
     rng = np.random.default_rng(0)
     sources = plan.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
     recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
-    made = plan.start(path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs)), sources)
+    made = plan.start(
+        path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format), sources
+    )
     quantisers = {
         s.column: Quantiser("int8", np.zeros(s.width, np.float32), np.ones(s.width, np.float32), standardised=True)
         for s in specs
