@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mrmae.shards import commit, plan
+from mrmae.shards import commit, plan, samples
 from mrmae.shards.cache import open_cache
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.quantize import Quantiser
@@ -44,7 +44,7 @@ def hollow_cache(path: Path, n: int) -> Path:
                 {spec.column: Quantiser("int8")})  # fmt: skip
     table = {"key": keys, "label": [key[:9] for key in keys], "bytes": [110_000] * n, "sha256": [f"{i:064x}" for i in range(n)],
              "height": [375] * n, "width": [500] * n, "valid": [True] * n, "reason": [None] * n}  # fmt: skip
-    plan.write_samples(path, table)
+    samples.write_samples(path, table)
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     commit.create_columns(path, made)
     records = {unit: hollow_shard(path, made, unit) for unit in commit.units(made)}

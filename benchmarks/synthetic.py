@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mrmae.shards import commit, plan, views
-from mrmae.shards.plan import Plan, Source
+from mrmae.shards import commit, plan, samples, views
+from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import Quantiser
+from mrmae.shards.samples import Source
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.webdataset_io import PixelRow
 
@@ -19,7 +20,7 @@ def write_cache(
 ) -> Path:
     """A cache of `n` images with a column of every teacher, through the real writers."""
     rng = np.random.default_rng(0)
-    sources = plan.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
+    sources = samples.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
     recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
     made = plan.start(
         path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format), sources

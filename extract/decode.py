@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from mrmae.extract.images import Sources
-from mrmae.shards.plan import Plan, Source, tar_path
+from mrmae.shards.plan import Plan, tar_path
 from mrmae.shards.reader import read_members
+from mrmae.shards.samples import Source
 from mrmae.shards.spec import ViewRecipe, key_hash
 from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render
 from mrmae.shards.webdataset_io import PixelRow, parse_row, read_index

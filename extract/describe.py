@@ -11,7 +11,8 @@ from rich.table import Table
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.extract.progress import human_bytes
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import PIXELS, Plan, load_plan, read_samples, read_tail
+from mrmae.shards.plan import PIXELS, Plan, load_plan, read_tail
+from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import plain
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import derived_specs

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mrmae.extract.recorded import recorded_teachers
 from mrmae.extract.teachers import Features, Teacher, TeacherRequest, build_teacher, parse_teacher
-from mrmae.shards.cache import Cache, Column, Numbers
+from mrmae.shards.cache import Cache
+from mrmae.shards.opened import Column, Numbers
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec, compare_specs, plain
 
 COSINE = {"float16": 0.9999, "int8": 0.9998, "fp8": 0.999}

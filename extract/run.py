@@ -21,8 +21,9 @@ from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
 from mrmae.shards.extend import extend_plan
-from mrmae.shards.plan import Plan, Source
+from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import DTYPES
+from mrmae.shards.samples import Source
 from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
 from mrmae.shards.tail import BEHIND, taps_behind
 from mrmae.shards.write import make_folder, remove

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from mrmae.shards.cache import Cache, Numbers
+from mrmae.shards.cache import Cache
+from mrmae.shards.opened import Numbers
 from mrmae.shards.write import publish
 
 CELL, GAP, HEADER = 160, 6, 34  # pixels

@@ -16,9 +16,9 @@ from torch import Tensor
 from mrmae.extract.digest import digest_images
 from mrmae.extract.images import Sources, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.plan import Source as Row
 from mrmae.shards.plan import read_sources
 from mrmae.shards.remote import locate
+from mrmae.shards.samples import Source as Row
 from mrmae.shards.spec import content_id, dataset_id
 from mrmae.shards.views import FILTERS, BadImage, Pixels, decode_rgb
 from mrmae.shards.write import make_folder

@@ -10,21 +10,16 @@ from pathlib import Path
 
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import (
-    SAMPLES,
     Appended,
     Plan,
-    Source,
-    canonical_sources,
     dataset_ids,
     load_plan,
-    read_samples,
     read_sources,
     readable_json,
     refuse_other_images,
     tar_path,
-    write_samples,
-    write_sources,
 )
+from mrmae.shards.samples import SAMPLES, Source, canonical_sources, read_samples, write_samples, write_sources
 from mrmae.shards.spec import grown_dataset_id
 from mrmae.shards.webdataset_io import read_index
 from mrmae.shards.write import publish, remove

@@ -22,9 +22,10 @@ from mrmae.shards.commit import (
     units,
     valid_record,
 )
-from mrmae.shards.plan import PIXELS, Plan, read_samples
+from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import pieces
+from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
 from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index

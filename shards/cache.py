@@ -6,12 +6,11 @@
 Reads are thread-safe, every chunk is verified by its crc32c, and an opened cache may be pickled (spawned workers).
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,34 +22,22 @@ from torch import Tensor
 
 from mrmae.shards import verify
 from mrmae.shards.blocks import IN_BLOCKS, BlockRule
-from mrmae.shards.commit import Unit, bad_images, commit_path, committed, pixels_of, units
+from mrmae.shards.commit import Unit, bad_images, committed, units
 from mrmae.shards.nearest import nearest
-from mrmae.shards.plan import NO_IMAGE, PIXELS, Plan, load_plan, read_samples, tail_path, tar_path
-from mrmae.shards.quantize import Quantiser, dequantise
+from mrmae.shards.opened import Column, Indices, Numbers, OpenedFiles
+from mrmae.shards.plan import PIXELS, Plan, load_plan, tail_path, tar_path
+from mrmae.shards.quantize import dequantise
 from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.remote import RemotePath, Unreachable, locate
+from mrmae.shards.remote import RemotePath, locate
+from mrmae.shards.samples import NO_IMAGE, read_samples
 from mrmae.shards.spec import TeacherSpec, content_id, signed_hashes
-from mrmae.shards.storage import Shard
 from mrmae.shards.tail import apply_tail, derived_specs
 from mrmae.shards.views import BadImage, View, decode_jpeg
-from mrmae.shards.webdataset_io import TarIndex, parse_row, read_index
-from mrmae.shards.zarr_io import Layout
+from mrmae.shards.webdataset_io import parse_row
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
-Indices = Sequence[int] | Numbers | Tensor
 REMOTE_THREADS = 16
 PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
 REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
-
-
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One teacher's column: what made it, how it is stored, the id of its numbers, its arrays."""
-
-    spec: TeacherSpec
-    quantiser: Quantiser
-    id: str
-    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Sample:
     views: list[dict[str, Any]]
 
 
-class Cache:
+class Cache(OpenedFiles):
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
@@ -92,22 +79,16 @@ class Cache:
 
     def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
                  readable: Sequence[bool], threads: int) -> None:  # fmt: skip
-        self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
-        self.keys: list[str] = table["key"]
+        super().__init__(path, plan, table, readable, threads)
+        self.manifest = manifest
         self.labels: list[str | None] = table["label"]
-        self.reasons: list[str | None] = table["reason"]
-        self.readable = np.asarray(readable, bool)
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
-        self.size, self.grid, self.n_views = plan.recipe.size, plan.grid, plan.n_views
-        self.shard_samples, self.dtype, self.blocks = plan.shard_samples, plan.dtype, plan.token_layout
-        self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
-                        for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
+        self.size, self.grid = plan.recipe.size, plan.grid
+        self.dtype, self.blocks = plan.dtype, plan.token_layout
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
-        self._opened: dict[tuple[str, int, int], Any] = {}  # by column, view, shard: their indices stay in memory
         self._tails: dict[str, dict[str, Tensor]] = {}
-        self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
 
     @property
     def unfinished(self) -> str | None:
@@ -117,10 +98,7 @@ class Cache:
         return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_tails": {}, "_pool": None}
-
-    def __len__(self) -> int:
-        return len(self.keys)
+        return {**super().__getstate__(), "_tails": {}}
 
     def __getitem__(self, which: int | str) -> Sample:
         """The sample of this number or key, tokens dequantised. Raises IndexError or KeyError."""
@@ -339,108 +317,6 @@ class Cache:
                                  "delete it and run the same extract-features command again")  # fmt: skip
             self._tails[teacher] = safetensors.torch.load(data)
         return self._tails[teacher]
-
-    def checked(self, numbers: Indices, views: Indices) -> tuple[Numbers, Numbers]:
-        """Both as int64 arrays. Raises ValueError for samples that cannot be read, and for views that are not there."""
-        at, of = np.asarray(numbers, np.int64), np.asarray(views, np.int64)
-        if at.shape != of.shape or at.ndim != 1:
-            raise ValueError(f"{self.path}: {at.shape} numbers and {of.shape} views; expected one view per number")
-        for name, values, n in (("sample", at, len(self)), ("view", of, self.n_views)):
-            if (wrong := values[(values < 0) | (values >= n)]).size:
-                raise ValueError(f"{self.path}: {name} {wrong[0]} is not in the cache; it has {n}")
-        if (wrong := at[~self.readable[at]]).size:
-            why = self.reasons[wrong[0]] or "it is not extracted yet"
-            raise ValueError(f"{self.path}: sample {wrong[0]} ({self.keys[wrong[0]]!r}) cannot be read: {why}; "
-                             "take samples from Cache.numbers")  # fmt: skip
-        return at, of
-
-    def run(
-        self, column: str, read: Callable[[Numbers, int, int], None], numbers: Numbers, views: Numbers,
-        *, at_once: int = 2**62,
-    ) -> None:  # fmt: skip
-        """Call read(positions, view, shard) in threads for each shard's part of the batch.
-
-        at_once: positions per call, at most. Raises ValueError that names shard, sample and repair.
-        """
-
-        def explained(part: tuple[Numbers, int, int]) -> None:
-            try:
-                read(*part)
-            except Damaged as error:
-                raise ValueError(self.repair_text(error, column, *part[1:])) from None
-            except Unreachable as error:
-                number = int(numbers[part[0][0]])
-                raise Unreachable(f"sample {number} ({self.keys[number]!r}), shard {part[2]} of {column}, view {part[1]}: "
-                                  f"{error}") from None  # fmt: skip
-
-        parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
-        if len(parts) <= 1:
-            for part in parts:
-                explained(part)
-            return
-        calls = [self.pool().submit(explained, part) for part in parts]
-        concurrent.futures.wait(calls)  # all of them: nobody writes to the buffer after an error
-        for call in calls:
-            call.result()
-
-    def repair_text(self, error: Damaged, column: str, view: int, shard: int) -> str:
-        """What is damaged, whose sample it is, and how to repair it."""
-        number = shard * self.shard_samples + (error.row or 0)
-        whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
-        if isinstance(error.path, RemotePath):
-            return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; upload this file again from the "
-                    "folder that the cache was extracted to (inspect-cache verify --full there says whether it is whole)")  # fmt: skip
-        made = self.plan.quantisers.get(column)
-        command = "inspect-cache convert" if made is not None and made.source else "extract-features"
-        return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
-                f"{commit_path(self.path, view, column, shard)} and run the same {command} command again, "
-                "which rewrites this shard only")  # fmt: skip
-
-    def column_shard(self, column: str, view: int, shard: int) -> Shard:
-        """The opened shard of a column."""
-        opened: Shard | None = self._opened.get((column, view, shard))
-        if opened is None:
-            folder, layout = self.plan.column_folder(self.path, view, column), self.columns[column].layout
-            args = folder, layout, self.plan.shard_ids(shard)[column], view, shard, self.shard_keys(shard)
-            opened = self._opened.setdefault((column, view, shard), self.plan.storage.open_shard(*args))
-        return opened
-
-    def shard_keys(self, shard: int) -> list[str]:
-        """Keys of a shard's samples."""
-        numbers = self.plan.ranges[shard]
-        return self.keys[numbers.start : numbers.stop]
-
-    def pixel_index(self, view: int, shard: int) -> TarIndex:
-        """The index of a pixel tar, once its keys are known to be this cache's."""
-        path = tar_path(self.path, view, shard)
-        index = self._opened.get((PIXELS, view, shard))
-        if index is None:
-            try:
-                index = read_index(path)
-            except ValueError as error:
-                raise Damaged(path, None, str(error)) from None
-            if index.of != pixels_of(self.plan, view, shard):
-                raise Damaged(path, None, f"its index belongs to {index.of}")
-            if index.keys != self.shard_keys(shard):
-                raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
-            self._opened[PIXELS, view, shard] = index
-        assert isinstance(index, TarIndex)
-        return index
-
-    def pool(self) -> concurrent.futures.ThreadPoolExecutor:
-        """This process's reading threads (threads do not survive a fork)."""
-        if self._pool is None or self._pool[0] != os.getpid():
-            self._pool = (os.getpid(), concurrent.futures.ThreadPoolExecutor(self.threads, "cache"))
-        return self._pool[1]
-
-
-def shard_parts(shards: Numbers, views: Numbers, at_once: int) -> Iterator[tuple[Numbers, int, int]]:
-    """(positions, view, shard) for each part of a batch that lies in one shard, positions ascending."""
-    order = np.lexsort((shards, views))
-    cuts = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(views[order]) != 0)) + 1
-    for part in np.split(order, cuts) if len(order) else []:
-        for start in range(0, len(part), at_once):
-            yield part[start : start + at_once], int(views[part[0]]), int(shards[part[0]])
 
 
 def open_cache(

@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
-from mrmae.shards.cache import Cache, Numbers
+from mrmae.shards.cache import Cache
+from mrmae.shards.opened import Numbers
 from mrmae.shards.spec import FORMAT_VERSION, content_id
 from mrmae.shards.write import publish
 

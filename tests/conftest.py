@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import commit, plan, quantize, remote, views
+from mrmae.shards import commit, plan, quantize, remote, samples, views
 from mrmae.shards.blocks import BlockRule
-from mrmae.shards.plan import Plan, Source
+from mrmae.shards.plan import Plan
+from mrmae.shards.samples import Source
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.webdataset_io import PixelRow
 
@@ -40,7 +41,7 @@ def write_synthetic_cache(
     bad: positions of images (in the order they are made) that do not decode.
     """
     images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(smooth_images(n, seed, labels).items())}
-    sources = plan.canonical_sources(
+    sources = samples.canonical_sources(
         Source(key, key.split("/")[0] if labels else None, len(data), hashlib.sha256(data).hexdigest())
         for key, data in images.items()
     )

@@ -14,10 +14,10 @@ from typing import Any
 
 import pytest
 
-from mrmae.shards import commit, plan, write
+from mrmae.shards import commit, plan, samples, write
 from mrmae.shards.cache import open_cache
-from mrmae.shards.plan import Source
 from mrmae.shards.quantize import Quantiser
+from mrmae.shards.samples import Source
 from mrmae.shards.spec import ViewRecipe
 
 Make = Callable[..., Path]
@@ -158,9 +158,9 @@ def test_bad_images_are_listed_before_and_after_the_end(make_cache: Make, tmp_pa
     made = plan.load_plan(path)
     (number,) = commit.bad_images(path, made)
     assert plan.read_sources(path)[number].key == "class 2/bild 002 ü.png"
-    assert plan.read_samples(path)["valid"] == [None] * 6
+    assert samples.read_samples(path)["valid"] == [None] * 6
     assert commit.finalise(path, made)["n_valid"] == 5
-    table = plan.read_samples(path)
+    table = samples.read_samples(path)
     assert table["valid"] == [i != number for i in range(6)]
     assert table["reason"][number].startswith("not an image") and table["height"][number] == 0
 
