@@ -124,8 +124,8 @@ def eta_row(case: str, text: str, folder: Path, work: Path) -> dict[str, Any]:
     said: list[tuple[float, float]] = []  # (moment, seconds left)
     add = Progress.add
 
-    def noting(self: Progress, n: int = 1, *, bytes: int = 0, kind: str = "") -> None:
-        add(self, n, bytes=bytes, kind=kind)
+    def noting(self: Progress, n: int = 1, *, bytes: int = 0) -> None:
+        add(self, n, bytes=bytes)
         said.append((time.perf_counter(), self.pace.seconds_left(self.left)))
 
     with timed_building() as building, mock.patch.object(Progress, "add", noting):

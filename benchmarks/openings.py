@@ -18,10 +18,10 @@ SHARDS = 1000
 def rows(work: Path, repeats: int = 3) -> list[dict[str, Any]]:
     """Seconds to open: 1,000 shards of 16 samples, and of 1,280 samples, as many as ImageNet has."""
     found = []
-    for samples in (16 * SHARDS, 1280 * SHARDS):
-        path = hollow_cache(work / f"open{samples}", samples)
+    for n in (16 * SHARDS, 1280 * SHARDS):
+        path = hollow_cache(work / f"open{n}", n)
         seconds = [seconds_to_open(path) for _ in range(repeats)]
-        found.append({"what": f"open {SHARDS} shards, {samples} samples", "reader": "mrmae zarr", "value": statistics.median(seconds),
+        found.append({"what": f"open {SHARDS} shards, {n} samples", "reader": "mrmae zarr", "value": statistics.median(seconds),
                       "unit": "s", "low": min(seconds), "high": max(seconds), "goal_s": 2})  # fmt: skip
     return found
 

@@ -99,29 +99,37 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
 
 
 def prepared_batches(
-    images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int
-) -> Generator[tuple[Batch, list[Prepared]], None, None]:
+    images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int,
+    ready: dict[tuple[int, int], list[Prepared]] | None = None,
+) -> Generator[tuple[Batch, list[Prepared]], None, None]:  # fmt: skip
     """Every batch with its prepared samples, in order, a few batches ahead of use.
 
     stored: gives the views of a shard whose pixels are committed already; called once per run of its batches.
+    ready: batches that are prepared already, by shard and first number; emptied as they are used.
     """
-    ahead: deque[tuple[Batch, list[Future[Prepared]]]] = deque()
+    ahead: deque[tuple[Batch, Sequence[Prepared | Future[Prepared]]]] = deque()
     pool = ThreadPoolExecutor(workers, "decode")
     shard, known = -1, StoredRows()
     try:
         for batch in batches:
-            if batch.shard != shard:
-                shard, known = batch.shard, stored(batch.shard)
-            calls = [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
-            ahead.append((batch, calls))
+            if ready and (there := ready.pop((batch.shard, batch.numbers.start), None)) is not None:
+                ahead.append((batch, there))
+            else:
+                if batch.shard != shard:
+                    shard, known = batch.shard, stored(batch.shard)
+                calls = [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
+                ahead.append((batch, calls))
             if len(ahead) > AHEAD:
-                ready, calls = ahead.popleft()
-                yield ready, [call.result() for call in calls]
+                yield finished(*ahead.popleft())
         while ahead:
-            ready, calls = ahead.popleft()
-            yield ready, [call.result() for call in calls]
+            yield finished(*ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def finished(batch: Batch, samples: Sequence[Prepared | Future[Prepared]]) -> tuple[Batch, list[Prepared]]:
+    """The batch once its samples are prepared."""
+    return batch, [sample if isinstance(sample, Prepared) else sample.result() for sample in samples]
 
 
 def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:

@@ -45,34 +45,42 @@ def human_bytes(n: float) -> str:
 class Pace:
     """How long things of several kinds take, from the recent past, through all stages of a run.
 
-    The first things of a kind pay for its start and do not count. A kind that was not seen yet is taken to be as slow as the
-    slowest that was.
+    The first things of a kind pay for its start: they count only as long as there are no others.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[str, list[tuple[float, int]]] = {}  # by kind: (seconds, things) so far
+        self._first: dict[str, float] = {}  # by kind: seconds each
+        self._seen: dict[str, list[tuple[float, int]]] = {}  # by kind: (seconds, things) so far, without the first
 
     def add(self, kind: str, n: int, seconds: float) -> None:
         """`n` things of this kind took so long."""
-        marks = self._seen.setdefault(kind, [])
-        marks.append((marks[-1][0] + seconds, marks[-1][1] + n) if marks else (0.0, 0))
+        if kind not in self._seen:
+            self._first[kind], self._seen[kind] = seconds / n, [(0.0, 0)]
+            return
+        marks = self._seen[kind]
+        marks.append((marks[-1][0] + seconds, marks[-1][1] + n))
         recent = marks[-1][0] - max(RATE_WINDOW_SECONDS, marks[-1][0] / 2)
         while len(marks) > 2 and marks[1][0] < recent:
             marks.pop(0)
 
+    def seconds_each(self, kind: str) -> float:
+        """Seconds per thing; 0 for a kind that was not seen yet."""
+        marks = self._seen.get(kind, [(0.0, 0)])
+        n = marks[-1][1] - marks[0][1]
+        return (marks[-1][0] - marks[0][0]) / n if n else self._first.get(kind, 0.0)
+
     def seconds_left(self, left: Mapping[str, int]) -> float:
         """How long these many things will take; infinite as long as nothing is known."""
-        each = {kind: (marks[-1][0] - marks[0][0]) / (marks[-1][1] - marks[0][1])
-                for kind, marks in self._seen.items() if marks[-1][1] > marks[0][1]}  # fmt: skip
-        slowest = max(each.values(), default=math.inf)
-        return sum(n * each.get(kind, slowest) for kind, n in left.items() if n > 0)
+        if not self._seen:
+            return math.inf
+        return sum(n * self.seconds_each(kind) for kind, n in left.items() if n > 0)
 
 
 class Progress:
     """Counts `total` things called `unit`; use it as a context manager, call `add` as they are done.
 
-    left: things of every kind that the whole run has still to do, these and later ones; their ETA is shown. pace: what is
-    known of kinds from stages before.
+    left: how often each kind of work has still to be done until the run ends, in later stages too; with it, `spent` tells what
+    was, and the ETA is that of the run. pace: what is known of kinds from stages before.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class Progress:
         left: Mapping[str, int] | None = None, pace: Pace | None = None,
     ) -> None:  # fmt: skip
         self.what, self.total, self.unit = what, total, unit
+        self.plain = left is None  # one kind of work, timed from one `add` to the next
         self.left, self.pace = dict(left or {unit: total}), pace or Pace()
         self.done = 0
         self.bytes = 0
@@ -103,16 +112,20 @@ class Progress:
         elif kind is None and self.total:
             self.console.print(f"{self.what} {self.line()}")
 
-    def add(self, n: int = 1, *, bytes: int = 0, kind: str = "") -> None:
-        """`n` more are done, `bytes` more were written. kind: one of `left`; default: the first."""
+    def spent(self, kind: str, n: int, seconds: float) -> None:
+        """`n` times this kind of work is done and took so long."""
+        if n:
+            self.left[kind] -= n
+            self.pace.add(kind, n, seconds)
+
+    def add(self, n: int = 1, *, bytes: int = 0) -> None:
+        """`n` more are done, `bytes` more were written."""
         self.done += n
         self.bytes += bytes
         now = time.monotonic()
         if n:
-            kind = kind or next(iter(self.left))
-            self.left[kind] -= n
-            self.pace.add(kind, n, now - self._marks[-1][0])
-        if n:
+            if self.plain:
+                self.spent(self.unit, n, now - self._marks[-1][0])
             self._marks.append((now, self.done))
         while len(self._marks) > 2 and self._marks[1][0] < now - RATE_WINDOW_SECONDS:
             self._marks.pop(0)

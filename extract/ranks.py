@@ -66,9 +66,9 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 
 def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
-    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and of these images.
+    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and has these images.
 
-    ValueError when another plan stays there.
+    One that goes on lacking some is returned, too. ValueError when another plan stays there.
     """
     why, began = ["there is none yet"], time.monotonic()
 
@@ -88,7 +88,8 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
         if set(found.quantisers) != {teacher.column for teacher in found.columns}:
             why[0] = "it is not calibrated yet"
             return None
-        if not keys <= {row.key for row in plans.read_sources(job_path)}:
+        lacks = not keys <= {row.key for row in plans.read_sources(job_path)}
+        if lacks and time.monotonic() - began <= OTHER_PLAN_SECONDS:
             why[0] = "it does not have all of these images"
             return None
         return found

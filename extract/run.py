@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrmae.extract.calibration import calibrated
 from mrmae.extract.decode import Images
 from mrmae.extract.digest import digest_images
-from mrmae.extract.engine import Job, calibrated, extract_missing
+from mrmae.extract.engine import extract_missing
 from mrmae.extract.forecast import forecast, measure_rates
 from mrmae.extract.images import Sources, list_sources
+from mrmae.extract.job import Job
 from mrmae.extract.options import Options
 from mrmae.extract.plan import choices, describe
 from mrmae.extract.progress import human_bytes, human_time
@@ -180,7 +182,8 @@ def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: 
     plan = wait_for_plan(options.cache, planned(options, "", len(keys), teachers, shard_samples), keys)
     rows = plans.read_sources(options.cache)
     order = positions(sources, rows)
-    if not options.append and any(at < 0 and row.key for at, row in zip(order, rows)):
+    missing = not options.append and any(at < 0 and row.key for at, row in zip(order, rows))
+    if missing or keys - {row.key for row in rows}:
         raise ValueError(f"{options.cache}: part {options.part} sees other images than the plan's; expected the same "
                          "IMAGES everywhere; check paths and mounts")  # fmt: skip
     images = Images(sources, rows, order, options.max_pixels)

@@ -21,7 +21,9 @@ from PIL import Image
 
 from mrmae.extract import engine, run
 from mrmae.extract.cli import main
+from mrmae.extract.decode import Images
 from mrmae.extract.run import Options, TooManyBad, extract_features
+from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import open_cache
 from mrmae.shards.quantize import dequantise
 from mrmae.shards.spec import ViewRecipe
@@ -108,6 +110,19 @@ def test_a_run_stopped_anywhere_ends_in_the_same_manifest(
                 extract(folder, tmp_path / f"c{stop_after}", VIT, CNN, views=2)
         assert not (tmp_path / f"c{stop_after}/manifest.json").exists()
         assert extract(folder, tmp_path / f"c{stop_after}", VIT, CNN, views=2) == whole
+
+
+def test_every_image_is_decoded_once_and_every_view_shown_once(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[int] = []
+    shown: list[int] = []
+    decode, forward = Images.decode, Teacher.forward
+    monkeypatch.setattr(Images, "decode", lambda self, number: [decoded.append(number), decode(self, number)][1])
+    monkeypatch.setattr(Teacher, "forward", lambda self, pixels: [shown.append(len(pixels)), forward(self, pixels)][1])
+    extract(folder, tmp_path / "cache", VIT, CNN, views=2)
+    n = len(open_cache(finished))
+    assert sorted(decoded) == list(range(n)) and sum(shown) == 2 * 2 * n  # two views, two teachers
 
 
 def test_kill_during_extraction_leaves_a_state_that_continues(folder: Path, finished: Path, tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Calibration: the quantisers of columns that have none yet, from the first samples; what it computes is not computed again."""
+
+import dataclasses
+import time
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from mrmae.extract.decode import Prepared, prepared_batches
+from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
+from mrmae.extract.progress import Progress
+from mrmae.extract.teachers import Features
+from mrmae.shards import plan as plans
+from mrmae.shards.quantize import CALIBRATION_SAMPLES, Quantiser, calibrate, measure, quantise
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """A batch that calibration has seen: its samples with every view that is to be extracted, and view 0's features by column."""
+
+    prepared: list[Prepared]
+    features: dict[str, Features]
+
+
+KeptBatches = dict[tuple[int, int], Kept]  # by shard and first number
+
+
+def calibrated(job: Job) -> tuple[Job, KeptBatches]:
+    """The job with every column's quantiser frozen in its plan, and the batches that calibration has seen.
+
+    The first 1,024 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
+    shown to the teachers again afterwards.
+    """
+    pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
+    if not pending:
+        return job, {}
+    kept: KeptBatches = {}
+    if job.options.dtype == "float16":
+        found = {column: Quantiser(job.options.dtype) for column in pending}
+    else:
+        kept = calibration_batches(dataclasses.replace(job, teachers=pending))
+        found = {column: calibrate(first_rows(kept, column), dtype=job.options.dtype) for column in pending}
+    plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
+    return dataclasses.replace(job, plan=plan), kept
+
+
+def calibration_batches(job: Job) -> KeptBatches:
+    """Whole batches until 1,024 samples are readable. ValueError when no image is."""
+    kept: KeptBatches = {}
+    readable, reason, todo = 0, "", unfinished(job)
+    # Decoded with all the views that this process extracts, so that no image is decoded twice.
+    work = cut({shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)}, job)
+    batches = prepared_batches(job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers)
+    first = min(CALIBRATION_SAMPLES, job.plan.n_images)
+    with Progress("calibrating", first, left=work_of(job, first), pace=job.pace) as progress:
+        while readable < CALIBRATION_SAMPLES:
+            began = time.monotonic()
+            batch, prepared = next(batches, (None, []))
+            if batch is None:
+                break
+            decoded = time.monotonic()
+            pixels = view_pixels(prepared, 0)
+            features = {} if pixels is None else {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
+            kept[batch.shard, batch.numbers.start] = Kept(prepared, features)
+            progress.spent("decode", len(prepared), decoded - began)
+            progress.spent("forward", len(prepared), time.monotonic() - decoded)
+            if features and not readable:
+                try_storing(job, features, len(prepared), progress)
+            readable += 0 if pixels is None else len(pixels)
+            reason = next((p.rows[0].reason or "" for p in prepared if p.rows[0].reason), reason)
+            progress.add(len(prepared))
+    batches.close()
+    if not readable:
+        raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
+                         "expected photographs; check IMAGES")  # fmt: skip
+    return kept
+
+
+def work_of(job: Job, calibrating: int) -> dict[str, int]:
+    """How often each kind of work is still to be done by this process, calibration included: what an ETA is made of."""
+    batches = list(cut(unfinished(job), job))
+    views = sum(len(batch.numbers) * len(batch.views) for batch in batches)
+    images = sum(len(batch.numbers) for batch in batches)
+    return {
+        "calibrate": calibrating,
+        "decode": max(images, calibrating),
+        "forward": max(views, calibrating),
+        "store": views,
+    }
+
+
+def try_storing(job: Job, features: Mapping[str, Features], n: int, progress: Progress) -> None:
+    """Calibrate on one batch and quantise it, for nothing but to know how long these take."""
+    for _ in range(2):  # the first time is slower
+        began = time.monotonic()
+        found = {column: calibrate(f.tokens, dtype=job.options.dtype) for column, f in features.items()}
+        calibrated_at = time.monotonic()
+        for column, f in features.items():
+            measure(f.tokens, *quantise(f.tokens, found[column]), found[column])
+        progress.pace.add("calibrate", n, calibrated_at - began)
+        progress.pace.add("store", n, time.monotonic() - calibrated_at)
+
+
+def first_rows(kept: KeptBatches, column: str) -> Tensor:
+    """Tokens [n, l, d] of the first 1,024 samples of a column."""
+    seen = [batch.features[column].tokens.cpu() for batch in kept.values() if column in batch.features]
+    return torch.cat(seen)[:CALIBRATION_SAMPLES]
