@@ -59,6 +59,16 @@ def test_columns_in_tars_are_read_at_a_url(s3: Any, make_cache: Make, tmp_path: 
     assert CliRunner().invoke(main, ["verify", url, "--full"]).exit_code == 0
 
 
+@pytest.mark.parametrize("format", ["zarr", "webdataset"])
+def test_one_token_block_is_read_at_a_url(s3: Any, make_cache: Make, tmp_path: Path, format: str) -> None:
+    path = make_cache(tmp_path / "c", format=format, n=8, n_views=1, blocks=4)
+    near, far = open_cache(path), open_cache(s3.upload(path, f"blocks-{format}"))
+    where = near.numbers, near.numbers * 0
+    one, two = (cache.read_block("a.pre_tail", *where, near.numbers % 4) for cache in (near, far))
+    assert all(torch.equal(one[name], two[name]) for name in ("tokens", "scale"))
+    assert torch.equal(near.read_tokens("a.pre_tail", *where), far.read_tokens("a.pre_tail", *where))
+
+
 def test_extraction_to_a_url_is_refused(tmp_path: Path) -> None:
     done = CliRunner().invoke(extract_command, [str(tmp_path), "s3://photos/x.cache"])
     assert done.exit_code == 1 and "s3://photos/x.cache: extract-features writes to folders" in done.output
