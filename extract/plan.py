@@ -79,7 +79,17 @@ def choices(recipe: ViewRecipe, teachers: Sequence[TeacherSpec], *, images: int,
         size = jpeg_bytes(recipe) + sum(sample_bytes(t, name.partition(",")[0], format) for t in kept)
         whole = "  ".join(f"{human_bytes(size * k * images):>8} with {k}" for k in sorted({1, 2, views}))
         lines.append(f"  {name:<40} {human_bytes(size):>8}/view  {whole}")
-    return "\n".join([f"choices, by views per image ({format}):", *lines])
+    return "\n".join([f"choices, by views per image ({format}):", *lines, *read_in_blocks(teachers)])
+
+
+def read_in_blocks(teachers: Sequence[TeacherSpec], blocks: int = 4) -> list[str]:
+    """What training reads per image of int8 tokens, in raster order and as one of so many token blocks; the view comes on top."""
+    l = teachers[0].grid[0] * teachers[0].grid[1] if teachers else 0
+    if not l or l % blocks:
+        return []
+    whole = sum(l * (t.width + 2) for t in teachers)
+    return [f"  training reads, beside the view, {human_bytes(whole)} per image of int8 tokens, and {human_bytes(whole // blocks)} with "
+            f"--token-layout blocks --blocks {blocks}"]  # fmt: skip
 
 
 def about(teacher: TeacherSpec, dtype: str) -> str:

@@ -33,6 +33,7 @@ def test_a_dry_run_measures_every_stage_and_leaves_nothing(
     assert extract_features(options(photo_folder, tmp_path / "c"), dry_run=True, say=said.append) == {}
     for word in ("decoding", "vit.pre_tail", "disk", "estimate:", "20 views, limited by", "verdict:"):
         assert word in said[-1], word
+    assert "1.06 kB per image of int8 tokens, and 264 B with --token-layout blocks" in "\n".join(said)  # 16 x (64 + 2)
     assert list(tmp_path.iterdir()) == []
 
 
