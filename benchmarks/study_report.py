@@ -1,0 +1,299 @@
+"""The study's tables and plots from its CSV files. Tables go between `<!-- NAME -->` and `<!-- /NAME -->` of docs/evidence.md.
+
+Intervals are 95 % percentile bootstraps over the test images; those of differences are paired (the same images for both arms), and
+where an arm has several seeds the mean over them is resampled. They hold the seeds fixed: the spread over seeds stands beside them.
+"""
+
+import csv
+import functools
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import study_arms
+from study_arms import ARMS, CACHES, NOT_RUN, RECIPES, Arm
+
+Row = dict[str, Any]
+DOCS = Path(__file__).parent.parent / "docs"
+COLOURS = {"mae": "#000000", "mr-mae": "#0072b2", "mimic-only": "#d55e00", "mimic-masked": "#009e73"}  # Okabe-Ito
+PROBES = {"knn": "10-NN", "linear": "linear", "attentive": "attentive", "finetune": "fine-tuned"}
+RESAMPLES, NONE = 2000, "–"
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV file; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def packed(right: np.ndarray[Any, Any]) -> str:
+    """Right and wrong as hexadecimal digits, four images each."""
+    return np.packbits(right.astype(bool)).tobytes().hex()
+
+
+def unpacked(row: Row) -> np.ndarray[Any, Any]:
+    bits = np.frombuffer(bytes.fromhex(row["right"]), np.uint8)
+    return np.unpackbits(bits)[: int(row["n_test"])].astype(float)
+
+
+def write(results: Path, docs: Path = DOCS) -> None:
+    """Draw the plots and renew the tables of docs/evidence.md with what the CSV files hold so far."""
+    rows, cost = read(results / "study_mimic.csv"), read(results / "study_cost.csv")
+    if not rows:
+        return
+    page = docs / "evidence.md"
+    text = page.read_text() if page.exists() else ""
+    for name, table in TABLES.items():
+        text = replaced(text, name, table(rows, cost))
+    if text:
+        page.write_text(text)
+    draw_curves(docs / "pictures" / "study_curves.png", rows, cost)
+    draw_arms(docs / "pictures" / "study_arms.png", rows)
+
+
+def replaced(text: str, name: str, lines: Iterable[str]) -> str:
+    """`text` with these lines between the marks of `name`."""
+    block = "\n".join([f"<!-- {name} -->", "", *lines, "", f"<!-- /{name} -->"])
+    return re.sub(f"<!-- {name} -->.*?<!-- /{name} -->", lambda _: block, text, flags=re.S)
+
+
+# --- numbers
+
+
+def chosen(rows: Sequence[Row], arms: Sequence[str], probe: str, epoch: int | None = None) -> list[Row]:
+    """The rows of these arms, in their order, at their last epoch unless one is given."""
+    found = []
+    for arm in arms:
+        mine = [
+            row for row in rows if (row["arm"], row["probe"]) == (arm, probe) and epoch in (None, int(row["epoch"]))
+        ]
+        found += sorted(mine, key=lambda row: int(row["epoch"]))[-1:]
+    return found
+
+
+def seeds_of(recipe: str) -> list[str]:
+    return [f"{recipe}-s{seed}" for seed in range(3)]
+
+
+def right_share(rows: Sequence[Row]) -> np.ndarray[Any, Any]:
+    """Of every test image the share of these rows that are right about it."""
+    shares: np.ndarray[Any, Any] = np.mean([unpacked(row) for row in rows], axis=0)
+    return shares
+
+
+@functools.cache
+def resamples(n: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(0).integers(n, size=(RESAMPLES, n))
+
+
+def mean_and_interval(values: np.ndarray[Any, Any]) -> tuple[float, float, float]:
+    """The mean over test images, and its 95 % bootstrap interval."""
+    low, high = np.quantile(values[resamples(len(values))].mean(1), [0.025, 0.975])
+    return float(values.mean()), float(low), float(high)
+
+
+def cell(rows: Sequence[Row]) -> str:
+    if not rows:
+        return NONE
+    mean, low, high = mean_and_interval(right_share(rows))
+    each = [float(row["accuracy"]) for row in rows]
+    spread = f"; seeds {min(each):.3f} to {max(each):.3f}" if len(rows) > 1 else ""
+    return f"{mean:.3f} ({low:.3f} to {high:.3f}{spread})"
+
+
+def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
+    """ours - theirs, in points, over the seeds that both have."""
+    shared = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
+    ours, theirs = ([row for row in rows if row["seed"] in shared] for rows in (ours, theirs))
+    if not shared or ours[0]["n_test"] != theirs[0]["n_test"]:
+        return NONE
+    mean, low, high = (100 * x for x in mean_and_interval(right_share(ours) - right_share(theirs)))
+    each = [100 * (float(a["accuracy"]) - float(b["accuracy"])) for a, b in zip(ours, theirs)]
+    spread = f"; by seed {', '.join(f'{x:+.1f}' for x in each)}" if len(each) > 1 else ""
+    return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{spread})"
+
+
+def cpu_of(cost: Sequence[Row], arm: str, what: str = "train") -> float:
+    return sum(float(row["cpu_s"]) for row in cost if (row["arm"], row["what"]) == (arm, what))
+
+
+# --- tables
+
+
+def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    return ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)]
+
+
+def headline_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    lines = []
+    for recipe in (*RECIPES, "untrained"):
+        done = [arm for arm in seeds_of(recipe) if chosen(rows, [arm], "knn")]
+        if not done:
+            continue
+        probed = [cell(chosen(rows, done, probe)) for probe in ("knn", "linear", "attentive")]
+        tuned = cell(chosen(rows, [f"{recipe}-s0-finetuned"], "finetune"))
+        lines.append([f"`{recipe}`" if recipe in RECIPES else "untrained", str(len(done)), *probed, tuned,
+                      f"{np.mean([cpu_of(cost, arm) for arm in done]):.0f} s"])  # fmt: skip
+    return table(["recipe", "seeds", *PROBES.values(), "CPU of pre-training"], lines)
+
+
+def claims_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    lines = []
+    for other in ("mae", "mimic-only", "mimic-masked"):
+        probed = [difference(chosen(rows, seeds_of("mr-mae"), p), chosen(rows, seeds_of(other), p))
+                  for p in ("knn", "linear", "attentive")]  # fmt: skip
+        tuned = [chosen(rows, [f"{recipe}-s0-finetuned"], "finetune") for recipe in ("mr-mae", other)]
+        lines.append([f"`mr-mae` − `{other}`", *probed, difference(*tuned)])
+    return table(["points", *PROBES.values()], lines)
+
+
+def curve_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    epochs = sorted({int(row["epoch"]) for row in rows if row["arm"] in seeds_of("mr-mae") and row["probe"] == "knn"})
+    lines = []
+    for recipe in RECIPES:
+        cells = [chosen(rows, seeds_of(recipe), "knn", epoch) for epoch in epochs]
+        lines.append([f"`{recipe}`", *(f"{right_share(c).mean():.3f}" if c else NONE for c in cells)])
+    return table(["10-NN after epoch", *map(str, epochs)], lines)
+
+
+def arms_table(part: str, rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    """The arms of a part against `mr-mae` of seed 0, which was run under the same setting."""
+    lines = []
+    for name in ["mr-mae-s0", *(arm["name"] for arm in [*ARMS, *NOT_RUN] if arm["part"] == part)]:
+        arm = next(arm for arm in [*ARMS, *NOT_RUN] if arm["name"] == name)
+        pair = [(chosen(rows, [name], probe), chosen(rows, ["mr-mae-s0"], probe)) for probe in ("knn", "linear")]
+        values = [f"{float(a[0]['accuracy']):.3f}, {difference(a, b)}" if a else "not run" for a, b in pair]
+        values = [f"{float(a[0]['accuracy']):.3f}" for a, _ in pair if a] if name == "mr-mae-s0" else values
+        lines.append([name, f"`{changed(arm)}`", *values, f"{cpu_of(cost, name):.0f} s"])
+    return table(["arm", "what differs", "10-NN", "linear", "CPU of pre-training"], lines)
+
+
+def changed(arm: Arm) -> str:
+    options = [arm["recipe"], arm["options"], "" if arm["cache"] == "eurosat-k1" else arm["cache"]]
+    return ", ".join(filter(None, options))
+
+
+def clothing_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    mine = {recipe: [f"clothing-{recipe}"] for recipe in RECIPES}
+    lines = [[f"`{recipe}`", *(cell(chosen(rows, arm, p)) for p in ("knn", "linear")),
+              difference(chosen(rows, mine["mr-mae"], "knn"), chosen(rows, arm, "knn")) if recipe != "mr-mae" else "",
+              f"{cpu_of(cost, arm[0]):.0f} s"] for recipe, arm in mine.items()]  # fmt: skip
+    return table(["recipe", "10-NN", "linear", "`mr-mae` − it, 10-NN", "CPU of pre-training"], lines)
+
+
+def cost_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    kinds = {"caches": ("extract", "statistics"), "pre-training": ("train",), "fine-tuning": ("finetune",)}
+    known = {what for names in kinds.values() for what in names}
+    parts = kinds | {"other probes": tuple({row["what"] for row in cost} - known)}
+    sums = {kind: [sum(float(row[column]) for row in cost if row["what"] in names) / 60 for column in ("cpu_s", "wall_s")]
+            for kind, names in parts.items()}  # fmt: skip
+    sums["together"] = [sum(pair[i] for pair in sums.values()) for i in (0, 1)]
+    return table(
+        ["", "CPU minutes", "wall-clock minutes"], [[k, f"{cpu:.1f}", f"{wall:.1f}"] for k, (cpu, wall) in sums.items()]
+    )
+
+
+def command_lines(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    """What was typed for every arm that ran, long tails once."""
+    tails = {study_arms.TRAINING: "TRAINING", study_arms.PROBING: "PROBING", study_arms.FINETUNING: "FINETUNING"}
+    lines = [f"{name}='{text}'" for text, name in tails.items()]
+    done = {row["arm"] for row in rows}
+    ran = [arm for arm in ARMS if arm["name"] in done]
+    every = [study_arms.extraction(name) for name in CACHES if name in {arm["cache"] for arm in ran}]
+    every += [command for arm in ran for command in study_arms.commands(arm)]
+    for command in every:
+        text = shlex.join(command)
+        for tail, name in tails.items():
+            text = text.replace(shlex.join(tail.split()), f"${name}")
+        lines.append(text)
+    return ["```sh", *lines, "```"]
+
+
+TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
+    "headline": headline_table,
+    "claims": claims_table,
+    "curve": curve_table,
+    "part 2": functools.partial(arms_table, "2"),
+    "part 3": functools.partial(arms_table, "3"),
+    "part 4": functools.partial(arms_table, "4"),
+    "clothing": clothing_table,
+    "cost": cost_table,
+    "commands": command_lines,
+}
+
+
+# --- plots
+
+
+def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
+    """10-NN accuracy over epochs, and over the CPU time that was spent until then, extraction included."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
+    arms = [
+        (arm["name"], arm)
+        for arm in ARMS
+        if arm["part"] == "1" and arm["recipe"] in COLOURS and arm["name"] != "untrained-s0"
+    ]
+    named: set[str] = set()
+    for name, arm in arms:
+        points = sorted(
+            (int(r["epoch"]), float(r["accuracy"])) for r in rows if (r["arm"], r["probe"]) == (name, "knn")
+        )
+        if not points:
+            continue
+        recipe, longer = arm["recipe"], arm["epochs"] != study_arms.EPOCHS
+        extraction = 0.0 if recipe == "mae" else cpu_of(cost, f"cache {arm['cache']}", "extract")
+        per_epoch = cpu_of(cost, name) / arm["epochs"]
+        style = {"color": COLOURS[recipe], "marker": "o", "ms": 3, "lw": 1.2, "ls": "--" if longer else "-"}
+        label = recipe + (f", {arm['epochs']} epochs" if longer else "")
+        label = "_" + label if label in named else label
+        named.add(label)
+        epochs, accuracy = zip(*points)
+        axes[0].plot(epochs, accuracy, label=label, **style)
+        axes[1].plot([extraction + per_epoch * e for e in epochs], accuracy, **style)
+    axes[0].set(xlabel="epoch", ylabel="10-NN accuracy, EuroSAT test part")
+    axes[1].set(xlabel="CPU seconds: extraction (if any) and pre-training so far")
+    axes[0].legend(fontsize=8)
+    finish(figure, path)
+
+
+def draw_arms(path: Path, rows: Sequence[Row]) -> None:
+    """Every other arm with its intervals, beside `mr-mae` of the same seed."""
+    plt = pyplot()
+    names = ["mr-mae-s0", *(arm["name"] for arm in ARMS if arm["part"] in ("2", "3", "4"))]
+    names = [name for name in names if chosen(rows, [name], "knn")][::-1]
+    if len(names) < 2:
+        return
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.26 * len(names)), sharey=True, layout="constrained")
+    for axis, probe in zip(axes, ("knn", "linear")):
+        found = [chosen(rows, [name], probe)[0] for name in names]
+        values = np.array([[float(row[key]) for key in ("accuracy", "low", "high")] for row in found])
+        spread = np.abs(values[:, 1:] - values[:, :1]).T
+        axis.errorbar(values[:, 0], range(len(names)), xerr=spread, fmt="o", color="#0072b2", ms=4, capsize=2)
+        axis.axvline(values[-1, 0], color="#999999", lw=0.8)
+        axis.set_xlabel(f"{PROBES[probe]} accuracy, EuroSAT test part")
+    axes[0].set_yticks(range(len(names)), names)
+    finish(figure, path)
+
+
+def pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def finish(figure: Any, path: Path) -> None:
+    for axis in figure.axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot().close(figure)
