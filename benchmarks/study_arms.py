@@ -81,6 +81,7 @@ ARMS: list[Arm] = [
     arm("target-channel", "4", "mr-mae", "--set terms.mimic.transform=channel"),
     arm("focused", "2", "mr-mae-focused", "--set mask.source=norm"),
     arm("float16", "3", "mr-mae", cache="eurosat-fp16"),
+    arm("mr-mae-half", "1", "mr-mae", epochs=EPOCHS // 2),
     arm("mae-longer", "1", "mae", epochs=30, curve=(10, 20)),
     *(finetuned(f"{recipe}-s0") for recipe in (*RECIPES, "untrained")),
     *(arm(f"clothing-{recipe}", "clothing", recipe, cache="clothing-k1", epochs=10) for recipe in RECIPES),

@@ -27,6 +27,7 @@ from typing import Any
 import click
 import safetensors.numpy
 import study_arms
+import study_plots
 import study_report
 from study_arms import ARMS, CACHES, NOT_RUN, Arm
 
@@ -57,6 +58,7 @@ def main(data_root: Path, work: Path, only: Sequence[str], listing: bool, report
         run_arm(arm, places)
         study_report.write(RESULTS)
     study_report.write(RESULTS)
+    study_plots.draw(RESULTS)
 
 
 def listed(arms: Sequence[Arm]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The study's tables and plots from its CSV files. Tables go between `<!-- NAME -->` and `<!-- /NAME -->` of docs/evidence.md.
+"""The study's tables from its CSV files, and all numbers behind tables and plots. Tables go between `<!-- NAME -->` and `<!-- /NAME -->` of docs/evidence.md.
 
 Intervals are 95 % percentile bootstraps over the test images; those of differences are paired (the same images for both arms), and
 where an arm has several seeds the mean over them is resampled. They hold the seeds fixed: the spread over seeds stands beside them.
@@ -18,7 +18,6 @@ from study_arms import ARMS, CACHES, NOT_RUN, RECIPES, Arm
 
 Row = dict[str, Any]
 DOCS = Path(__file__).parent.parent / "docs"
-COLOURS = {"mae": "#000000", "mr-mae": "#0072b2", "mimic-only": "#d55e00", "mimic-masked": "#009e73"}  # Okabe-Ito
 PROBES = {"knn": "10-NN", "linear": "linear", "attentive": "attentive", "finetune": "fine-tuned"}
 RESAMPLES, NONE = 2000, "–"
 
@@ -42,7 +41,7 @@ def unpacked(row: Row) -> np.ndarray[Any, Any]:
 
 
 def write(results: Path, docs: Path = DOCS) -> None:
-    """Draw the plots and renew the tables of docs/evidence.md with what the CSV files hold so far."""
+    """Renew the tables of docs/evidence.md with what the CSV files hold so far."""
     rows, cost = read(results / "study_mimic.csv"), read(results / "study_cost.csv")
     if not rows:
         return
@@ -52,8 +51,6 @@ def write(results: Path, docs: Path = DOCS) -> None:
         text = replaced(text, name, table(rows, cost))
     if text:
         page.write_text(text)
-    draw_curves(docs / "pictures" / "study_curves.png", rows, cost)
-    draw_arms(docs / "pictures" / "study_arms.png", rows)
 
 
 def replaced(text: str, name: str, lines: Iterable[str]) -> str:
@@ -161,6 +158,22 @@ def curve_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     return table(["10-NN after epoch", *map(str, epochs)], lines)
 
 
+def budget_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
+    """Runs of seed 0 of different lengths, each with its own schedule, by what they cost with the teacher's pass."""
+    lines = []
+    for name in ("mae-s0", "mae-longer", "mimic-only-s0", "mr-mae-half", "mr-mae-s0"):
+        arm = next(arm for arm in ARMS if arm["name"] == name)
+        probed = [cell(chosen(rows, [name], probe)) for probe in ("knn", "linear")]
+        seconds = cpu_of(cost, name) + extraction_of(arm, cost)
+        lines.append([name, f"`{arm['recipe']}`", str(arm["epochs"]), *probed, f"{seconds:.0f} s"])
+    return table(["arm", "recipe", "epochs", "10-NN", "linear", "CPU, extraction included"], lines)
+
+
+def extraction_of(arm: Arm, cost: Sequence[Row]) -> float:
+    """CPU seconds of the teacher's pass that an arm needs; none for pixels alone."""
+    return 0.0 if arm["recipe"] == "mae" else cpu_of(cost, f"cache {arm['cache']}", "extract")
+
+
 def arms_table(part: str, rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     """The arms of a part against `mr-mae` of seed 0, which was run under the same setting."""
     lines = []
@@ -218,6 +231,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "headline": headline_table,
     "claims": claims_table,
     "curve": curve_table,
+    "budget": budget_table,
     "part 2": functools.partial(arms_table, "2"),
     "part 3": functools.partial(arms_table, "3"),
     "part 4": functools.partial(arms_table, "4"),
@@ -225,75 +239,3 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "cost": cost_table,
     "commands": command_lines,
 }
-
-
-# --- plots
-
-
-def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
-    """10-NN accuracy over epochs, and over the CPU time that was spent until then, extraction included."""
-    plt = pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-    arms = [
-        (arm["name"], arm)
-        for arm in ARMS
-        if arm["part"] == "1" and arm["recipe"] in COLOURS and arm["name"] != "untrained-s0"
-    ]
-    named: set[str] = set()
-    for name, arm in arms:
-        points = sorted(
-            (int(r["epoch"]), float(r["accuracy"])) for r in rows if (r["arm"], r["probe"]) == (name, "knn")
-        )
-        if not points:
-            continue
-        recipe, longer = arm["recipe"], arm["epochs"] != study_arms.EPOCHS
-        extraction = 0.0 if recipe == "mae" else cpu_of(cost, f"cache {arm['cache']}", "extract")
-        per_epoch = cpu_of(cost, name) / arm["epochs"]
-        style = {"color": COLOURS[recipe], "marker": "o", "ms": 3, "lw": 1.2, "ls": "--" if longer else "-"}
-        label = recipe + (f", {arm['epochs']} epochs" if longer else "")
-        label = "_" + label if label in named else label
-        named.add(label)
-        epochs, accuracy = zip(*points)
-        axes[0].plot(epochs, accuracy, label=label, **style)
-        axes[1].plot([extraction + per_epoch * e for e in epochs], accuracy, **style)
-    axes[0].set(xlabel="epoch", ylabel="10-NN accuracy, EuroSAT test part")
-    axes[1].set(xlabel="CPU seconds: extraction (if any) and pre-training so far")
-    axes[0].legend(fontsize=8)
-    finish(figure, path)
-
-
-def draw_arms(path: Path, rows: Sequence[Row]) -> None:
-    """Every other arm with its intervals, beside `mr-mae` of the same seed."""
-    plt = pyplot()
-    names = ["mr-mae-s0", *(arm["name"] for arm in ARMS if arm["part"] in ("2", "3", "4"))]
-    names = [name for name in names if chosen(rows, [name], "knn")][::-1]
-    if len(names) < 2:
-        return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.26 * len(names)), sharey=True, layout="constrained")
-    for axis, probe in zip(axes, ("knn", "linear")):
-        found = [chosen(rows, [name], probe)[0] for name in names]
-        values = np.array([[float(row[key]) for key in ("accuracy", "low", "high")] for row in found])
-        spread = np.abs(values[:, 1:] - values[:, :1]).T
-        axis.errorbar(values[:, 0], range(len(names)), xerr=spread, fmt="o", color="#0072b2", ms=4, capsize=2)
-        axis.axvline(values[-1, 0], color="#999999", lw=0.8)
-        axis.set_xlabel(f"{PROBES[probe]} accuracy, EuroSAT test part")
-    axes[0].set_yticks(range(len(names)), names)
-    finish(figure, path)
-
-
-def pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
-
-
-def finish(figure: Any, path: Path) -> None:
-    for axis in figure.axes:
-        axis.grid(alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
-    pyplot().close(figure)

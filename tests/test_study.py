@@ -82,6 +82,7 @@ def test_the_report_follows_from_the_rows(study: Any, tmp_path: Path) -> None:
     assert len(report.read(tmp_path / "study_mimic.csv")) == 2, "a row of the same key is replaced"
     (tmp_path / "evidence.md").write_text("before\n<!-- claims -->\n<!-- /claims -->\nafter\n")
     report.write(tmp_path, tmp_path)
+    study.study_plots.draw(tmp_path, tmp_path)
     text = (tmp_path / "evidence.md").read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n")
     assert "| `mr-mae` − `mae` | +40.0 (" in text
