@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo test check soak clean
+.PHONY: demo test check soak study clean
 
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"python {sys.version.split()[0]}: mrmae needs Python >= 3.11; run make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
@@ -32,6 +32,11 @@ soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_cache.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py
+
+# The study of docs/evidence.md, one thread; the same again continues. make study DATA=folder [STUDY='--only "weight-*"']
+DATA ?= ../shared/data
+study: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/study_mimic.py --data-root '$(DATA)' $(STUDY)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache
