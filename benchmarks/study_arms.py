@@ -46,9 +46,12 @@ RECIPES = ("mae", "mr-mae", "mimic-only", "mimic-masked")
 
 
 def arm(name: str, part: str, recipe: str, options: str = "", **others: Any) -> Arm:
-    """One student: what is trained on which cache, and how it is probed. curve: epochs whose checkpoint is probed by k-NN."""
+    """One student: what is trained on which cache, and how it is probed.
+
+    curve: epochs whose checkpoint is probed by k-NN. source: what is probed instead of a student of its own.
+    """
     usual = {"seed": 0, "cache": "eurosat-k1", "epochs": EPOCHS, "curve": (), "probes": ("knn", "linear")}
-    return {"name": name, "part": part, "recipe": recipe, "options": options, "finetune": "", **usual, **others}
+    return {"name": name, "part": part, "recipe": recipe, "options": options, "source": "", **usual, **others}
 
 
 def part_1(seed: int) -> list[Arm]:
@@ -62,7 +65,7 @@ def part_1(seed: int) -> list[Arm]:
 
 def finetuned(of: str) -> Arm:
     """A trained student, fine-tuned: nothing is pre-trained again."""
-    return arm(f"{of}-finetuned", "1", "", finetune=of, probes=("finetune",))
+    return arm(f"{of}-finetuned", "1", "", source=f"WORK/{of}", probes=("finetune",))
 
 
 # In the order of their worth: whatever has run when time is up can be reported.
@@ -74,16 +77,17 @@ ARMS: list[Arm] = [
     *part_1(1),
     *part_1(2),
     arm("online", "3", "mr-mae", f"--online --teacher {TEACHER.format(size=128)}", cache="eurosat-crops"),
+    arm("focused", "2", "mr-mae-focused", "--set mask.source=norm"),
+    arm("teacher", "1", "", source=TEACHER.format(size=128).removeprefix("cnn="), epochs=0),
+    *(finetuned(f"{recipe}-s0") for recipe in (*RECIPES, "untrained")),
     arm("weight-0.1", "4", "mr-mae", "--set terms.mimic.weight=0.1"),
     arm("weight-10", "4", "mr-mae", "--set terms.mimic.weight=10"),
     arm("target-none", "4", "mr-mae", "--set terms.mimic.transform=none"),
     arm("target-l2", "4", "mr-mae", "--set terms.mimic.transform=l2 --set terms.mimic.distance=2-2cos"),
     arm("target-channel", "4", "mr-mae", "--set terms.mimic.transform=channel"),
-    arm("focused", "2", "mr-mae-focused", "--set mask.source=norm"),
-    arm("float16", "3", "mr-mae", cache="eurosat-fp16"),
     arm("mr-mae-half", "1", "mr-mae", epochs=EPOCHS // 2),
     arm("mae-longer", "1", "mae", epochs=30),
-    *(finetuned(f"{recipe}-s0") for recipe in (*RECIPES, "untrained")),
+    arm("float16", "3", "mr-mae", cache="eurosat-fp16"),
     arm("weight-0.3", "4", "mr-mae", "--set terms.mimic.weight=0.3"),
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
     *(arm(f"clothing-{recipe}", "clothing", recipe, cache="clothing-k1", epochs=8) for recipe in RECIPES),
@@ -114,13 +118,14 @@ def training(arm: Arm) -> list[str]:
 
 def probings(arm: Arm) -> Iterator[tuple[int, Sequence[str], list[str]]]:
     """(epoch, probes, command) of everything that is measured on an arm's student."""
-    data, student = data_of(arm), f"WORK/{arm['finetune'] or arm['name']}"
+    data, student = data_of(arm), arm["source"] or f"WORK/{arm['name']}"
+    out = f"WORK/{arm['name']}/probes"
     updates = IMAGES[data] // BATCH
     for epoch in arm["curve"]:
         checkpoint = f"{student}/checkpoints/step-{epoch * updates:09d}.pt"
-        yield epoch, ("knn",), probing(checkpoint, data, f"{student}/probes", ("knn",), PROBING)
-    settings = FINETUNING if arm["finetune"] else PROBING
-    yield arm["epochs"], arm["probes"], probing(student, data, f"{student}/probes", arm["probes"], settings)
+        yield epoch, ("knn",), probing(checkpoint, data, out, ("knn",), PROBING)
+    settings = FINETUNING if "finetune" in arm["probes"] else PROBING
+    yield arm["epochs"], arm["probes"], probing(student, data, out, arm["probes"], settings)
 
 
 def probing(source: str, data: str, out: str, probes: Sequence[str], settings: str) -> list[str]:

@@ -128,13 +128,13 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
 
 def headline_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     lines = []
-    for recipe in (*RECIPES, "untrained"):
-        done = [arm for arm in seeds_of(recipe) if chosen(rows, [arm], "knn")]
+    for recipe in (*RECIPES, "untrained", "teacher"):
+        done = [arm for arm in [*seeds_of(recipe), recipe] if chosen(rows, [arm], "knn")]
         if not done:
             continue
         probed = [cell(chosen(rows, done, probe)) for probe in ("knn", "linear", "attentive")]
         tuned = cell(chosen(rows, [f"{recipe}-s0-finetuned"], "finetune"))
-        lines.append([f"`{recipe}`" if recipe in RECIPES else "untrained", str(len(done)), *probed, tuned,
+        lines.append([f"`{recipe}`" if recipe in RECIPES else recipe, str(len(done)), *probed, tuned,
                       f"{np.mean([cpu_of(cost, arm) for arm in done]):.0f} s"])  # fmt: skip
     return table(["recipe", "seeds", *PROBES.values(), "CPU of pre-training"], lines)
 
