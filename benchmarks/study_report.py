@@ -150,12 +150,12 @@ def claims_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
 
 
 def curve_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
-    epochs = sorted({int(row["epoch"]) for row in rows if row["arm"] in seeds_of("mr-mae") and row["probe"] == "knn"})
+    epochs = sorted({int(row["epoch"]) for row in rows if row["arm"] == "mr-mae-s0" and row["probe"] == "knn"})
     lines = []
     for recipe in RECIPES:
-        cells = [chosen(rows, seeds_of(recipe), "knn", epoch) for epoch in epochs]
+        cells = [chosen(rows, [f"{recipe}-s0"], "knn", epoch) for epoch in epochs]
         lines.append([f"`{recipe}`", *(f"{right_share(c).mean():.3f}" if c else NONE for c in cells)])
-    return table(["10-NN after epoch", *map(str, epochs)], lines)
+    return table(["10-NN after epoch, seed 0", *map(str, epochs)], lines)
 
 
 def budget_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
