@@ -49,7 +49,12 @@ def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
         axes[1].plot([extraction + per_epoch * e for e in epochs], accuracy, **style)
     axes[0].set(xlabel="epoch", ylabel="10-NN accuracy, EuroSAT test part", xticks=range(0, 31, 5))
     axes[1].set(xlabel="CPU seconds: extraction (if any) and pre-training so far")
-    axes[0].legend(fontsize=8)
+    for row in study_report.chosen(rows, ["untrained-s0"], "knn"):
+        for axis in axes:
+            axis.axhline(float(row["accuracy"]), color="#999999", lw=0.8, zorder=0)
+        at = {"x": 0.99, "y": float(row["accuracy"]), "transform": axes[1].get_yaxis_transform()}
+        axes[1].text(s="untrained", color="#777777", fontsize=8, ha="right", va="bottom", **at)
+    axes[0].legend(fontsize=8, loc="lower right")
     finish(figure, path)
 
 

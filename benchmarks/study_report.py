@@ -182,13 +182,15 @@ def arms_table(part: str, rows: Sequence[Row], cost: Sequence[Row]) -> list[str]
         pair = [(chosen(rows, [name], probe), chosen(rows, ["mr-mae-s0"], probe)) for probe in ("knn", "linear")]
         values = [f"{float(a[0]['accuracy']):.3f}, {difference(a, b)}" if a else "not run" for a, b in pair]
         values = [f"{float(a[0]['accuracy']):.3f}" for a, _ in pair if a] if name == "mr-mae-s0" else values
-        lines.append([name, f"`{changed(arm)}`", *values, f"{cpu_of(cost, name):.0f} s"])
+        lines.append([name, f"`{changed(arm)}`", *values, f"{cpu_of(cost, name):.0f} s" if pair[0][0] else NONE])
     return table(["arm", "what differs", "10-NN", "linear", "CPU of pre-training"], lines)
 
 
 def changed(arm: Arm) -> str:
-    options = [arm["recipe"], arm["options"], "" if arm["cache"] == "eurosat-k1" else arm["cache"]]
-    return ", ".join(filter(None, options))
+    options = arm["options"].replace(
+        study_arms.TEACHER.format(size=study_arms.TEACHER_SIZE[study_arms.data_of(arm)]), "TEACHER"
+    )
+    return ", ".join(filter(None, [arm["recipe"], options, "" if arm["cache"] == "eurosat-k1" else arm["cache"]]))
 
 
 def clothing_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
