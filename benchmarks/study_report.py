@@ -20,6 +20,7 @@ Row = dict[str, Any]
 DOCS = Path(__file__).parent.parent / "docs"
 PROBES = {"knn": "10-NN", "linear": "linear", "attentive": "attentive", "finetune": "fine-tuned"}
 RESAMPLES, NONE = 2000, "–"
+T_OF_3_SEEDS = 4.303  # 97.5 % quantile of Student's t with two degrees of freedom
 
 
 def read(path: Path) -> list[Row]:
@@ -112,6 +113,9 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     mean, low, high = (100 * x for x in mean_and_interval(right_share(ours) - right_share(theirs)))
     each = [100 * (float(a["accuracy"]) - float(b["accuracy"])) for a, b in zip(ours, theirs)]
     spread = f"; by seed {', '.join(f'{x:+.1f}' for x in each)}" if len(each) > 1 else ""
+    if len(each) == 3:
+        half = T_OF_3_SEEDS * float(np.std(each, ddof=1)) / 3**0.5
+        spread += f"; over seeds {mean - half:+.1f} to {mean + half:+.1f}"
     return f"{mean:+.1f} ({low:+.1f} to {high:+.1f}{spread})"
 
 
