@@ -29,7 +29,7 @@ import safetensors.numpy
 import study_arms
 import study_plots
 import study_report
-from study_arms import ARMS, CACHES, NOT_RUN, Arm
+from study_arms import ARMS, CACHES, Arm
 
 RESULTS = Path(__file__).parent / "results"
 MODULES = {"extract-features": "mrmae.extract.cli", "train-mrmae": "mrmae.train.cli", "inspect-cache": "mrmae.extract.inspect"}  # fmt: skip
@@ -50,7 +50,7 @@ def main(data_root: Path, work: Path, only: Sequence[str], listing: bool, report
     if not arms:
         raise click.ClickException(f"--only {' '.join(only)}: matches no arm; expected one of --list")
     if listing:
-        for line in listed([*arms, *([] if only else NOT_RUN)]):
+        for line in listed(arms):
             click.echo(line)
         return
     places = {"DATA": str(data_root), "WORK": str(work)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import study_arms
-from study_arms import ARMS, CACHES, NOT_RUN, RECIPES, Arm
+from study_arms import ARMS, CACHES, RECIPES, Arm
 
 Row = dict[str, Any]
 DOCS = Path(__file__).parent.parent / "docs"
@@ -181,8 +181,8 @@ def extraction_of(arm: Arm, cost: Sequence[Row]) -> float:
 def arms_table(part: str, rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     """The arms of a part against `mr-mae` of seed 0, which was run under the same setting."""
     lines = []
-    for name in ["mr-mae-s0", *(arm["name"] for arm in [*ARMS, *NOT_RUN] if arm["part"] == part)]:
-        arm = next(arm for arm in [*ARMS, *NOT_RUN] if arm["name"] == name)
+    for name in ["mr-mae-s0", *(arm["name"] for arm in ARMS if arm["part"] == part)]:
+        arm = next(arm for arm in ARMS if arm["name"] == name)
         pair = [(chosen(rows, [name], probe), chosen(rows, ["mr-mae-s0"], probe)) for probe in ("knn", "linear")]
         values = [f"{float(a[0]['accuracy']):.3f}, {difference(a, b)}" if a else "not run" for a, b in pair]
         values = [f"{float(a[0]['accuracy']):.3f}" for a, _ in pair if a] if name == "mr-mae-s0" else values
