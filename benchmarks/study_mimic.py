@@ -56,7 +56,6 @@ def main(data_root: Path, work: Path, only: Sequence[str], listing: bool, report
     places = {"DATA": str(data_root), "WORK": str(work)}
     for arm in [] if report else arms:
         run_arm(arm, places)
-        study_report.write(RESULTS)
     study_report.write(RESULTS)
     study_plots.draw(RESULTS)
 
@@ -86,6 +85,7 @@ def run_arm(arm: Arm, places: Mapping[str, str]) -> None:
         rows += [row_of(arm, epoch, found) for found in results_of(command, probes, places)]
     merge(RESULTS / "study_mimic.csv", rows, KEY)
     state.finish(arm["name"])
+    study_report.write(RESULTS)
 
 
 def make_cache(name: str, places: Mapping[str, str]) -> None:
