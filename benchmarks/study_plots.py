@@ -40,7 +40,13 @@ def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
         recipe, longer = arm["recipe"], arm["epochs"] != study_arms.EPOCHS
         extraction = study_report.extraction_of(arm, cost)
         per_epoch = study_report.cpu_of(cost, name) / arm["epochs"]
-        style = {"color": COLOURS[recipe], "marker": "o", "ms": 3, "lw": 1.2, "ls": "--" if longer else "-"}
+        style = {
+            "color": COLOURS[recipe],
+            "marker": "s" if longer else "o",
+            "ms": 5 if longer else 3,
+            "lw": 1.2,
+            "ls": "--" if longer else "-",
+        }
         label = recipe + (f", {arm['epochs']} epochs" if longer else "")
         label = "_" + label if label in named else label
         named.add(label)
