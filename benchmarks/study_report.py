@@ -139,7 +139,7 @@ def headline_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
         probed = [cell(chosen(rows, done, probe)) for probe in ("knn", "linear", "attentive")]
         tuned = cell(chosen(rows, [f"{recipe}-s0-finetuned"], "finetune"))
         lines.append([f"`{recipe}`" if recipe in RECIPES else recipe, str(len(done)), *probed, tuned,
-                      f"{np.mean([cpu_of(cost, arm) for arm in done]):.0f} s"])  # fmt: skip
+                      f"{np.mean([cpu_of(cost, arm) for arm in done]):.0f} s" if recipe != "teacher" else NONE])  # fmt: skip
     return table(["recipe", "seeds", *PROBES.values(), "CPU of pre-training"], lines)
 
 
@@ -201,7 +201,7 @@ def clothing_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     mine = {recipe: [f"clothing-{recipe}"] for recipe in RECIPES}
     lines = [[f"`{recipe}`", *(cell(chosen(rows, arm, p)) for p in ("knn", "linear")),
               difference(chosen(rows, mine["mr-mae"], "knn"), chosen(rows, arm, "knn")) if recipe != "mr-mae" else "",
-              f"{cpu_of(cost, arm[0]):.0f} s"] for recipe, arm in mine.items()]  # fmt: skip
+              f"{cpu_of(cost, arm[0]):.0f} s" if chosen(rows, arm, "knn") else NONE] for recipe, arm in mine.items()]  # fmt: skip
     return table(["recipe", "10-NN", "linear", "`mr-mae` − it, 10-NN", "CPU of pre-training"], lines)
 
 
