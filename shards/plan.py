@@ -16,7 +16,7 @@ import safetensors.torch
 from torch import Tensor
 
 from mrmae.shards.blocks import BlockRule
-from mrmae.shards.quantize import Quantiser
+from mrmae.shards.quantize import DTYPES, Quantiser
 from mrmae.shards.samples import Source, read_samples, write_sources
 from mrmae.shards.spec import (
     FORMAT_VERSION,
@@ -78,6 +78,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
             raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"plan: dtype {self.dtype!r} is not known; expected {', '.join(DTYPES)}; choose one")
         names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
             raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")

@@ -245,6 +245,11 @@ def test_contradictory_plans_are_refused(uninterrupted: Path) -> None:
             dataclasses.replace(made, **change)  # type: ignore[arg-type]
 
 
+def test_a_plan_of_an_unknown_dtype_is_refused(uninterrupted: Path) -> None:
+    with pytest.raises(ValueError, match="dtype 'int8x' is not known; expected int8, fp8, float16"):
+        dataclasses.replace(plan.load_plan(uninterrupted), dtype="int8x")
+
+
 def test_shard_ranges_and_the_default_size() -> None:
     assert plan.shard_ranges(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
     assert plan.default_shard_samples(100, 150_528) == 16
