@@ -42,7 +42,8 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
         kept = calibration_batches(dataclasses.replace(job, teachers=pending))
         found = {column: calibrate(first_rows(kept, column), dtype=job.options.dtype) for column in pending}
     plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
-    return dataclasses.replace(job, plan=plan), kept
+    todo = unfinished(job)
+    return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
 
 
 def calibration_batches(job: Job) -> KeptBatches:

@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -49,14 +49,14 @@ def extract_missing(job: Job, kept: KeptBatches) -> None:
     what = "extracting" + (f" part {job.options.part}" if job.options.part.of > 1 else "")
     left = work_of(batches, kept)
     with Progress(what, total, unit, left=left, pace=job.pace) as progress, ThreadPoolExecutor(1, "write") as writer:
-        writing: deque[Future[None]] = deque()
+        writing: Future[None] | None = None
         for shard, units in todo.items():
             parts = shard_parts(job, shard, units, stream, kept, progress)
-            while len(writing) > 1:
-                writing.popleft().result()
-            writing.append(writer.submit(store, job, shard, parts, progress))
-        while writing:
-            writing.popleft().result()
+            if writing is not None:
+                writing.result()
+            writing = writer.submit(store, job, shard, parts, progress)
+        if writing is not None:
+            writing.result()
 
 
 def work_of(batches: Sequence[Batch], kept: KeptBatches) -> dict[str, int]:

@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,22 +11,23 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mrmae.extract.again import commands_of, run_again
 from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
 from mrmae.extract.progress import Progress
 from mrmae.shards import audit
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.commit import commit_path, units
+from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import drop_column
 from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
-from mrmae.shards.remote import Unreachable, locate
+from mrmae.shards.remote import RemotePath, Unreachable, locate
 from mrmae.shards.repair import prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.storage import FORMATS
-from mrmae.shards.trust import Problem, read_record, trusted
+from mrmae.shards.trust import Problem, trusted
 
 
 def folder_or_url(text: str) -> Path:
@@ -135,15 +135,17 @@ def repair(cache: Path, run: bool, dry_run: bool) -> None:
         if not problems:
             click.echo(f"{cache}: nothing to repair")
             return
-        command, folder = recorded_command(cache)
+        commands = commands_of(cache, problems)
         report_damage(cache, problems)
         if not dry_run:
             gone = prepare_repair(cache, problems)
             click.echo(f"removed {len(gone)} files: records of damaged shards, and what is written again from others")
-        click.echo(f"to write them anew, run:\n  cd {shlex.quote(folder)}\n  {command}" if command else
-                   "to write them anew, run the extract-features command that made this cache")  # fmt: skip
+        lines = "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
+        click.echo(
+            f"to write them anew, run{':' + lines if lines else ' the extract-features command that made this cache'}"
+        )
         if run and not dry_run:
-            run_again(command, folder)
+            run_again(commands)
             left = audit.find_problems(cache, full=True)
             report(cache, left)
             raise SystemExit(1 if left else 0)
@@ -156,28 +158,6 @@ def report_damage(cache: Path, problems: list[Problem]) -> None:
     plan = trusted(cache)[0]
     for column, shards in shards_of(plan, problems).items():
         click.echo(f"{column}: shards {', '.join(map(str, shards))}")
-
-
-def recorded_command(cache: Path) -> tuple[str, str]:
-    """The extract-features (or convert) command in the newest commit record that has one, and the folder it was given in."""
-    plan = trusted(cache)[0]
-    records = [record for unit in units(plan) if (record := read_record(commit_path(cache, *unit)))]
-    told = [record for record in records if record.get("command") and record.get("folder")]
-    if not told:
-        return "", ""
-    newest = max(told, key=lambda record: record.get("written", 0))
-    return str(newest["command"]), str(newest["folder"])
-
-
-def run_again(command: str, folder: str) -> None:
-    """Run the command that made a cache. ValueError where it is unknown or fails."""
-    if not command:
-        raise ValueError("--run: no commit record tells the command; run it yourself")
-    program, *words = shlex.split(command)
-    module = "mrmae.extract.inspect" if program == "inspect-cache" else "mrmae.extract.cli"
-    done = subprocess.run([sys.executable, "-m", module, *words], cwd=folder)
-    if done.returncode:
-        raise ValueError(f"{command}: ended with code {done.returncode}; see above; mend that and run it again")
 
 
 @main.command()
@@ -206,6 +186,9 @@ def diff(a: Path, b: Path) -> None:
 def stats(cache: Path, columns: tuple[str, ...]) -> None:
     """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
     with one_line_errors():
+        if isinstance(cache, RemotePath):
+            raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
+                             "local copy, and upload that")  # fmt: skip
         opened = open_cache(cache)
         if unknown := sorted(set(columns) - {*opened.columns, *opened.derived}):
             raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}, and from "

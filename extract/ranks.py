@@ -18,6 +18,7 @@ from mrmae.shards import plan as plans
 from mrmae.shards.commit import Unit
 from mrmae.shards.extend import in_order_of
 from mrmae.shards.plan import Plan
+from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import compare_specs
 
 POLL_SECONDS = 0.2
@@ -88,7 +89,7 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
         if set(found.quantisers) != {teacher.column for teacher in found.columns}:
             why[0] = "it is not calibrated yet"
             return None
-        lacks = not keys <= {row.key for row in plans.read_sources(job_path)}
+        lacks = not keys <= set(read_samples(job_path, found.n_rows)["key"])
         if lacks and time.monotonic() - began <= OTHER_PLAN_SECONDS:
             why[0] = "it does not have all of these images"
             return None

@@ -216,6 +216,10 @@ def known_digests(path: Path) -> list[tuple[str, int, str]]:
 def refuse_too_many_bad(job: Job) -> None:
     """TooManyBad, listing them, when more images are bad than allowed."""
     bad = commits.bad_images(job.path, job.plan)
+    if len(bad) == job.plan.n_images:
+        raise ValueError(
+            f"{job.path}: none of the {len(bad)} images can be read; expected photographs; check IMAGES:\n{bad_list(job, bad)}"
+        )
     allowed = job.options.max_bad if job.options.max_bad >= 0 else max(3, job.plan.n_images // 1000)
     if len(bad) > allowed:
         remove(job.path / "manifest.json")

@@ -106,8 +106,11 @@ def begin(options: Options, say: Callable[[str], None]) -> Job:
 
 
 def needed_columns(source: Source) -> list[str]:
-    """The columns that a source reads."""
-    return [source.column[0].teachers[source.column[1]]] if source.column else []
+    """The stored columns that a source reads."""
+    if source.column is None:
+        return []
+    cache, column = source.column
+    return [cache.derived[column].source if column in cache.derived else column]
 
 
 def folder_name(source: str) -> str:

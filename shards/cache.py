@@ -6,6 +6,7 @@
 Reads are thread-safe, every chunk is verified by its crc32c, and an opened cache may be pickled (spawned workers).
 """
 
+import bisect
 import dataclasses
 import functools
 import hashlib
@@ -36,6 +37,7 @@ from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import parse_row
 
 REMOTE_THREADS = 16
+NEIGHBOURS = 500  # keys compared with one that is not there
 PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
 REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
 
@@ -121,12 +123,19 @@ class Cache(OpenedFiles):
         """The sample number of a key or (negative from the end) a position. Raises KeyError or IndexError, saying what there is."""
         if isinstance(which, str):
             if which not in self.number_of:
-                (near,) = nearest(which, self.keys, 1, cutoff=0.0)
-                raise KeyError(f"{self.path}: no image has the key {which!r}; the nearest is {near!r}")
+                raise KeyError(
+                    f"{self.path}: no image has the key {which!r}; near it in the alphabet is {self.near(which)!r}"
+                )
             return self.number_of[which]
         if not -len(self) <= which < len(self):
             raise IndexError(f"{self.path}: sample {which} is not there; the cache has {len(self)}")
         return which % len(self)
+
+    def near(self, key: str) -> str:
+        """The key most like this one among its neighbours in the alphabet: comparing a million keys takes minutes."""
+        keys = sorted(self.number_of)
+        at = bisect.bisect(keys, key)
+        return nearest(key, keys[max(0, at - NEIGHBOURS) : at + NEIGHBOURS], 1, cutoff=0.0)[0]
 
     def read_view(self, number: int, view: int) -> dict[str, Any]:
         """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""

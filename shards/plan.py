@@ -269,7 +269,7 @@ def refuse_other_images(path: Path, sources: Sequence[Source]) -> None:
     gone, new = [key for key in then if key and key not in now], [key for key in now if key not in then]
     example = next((f"{what} {keys[0]!r}" for what, keys in
                     (("gone is", gone), ("new is", new), ("changed is", changed)) if keys), "the order")  # fmt: skip
-    added = "" if gone or changed else ", add --append to append the new ones"
+    added = ", add --append to append the new ones" if new and not changed else ""
     raise ValueError(f"{path}: it was begun with {len(then)} images and this command has {len(now)}: {len(gone)} gone, "
                      f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
                      f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip

@@ -144,7 +144,7 @@ class Bucket:
     def size(self, key: str) -> int:
         """Bytes of an object."""
         for folder, sizes in list(self._listings.items()):
-            if key.startswith(f"{folder}/"):
+            if not folder or key.startswith(f"{folder}/"):  # "": a cache at the bucket's root
                 if key not in sizes:
                     raise missing(self.root, key)
                 return sizes[key]

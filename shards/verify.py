@@ -50,7 +50,7 @@ def id_problems(plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, lis
     if len(table["key"]) != plan.n_rows:
         yield f"samples.parquet: {len(table['key'])} rows; the manifest says {plan.n_rows}"
     elif samples_id(table) != manifest["samples_id"]:
-        yield "samples.parquet: its rows are not those the manifest was written for"
+        yield "samples.parquet: its rows are not those the manifest was written for, or manifest.json was edited"
 
 
 def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:

@@ -54,6 +54,7 @@ def test_shorthands_set_the_recipe_and_the_rest_says_how_to_run(captured: list[d
         "save_minutes": 5.0, "keep": 2, "log_every": 9, "panels_every": 4, "device": "cpu",
         "online": True, "teachers": ("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"),
         "hold_out": 0.01, "knn_every": 10, "wandb": "project", "init": Path("mae.pth"), "export": "mae",
+        "allow_partial": False,
     }  # fmt: skip
 
 
