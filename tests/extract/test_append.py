@@ -256,3 +256,17 @@ def test_what_cannot_be_appended_is_refused(
     with pytest.raises(ValueError, match="flip"):
         extract(photos(tmp_path / "more", 70, 1), path, VIT, append=True, recipe=run.Options((), path).recipe.__class__(32, flip=0.0))  # fmt: skip
     assert before == (files(path), (path / "plan.json").read_bytes(), (path / "samples.parquet").read_bytes())
+
+
+def test_repair_names_the_command_of_the_damaged_part_and_the_cache_where_it_lies(
+    grown: tuple[Path, Path, dict[str, bytes]], made: Path, extract: Any
+) -> None:
+    path, images, _ = grown
+    for shard in (0, 2):  # of the first images, and of those appended
+        tar = path / f"views/0/pixels/{shard:06d}.tar"
+        tar.write_bytes(tar.read_bytes()[:-1])
+        text = inspect("repair", path).output
+        words = text.rpartition("extract-features ")[2].split()
+        assert words[:2] == [str(made / "images"), str(path)] and "--append" in words, text
+        extract(images, path, VIT, append=True, shard_samples=8)
+        assert inspect("verify", path, "--full").exit_code == 0
