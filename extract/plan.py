@@ -70,13 +70,15 @@ def blocks_in_words(blocks: BlockRule, grid: tuple[int, int]) -> str:
     return f"{blocks.blocks} of {n} patches, seed {blocks.seed}; train-mrmae --set mask.sampler=block reads one of them"
 
 
-def choices(recipe: ViewRecipe, teachers: Sequence[TeacherSpec], *, images: int, views: int, format: str) -> str:
+def choices(
+    recipe: ViewRecipe, teachers: Sequence[TeacherSpec], *, images: int, views: int, format: str, blocks: int
+) -> str:
     """What other choices would cost: bytes per image and view, and of the whole cache."""
     every = {f"{dtype}, all teachers": teachers for dtype in DTYPES}
     every |= {f"int8, only {t.column}": [t] for t in teachers if len(teachers) > 1} | {"no teachers: views alone": []}
     lines = []
     for name, kept in every.items():
-        size = jpeg_bytes(recipe) + sum(sample_bytes(t, name.partition(",")[0], format) for t in kept)
+        size = jpeg_bytes(recipe) + sum(sample_bytes(t, name.partition(",")[0], format, blocks) for t in kept)
         whole = "  ".join(f"{human_bytes(size * k * images):>8} with {k}" for k in sorted({1, 2, views}))
         lines.append(f"  {name:<40} {human_bytes(size):>8}/view  {whole}")
     return "\n".join([f"choices, by views per image ({format}):", *lines, *read_in_blocks(teachers)])

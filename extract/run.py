@@ -68,7 +68,16 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         kinds = " ".join(sorted(sources.passed_over))
         say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
     if dry_run:
-        say(choices(options.recipe, teachers.specs, images=len(sources), views=options.views, format=options.format))
+        say(
+            choices(
+                options.recipe,
+                teachers.specs,
+                images=len(sources),
+                views=options.views,
+                format=options.format,
+                blocks=options.blocks if options.block_rule() else 1,
+            )
+        )
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     job = (start if options.part.leads else join)(options, sources, teachers, shard_samples, say)
@@ -158,14 +167,16 @@ def start(
     digests = digest_images(sources, order, known, path / SPOOL, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
     plan = planned(options, dataset_id(digests), len(rows), teachers, shard_samples)
-    if options.append or is_grown(path):
-        plan, rows = admit(path, plan, rows, append=options.append, say=say)
-        order = positions(sources, rows)
-    else:
-        if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
-            plan = extend_plan(path, plan)
-        plan = plans.start(path, plan, rows)
-    remove(path / SPOOL)
+    try:
+        if options.append or is_grown(path):
+            plan, rows = admit(path, plan, rows, append=options.append, say=say)
+            order = positions(sources, rows)
+        else:
+            if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
+                plan = extend_plan(path, plan)
+            plan = plans.start(path, plan, rows)
+    finally:
+        remove(path / SPOOL)
     for teacher in teachers.built.values():
         if teacher.tail and not plans.tail_path(path, teacher.spec.name).exists():
             plans.write_tail(path, teacher.spec.name, teacher.tail)

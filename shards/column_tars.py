@@ -5,6 +5,7 @@ Sample n is NNNNNNNNN.tokens.npy, .scale.npy, ... and NNNNNNNNN.json; of an arra
 them; we read the arrays' bytes in place, by the sidecar index. docs/format.md, "Column tars".
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -211,4 +212,6 @@ def open_shard(
         raise Damaged(tar, None, f"its index belongs to {index.of}")
     if keys is not None and index.keys != list(keys):
         raise Damaged(tar, None, "the keys of its index are not those of samples.parquet")
+    if keys is not None:
+        index = dataclasses.replace(index, keys=list(keys))  # one copy of every key in memory
     return TarShard(tar, index, layout, shard * layout.shard_samples)

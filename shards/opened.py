@@ -142,6 +142,7 @@ class OpenedFiles:
                 raise Damaged(path, None, f"its index belongs to {index.of}")
             if index.keys != self.shard_keys(shard):
                 raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
+            index = dataclasses.replace(index, keys=self.shard_keys(shard))  # one copy of every key in memory
             self._opened[PIXELS, view, shard] = index
         assert isinstance(index, TarIndex)
         return index
