@@ -18,7 +18,9 @@ from rows import append
 
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import build_teacher, parse_teacher
-from mrmae.shards.quantize import DTYPES, calibrate, quality, quantise
+from mrmae.shards.calibrate import calibrate
+from mrmae.shards.quality import quality
+from mrmae.shards.quantize import DTYPES, quantise
 
 CNN = "timm:mobilenetv2_100@{root}/weights/mobilenetv2_100_imagenet1k.safetensors?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear"
 TEACHERS = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mrmae.shards import commit, plan, samples, views
+from mrmae.shards import begin, commit, plan, samples, views
 from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.samples import Source
@@ -22,7 +22,7 @@ def write_cache(
     rng = np.random.default_rng(0)
     sources = samples.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
     recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
-    made = plan.start(
+    made = begin.start_plan(
         path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format), sources
     )
     quantisers = {

@@ -12,7 +12,9 @@ from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features
 from mrmae.shards import plan as plans
-from mrmae.shards.quantize import CALIBRATION_SAMPLES, Quantiser, calibrate, measure, quantise
+from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
+from mrmae.shards.quality import measure
+from mrmae.shards.quantize import Quantiser, quantise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,11 +11,11 @@ from rich.table import Table
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.extract.progress import human_bytes
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import PIXELS, Plan, load_plan, read_tail
+from mrmae.shards.plan import PIXELS, Plan, load_plan
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import plain
 from mrmae.shards.stats import stats_path
-from mrmae.shards.tail import derived_specs
+from mrmae.shards.tail import derived_specs, read_tail
 from mrmae.shards.verify import read_manifest
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences

@@ -25,7 +25,8 @@ from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS
-from mrmae.shards.quantize import Measured, measure, quantise, summarise
+from mrmae.shards.quality import Measured, measure, summarise
+from mrmae.shards.quantize import quantise
 from mrmae.shards.webdataset_io import PixelRow
 
 

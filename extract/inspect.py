@@ -189,6 +189,11 @@ def stats(cache: Path, columns: tuple[str, ...]) -> None:
         if isinstance(cache, RemotePath):
             raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
                              "local copy, and upload that")  # fmt: skip
+        load_plan(cache)
+        if not (cache / "manifest.json").exists():
+            raise ValueError(
+                f"{cache}: is not finished, and moments are of all its images; run extract-features to its end first"
+            )
         opened = open_cache(cache)
         if unknown := sorted(set(columns) - {*opened.columns, *opened.derived}):
             raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}, and from "

@@ -7,8 +7,9 @@ from pathlib import Path
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import parse_teacher
 from mrmae.shards.commit import commit_path, units, valid_record
-from mrmae.shards.plan import Plan, load_plan, tail_path
+from mrmae.shards.plan import Plan, load_plan
 from mrmae.shards.spec import TeacherSpec
+from mrmae.shards.tail import tail_path
 
 
 def recorded_teachers(path: Path, column: str) -> list[str]:

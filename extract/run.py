@@ -22,12 +22,13 @@ from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
+from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.samples import Source
 from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
-from mrmae.shards.tail import BEHIND, taps_behind
+from mrmae.shards.tail import BEHIND, read_tail, tail_path, taps_behind, write_tail
 from mrmae.shards.write import make_folder, remove
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
@@ -55,7 +56,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     Raises ValueError and OSError for what a user can mend; what was committed before stays valid.
     """
     began, options = time.monotonic(), options.resolved()
-    plans.refuse_other_folder(options.cache)
+    refuse_other_folder(options.cache)
     refuse_nothing_to_append_to(options)
     sources = list_sources(options.images, options.include)
     teachers = asked_teachers(options, say if options.part.leads else lambda line: None)
@@ -129,7 +130,7 @@ def follows(
         return False
     if (options.cache / "plan.json").exists() and column in {t.column for t in plans.load_plan(options.cache).columns}:
         return False
-    tail = built[source].tail if source in built else plans.read_tail(options.cache, request.name)
+    tail = built[source].tail if source in built else read_tail(options.cache, request.name)
     return request.tap in taps_behind(tail)
 
 
@@ -174,12 +175,12 @@ def start(
         else:
             if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
                 plan = extend_plan(path, plan)
-            plan = plans.start(path, plan, rows)
+            plan = start_plan(path, plan, rows)
     finally:
         remove(path / SPOOL)
     for teacher in teachers.built.values():
-        if teacher.tail and not plans.tail_path(path, teacher.spec.name).exists():
-            plans.write_tail(path, teacher.spec.name, teacher.tail)
+        if teacher.tail and not tail_path(path, teacher.spec.name).exists():
+            write_tail(path, teacher.spec.name, teacher.tail)
     images = Images(sources, rows, order, options.max_pixels)
     return Job(path, plan, images, teachers.built, options)
 
@@ -257,8 +258,9 @@ def summary(job: Job, manifest: Mapping[str, Any], seconds: float, *, nothing_do
     for column in manifest["columns"]:
         quality, teacher = column["quality"], column["teacher"]
         weights = ", RANDOM weights: these features know nothing" if teacher["weights"] == "random" else ""
+        made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""
         lines.append(f"  {column['name']}: SNR {quality['snr_db']:.1f} dB in the worst shard, "
-                     f"p99.9 of 1 - cos {quality['p999_one_minus_cos']:.2g}{weights}")  # fmt: skip
+                     f"p99.9 of 1 - cos {quality['p999_one_minus_cos']:.2g}{made}{weights}")  # fmt: skip
     bad = commits.bad_images(job.path, job.plan)
     if bad:
         lines.append(f"{len(bad)} images cannot be read; their rows are kept and flagged:\n{bad_list(job, bad)}")

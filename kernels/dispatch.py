@@ -179,10 +179,8 @@ def mimic_loss(
         stat_mean = stat_std = None
     at = None if gathered else ids
     if use_triton(where, kernels, student, codes):
-        if (
-            codes.dtype == torch.float8_e4m3fn
-        ):  # the kernel cannot load them on every device; float16 holds each exactly
-            codes = codes.half()
+        if codes.dtype == torch.float8_e4m3fn:
+            codes = codes.half()  # exact, and the kernel need not load E4M3, which not every device can
         return mimic.mimic_loss(
             student, codes, at, scale, channel_mean, channel_std, stat_mean, stat_std, target, distance, beta
         )

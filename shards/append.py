@@ -8,17 +8,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mrmae.shards.begin import refuse_other_images
 from mrmae.shards.extend import extend_plan
-from mrmae.shards.plan import (
-    Appended,
-    Plan,
-    dataset_ids,
-    load_plan,
-    read_sources,
-    readable_json,
-    refuse_other_images,
-    tar_path,
-)
+from mrmae.shards.plan import Appended, Plan, dataset_ids, load_plan, read_sources, readable_json, tar_path
 from mrmae.shards.samples import SAMPLES, Source, canonical_sources, read_samples, write_samples, write_sources
 from mrmae.shards.spec import grown_dataset_id
 from mrmae.shards.webdataset_io import read_index

@@ -18,21 +18,21 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mrmae.shards import verify
-from mrmae.shards.blocks import IN_BLOCKS, BlockRule
+from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
 from mrmae.shards.nearest import nearest
-from mrmae.shards.opened import Column, Indices, Numbers, OpenedFiles
-from mrmae.shards.plan import PIXELS, Plan, load_plan, tail_path, tar_path
+from mrmae.shards.opened import Column, Indices, Numbers
+from mrmae.shards.plan import PIXELS, Plan, load_plan, tar_path
 from mrmae.shards.quantize import dequantise
 from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.samples import NO_IMAGE, read_samples
-from mrmae.shards.spec import TeacherSpec, content_id, signed_hashes
-from mrmae.shards.tail import apply_tail, derived_specs
+from mrmae.shards.spec import TeacherSpec, content_id
+from mrmae.shards.tail import apply_tail, derived_specs, tail_path
 from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import parse_row
 
@@ -71,7 +71,7 @@ class Sample:
     views: list[dict[str, Any]]
 
 
-class Cache(OpenedFiles):
+class Cache(StoredColumns):
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
@@ -85,8 +85,8 @@ class Cache(OpenedFiles):
         self.manifest = manifest
         self.labels: list[str | None] = table["label"]
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
-        self.size, self.grid = plan.recipe.size, plan.grid
-        self.dtype, self.blocks = plan.dtype, plan.token_layout
+        self.size = plan.recipe.size
+        self.dtype = plan.dtype
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
@@ -108,11 +108,6 @@ class Cache(OpenedFiles):
         readable = bool(self.readable[number])
         views = [self.read_view(number, view) for view in range(self.n_views)] if readable else []
         return Sample(number, self.keys[number], self.labels[number], readable, self.reasons[number], views)
-
-    @functools.cached_property
-    def hashes(self) -> Int64[Tensor, "n"]:
-        """Hash of every sample's key, as signed 64-bit integers."""
-        return torch.from_numpy(signed_hashes(self.keys))
 
     @functools.cached_property
     def number_of(self) -> dict[str, int]:
@@ -183,97 +178,6 @@ class Cache(OpenedFiles):
         self.run(PIXELS, read, at, of)
         assert found[0] is not None, "a readable sample has a view"
         return found[0]
-
-    def read_column(
-        self, column: str, numbers: Indices, views: Indices, arrays: Sequence[str] = ("tokens", "scale"),
-        *, out: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Tensor]:  # fmt: skip
-        """The named arrays of a column for these samples, [b, ...] in their stored dtypes, patches in raster order.
-
-        views: which view of each sample. `scale` is left out where tokens have none (float16). out: buffers to fill.
-        Raises ValueError for an array that the column does not have.
-        """
-        at, of = self.checked(numbers, views)
-        empty = self.buffers(column, arrays, 0 if out else len(at))
-        tensors = {name: out[name] for name in empty} if out else empty
-        self.fill(column, at, of, tensors, None)
-        return tensors
-
-    def read_block(
-        self,
-        column: str,
-        numbers: Indices,
-        views: Indices,
-        blocks: Indices,
-        arrays: Sequence[str] = ("tokens", "scale"),
-    ) -> dict[str, Tensor]:
-        """As read_column, but of tokens and scale one block of each sample, [b, l / B, ...]; nothing else of them is read.
-
-        blocks: which block of each sample; `block_ids` tells the patches. ValueError where the cache has no blocks.
-        """
-        (at, of), rule = self.checked(numbers, views), self.block_rule()
-        which = np.asarray(blocks, np.int64)
-        if which.shape != at.shape or ((which < 0) | (which >= rule.blocks)).any():
-            raise ValueError(f"{self.path}: blocks {which.tolist()} for {len(at)} samples; expected one of "
-                             f"0 to {rule.blocks - 1} per sample")  # fmt: skip
-        tensors = self.buffers(column, arrays, len(at), rule.blocks)
-        self.fill(column, at, of, tensors, which)
-        return tensors
-
-    def fill(self, column: str, at: Numbers, of: Numbers, tensors: Mapping[str, Tensor], which: Numbers | None) -> None:
-        """Read arrays of a column into `tensors`: whole and in raster order, or, of those in blocks, the blocks `which`."""
-        final = {name: tensor.numpy() for name, tensor in tensors.items()}
-        mixed = [name for name in final if self.blocks and which is None and name in IN_BLOCKS]
-
-        def read(positions: Numbers, view: int, shard: int) -> None:
-            rows = (at[positions] % self.shard_samples).tolist()
-            stored = {name: np.empty((len(rows), *final[name].shape[1:]), final[name].dtype) for name in mixed}
-            out = {
-                name: list(stored[name]) if name in stored else [array[i] for i in positions]
-                for name, array in final.items()
-            }
-            self.column_shard(column, view, shard).read(rows, out, None if which is None else which[positions].tolist())
-            order = self.order(at[positions], of[positions]) if stored else positions
-            for name, array in stored.items():
-                final[name][positions[:, None], order] = array
-
-        self.run(column, read, at, of)
-
-    def block_ids(self, numbers: Indices, views: Indices, blocks: Indices) -> Int64[Tensor, "b n"]:
-        """Grid indices, ascending, of one block of each sample: what `read_block` reads. ValueError without blocks."""
-        (at, of), rule = self.checked(numbers, views), self.block_rule()
-        return torch.from_numpy(rule.ids(self.hashes.numpy()[at], of, np.asarray(blocks), self.grid[0] * self.grid[1]))
-
-    def block_rule(self) -> BlockRule:
-        """How tokens are cut. ValueError where they lie in raster order."""
-        if self.blocks is None:
-            raise ValueError(f"{self.path}: its tokens lie in raster order; token blocks were expected; extract a cache with "
-                             "--token-layout blocks")  # fmt: skip
-        return self.blocks
-
-    def order(self, numbers: Numbers, views: Numbers) -> Numbers:
-        """[b, l]: the grid index of every stored row of tokens. ValueError where the cache has no blocks."""
-        return self.block_rule().order(self.hashes.numpy()[numbers], views, self.grid[0] * self.grid[1])
-
-    def buffers(self, column: str, arrays: Sequence[str], n: int, blocks: int = 1) -> dict[str, Tensor]:
-        """Empty tensors [n, ...] for the named arrays of a column; of those in blocks, for one of so many.
-
-        ValueError for a column or an array that the cache does not have.
-        """
-        if column not in self.columns:
-            raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
-                             "choose one, or extract with that teacher")  # fmt: skip
-        stored = self.columns[column].layout.arrays()
-        arrays = [name for name in arrays if name != "scale" or name in stored]
-        if lacking := [name for name in arrays if name not in stored]:
-            raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "
-                             "choose a teacher that has it")  # fmt: skip
-        found = {}
-        for name in arrays:
-            (first, *rest), dtype = stored[name]
-            first //= blocks if name in IN_BLOCKS else 1
-            found[name] = torch.empty(n, first, *rest, dtype=getattr(torch, dtype))
-        return found
 
     def read_tokens(
         self, column: str, numbers: Indices, views: Indices, *, tap: str | None = None

@@ -23,9 +23,8 @@ from mrmae.shards.webdataset_io import Member, Table, TarIndex, index_path, memb
 from mrmae.shards.write import publish
 from mrmae.shards.zarr_io import Array, Layout, checked_rows, shard_record
 
-OVERHEAD_BYTES = (
-    1024  # per array and sample: tar header, npy header, padding, its line in the index, its share of the JSON
-)
+# Per array and sample: tar header, npy header, padding, its line in the index, its share of the JSON.
+OVERHEAD_BYTES = 1024
 METADATA = "column.json"
 NPY_HEADER = 128  # bytes; long enough for every shape here
 

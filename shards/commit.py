@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
-from mrmae.shards.plan import PIXELS, Plan, readable_json, tail_path, tar_path
+from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
 from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
+from mrmae.shards.tail import tail_path
 from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
 from mrmae.shards.write import publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array

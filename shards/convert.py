@@ -16,23 +16,17 @@ import torch
 
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.begin import start_plan
 from mrmae.shards.cache import Cache
+from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
 from mrmae.shards.commit import Unit, commit_path, unit_files
 from mrmae.shards.plan import PIXELS, Plan
-from mrmae.shards.quantize import (
-    CALIBRATION_SAMPLES,
-    SAMPLES_AT_ONCE,
-    Quantiser,
-    added_quality,
-    calibrate,
-    dequantise,
-    measure,
-    quantise,
-    summarise,
-)
+from mrmae.shards.quality import added_quality, measure, summarise
+from mrmae.shards.quantize import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
 from mrmae.shards.reader import Damaged
 from mrmae.shards.remote import pieces
 from mrmae.shards.stats import stats_path
+from mrmae.shards.tail import tail_path, write_tail
 from mrmae.shards.trust import read_record
 from mrmae.shards.write import publish
 
@@ -63,12 +57,12 @@ def convert(
     """
     if out.resolve() == cache.path.resolve():
         raise ValueError(f"{out}: is the cache to convert; expected another folder for the new one")
-    plan = plans.start(out, wanted, plans.read_sources(cache.path))
+    plan = start_plan(out, wanted, plans.read_sources(cache.path))
     plan = plans.freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
     for name in {teacher.name for teacher in plan.columns}:
-        if plans.tail_path(cache.path, name).exists() and not plans.tail_path(out, name).exists():
-            plans.write_tail(out, name, cache.tail(name))
+        if tail_path(cache.path, name).exists() and not tail_path(out, name).exists():
+            write_tail(out, name, cache.tail(name))
     for unit in commits.units(plan):
         done = commits.valid_record(out, plan, *unit) is not None
         progress(0 if done else convert_unit(cache, out, plan, unit, about))

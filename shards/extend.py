@@ -9,9 +9,10 @@ import shutil
 from pathlib import Path
 
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import Plan, load_plan, readable_json, tail_path
+from mrmae.shards.plan import Plan, load_plan, readable_json
 from mrmae.shards.spec import compare_specs
 from mrmae.shards.stats import stats_path
+from mrmae.shards.tail import tail_path
 from mrmae.shards.write import publish, remove
 
 

@@ -22,14 +22,12 @@ EXTRA = "pip install 'mrmae[s3]'"
 TRIES = 5
 FIRST_WAIT_SECONDS = 0.2  # doubled with every try
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
-GAP_BYTES = (
-    1 << 17
-)  # ranges closer than this, or than one of them is long, are one request: at most about half is waste
+# Ranges closer than this, or than one of them is long, are one request: at most about half of it is waste.
+GAP_BYTES = 1 << 17
 REQUEST_BYTES = 1 << 26  # no request is longer: a lost connection costs no more
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
-METADATA = re.compile(
-    r"169\.254\.169\.254|/latest/(api/token|meta-data)"
-)  # where a machine's own role is asked for last
+# Where a machine's own role is asked for last.
+METADATA = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
 Place = tuple[int, int]  # offset, bytes
 Answer = TypeVar("Answer")
 

@@ -2,12 +2,15 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mrmae.shards.spec import TeacherSpec
+from mrmae.shards.write import publish
 
 BEHIND = ("post_ln", "projected")  # taps that follow from `pre_tail` and a tail
 Tail = Mapping[str, Any]  # tensors; epsilons may be numbers
@@ -56,3 +59,20 @@ def apply_tail(tokens: Tensor, tail: Tail, tap: str) -> Tensor:
     else:
         tokens = F.rms_norm(tokens, d, at["rms_norm.weight"], float(tail["rms_norm.eps"]))
     return F.linear(tokens, at["proj.weight"], at.get("proj.bias")) if tap == "projected" else tokens
+
+
+def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store a teacher's final norm and projection beside the cache; replaced if there."""
+    data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    publish(tail_path(path, teacher), data, replace=True)
+
+
+def read_tail(path: Path, teacher: str) -> dict[str, Tensor]:
+    """A teacher's tail; empty where the cache has none."""
+    file = tail_path(path, teacher)
+    return safetensors.torch.load(file.read_bytes()) if file.exists() else {}
+
+
+def tail_path(path: Path, teacher: str) -> Path:
+    """Where a teacher's tail lies."""
+    return path / "tail" / f"{teacher}.safetensors"

@@ -14,11 +14,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import commit, plan, quantize, remote, samples, views
+from mrmae.shards import begin, commit, plan, quantize, remote, samples, views
 from mrmae.shards.blocks import BlockRule
+from mrmae.shards.calibrate import calibrate
 from mrmae.shards.plan import Plan
+from mrmae.shards.quality import quality as quality_of
 from mrmae.shards.samples import Source
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.tail import write_tail
 from mrmae.shards.webdataset_io import PixelRow
 
 TEACHERS: Mapping[str, Mapping[str, Any]] = {
@@ -52,16 +55,16 @@ def write_synthetic_cache(
     wanted = Plan(
         data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format, token_layout=rule
     )
-    made = plan.start(path, wanted, sources)
+    made = begin.start_plan(path, wanted, sources)
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
     sample = [row for row in rows[0] if row.jpeg][:16]
     made = plan.freeze_quantisers(path, made, {
-        spec.column: quantize.calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs
+        spec.column: calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs
     })  # fmt: skip
     for view, column, shard in commit.missing(path, made):
         write_unit(path, made, view, column, shard, rows[view][shard * shard_samples : (shard + 1) * shard_samples])
     for spec in specs:
-        plan.write_tail(path, spec.name, {"norm.weight": torch.ones(spec.width), "norm.bias": torch.zeros(spec.width)})
+        write_tail(path, spec.name, {"norm.weight": torch.ones(spec.width), "norm.bias": torch.zeros(spec.width)})
     if finalise:
         commit.finalise(path, made)
     return path
@@ -78,7 +81,7 @@ def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows:
     arrays |= {} if scale is None else {"scale": scale}
     stored = {"tokens": codes.numpy(), **{name: array.half().numpy() for name, array in arrays.items()}}
     kept = None if scale is None else scale[keep]
-    quality = quantize.quality(tokens[keep], codes[keep], kept, quantiser) if keep.any() else None
+    quality = quality_of(tokens[keep], codes[keep], kept, quantiser) if keep.any() else None
     commit.store_column(path, made, view, column, shard, stored, keep.numpy(), {"quality": quality})
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from mrmae.shards import commit, plan, samples, write
+from mrmae.shards import begin, commit, plan, samples, write
 from mrmae.shards.cache import open_cache
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.samples import Source
@@ -260,4 +260,4 @@ def test_shard_ranges_and_the_default_size() -> None:
 def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
     made = plan.Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
     with pytest.raises(ValueError, match="dataset id is not that of these images"):
-        plan.start(tmp_path / "c", made, [Source("a", None, 1, "00")])
+        begin.start_plan(tmp_path / "c", made, [Source("a", None, 1, "00")])

@@ -15,7 +15,8 @@ from mrmae.shards import audit, convert, write
 from mrmae.shards.cache import open_cache
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.plan import load_plan
-from mrmae.shards.quantize import Quantiser, measure, quantise, summarise
+from mrmae.shards.quality import measure, summarise
+from mrmae.shards.quantize import Quantiser, quantise
 from mrmae.shards.reader import Damaged
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.shards.quantize import Quantiser, calibrate, dequantise, measure, quality, quantise, summarise
+from mrmae.shards.calibrate import calibrate
+from mrmae.shards.quality import measure, quality, summarise
+from mrmae.shards.quantize import Quantiser, dequantise, quantise
 
 
 def vit_like(n: int = 8, l: int = 16, d: int = 32, *, massive: float = 0.0) -> Tensor:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from mrmae.shards import commit, plan
+from mrmae.shards import tail as tail_files
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import batches
@@ -31,7 +32,7 @@ def cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     draw = torch.Generator().manual_seed(0)
     norm = {"layer_norm.weight": torch.rand(8, generator=draw) + 0.5, "layer_norm.bias": torch.randn(8, generator=draw)}
     tail = norm | {"layer_norm.eps": torch.tensor(1e-5), "proj.weight": torch.randn(5, 8, generator=draw)}
-    plan.write_tail(path, "a", tail)
+    tail_files.write_tail(path, "a", tail)
     commit.finalise(path, plan.load_plan(path))
     return open_cache(path)
 
