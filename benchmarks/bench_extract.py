@@ -5,11 +5,13 @@
     python benchmarks/bench_extract.py --eta --images 1500 --case cnn # the ETA against the truth
     python benchmarks/bench_extract.py --data-root DIR --images 1500 --vit-images 96 --rounds 5
 
-One process on `--threads` cores, with as many PyTorch and decoding threads. A round measures, one after the other: the forward
-alone, of the bare model on normalised pixels, at the batch size and memory format that were fastest before the first round;
-reading, decoding, cropping, encoding and decoding again alone; and a whole extraction, from listing the images to the manifest,
-without building the teacher (its own column). The ratio, extraction / (forward + decoding), is taken within a round. `cpu_ratio` is the same
-of the processor time of the whole process, which other work on the machine disturbs less. Appended to results/extract.csv.
+One process on `--threads` cores, with as many PyTorch and decoding threads. The parts are the forward alone, of the bare model on
+normalised pixels, at the batch size and memory format that were fastest before the first round; and reading, decoding, cropping,
+encoding and decoding again alone. A round is a whole extraction, from listing the images to the manifest, without building the
+teacher (its own column); twelve times in it everything stops, and the parts are timed on a few images: this machine's speed changes
+by a third from one half minute to the next, and so all three see the same of it. The ratio is extraction / (forward + decoding).
+`cpu_ratio` is the same of the processor time of the whole process, which other work on the machine disturbs less. Appended to
+results/extract.csv.
 """
 
 import itertools
@@ -17,7 +19,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,11 +34,12 @@ from rows import append
 from torch import Tensor
 
 from mrmae.extract import run
+from mrmae.extract.devices import be_a_batch_job
 from mrmae.extract.forecast import one_view
-from mrmae.extract.images import list_sources
+from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.progress import Progress
-from mrmae.extract.teachers import Teacher, build_teacher, normalise, parse_teacher
+from mrmae.extract.teachers import Features, Teacher, build_teacher, normalise, parse_teacher
 from mrmae.shards.spec import canonical_order
 
 CASES = {
@@ -46,6 +49,8 @@ CASES = {
 }  # fmt: skip
 BATCHES = {"cnn": (1, 2, 4, 8, 16, 32), "vit": (1, 4, 8, 16)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TURNS = 12  # of the parts, within one extraction
+PIXELS = 256  # views in memory for the forward alone
 Spent = tuple[float, float]  # seconds of wall time, and of processor time
 
 
@@ -88,11 +93,56 @@ class Forward:
                 self.teacher.tower.features(image.contiguous(memory_format=FORMATS[self.format]))
 
 
-def decode_all(folder: Path, options: Options) -> list[np.ndarray[Any, Any]]:
-    """Every view as a teacher sees it, by the options' number of threads."""
-    sources = list_sources([folder], ())
+def decode(sources: Sources, numbers: Iterable[int], options: Options) -> list[np.ndarray[Any, Any]]:
+    """Views of these images as a teacher sees them, by the options' number of threads."""
     with ThreadPoolExecutor(options.workers) as pool:
-        return list(pool.map(lambda i: one_view(sources.read(i), sources[i].key, options), range(len(sources))))
+        return list(pool.map(lambda i: one_view(sources.read(i), sources[i].key, options), numbers))
+
+
+class Turns:
+    """The parts, timed alone whenever an extraction has seen `every` more images; it stands still meanwhile."""
+
+    def __init__(self, forward: Forward, folder: Path, options: Options, n: int) -> None:
+        self.forward, self.options = forward, options
+        self.sources = list_sources([folder], ())
+        self.every = max(1, n // TURNS)
+        self.few = max(forward.batch, self.every // 3 // forward.batch * forward.batch)
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was timed."""
+        self.seen = self.turns = 0
+        self.parts: dict[str, list[Spent]] = {"forward": [], "decode": []}
+        self.paused: Spent = (0.0, 0.0)
+
+    def saw(self, n: int) -> None:
+        """An extraction is about to show a teacher `n` images."""
+        self.seen += n
+        if self.seen >= self.every * (self.turns + 1):
+            self.turns += 1
+            wait_until_idle()
+            took = spent(self.take)
+            self.paused = (self.paused[0] + took[0], self.paused[1] + took[1])
+
+    def take(self) -> None:
+        """Time both parts on a few images."""
+        self.parts["forward"].append(spent(lambda: self.forward.pass_over(self.few)))
+        places = [(self.turns * self.few + i) % len(self.sources) for i in range(self.few)]
+        self.parts["decode"].append(spent(lambda: decode(self.sources, places, self.options)))
+
+    def per_image(self, part: str) -> Spent:
+        """Seconds per image of a part, wall and processor."""
+        n = len(self.parts[part]) * self.few
+        return sum(t[0] for t in self.parts[part]) / n, sum(t[1] for t in self.parts[part]) / n
+
+
+def wait_until_idle() -> None:
+    """Until the other threads have done what they were given."""
+    while True:
+        before = time.process_time()
+        time.sleep(0.005)
+        if time.process_time() - before < 0.001:
+            return
 
 
 @contextmanager
@@ -109,11 +159,19 @@ def timed_building() -> Iterator[list[Spent]]:
         yield times
 
 
-def extract(options: Options) -> tuple[Spent, float]:
-    """(A whole extraction without the building, seconds of building)."""
-    with timed_building() as building:
+def extract(options: Options, turns: Turns) -> tuple[Spent, float]:
+    """(A whole extraction without the building and without the turns of its parts, seconds of building)."""
+    forward = Teacher.forward
+
+    def counting(self: Teacher, pixels: Tensor) -> Features:
+        turns.saw(len(pixels))
+        return forward(self, pixels)
+
+    turns.begin()
+    with timed_building() as building, mock.patch.object(Teacher, "forward", counting):
         wall, cpu = spent(lambda: run.extract_features(options, say=lambda _: None))
-    return (wall - building[0][0], cpu - building[0][1]), building[0][0]
+    apart = [building[0], turns.paused]
+    return (wall - sum(t[0] for t in apart), cpu - sum(t[1] for t in apart)), building[0][0]
 
 
 # --- ETA
@@ -156,30 +214,31 @@ def images_of(tar: Path, n: int, folder: Path) -> Path:
 def one_case(case: str, text: str, folder: Path, rounds: int, work: Path, threads: int) -> dict[str, Any]:
     """The row of one teacher."""
     options = Options([folder], work / "none", teachers=(text,), device="cpu").resolved()
-    pixels = torch.from_numpy(np.stack(decode_all(folder, options)))
-    n = len(pixels)
+    sources = list_sources([folder], ())
+    n = len(sources)
+    pixels = torch.from_numpy(np.stack(decode(sources, range(min(n, PIXELS)), options)))
     teacher = build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
-    forward = Forward(teacher, pixels, BATCHES[case])
-    parts: dict[str, list[Spent]] = {"forward": [], "decode": [], "extract": []}
+    turns = Turns(Forward(teacher, pixels, BATCHES[case]), folder, options, n)
+    times: dict[str, list[Spent]] = {"forward": [], "decode": [], "extract": []}
     build_s = 0.0
     for i in range(rounds):
-        parts["forward"].append(spent(lambda: forward.pass_over(n)))
-        parts["decode"].append(spent(lambda: decode_all(folder, options)))
-        took, build_s = extract(Options([folder], work / f"{case}{i}", teachers=(text,), device="cpu"))
-        parts["extract"].append(took)
+        took, build_s = extract(Options([folder], work / f"{case}{i}", teachers=(text,), device="cpu"), turns)
+        times["extract"].append((took[0] / n, took[1] / n))
+        for part in ("forward", "decode"):
+            times[part].append(turns.per_image(part))
     spec = teacher.spec
-    ratio, cpu_ratio = ratios(parts, 0), ratios(parts, 1)
+    ratio, cpu_ratio = ratios(times, 0), ratios(times, 1)
     row = {"teacher": spec.model, "weights": spec.weights, "images": n, "threads": threads, "rounds": rounds,
-           "forward_batch": forward.batch, "forward_format": forward.format, "engine_batch": options.batch_size}  # fmt: skip
-    row |= {f"{name}_ms": statistics.median(t[0] for t in times) / n * 1e3 for name, times in parts.items()}
+           "forward_batch": turns.forward.batch, "forward_format": turns.forward.format, "engine_batch": options.batch_size}  # fmt: skip
+    row |= {f"{name}_ms": statistics.median(t[0] for t in found) * 1e3 for name, found in times.items()}
     row |= {"build_s": build_s, "ratio": statistics.median(ratio), "ratio_min": min(ratio), "ratio_max": max(ratio)}
     row |= {"cpu_ratio": statistics.median(cpu_ratio), "cpu_ratio_min": min(cpu_ratio), "cpu_ratio_max": max(cpu_ratio)}
     return row
 
 
-def ratios(parts: dict[str, list[Spent]], which: int) -> list[float]:
+def ratios(times: dict[str, list[Spent]], which: int) -> list[float]:
     """Extraction over the sum of its parts, round by round."""
-    return [e[which] / (f[which] + d[which]) for f, d, e in zip(parts["forward"], parts["decode"], parts["extract"])]
+    return [e[which] / (f[which] + d[which]) for f, d, e in zip(times["forward"], times["decode"], times["extract"])]
 
 
 @click.command()
@@ -196,6 +255,7 @@ def main(data_root: Path, cases: tuple[str, ...], images: int, vit_images: int, 
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
+    be_a_batch_job()  # as the command does; the parts alone have it too
     rows = []
     for case in cases or CASES:
         with tempfile.TemporaryDirectory() as work:

@@ -4,7 +4,6 @@ import dataclasses
 import time
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from mrmae.extract.decode import Prepared, prepared_batches
@@ -19,7 +18,10 @@ from mrmae.shards.quantize import Quantiser, quantise
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A batch that calibration has seen: its samples with every view that is to be extracted, and view 0's features by column."""
+    """A batch that calibration has seen: its samples with every view that is to be extracted, and view 0's features by column.
+
+    Pixels of view 0 are there only where a teacher has still to see them.
+    """
 
     prepared: list[Prepared]
     features: dict[str, Features]
@@ -42,7 +44,7 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
         found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
         kept = calibration_batches(dataclasses.replace(job, teachers=pending))
-        found = {column: calibrate(first_rows(kept, column), dtype=job.options.dtype) for column in pending}
+        found = {column: calibrate(*first_rows(kept, column), dtype=job.options.dtype) for column in pending}
     plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
@@ -54,7 +56,9 @@ def calibration_batches(job: Job) -> KeptBatches:
     readable, reason, todo = 0, "", unfinished(job)
     # Decoded with all the views that this process extracts, so that no image is decoded twice.
     work = cut({shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)}, job)
-    batches = prepared_batches(job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers)
+    batches = prepared_batches(
+        job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers, in_turns=job.in_turns
+    )
     first = min(CALIBRATION_SAMPLES, job.plan.n_images)
     with Progress("calibrating", first, left=work_of(job, first), pace=job.pace) as progress:
         while readable < CALIBRATION_SAMPLES:
@@ -63,14 +67,18 @@ def calibration_batches(job: Job) -> KeptBatches:
             if batch is None:
                 break
             decoded = time.monotonic()
-            pixels = view_pixels(prepared, 0)
-            features = {} if pixels is None else {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
-            kept[batch.shard, batch.numbers.start] = Kept(prepared, features)
+            readable_here = sum(0 in p.pixels for p in prepared)
+            features = {}
+            if readable_here:
+                pixels = view_pixels(prepared, 0)
+                features = {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
+            seen_by_all = len(job.teachers) == len(job.plan.columns)
+            kept[batch.shard, batch.numbers.start] = Kept(without(0, prepared) if seen_by_all else prepared, features)
             progress.spent("decode", len(prepared), decoded - began)
             progress.spent("forward", len(prepared), time.monotonic() - decoded)
             if features and not readable:
                 try_storing(job, features, len(prepared), progress)
-            readable += 0 if pixels is None else len(pixels)
+            readable += readable_here
             reason = next((p.rows[0].reason or "" for p in prepared if p.rows[0].reason), reason)
             progress.add(len(prepared))
     batches.close()
@@ -78,6 +86,11 @@ def calibration_batches(job: Job) -> KeptBatches:
         raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
                          "expected photographs; check IMAGES")  # fmt: skip
     return kept
+
+
+def without(view: int, prepared: list[Prepared]) -> list[Prepared]:
+    """The samples without this view's pixels, which nobody will look at again."""
+    return [dataclasses.replace(p, pixels={v: x for v, x in p.pixels.items() if v != view}) for p in prepared]
 
 
 def work_of(job: Job, calibrating: int) -> dict[str, int]:
@@ -105,7 +118,11 @@ def try_storing(job: Job, features: Mapping[str, Features], n: int, progress: Pr
         progress.pace.add("store", n, time.monotonic() - calibrated_at)
 
 
-def first_rows(kept: KeptBatches, column: str) -> Tensor:
-    """Tokens [n, l, d] of the first 1,024 samples of a column."""
-    seen = [batch.features[column].tokens.cpu() for batch in kept.values() if column in batch.features]
-    return torch.cat(seen)[:CALIBRATION_SAMPLES]
+def first_rows(kept: KeptBatches, column: str) -> list[Tensor]:
+    """Tokens [b, l, d] of a column, batch by batch, of the first 1,024 samples."""
+    left, rows = CALIBRATION_SAMPLES, []
+    for batch in kept.values():
+        if column in batch.features and left > 0:
+            rows.append(batch.features[column].tokens[:left].cpu())
+            left -= len(rows[-1])
+    return rows

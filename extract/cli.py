@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+from mrmae.extract.devices import be_a_batch_job
 from mrmae.extract.run import Options, extract_features
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.quantize import DTYPES
@@ -79,6 +80,7 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     part of it (part 0 plans and calibrates, the others wait), and the same command without --shards finishes.
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
+    be_a_batch_job()
     try:
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
         extract_features(chosen, dry_run=dry_run, say=click.echo)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import hashlib
+import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_v
 from mrmae.shards.webdataset_io import PixelRow, parse_row, read_index
 
 AHEAD = 3  # batches decoded or being decoded while one is with the teachers
+AT_ONCE = 8  # batches decoded together where that and the teachers take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,7 @@ class Batch:
 
 
 StoredRows = dict[int, dict[int, PixelRow]]  # by view, then number
+Begun = tuple[Batch, Sequence[Prepared | Future[Prepared]]]
 
 
 def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows) -> Prepared:
@@ -100,31 +103,45 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
 
 def prepared_batches(
     images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int,
-    ready: dict[tuple[int, int], list[Prepared]] | None = None,
+    in_turns: bool, ready: dict[tuple[int, int], list[Prepared]] | None = None,
 ) -> Generator[tuple[Batch, list[Prepared]], None, None]:  # fmt: skip
     """Every batch with its prepared samples, in order, a few batches ahead of use.
 
     stored: gives the views of a shard whose pixels are committed already; called once per run of its batches.
+    in_turns: decode some batches, and nothing while they are in use: on a CPU both would take each other's cores and caches.
     ready: batches that are prepared already, by shard and first number; emptied as they are used.
     """
-    ahead: deque[tuple[Batch, Sequence[Prepared | Future[Prepared]]]] = deque()
     pool = ThreadPoolExecutor(workers, "decode")
-    shard, known = -1, StoredRows()
+    begun = begun_batches(pool, images, recipe, batches, stored, ready or {})
     try:
-        for batch in batches:
-            if ready and (there := ready.pop((batch.shard, batch.numbers.start), None)) is not None:
-                ahead.append((batch, there))
-            else:
-                if batch.shard != shard:
-                    shard, known = batch.shard, stored(batch.shard)
-                calls = [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
-                ahead.append((batch, calls))
+        if in_turns:
+            while some := [finished(*one) for one in list(itertools.islice(begun, AT_ONCE))]:
+                yield from some
+            return
+        ahead: deque[Begun] = deque()
+        for one in begun:
+            ahead.append(one)
             if len(ahead) > AHEAD:
                 yield finished(*ahead.popleft())
         while ahead:
             yield finished(*ahead.popleft())
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def begun_batches(
+    pool: ThreadPoolExecutor, images: Images, recipe: ViewRecipe, batches: Iterable[Batch],
+    stored: Callable[[int], StoredRows], ready: dict[tuple[int, int], list[Prepared]],
+) -> Iterator[Begun]:  # fmt: skip
+    """Every batch, handed to the pool as it is asked for."""
+    shard, known = -1, StoredRows()
+    for batch in batches:
+        if (there := ready.pop((batch.shard, batch.numbers.start), None)) is not None:
+            yield batch, there
+            continue
+        if batch.shard != shard:
+            shard, known = batch.shard, stored(batch.shard)
+        yield batch, [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
 
 
 def finished(batch: Batch, samples: Sequence[Prepared | Future[Prepared]]) -> tuple[Batch, list[Prepared]]:

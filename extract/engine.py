@@ -42,7 +42,7 @@ def extract_missing(job: Job, kept: KeptBatches) -> None:
     todo = unfinished(job)
     batches = list(cut(todo, job))
     stream = prepared_batches(
-        job.images, job.plan.recipe, batches, known_pixels(job), workers=job.options.workers,
+        job.images, job.plan.recipe, batches, known_pixels(job), workers=job.options.workers, in_turns=job.in_turns,
         ready={place: batch.prepared for place, batch in kept.items()},
     )  # fmt: skip
     total = sum(len(batch.numbers) * len(batch.views) for batch in batches)
@@ -131,11 +131,11 @@ def take(
 ) -> tuple[float, float]:
     """Add one batch to a teacher's part: forward (unless calibration did it), quantise, measure; the seconds of both."""
     began = time.monotonic()
-    pixels = view_pixels(prepared, view)
-    part.valid += [view in p.pixels for p in prepared]
-    if pixels is None:
+    valid = [p.rows[view].jpeg is not None for p in prepared]
+    part.valid += valid
+    if not any(valid):
         return 0.0, 0.0
-    features = features or job.teachers[column].forward(pixels)
+    features = features or job.teachers[column].forward(view_pixels(prepared, view))
     forward_at = time.monotonic()
     where = f"{job.path}: {column}, view {view}, samples {prepared[0].number} to {prepared[-1].number}"
     try:

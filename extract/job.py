@@ -28,6 +28,11 @@ class Job:
     options: Options
     pace: Pace = dataclasses.field(default_factory=Pace)
 
+    @property
+    def in_turns(self) -> bool:
+        """Whether decoding and teachers would compete for the same cores."""
+        return self.options.device == "cpu"
+
 
 def unfinished(job: Job) -> dict[int, list[tuple[int, str]]]:
     """(view, column) of everything that this process's part has to do, by shard."""
@@ -67,7 +72,6 @@ def known_pixels(job: Job) -> Callable[[int], StoredRows]:
     return rows
 
 
-def view_pixels(prepared: Sequence[Prepared], view: int) -> Tensor | None:
-    """uint8 [n, h, w, 3] of the readable samples; None where there are none."""
-    pixels = [p.pixels[view] for p in prepared if view in p.pixels]
-    return torch.from_numpy(np.stack(pixels)) if pixels else None
+def view_pixels(prepared: Sequence[Prepared], view: int) -> Tensor:
+    """uint8 [n, h, w, 3] of the readable samples, at least one."""
+    return torch.from_numpy(np.stack([p.pixels[view] for p in prepared if view in p.pixels]))

@@ -1,6 +1,7 @@
 """The quantiser of a column, chosen by what it costs the first samples."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -10,17 +11,20 @@ from mrmae.shards.quality import measure, summarise
 from mrmae.shards.quantize import Quantiser, host_fp32, parts_of, quantise, refuse_nonfinite
 
 CALIBRATION_SAMPLES = 1024
+TRIAL_SAMPLES = 64  # of these: enough to tell which of two quantisers loses less
 
 
-def calibrate(features: Float[Tensor, "n l d"], *, dtype: str = "int8") -> Quantiser:
-    """The quantiser, with or without channel standardisation, that has the higher SNR on these features.
+def calibrate(*batches: Float[Tensor, "_ l d"], dtype: str = "int8") -> Quantiser:
+    """The quantiser with these features' channel moments, or without any: which has the higher SNR on the first of them.
 
-    features: float32, the first samples in canonical order. Raises ValueError for NaN or infinities.
+    batches: float32, the first samples in canonical order. Raises ValueError for NaN or infinities.
     """
-    refuse_nonfinite(features, "calibration")
+    for features in batches:
+        refuse_nonfinite(features, "calibration")
     if dtype == "float16":
         return Quantiser(dtype)
-    mean, std = channel_moments(features)
+    parts = [part for features in batches for part in parts_of(features)]
+    mean, std = channel_moments(parts)
     # A channel that is dead in the sample may live later: give it an average channel's step.
     average = std.square().mean().sqrt()
     std = torch.where(std > 1e-6 * std.max(), std, average if average > 0 else torch.ones_like(average))
@@ -28,15 +32,16 @@ def calibrate(features: Float[Tensor, "n l d"], *, dtype: str = "int8") -> Quant
         Quantiser(dtype, host_fp32(mean), host_fp32(std), standardised=True),
         Quantiser(dtype),
     ]
-    return max(candidates, key=lambda q: round_trip_snr(features, q))
+    trial = parts[: max(1, TRIAL_SAMPLES // len(parts[0]))]
+    return max(candidates, key=lambda q: round_trip_snr(trial, q))
 
 
-def channel_moments(features: Float[Tensor, "n l d"]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
+def channel_moments(parts: Sequence[Float[Tensor, "_ l d"]]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:
     """Float64 mean and (population) standard deviation of every channel."""
-    n = features.shape[0] * features.shape[1]
-    middle = features[0].mean(dim=0)  # near the mean: squares about it lose no digits
+    n = sum(part.shape[0] * part.shape[1] for part in parts)
+    middle = parts[0][0].mean(dim=0)  # near the mean: squares about it lose no digits
     total, squares = torch.zeros_like(middle).double(), torch.zeros_like(middle).double()
-    for part in parts_of(features):
+    for part in parts:
         apart = part - middle
         total += apart.sum(dim=(0, 1))  # of a few samples in float32, of all in float64
         squares += apart.square_().sum(dim=(0, 1))
@@ -44,10 +49,10 @@ def channel_moments(features: Float[Tensor, "n l d"]) -> tuple[Float[Tensor, "d"
     return middle + shift, (squares / n - shift.square()).clamp(min=0).sqrt()
 
 
-def round_trip_snr(features: Float[Tensor, "n l d"], q: Quantiser) -> float:
+def round_trip_snr(parts: Sequence[Float[Tensor, "_ l d"]], q: Quantiser) -> float:
     """SNR in dB of quantising and dequantising, -inf where the quantiser cannot hold the features."""
     try:
-        measured = [measure(part, *quantise(part, q), q) for part in parts_of(features)]
+        measured = [measure(part, *quantise(part, q), q) for part in parts]
     except ValueError:
         return -math.inf
     return float(summarise(measured)["snr_db"])

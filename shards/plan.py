@@ -207,8 +207,8 @@ def shard_ranges(n: int, shard_samples: int) -> list[range]:
 
 
 def default_shard_samples(n: int, token_bytes: int) -> int:
-    """Samples per shard: the smaller of 512 MB of tokens and n / 64, at least 16. token_bytes: of one sample."""
-    return max(16, min(512 * 10**6 // max(token_bytes, 1), n // 64))
+    """Samples per shard: the smaller of 512 MB of tokens and n / 64, at least 64. token_bytes: of one sample."""
+    return max(64, min(512 * 10**6 // max(token_bytes, 1), n // 64))
 
 
 def dataset_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:

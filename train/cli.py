@@ -100,10 +100,12 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """
+    from mrmae.extract.devices import be_a_batch_job
     from mrmae.shards.remote import Unreachable, locate
     from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
     from mrmae.train.recipe import load_recipe
 
+    be_a_batch_job()
     given = {name: options.pop(name) for name in SHORTHANDS}
     try:
         place = locate(cache)

@@ -21,6 +21,8 @@ Extract = Callable[..., dict[str, Any]]
 def extract_small(images: Path, cache: Path, *teachers: str, **options: Any) -> dict[str, Any]:
     """The manifest of `cache`, extracted with tiny settings."""
     options = {**SMALL, **options}
+    if not (cache / "plan.json").exists():
+        options.setdefault("shard_samples", 16)  # two shards of the photographs
     say = options.pop("say", lambda line: None)
     return extract_features(Options(images=[images], cache=cache, teachers=teachers or (VIT,), **options), say=say)
 

@@ -22,6 +22,7 @@ from PIL import Image
 from mrmae.extract import engine, run
 from mrmae.extract.cli import main
 from mrmae.extract.decode import Images
+from mrmae.extract.job import Job
 from mrmae.extract.run import Options, TooManyBad, extract_features
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import open_cache
@@ -123,6 +124,15 @@ def test_every_image_is_decoded_once_and_every_view_shown_once(
     extract(folder, tmp_path / "cache", VIT, CNN, views=2)
     n = len(open_cache(finished))
     assert sorted(decoded) == list(range(n)) and sum(shown) == 2 * 2 * n  # two views, two teachers
+
+
+def test_decoding_in_turns_and_decoding_ahead_make_the_same_cache(
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Job, "in_turns", False)  # as on an accelerator; `finished` was made in turns
+    assert extract(folder, tmp_path / "cache", VIT, CNN, views=2) == json.loads(
+        (finished / "manifest.json").read_text()
+    )
 
 
 def test_kill_during_extraction_leaves_a_state_that_continues(folder: Path, finished: Path, tmp_path: Path) -> None:

@@ -252,7 +252,7 @@ def test_a_plan_of_an_unknown_dtype_is_refused(uninterrupted: Path) -> None:
 
 def test_shard_ranges_and_the_default_size() -> None:
     assert plan.shard_ranges(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
-    assert plan.default_shard_samples(100, 150_528) == 16
+    assert plan.default_shard_samples(100, 150_528) == 64
     assert plan.default_shard_samples(6400, 150_528) == 100
     assert plan.default_shard_samples(1_281_167, 150_528) == 512 * 10**6 // 150_528
 
