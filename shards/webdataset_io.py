@@ -137,14 +137,18 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
     try:
         content = json.loads(index_path(path).read_bytes())
         members = content["members"]
-        rows = {name: i for i, name in enumerate(dict.fromkeys(member[0][:NUMBER_DIGITS] for member in members))}
-        keys, tables = [""] * len(rows), {name: np.full((len(rows), 3), -1, np.int64) for name in extensions}
-        for name, key, *place in members:
-            row, extension = rows[name[:NUMBER_DIGITS]], name[NUMBER_DIGITS + 1 :]
-            keys[row] = key
-            tables[extension][row] = place
-        return TarIndex(content["of"], keys, tables)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        numbers = [member[0][:NUMBER_DIGITS] for member in members]
+        key_of = {number: member[1] for number, member in zip(numbers, members)}
+        row_of = {number: row for row, number in enumerate(key_of)}
+        rows = np.array([row_of[number] for number in numbers], np.int64)
+        which = {extension: i for i, extension in enumerate(extensions)}
+        extension_of = np.array([which[member[0][NUMBER_DIGITS + 1 :]] for member in members], np.int64)
+        places = np.array([member[2:] for member in members], np.int64).reshape(-1, 3)
+        tables = {name: np.full((len(key_of), 3), -1, np.int64) for name in extensions}
+        for name, i in which.items():
+            tables[name][rows[extension_of == i]] = places[extension_of == i]
+        return TarIndex(content["of"], list(key_of.values()), tables)
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
 
 

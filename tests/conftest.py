@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import begin, commit, plan, quantize, remote, samples, views
+from mrmae.shards import begin, commit, plan, quantize, reader, remote, samples, views
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.calibrate import calibrate
 from mrmae.shards.plan import Plan
@@ -213,3 +213,17 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_images() -> dict[str, bytes]:
     """The encoded images that `tiny_cache` was made from, by key."""
     return smooth_images(24, seed=0, labels=True)
+
+
+@pytest.fixture
+def read_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The bytes of every chunk that is read from a shard, from now on."""
+    sizes: list[int] = []
+    real = os.preadv
+
+    def preadv(file: int, buffers: Any, offset: int) -> int:
+        sizes.append(real(file, buffers, offset))
+        return sizes[-1]
+
+    monkeypatch.setattr(reader.os, "preadv", preadv)
+    return sizes

@@ -151,6 +151,10 @@ def test_append_twice_then_teachers_and_views_cover_all_parts(
     assert (path / "manifest.json").read_bytes() == manifest
 
 
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
+
+
 def test_an_append_killed_anywhere_is_resumed_by_the_same_command(
     extract: Any,
     made: Path,
@@ -161,10 +165,6 @@ def test_an_append_killed_anywhere_is_resumed_by_the_same_command(
     expected, cache = files_without_time(grown[0]), tmp_path / "killed"
     shutil.copytree(made / "base", cache)
     images = grown[1]
-
-    def killed(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
     for module, name in ((run.commits, "create_columns"), (run, "extract_missing"), (run.commits, "finalise"), ("append", "publish")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr("mrmae.shards.append.publish" if module == "append" else f"{module.__name__}.{name}", killed)
@@ -187,7 +187,7 @@ def test_a_kill_between_samples_and_plan_changes_nothing(
     shutil.copytree(made / "base", cache)
     manifest = (cache / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mrmae.shards.append.publish", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("mrmae.shards.append.publish", killed)
         with pytest.raises(KeyboardInterrupt):
             extract(grown[1], cache, VIT, append=True)
     other = shutil.copytree(cache, tmp_path / "other")

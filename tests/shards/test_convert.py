@@ -57,6 +57,19 @@ def test_there_and_back_again_is_the_same_cache(source: Path, make_cache: Make, 
     assert read_stats(open_cache(tars), "a.pre_tail").id == read_stats(open_cache(source), "a.pre_tail").id
 
 
+def test_token_blocks_stay_blocks(make_cache: Make, tmp_path: Path) -> None:
+    how: dict[str, Any] = {**SMALL, "grid": 4, "blocks": 4}
+    source = make_cache(tmp_path / "c", **how)
+    tars = converted(source, tmp_path / "tars", format="webdataset")
+    assert contents(tars) == contents(make_cache(tmp_path / "direct", format="webdataset", **how))
+    cache, half = open_cache(source), open_cache(converted(source, tmp_path / "half", dtype="float16"))
+    assert half.blocks == cache.blocks is not None
+    for view in range(cache.n_views):
+        views = np.full(len(cache.numbers), view)
+        before, after = (c.read_tokens("a.pre_tail", cache.numbers, views) for c in (cache, half))
+        assert torch.equal(after, before.half().float()), "the same values of the same patches"
+
+
 def test_a_dropped_teacher_leaves_everything_else_as_it_was(source: Path, tmp_path: Path) -> None:
     both = contents(source)
     for name in ("b", "b.pre_tail"):
