@@ -49,6 +49,7 @@ CASES = {
 }  # fmt: skip
 BATCHES = {"cnn": (1, 2, 4, 8, 16, 32), "vit": (1, 4, 8, 16)}
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TRIALS = 5  # of every batch size and memory format
 TURNS = 12  # of the parts, within one extraction
 PIXELS = 256  # views in memory for the forward alone
 Spent = tuple[float, float]  # seconds of wall time, and of processor time
@@ -70,8 +71,8 @@ class Forward:
     def __init__(self, teacher: Teacher, pixels: Tensor, batches: tuple[int, ...]) -> None:
         self.teacher, self.image = teacher, normalise(pixels, teacher.spec)
         choices = list(itertools.product(batches, FORMATS))
-        times = {choice: min(self.trial(*choice) for _ in range(2)) for choice in choices}
-        self.batch, self.format = min(choices, key=lambda choice: times[choice])
+        tried = [{choice: self.trial(*choice) for choice in choices} for _ in range(TRIALS)]  # in turns: see above
+        self.batch, self.format = min(choices, key=lambda choice: min(times[choice] for times in tried))
 
     def use(self, batch: int, format: str) -> None:
         self.batch, self.format = batch, format
@@ -80,7 +81,7 @@ class Forward:
     def trial(self, batch: int, format: str) -> float:
         """Seconds per image."""
         self.use(batch, format)
-        n = max(batch, len(self.image) // 8 // batch * batch)
+        n = max(batch, min(32, len(self.image) // 8) // batch * batch)
         self.pass_over(batch)
         return spent(lambda: self.pass_over(n))[0] / n
 

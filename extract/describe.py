@@ -28,9 +28,9 @@ def description(path: Path) -> dict[str, Any]:
     finished = (path / "manifest.json").exists()
     if finished:
         read_manifest(path)
-    records = {unit: record for unit in commits.units(plan) if (record := commits.valid_record(path, plan, *unit))}
+    records = commits.valid_records(path, plan, commits.units(plan))
     table = read_samples(path, plan.n_rows)
-    bad = commits.bad_images(path, plan)
+    bad = commits.bad_in(records)
     return {
         "path": str(path),
         "finished": finished,

@@ -7,7 +7,8 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
+from mrmae.shards.remote import RemotePath
 from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
 from mrmae.shards.tail import tail_path
@@ -23,6 +25,7 @@ from mrmae.shards.write import publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
+REMOTE_RECORDS = 32  # asked for at a time
 VALUE = {
     "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
     "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
@@ -172,20 +175,35 @@ def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> 
         return None
 
 
+def valid_records(path: Path, plan: Plan, which: Iterable[Unit]) -> dict[Unit, dict[str, Any]]:
+    """The valid commit records among these units; at a URL many are asked for side by side."""
+    which = list(which)
+    with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
+        ask = pool.map if isinstance(path, RemotePath) else map
+        found = list(ask(lambda unit: valid_record(path, plan, *unit), which))
+    return {unit: record for unit, record in zip(which, found) if record is not None}
+
+
 def committed(path: Path, plan: Plan) -> set[Unit]:
     """The units of work that are validly committed."""
-    return {unit for unit in units(plan) if valid_record(path, plan, *unit) is not None}
+    return set(valid_records(path, plan, units(plan)))
 
 
 def missing(path: Path, plan: Plan) -> list[Unit]:
     """The units of work that still have to be done, by view, then shard, pixels before teachers."""
-    return [unit for unit in units(plan) if valid_record(path, plan, *unit) is None]
+    there = committed(path, plan)
+    return [unit for unit in units(plan) if unit not in there]
 
 
 def bad_images(path: Path, plan: Plan) -> dict[int, str]:
     """Reason why each bad image is bad, by sample number, as far as pixels are committed."""
-    records = (valid_record(path, plan, *unit) for unit in units(plan) if unit[1] == PIXELS)
-    return {int(n): reason for record in records if record for n, reason in record["bad"].items()}
+    return bad_in(valid_records(path, plan, (unit for unit in units(plan) if unit[1] == PIXELS)))
+
+
+def bad_in(records: Mapping[Unit, Mapping[str, Any]]) -> dict[int, str]:
+    """The same of records that were read already."""
+    pixels = [record for (_, column, _), record in records.items() if column == PIXELS]
+    return {int(n): reason for record in pixels for n, reason in record["bad"].items()}
 
 
 def finalise(path: Path, plan: Plan) -> dict[str, Any]:
@@ -194,11 +212,10 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     It holds nothing of time, host or versions: equal runs give equal manifests.
     Raises ValueError when shards are missing, or disagree about which images are bad.
     """
-    records = {unit: valid_record(path, plan, *unit) for unit in units(plan)}
-    if absent := [unit for unit, record in records.items() if record is None]:
-        raise ValueError(f"{path}: {len(absent)} of {len(records)} shards are not committed, the first is view "
+    complete = valid_records(path, plan, units(plan))
+    if absent := [unit for unit in units(plan) if unit not in complete]:
+        raise ValueError(f"{path}: {len(absent)} of {len(absent) + len(complete)} shards are not committed, the first is view "
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
-    complete = {unit: record for unit, record in records.items() if record is not None}
     refuse_disagreement(path, complete)
     table = {**read_samples(path, plan.n_rows), **decoded_columns(plan, complete)}
     write_samples(path, table)
