@@ -33,7 +33,7 @@ KeptBatches = dict[tuple[int, int], Kept]  # by shard and first number
 def calibrated(job: Job) -> tuple[Job, KeptBatches]:
     """The job with every column's quantiser frozen in its plan, and the batches that calibration has seen.
 
-    The first 1,024 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
+    The first 256 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
     shown to the teachers again afterwards.
     """
     pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
@@ -51,7 +51,7 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
 
 
 def calibration_batches(job: Job) -> KeptBatches:
-    """Whole batches until 1,024 samples are readable. ValueError when no image is."""
+    """Whole batches until 256 samples are readable. ValueError when no image is."""
     kept: KeptBatches = {}
     readable, reason, todo = 0, "", unfinished(job)
     # Decoded with all the views that this process extracts, so that no image is decoded twice.
@@ -119,7 +119,7 @@ def try_storing(job: Job, features: Mapping[str, Features], n: int, progress: Pr
 
 
 def first_rows(kept: KeptBatches, column: str) -> list[Tensor]:
-    """Tokens [b, l, d] of a column, batch by batch, of the first 1,024 samples."""
+    """Tokens [b, l, d] of a column, batch by batch, of the first 256 samples."""
     left, rows = CALIBRATION_SAMPLES, []
     for batch in kept.values():
         if column in batch.features and left > 0:

@@ -56,7 +56,7 @@ from mrmae.shards.storage import FORMATS
     type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
     help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.",
 )
-@click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 4 on a CPU.")
+@click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 8 on a CPU.")
 @click.option("--workers", default=0, type=click.IntRange(0), help="Decoding threads; 0: one per core.")
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")
 @click.option(

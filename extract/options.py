@@ -70,7 +70,7 @@ class Options:
             teachers=tuple(one for text in self.teachers for one in one_per_tap(text)),
             device=str(device),
             precision=("fp16" if kind == "cuda" else "fp32") if self.precision == "auto" else self.precision,
-            batch_size=self.batch_size or (64 if kind == "cuda" else 4),
+            batch_size=self.batch_size or (64 if kind == "cuda" else 8),
             workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks),
         )
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrmae.shards.quality import measure, summarise
 from mrmae.shards.quantize import Quantiser, host_fp32, parts_of, quantise, refuse_nonfinite
 
-CALIBRATION_SAMPLES = 1024
+CALIBRATION_SAMPLES = 256
 TRIAL_SAMPLES = 64  # of these: enough to tell which of two quantisers loses less
 
 

@@ -31,7 +31,7 @@ from mrmae.shards.spec import ViewRecipe
 
 VIT = "vit=timm:test_vit/random"
 CNN = "cnn=timm:test_efficientnet/random"
-BASE = {"recipe": ViewRecipe(32), "grid": 4, "batch_size": 4, "device": "cpu", "workers": 2}
+BASE = {"recipe": ViewRecipe(32), "grid": 4, "batch_size": 4, "shard_samples": 16, "device": "cpu", "workers": 2}
 
 
 def photos(folder: Path, n: int = 20) -> Path:
@@ -139,7 +139,7 @@ def test_kill_during_extraction_leaves_a_state_that_continues(folder: Path, fini
     whole = json.loads((finished / "manifest.json").read_text())
     cache = tmp_path / "cache"
     command = [sys.executable, "-m", "mrmae.extract.cli", str(folder), str(cache), "--teacher", VIT, "--teacher", CNN,
-               "--size", "32", "--grid", "4", "--views", "2", "--batch-size", "4"]  # fmt: skip
+               "--size", "32", "--grid", "4", "--views", "2", "--batch-size", "4", "--shard-samples", "16"]  # fmt: skip
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while process.poll() is None and not list(cache.glob("commits/*/*/*.json")) and time.monotonic() < deadline:

@@ -39,7 +39,8 @@ def batch(cache: Cache, numbers: Any = None) -> list[torch.Tensor]:
     return [cache.read_pixels(numbers, views), *raw]
 
 
-def in_a_spawned_process(cache: Cache) -> list[bytes]:
+def read_bytes(cache: Cache) -> list[bytes]:
+    """The same batch as bytes; also to be called in another process."""
     return [t.numpy().tobytes() for t in batch(cache)]
 
 
@@ -55,7 +56,7 @@ def test_a_batch_from_a_url_is_the_local_one(s3: Any, uploaded: str, tiny_cache:
 def test_columns_in_tars_are_read_at_a_url(s3: Any, make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", format="webdataset", n=8, n_views=1)
     url = s3.upload(path, "tar-photos")
-    assert in_a_spawned_process(open_cache(url)) == in_a_spawned_process(open_cache(path))
+    assert read_bytes(open_cache(url)) == read_bytes(open_cache(path))
     assert CliRunner().invoke(main, ["verify", url, "--full"]).exit_code == 0
 
 
@@ -82,12 +83,12 @@ def remote_threads() -> int:
 
 def test_an_opened_cache_is_pickled_and_read_by_threads(s3: Any, uploaded: str, tiny_cache: Path) -> None:
     far = open_cache(uploaded)
-    expected = in_a_spawned_process(open_cache(tiny_cache))
-    assert in_a_spawned_process(pickle.loads(pickle.dumps(far))) == expected
+    expected = read_bytes(open_cache(tiny_cache))
+    assert read_bytes(pickle.loads(pickle.dumps(far))) == expected
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(in_a_spawned_process, (far,)) == expected
+        assert pool.apply(read_bytes, (far,)) == expected
     found: list[list[bytes]] = []
-    threads = [threading.Thread(target=lambda: found.append(in_a_spawned_process(far))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(read_bytes(far))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -111,10 +112,10 @@ def test_neighbours_come_in_one_request(s3: Any, uploaded: str) -> None:
 
 def test_a_lost_connection_is_tried_again_then_named(s3: Any, uploaded: str, tiny_cache: Path) -> None:
     far = open_cache(uploaded, threads=1)
-    expected = in_a_spawned_process(open_cache(tiny_cache))
+    expected = read_bytes(open_cache(tiny_cache))
     s3.proxy.cuts = 3
     with pytest.warns(UserWarning, match="asking again, attempt 2 of 5"):
-        assert in_a_spawned_process(far) == expected
+        assert read_bytes(far) == expected
     assert locate(uploaded).bucket.retries >= 1  # type: ignore[attr-defined]
     s3.proxy.cuts = 10**9
     with pytest.warns(UserWarning), pytest.raises(Unreachable) as caught:
