@@ -17,7 +17,6 @@ import numpy as np
 from mrmae.shards import zarr_io
 from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.reader import Damaged, File, opened, read_members
-from mrmae.shards.remote import RemoteFile
 from mrmae.shards.spec import canonical_json, plain
 from mrmae.shards.webdataset_io import Member, Table, TarIndex, index_path, member_name, read_index, write_tar
 from mrmae.shards.write import publish
@@ -154,8 +153,7 @@ class TarShard:
         wanted = list(self.members(rows, out, blocks))
         places = [self.index.tables[f"{piece}.npy"][row] for row, piece, _ in wanted]
         with opened(self.tar) as file:
-            if isinstance(file, RemoteFile):
-                file.expect([(int(offset), int(n_bytes)) for offset, n_bytes, _ in places if offset >= 0])
+            file.expect([(int(offset), int(n_bytes)) for offset, n_bytes, _ in places if offset >= 0])
             for (row, piece, buffer), place in zip(wanted, places):
                 self.read_member(file, row, place, self.headers[piece], buffer)
 

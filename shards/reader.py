@@ -17,7 +17,9 @@ import numpy as np
 from mrmae.shards.remote import RemoteFile, RemotePath
 
 ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
+NOT_WAITING: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: a read that fails where it would wait for the disk
 Array = np.ndarray[Any, np.dtype[Any]]
+Place = tuple[int, int]  # offset, bytes
 
 
 class Damaged(ValueError):
@@ -38,6 +40,18 @@ class LocalFile:
 
     def size(self) -> int:
         return os.fstat(self.descriptor).st_size
+
+    def expect(self, places: Sequence[Place]) -> None:
+        """Have the disk fetch these (offset, bytes) side by side where they do not lie in memory, as the last one tells."""
+        if not places or NOT_WAITING is None:
+            return
+        try:
+            os.preadv(self.descriptor, [bytearray(1)], sum(places[-1]) - 1, NOT_WAITING)
+        except BlockingIOError:
+            for offset, n_bytes in places:
+                os.posix_fadvise(self.descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
+        except OSError:
+            pass  # a file system without such reads; where this one fails for good, so will the next, and say so
 
     def read(self, n_bytes: int, offset: int) -> bytes:
         return os.pread(self.descriptor, n_bytes, offset)
@@ -64,9 +78,8 @@ class ShardFile:
         """
         with opened(self.path) as file:
             index = self.index(file)
-            if isinstance(file, RemoteFile):
-                places = index[list(rows)] if blocks is None else index[list(rows), list(blocks)]
-                file.expect([(int(at), int(n)) for at, n in places.reshape(-1, 2) if at != ABSENT])
+            places = index[list(rows)] if blocks is None else index[list(rows), list(blocks)]
+            file.expect([(at, n) for at, n in places.reshape(-1, 2).tolist() if at != ABSENT])
             for i, (row, array) in enumerate(zip(rows, out)):
                 if blocks is not None:
                     self.read_chunk(file, row, index[row, blocks[i]], array)
@@ -112,8 +125,7 @@ def read_members(path: Path, rows: Sequence[int], table: Array) -> Iterator[byte
     table: (offset, bytes, crc32c) of every row, from the sidecar. Raises Damaged, naming the row.
     """
     with opened(path) as file:
-        if isinstance(file, RemoteFile):
-            file.expect([(int(table[row][0]), int(table[row][1])) for row in rows if table[row][0] >= 0])
+        file.expect([(offset, n_bytes) for offset, n_bytes, _ in table[list(rows)].tolist() if offset >= 0])
         for row in rows:
             offset, n_bytes, crc = (int(n) for n in table[row])
             if offset < 0:

@@ -1,5 +1,6 @@
 """Reading: exact values by number, key or batch, from every thread and process; damage is always named."""
 
+import os
 import pickle
 import re
 import shutil
@@ -15,7 +16,7 @@ import pytest
 import torch
 import zarr
 
-from mrmae.shards import commit, plan
+from mrmae.shards import commit, plan, reader
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.spec import key_hash
@@ -368,3 +369,25 @@ def test_attributes_are_enough_to_dequantise_with_plain_zarr(tiny_cache: Path) -
     got = cache.read_tokens("a.pre_tail", cache.numbers, np.ones_like(cache.numbers)).numpy()
     assert np.allclose(got, tokens, atol=1e-6) and Quantiser.from_json(q).dtype == "int8"
     assert group.attrs["column_id"] == cache.ids["a.pre_tail"]
+
+
+def test_what_is_not_in_memory_is_asked_for_side_by_side(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the page cache never has it; where it always has, nothing is asked for."""
+    numbers = np.array([3, 9, 1, 17])
+    expected = open_cache(tiny_cache).read_column("a.pre_tail", numbers, numbers * 0)["tokens"]
+    asked: list[int] = []
+    real = os.preadv
+
+    def preadv(file: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(reader.os, "posix_fadvise", lambda _file, _offset, n_bytes, _advice: asked.append(n_bytes))
+    cache = open_cache(tiny_cache)
+    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
+    assert not asked, "just read: it lies in memory"
+    monkeypatch.setattr(reader.os, "preadv", preadv)
+    monkeypatch.setattr(reader, "NOT_WAITING", 8)
+    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
+    assert asked == [16 * 8 + 4] * 4
