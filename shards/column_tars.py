@@ -15,10 +15,9 @@ import google_crc32c
 import numpy as np
 
 from mrmae.shards import zarr_io
-from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.reader import Damaged, File, opened, read_members
 from mrmae.shards.spec import canonical_json, plain
-from mrmae.shards.webdataset_io import Member, Table, TarIndex, index_path, member_name, read_index, write_tar
+from mrmae.shards.webdataset_io import Member, TarIndex, index_path, member_name, read_index, write_tar
 from mrmae.shards.write import publish
 from mrmae.shards.zarr_io import Array, Layout, checked_rows, shard_record
 
@@ -151,9 +150,9 @@ class TarShard:
         Raises Damaged, naming the row, where a member is absent, short or fails its crc32c.
         """
         wanted = list(self.members(rows, out, blocks))
-        places = [self.index.tables[f"{piece}.npy"][row] for row, piece, _ in wanted]
+        places = [self.index.tables[f"{piece}.npy"][row].tolist() for row, piece, _ in wanted]
         with opened(self.tar) as file:
-            file.expect([(int(offset), int(n_bytes)) for offset, n_bytes, _ in places if offset >= 0])
+            file.expect([(offset, n_bytes) for offset, n_bytes, _ in places if offset >= 0])
             for (row, piece, buffer), place in zip(wanted, places):
                 self.read_member(file, row, place, self.headers[piece], buffer)
 
@@ -165,20 +164,22 @@ class TarShard:
             for piece, (name, block) in self.pieces.items():
                 if name not in out:
                     continue
-                if blocks is None or name not in IN_BLOCKS:
+                if self.layout.blocks_of(name) == 1:
+                    yield row, piece, out[name][i]
+                elif blocks is None:
                     yield row, piece, in_parts(out[name][i][None], self.layout.blocks_of(name))[0, block]
                 elif block == blocks[i]:
                     yield row, piece, out[name][i]
 
-    def read_member(self, file: File, row: int, place: Table, expected: bytes, out: Array) -> None:
+    def read_member(self, file: File, row: int, place: Sequence[int], expected: bytes, out: Array) -> None:
         """Read and verify one array."""
-        offset, n_bytes, crc = (int(n) for n in place)
+        offset, n_bytes, crc = place
         if offset < 0:
             raise Damaged(self.tar, row, "this sample was never written")
         if n_bytes != NPY_HEADER + out.nbytes:
             raise Damaged(self.tar, row, f"the member has {n_bytes} bytes; expected {NPY_HEADER + out.nbytes}")
         header = bytearray(NPY_HEADER)
-        got = file.read_into([header, out.reshape(-1).view(np.uint8).data], offset)
+        got = file.read_into([header, out], offset)
         if got != n_bytes:
             raise Damaged(self.tar, row, f"the file ends within the member ({got} of {n_bytes} bytes)")
         if header != expected:

@@ -92,12 +92,17 @@ class OpenedFiles:
                 raise Unreachable(f"sample {number} ({self.keys[number]!r}), shard {part[2]} of {column}, view {part[1]}: "
                                   f"{error}") from None  # fmt: skip
 
-        parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
-        if len(parts) <= 1:
-            for part in parts:
+        def all_explained(share: Sequence[tuple[Numbers, int, int]]) -> None:
+            for part in share:
                 explained(part)
+
+        parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
+        # A call costs more than a local read: one per thread. At a URL a call waits: one per request.
+        n = len(parts) if isinstance(self.path, RemotePath) else min(self.threads, len(parts))
+        if n <= 1:
+            all_explained(parts)
             return
-        calls = [self.pool().submit(explained, part) for part in parts]
+        calls = [self.pool().submit(all_explained, parts[i::n]) for i in range(n)]
         concurrent.futures.wait(calls)  # all of them: nobody writes to the buffer after an error
         for call in calls:
             call.result()

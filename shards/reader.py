@@ -43,7 +43,7 @@ class LocalFile:
 
     def expect(self, places: Sequence[Place]) -> None:
         """Have the disk fetch these (offset, bytes) side by side where they do not lie in memory, as the last one tells."""
-        if not places or NOT_WAITING is None:
+        if len(places) < 2 or NOT_WAITING is None:
             return
         try:
             os.preadv(self.descriptor, [bytearray(1)], sum(places[-1]) - 1, NOT_WAITING)
@@ -78,13 +78,11 @@ class ShardFile:
         """
         with opened(self.path) as file:
             index = self.index(file)
-            places = index[list(rows)] if blocks is None else index[list(rows), list(blocks)]
-            file.expect([(at, n) for at, n in places.reshape(-1, 2).tolist() if at != ABSENT])
-            for i, (row, array) in enumerate(zip(rows, out)):
-                if blocks is not None:
-                    self.read_chunk(file, row, index[row, blocks[i]], array)
-                    continue
-                for place, chunk in zip(index[row], array.reshape(self.blocks, -1)):
+            found = index[list(rows)] if blocks is None else index[list(rows), list(blocks)][:, None]
+            places: list[list[Place]] = [[(at, n) for at, n in chunks] for chunks in found.tolist()]
+            file.expect([place for chunks in places for place in chunks if place[0] != ABSENT])
+            for row, chunks, array in zip(rows, places, out):
+                for place, chunk in zip(chunks, [array] if len(chunks) == 1 else array.reshape(len(chunks), -1)):
                     self.read_chunk(file, row, place, chunk)
 
     def index(self, file: File) -> Array:
@@ -104,15 +102,15 @@ class ShardFile:
             self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, self.blocks, 2)
         return self._index
 
-    def read_chunk(self, file: File, row: int, place: Array, out: Array) -> None:
+    def read_chunk(self, file: File, row: int, place: Place, out: Array) -> None:
         """Read and verify one chunk."""
-        offset, n_bytes = int(place[0]), int(place[1])
+        offset, n_bytes = place
         if offset == ABSENT:
             raise Damaged(self.path, row, "this sample was never written")
         if n_bytes != out.nbytes + 4:
             raise Damaged(self.path, row, f"the chunk has {n_bytes} bytes; expected {out.nbytes + 4}")
         crc = bytearray(4)
-        got = file.read_into([out.reshape(-1).view(np.uint8).data, crc], offset)
+        got = file.read_into([out, crc], offset)
         if got != n_bytes:
             raise Damaged(self.path, row, f"the file ends within the chunk ({got} of {n_bytes} bytes)")
         if google_crc32c.value(out) != int.from_bytes(crc, "little"):

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, NoReturn, TypeVar
 
+import numpy as np
+
 SCHEMES = ("s3", "gs", "az")
 EXTRA = "pip install 'mrmae[s3]'"
 TRIES = 5
@@ -268,8 +270,9 @@ class RemoteFile:
 
     def read_into(self, buffers: Sequence[Any], offset: int) -> int:
         """Fill the buffers from offset; how many bytes there were."""
-        data, at = self.read(sum(len(buffer) for buffer in buffers), offset), 0
-        for buffer in buffers:
+        flat = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+        data, at = np.frombuffer(self.read(sum(len(buffer) for buffer in flat), offset), np.uint8), 0
+        for buffer in flat:
             part = data[at : at + len(buffer)]
             buffer[: len(part)] = part
             at += len(buffer)
