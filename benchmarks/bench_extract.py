@@ -256,7 +256,7 @@ def main(data_root: Path, cases: tuple[str, ...], images: int, vit_images: int, 
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
-    be_a_batch_job()  # as the command does; the parts alone have it too
+    be_a_batch_job("cpu")  # as the command does; the parts alone have it too
     rows = []
     for case in cases or CASES:
         with tempfile.TemporaryDirectory() as work:

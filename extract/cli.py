@@ -80,7 +80,7 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     part of it (part 0 plans and calibrates, the others wait), and the same command without --shards finishes.
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
-    be_a_batch_job()
+    be_a_batch_job(options["device"])
     try:
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
         extract_features(chosen, dry_run=dry_run, say=click.echo)

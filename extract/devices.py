@@ -30,13 +30,15 @@ def resolve_device(name: str, local: int = 0) -> torch.device:
     return device
 
 
-def be_a_batch_job() -> None:
-    """Tell Linux and glibc that this process computes for long and waits for nobody; elsewhere, do nothing.
+def be_a_batch_job(device: str) -> None:
+    """Where the work is a CPU's, tell Linux and glibc that this process computes for long and waits for nobody.
 
-    SCHED_BATCH: longer turns for threads that share a core, which otherwise take each other's caches. malloc: keep up to 1 GiB of
-    what tensors on a CPU leave behind; by default glibc gives larger ones back to the system, page by page, and asks for them
-    again at the next step. Together they save extraction with a small teacher on one core a third of its time.
+    malloc keeps up to 1 GiB of what tensors leave behind; by default glibc gives larger ones back to the system, page by page, and
+    asks for them again at the next step. SCHED_BATCH: longer turns for threads that share a core and take each other's caches.
+    Not beside a GPU, whose host must answer at once. device: as in resolve_device.
     """
+    if device != "cpu" and (device != "auto" or torch.cuda.is_available()):
+        return
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

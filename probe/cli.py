@@ -51,7 +51,7 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     from mrmae.probe.settings import settings_from
     from mrmae.shards.remote import Unreachable
 
-    be_a_batch_job()
+    be_a_batch_job(options["device"])
     try:
         probe_features(Options(source, data, probes, settings_from(sets), **options), say=click.echo)
     except (ValueError, OSError, Unreachable) as error:
