@@ -74,7 +74,7 @@ def calibration_batches(job: Job) -> KeptBatches:
                 features = {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
             seen_by_all = len(job.teachers) == len(job.plan.columns)
             kept[batch.shard, batch.numbers.start] = Kept(without(0, prepared) if seen_by_all else prepared, features)
-            progress.spent("decode", len(prepared), decoded - began)
+            progress.spent("decode", len(prepared), job.decoding(prepared, decoded - began))
             progress.spent("forward", len(prepared), time.monotonic() - decoded)
             if features and not readable:
                 try_storing(job, features, len(prepared), progress)

@@ -99,7 +99,7 @@ def shard_parts(
         assert batch.shard == shard, "batches come in the order of the shards"
         seen = kept.pop((shard, batch.numbers.start), None)
         if seen is None:
-            progress.spent("decode", len(prepared), waited)
+            progress.spent("decode", len(prepared), job.decoding(prepared, waited))
         for view in batch.views:
             known = seen.features if seen is not None and view == 0 else {}
             here = {column: part for (of, column), part in parts.items() if of == view}

@@ -33,6 +33,10 @@ class Job:
         """Whether decoding and teachers would compete for the same cores."""
         return self.options.device == "cpu"
 
+    def decoding(self, prepared: Sequence[Prepared], waited: float) -> float:
+        """Seconds that decoding these samples took from the run. waited: for this batch, which in turns is for several."""
+        return sum(p.seconds for p in prepared) / self.options.workers if self.in_turns else waited
+
 
 def unfinished(job: Job) -> dict[int, list[tuple[int, str]]]:
     """(view, column) of everything that this process's part has to do, by shard."""
