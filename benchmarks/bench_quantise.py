@@ -12,10 +12,11 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from bench_extract import decode_all, images_of
+from bench_extract import decode, images_of
 from measure import ROOT, machine
 from rows import append
 
+from mrmae.extract.images import list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import build_teacher, parse_teacher
 from mrmae.shards.calibrate import calibrate
@@ -54,7 +55,11 @@ def main(data_root: Path, images: int, only: str, out: Path) -> None:
     with tempfile.TemporaryDirectory() as work:
         folder = images_of(data_root / "data/clothing-small.tar", images, Path(work))
         pixels = torch.from_numpy(
-            np.stack(decode_all(folder, Options([folder], Path(work) / "c", device="cpu").resolved()))
+            np.stack(
+                decode(
+                    list_sources([folder]), range(images), Options([folder], Path(work) / "c", device="cpu").resolved()
+                )
+            )
         )
     click.echo(
         "| teacher | weights | tap | dtype | standardised | SNR dB | p99.9 of 1 - cos |\n| --- | --- | --- | --- | --- | ---: | ---: |"
