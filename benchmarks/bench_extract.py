@@ -8,7 +8,7 @@
 One process on `--threads` cores, with as many PyTorch and decoding threads. The parts are the forward alone, of the bare model on
 normalised pixels, at the batch size and memory format that were fastest before the first round; and reading, decoding, cropping,
 encoding and decoding again alone. A round is a whole extraction, from listing the images to the manifest, without building the
-teacher (its own column); twelve times in it everything stops, and the parts are timed on a few images: this machine's speed changes
+teacher (its own column); up to twelve times in it everything stops, and the parts are timed on a few images: this machine's speed changes
 by a third from one half minute to the next, and so all three see the same of it. The ratio is extraction / (forward + decoding).
 `cpu_ratio` is the same of the processor time of the whole process, which other work on the machine disturbs less. Appended to
 results/extract.csv.
@@ -126,7 +126,8 @@ class Turns:
             self.paused = (self.paused[0] + took[0], self.paused[1] + took[1])
 
     def take(self) -> None:
-        """Time both parts on a few images."""
+        """Time both parts on a few images, the forward as warm as it is in its place."""
+        self.forward.pass_over(self.forward.batch)
         self.parts["forward"].append(spent(lambda: self.forward.pass_over(self.few)))
         places = [(self.turns * self.few + i) % len(self.sources) for i in range(self.few)]
         self.parts["decode"].append(spent(lambda: decode(self.sources, places, self.options)))

@@ -1,6 +1,7 @@
 """Calibration: the quantisers of columns that have none yet, from the first samples; what it computes is not computed again."""
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Mapping
 
@@ -11,14 +12,14 @@ from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features
 from mrmae.shards import plan as plans
-from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
+from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate, first_rows
 from mrmae.shards.quality import measure
 from mrmae.shards.quantize import Quantiser, quantise
 
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A batch that calibration has seen: its samples with every view that is to be extracted, and view 0's features by column.
+    """A batch that calibration has decoded: its samples with every view that is to be extracted, and view 0's features by column.
 
     Pixels of view 0 are there only where a teacher has still to see them.
     """
@@ -44,7 +45,7 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
         found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
         kept = calibration_batches(dataclasses.replace(job, teachers=pending))
-        found = {column: calibrate(*first_rows(kept, column), dtype=job.options.dtype) for column in pending}
+        found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) for column in pending}
     plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
@@ -57,31 +58,32 @@ def calibration_batches(job: Job) -> KeptBatches:
     # Decoded with all the views that this process extracts, so that no image is decoded twice.
     work = cut({shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)}, job)
     batches = prepared_batches(
-        job.images, job.plan.recipe, work, known_pixels(job), workers=job.options.workers, in_turns=job.in_turns
-    )
+        job.images, job.plan.recipe, itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, work), known_pixels(job),
+        workers=job.options.workers, in_turns=job.in_turns,
+    )  # fmt: skip
+    seen_by_all = len(job.teachers) == len(job.plan.columns)
     first = min(CALIBRATION_SAMPLES, job.plan.n_images)
     with Progress("calibrating", first, left=work_of(job, first), pace=job.pace) as progress:
-        while readable < CALIBRATION_SAMPLES:
-            began = time.monotonic()
-            batch, prepared = next(batches, (None, []))
-            if batch is None:
-                break
+        began = time.monotonic()
+        for batch, prepared in batches:
             decoded = time.monotonic()
-            readable_here = sum(0 in p.pixels for p in prepared)
+            progress.spent("decode", len(prepared), job.decoding(prepared, decoded - began))
+            place, here = (batch.shard, batch.numbers.start), sum(0 in p.pixels for p in prepared)
+            if readable >= CALIBRATION_SAMPLES:  # decoded together with the last that were needed
+                kept[place], began = Kept(prepared, {}), time.monotonic()
+                continue
             features = {}
-            if readable_here:
+            if here:
                 pixels = view_pixels(prepared, 0)
                 features = {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
-            seen_by_all = len(job.teachers) == len(job.plan.columns)
-            kept[batch.shard, batch.numbers.start] = Kept(without(0, prepared) if seen_by_all else prepared, features)
-            progress.spent("decode", len(prepared), job.decoding(prepared, decoded - began))
+            kept[place] = Kept(without(0, prepared) if seen_by_all else prepared, features)
             progress.spent("forward", len(prepared), time.monotonic() - decoded)
             if features and not readable:
                 try_storing(job, features, len(prepared), progress)
-            readable += readable_here
+            readable += here
             reason = next((p.rows[0].reason or "" for p in prepared if p.rows[0].reason), reason)
             progress.add(len(prepared))
-    batches.close()
+            began = time.monotonic()
     if not readable:
         raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
                          "expected photographs; check IMAGES")  # fmt: skip
@@ -118,11 +120,7 @@ def try_storing(job: Job, features: Mapping[str, Features], n: int, progress: Pr
         progress.pace.add("store", n, time.monotonic() - calibrated_at)
 
 
-def first_rows(kept: KeptBatches, column: str) -> list[Tensor]:
+def features_of(kept: KeptBatches, column: str) -> list[Tensor]:
     """Tokens [b, l, d] of a column, batch by batch, of the first 256 samples."""
-    left, rows = CALIBRATION_SAMPLES, []
-    for batch in kept.values():
-        if column in batch.features and left > 0:
-            rows.append(batch.features[column].tokens[:left].cpu())
-            left -= len(rows[-1])
-    return rows
+    seen = [batch.features[column].tokens for batch in kept.values() if column in batch.features]
+    return [tokens.cpu() for tokens in first_rows(seen, CALIBRATION_SAMPLES)]

@@ -89,7 +89,11 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
             raise
         raise click.ClickException(in_one_line(error)) from None
     except KeyboardInterrupt:
-        click.echo(f"stopped; committed shards are kept in {cache}; the same command continues", err=True)
+        there = (cache / "plan.json").exists()
+        what = (
+            f"committed shards are kept in {cache}; the same command continues" if there else "nothing was written yet"
+        )
+        click.echo(f"stopped; {what}", err=True)
         raise SystemExit(130) from None
 
 

@@ -18,7 +18,7 @@ from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_v
 from mrmae.shards.webdataset_io import PixelRow, parse_row, read_index
 
 AHEAD = 3  # batches decoded or being decoded while one is with the teachers
-AT_ONCE = 8  # batches decoded together where that and the teachers take turns
+AT_ONCE = 64  # samples decoded together where that and the teachers take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,8 +115,9 @@ def prepared_batches(
     begun = begun_batches(pool, images, recipe, batches, stored, ready or {})
     try:
         if in_turns:
-            while some := [finished(*one) for one in list(itertools.islice(begun, AT_ONCE))]:
-                yield from some
+            for first in begun:
+                several = max(1, AT_ONCE // max(len(first[0].numbers), 1))
+                yield from [finished(*one) for one in [first, *itertools.islice(begun, several - 1)]]
             return
         ahead: deque[Begun] = deque()
         for one in begun:

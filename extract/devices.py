@@ -33,8 +33,9 @@ def resolve_device(name: str, local: int = 0) -> torch.device:
 def be_a_batch_job(device: str) -> None:
     """Where the work is a CPU's, tell Linux and glibc that this process computes for long and waits for nobody.
 
-    malloc keeps up to 1 GiB of what tensors leave behind; by default glibc gives larger ones back to the system, page by page, and
-    asks for them again at the next step. SCHED_BATCH: longer turns for threads that share a core and take each other's caches.
+    malloc keeps what tensors leave behind, up to 1 GiB per arena; by default glibc gives larger ones back to the system, page by
+    page, and asks for them again at the next step. SCHED_BATCH, for this thread and those it starts from now on: one that wakes
+    up interrupts the others less often, so that threads that share a core take each other's caches less often.
     Not beside a GPU, whose host must answer at once. device: as in resolve_device.
     """
     if device != "cpu" and (device != "auto" or torch.cuda.is_available()):

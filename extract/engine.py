@@ -63,8 +63,10 @@ def extract_missing(job: Job, kept: KeptBatches) -> None:
 def work_of(batches: Sequence[Batch], kept: KeptBatches) -> dict[str, int]:
     """How often each kind of work is still to be done: what an ETA is made of."""
     views = sum(len(batch.numbers) * len(batch.views) for batch in batches)
-    seen = sum(len(batch.numbers) for batch in batches if (batch.shard, batch.numbers.start) in kept)
-    return {"decode": sum(len(batch.numbers) for batch in batches) - seen, "forward": views - seen, "store": views}
+    known = {place: len(batch.prepared) * bool(batch.features) for place, batch in kept.items()}
+    decoded = sum(len(batch.numbers) for batch in batches if (batch.shard, batch.numbers.start) in known)
+    images = sum(len(batch.numbers) for batch in batches)
+    return {"decode": images - decoded, "forward": views - sum(known.values()), "store": views}
 
 
 @dataclasses.dataclass

@@ -32,8 +32,18 @@ def calibrate(*batches: Float[Tensor, "_ l d"], dtype: str = "int8") -> Quantise
         Quantiser(dtype, host_fp32(mean), host_fp32(std), standardised=True),
         Quantiser(dtype),
     ]
-    trial = parts[: max(1, TRIAL_SAMPLES // len(parts[0]))]
+    trial = first_rows(parts, TRIAL_SAMPLES)
     return max(candidates, key=lambda q: round_trip_snr(trial, q))
+
+
+def first_rows(parts: Sequence[Float[Tensor, "_ l d"]], n: int) -> list[Float[Tensor, "_ l d"]]:
+    """The first n samples of all, in as many parts as that takes."""
+    found: list[Tensor] = []
+    for part in parts:
+        if n > 0:
+            found.append(part[:n])
+            n -= len(found[-1])
+    return found
 
 
 def channel_moments(parts: Sequence[Float[Tensor, "_ l d"]]) -> tuple[Float[Tensor, "d"], Float[Tensor, "d"]]:

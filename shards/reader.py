@@ -5,6 +5,7 @@ no descriptor to share, to run out of, or to lose at a fork. Objects at URLs are
 in as few range requests as their places allow (remote.py).
 """
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -45,13 +46,13 @@ class LocalFile:
         """Have the disk fetch these (offset, bytes) side by side where they do not lie in memory, as the last one tells."""
         if len(places) < 2 or NOT_WAITING is None:
             return
-        try:
-            os.preadv(self.descriptor, [bytearray(1)], sum(places[-1]) - 1, NOT_WAITING)
-        except BlockingIOError:
-            for offset, n_bytes in places:
-                os.posix_fadvise(self.descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
-        except OSError:
-            pass  # a file system without such reads; where this one fails for good, so will the next, and say so
+        # A file system without such reads, or places that are none: the reads themselves will say what is wrong.
+        with contextlib.suppress(OSError, OverflowError):
+            try:
+                os.preadv(self.descriptor, [bytearray(1)], sum(places[-1]) - 1, NOT_WAITING)
+            except BlockingIOError:
+                for offset, n_bytes in places:
+                    os.posix_fadvise(self.descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, n_bytes: int, offset: int) -> bytes:
         return os.pread(self.descriptor, n_bytes, offset)

@@ -116,6 +116,7 @@ def tar_chunks(members: Sequence[Member]) -> Iterator[Chunk]:
 
 def header(name: str, size: int) -> bytes:
     """A member's USTAR header, the bytes that tarfile makes in six times the time: mode 0644, all else zero or empty."""
+    assert len(name) <= 100 and size < 8**11, "what USTAR can say; shards are far smaller"
     block = name.encode("ascii").ljust(100, b"\0") + EMPTY_HEADER[100:124] + b"%011o" % size + EMPTY_HEADER[135:]
     return block[:148] + b"%06o\0" % sum(block) + block[155:]  # the sum counts its own field as eight spaces
 

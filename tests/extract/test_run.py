@@ -19,7 +19,7 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
-from mrmae.extract import engine, run
+from mrmae.extract import calibration, engine, run
 from mrmae.extract.cli import main
 from mrmae.extract.decode import Images
 from mrmae.extract.job import Job
@@ -113,9 +113,15 @@ def test_a_run_stopped_anywhere_ends_in_the_same_manifest(
         assert extract(folder, tmp_path / f"c{stop_after}", VIT, CNN, views=2) == whole
 
 
+@pytest.mark.parametrize("in_turns", [True, False])
+@pytest.mark.parametrize("first", [256, 9])
 def test_every_image_is_decoded_once_and_every_view_shown_once(
-    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int, in_turns: bool
 ) -> None:
+    monkeypatch.setattr(
+        calibration, "CALIBRATION_SAMPLES", first
+    )  # the rest of what was decoded with them is used, too
+    monkeypatch.setattr(Job, "in_turns", in_turns)
     decoded: list[int] = []
     shown: list[int] = []
     decode, forward = Images.decode, Teacher.forward

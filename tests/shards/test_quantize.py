@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.shards.calibrate import calibrate
+from mrmae.shards.calibrate import calibrate, first_rows
 from mrmae.shards.quality import measure, quality, summarise
 from mrmae.shards.quantize import Quantiser, dequantise, quantise
 
@@ -105,6 +105,16 @@ def test_values_float16_cannot_hold_are_refused() -> None:
         quantise(torch.full((1, 1, 2), 7e4), Quantiser("float16"))
     with pytest.raises(ValueError, match="a token's scale"):
         quantise(torch.full((1, 1, 2), 1e8), Quantiser("int8"))
+
+
+def test_the_first_rows_of_uneven_batches() -> None:
+    parts = [torch.full((n, 1, 1), float(i)) for i, n in enumerate((1, 5, 9))]
+    assert [len(part) for part in first_rows(parts, 8)] == [1, 5, 2] and [len(p) for p in first_rows(parts, 99)] == [
+        1,
+        5,
+        9,
+    ]
+    assert [len(part) for part in first_rows(parts, 6)] == [1, 5]
 
 
 def test_float16_is_exact_for_float16_values() -> None:
