@@ -23,6 +23,7 @@ from typing import Any
 import click
 import numpy as np
 import openings
+import torch
 from measure import ROOT, machine
 from readers import BATCH, COLUMN, Reader, readers_of
 from rows import append
@@ -179,6 +180,7 @@ def cold_rows(cache_path: Path, readers: dict[str, Reader], n: int, rounds: int)
 def main(samples: int, threads: int, rounds: int, formats: tuple[str, ...], only: str | None, folder: Path | None, out: Path) -> None:  # fmt: skip
     """Print and append rows; exit 1 where a goal is missed."""
     threads = threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)  # readers use none of them; `device` tells the number
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(dir=folder) as work:
         paths = {f: write_cache(Path(work) / f, [teacher()], n=samples, size=28, grid=GRID, format=f) for f in formats}
