@@ -88,12 +88,12 @@ def test_an_opened_cache_is_pickled_and_read_by_threads(s3: Any, uploaded: str, 
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.apply(read_bytes, (far,)) == expected
     found: list[list[bytes]] = []
-    threads = [threading.Thread(target=lambda: found.append(read_bytes(far))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(read_bytes(far))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert found == [expected] * 8
+    assert found == [expected] * 3
 
 
 def test_neighbours_come_in_one_request(s3: Any, uploaded: str) -> None:
