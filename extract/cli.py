@@ -5,12 +5,10 @@ from typing import Any
 
 import click
 
-from mrmae.extract.devices import be_a_batch_job
-from mrmae.extract.run import Options, extract_features
-from mrmae.extract.teachers import DEFAULT_TEACHERS
-from mrmae.shards.quantize import DTYPES
-from mrmae.shards.spec import ViewRecipe
-from mrmae.shards.storage import FORMATS
+# As extract.teachers, shards.quantize and shards.storage have them (tested), which take seconds to import: --help need not wait.
+DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
+DTYPES = ("int8", "fp8", "float16")
+FORMATS = ("zarr", "webdataset")
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -80,8 +78,12 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     part of it (part 0 plans and calibrates, the others wait), and the same command without --shards finishes.
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
-    be_a_batch_job(options["device"])
     try:
+        from mrmae.extract.devices import be_a_batch_job
+        from mrmae.extract.run import Options, extract_features
+        from mrmae.shards.spec import ViewRecipe
+
+        be_a_batch_job(options["device"])
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
         extract_features(chosen, dry_run=dry_run, say=click.echo)
     except (ValueError, OSError) as error:

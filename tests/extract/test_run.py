@@ -20,14 +20,16 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.extract import calibration, engine, run
+from mrmae.extract import cli as command
 from mrmae.extract.cli import main
 from mrmae.extract.decode import Images
 from mrmae.extract.job import Job
 from mrmae.extract.run import Options, TooManyBad, extract_features
-from mrmae.extract.teachers import Teacher
+from mrmae.extract.teachers import DEFAULT_TEACHERS, Teacher
 from mrmae.shards.cache import open_cache
-from mrmae.shards.quantize import dequantise
+from mrmae.shards.quantize import DTYPES, dequantise
 from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.storage import FORMATS
 
 VIT = "vit=timm:test_vit/random"
 CNN = "cnn=timm:test_efficientnet/random"
@@ -297,3 +299,21 @@ def test_one_hopeless_teacher_does_not_cost_the_others_their_shard(folder: Path,
         extract_features(dataclasses.replace(options, min_snr=between), say=lambda line: None)
     assert (tmp_path / f"c/commits/0/{better}/000000.json").exists()
     assert not (tmp_path / f"c/commits/0/{worse}").exists()
+
+
+def test_the_command_s_choices_are_those_that_there_are() -> None:
+    """The command names them itself, so that --help need not wait for torch."""
+    assert list(command.DTYPES) == list(DTYPES) and list(command.FORMATS) == list(FORMATS)
+    assert command.DEFAULT_TEACHERS == DEFAULT_TEACHERS == Options.teachers
+    loaded = "import sys; from mrmae.extract import cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
+
+
+def test_a_stop_before_anything_was_written_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "extract_features", killed)
+    result = CliRunner().invoke(main, [str(tmp_path), str(tmp_path / "c")])
+    assert result.exit_code == 130 and "nothing was written yet" in result.output
+
+
+def killed(*_: Any, **__: Any) -> None:
+    raise KeyboardInterrupt
