@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from mrmae.shards import verify
+from mrmae.shards.attributes import column_attributes
 from mrmae.shards.commit import (
     Unit,
     bad_images,
-    column_attributes,
     commit_path,
     manifest_body,
     pixels_of,

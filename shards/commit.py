@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mrmae.shards.attributes import column_attributes
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
 from mrmae.shards.remote import RemotePath
@@ -26,11 +27,6 @@ from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 REMOTE_RECORDS = 32  # asked for at a time
-VALUE = {
-    "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
-    "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
-    "float16": "tokens[sample, patch, channel]",
-}
 
 
 def units(plan: Plan) -> Iterator[Unit]:
@@ -111,20 +107,6 @@ def stored_order(plan: Plan, view: int, arrays: Mapping[str, Array], keys: Seque
     hashes = signed_hashes(keys)
     order = plan.token_layout.order(hashes, np.full(len(hashes), view), plan.grid[0] * plan.grid[1])
     return {name: in_blocks(array, order) if name in IN_BLOCKS else array for name, array in arrays.items()}
-
-
-def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
-    """A column's attributes: enough to dequantise without the rest of the cache."""
-    layout = {} if plan.token_layout is None else {"token_layout": plain(plan.token_layout)}
-    return {
-        **layout,
-        "format_version": FORMAT_VERSION,
-        "column_id": plan.ids[column],
-        "view": view,
-        "teacher": plain(plan.teacher(column)),
-        "quantiser": plan.quantisers[column].to_json(),
-        "value": VALUE[plan.dtype],
-    }
 
 
 def create_columns(path: Path, plan: Plan) -> None:

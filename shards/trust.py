@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.shards import verify
-from mrmae.shards.commit import Unit, column_attributes, commit_path, units
+from mrmae.shards.attributes import column_attributes
+from mrmae.shards.commit import Unit, commit_path, units
 from mrmae.shards.plan import Plan, load_plan
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
