@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-from mrmae.extract.images import Sources
+from mrmae.extract.images import Sources, Unreadable, read_image
 from mrmae.shards.plan import Plan, tar_path
 from mrmae.shards.reader import read_members
 from mrmae.shards.samples import Source
@@ -40,8 +40,8 @@ class Images:
             raise ValueError(f"{row.key}: this image is not among IMAGES and something of it is missing in the cache; expected "
                              "all images that are not committed yet; give their folder too")  # fmt: skip
         try:
-            data = self.sources.read(position)
-        except OSError as error:
+            data = read_image(self.sources, position)
+        except Unreadable as error:
             if row.bytes == 0:  # it could not be read when the plan was made either
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None
             raise

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrmae.extract.images import Sources
+from mrmae.extract.images import Sources, read_image
 from mrmae.extract.options import Options
 from mrmae.extract.plan import jpeg_bytes, sample_bytes
 from mrmae.extract.progress import human_bytes, human_time
@@ -37,7 +37,7 @@ def measure_rates(sources: Sources, teachers: Mapping[str, Teacher], options: Op
     began, pixels = time.perf_counter(), []
     for i in canonical_order([image.key for image in sources])[:IMAGES]:
         try:
-            pixels.append(one_view(sources.read(i), sources[i].key, options))
+            pixels.append(one_view(read_image(sources, i), sources[i].key, options))
         except (BadImage, OSError):
             continue
     decode_s = (time.perf_counter() - began) / max(len(pixels), 1) / options.workers

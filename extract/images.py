@@ -4,9 +4,11 @@ Nothing is decoded and nothing is extracted to disk here: a tar is indexed once,
 """
 
 import dataclasses
+import errno
 import fnmatch
 import os
 import tarfile
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -16,6 +18,9 @@ from braceexpand import braceexpand
 from mrmae.extract.tars import cls_text, file_member, read_headers, read_range
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+# What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
+FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the third time
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -34,9 +39,17 @@ class Place:
 
     path: str
     offset: int | None
+    mtime_ns: int | None = None  # of the file or the tar, when it was listed
 
 
 Found = tuple[SourceImage, Place]
+Stamp = tuple[
+    int, int, int
+]  # size, time and offset (-1: a whole file) of an image; as long as they stay, so do its bytes
+
+
+class Unreadable(OSError):
+    """An image that is not there, or that this user may not read."""
 
 
 class Sources:
@@ -62,6 +75,13 @@ class Sources:
         place = self._places[i]
         return place.path if place.offset is None else f"{place.path}: {self.images[i].key}"
 
+    def stamp(self, i: int) -> Stamp | None:
+        """Size, time of the last change and offset of image i when it was listed; None where it could not be looked at."""
+        place, size_bytes = self._places[i], self.images[i].size_bytes
+        if size_bytes is None or place.mtime_ns is None:
+            return None
+        return size_bytes, place.mtime_ns, -1 if place.offset is None else place.offset
+
     def read(self, i: int) -> bytes:
         """Encoded bytes of image i. OSError where the file is gone or shorter than when it was listed."""
         place, image = self._places[i], self.images[i]
@@ -75,6 +95,29 @@ class Sources:
             return read_range(descriptor, place.offset, image.size_bytes, where=self.where(i))
         finally:
             os.close(descriptor)
+
+
+def read_image(sources: Sources, i: int) -> bytes:
+    """Encoded bytes of image i, read again where the disk or the network stumbled.
+
+    Raises Unreadable where it is not there or may not be read; OSError, naming it, for an error that stays.
+    """
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return sources.read(i)
+        except OSError as error:
+            if error.errno in FACTS:
+                raise Unreadable(*error.args, error.filename) from None
+            if wait is None:
+                raise could_not_read(sources.where(i), error) from error
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def could_not_read(where: str, error: OSError) -> OSError:
+    """The same kind of error, saying which image could not be read and what to do."""
+    return type(error)(error.errno, f"{where}: could not be read, {1 + len(WAITS_SECONDS)} times: {error.strerror or error}; everything done so "
+                       "far is kept; check the disk or the network, then run the same command again")  # fmt: skip
 
 
 def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str] = ()) -> Sources:
@@ -188,8 +231,9 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[Found]:
                     if inside not in ancestors:
                         stack.append((entry.path, key + "/", ancestors | {inside}))
                 elif is_image(entry.name):
-                    image = SourceImage(checked_key(key, root), parent_label(key), size_of(entry))
-                    yield image, Place(entry.path, None)
+                    size_bytes, mtime_ns = size_and_time(entry)
+                    image = SourceImage(checked_key(key, root), parent_label(key), size_bytes)
+                    yield image, Place(entry.path, None, mtime_ns)
                 else:
                     passed_over[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
 
@@ -201,15 +245,20 @@ def identity(status: os.stat_result) -> tuple[int, int]:
 def is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError as error:  # a link to itself
+        if error.errno not in FACTS:
+            raise
         return False
 
 
-def size_of(entry: os.DirEntry[str]) -> int | None:
+def size_and_time(entry: os.DirEntry[str]) -> tuple[int, int] | tuple[None, None]:
     try:
-        return entry.stat().st_size
-    except OSError:
-        return None
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in FACTS:
+            raise
+        return None, None
+    return status.st_size, status.st_mtime_ns
 
 
 # --- lists
@@ -236,7 +285,8 @@ def read_list(path: Path) -> Iterator[Found]:
         base = os.path.commonpath([os.path.dirname(file) for file in files])
     for file in files:
         key = checked_key(os.path.relpath(file, base).replace(os.sep, "/"), path)
-        yield SourceImage(key, parent_label(key), os.path.getsize(file)), Place(file, None)
+        status = os.stat(file)
+        yield SourceImage(key, parent_label(key), status.st_size), Place(file, None, status.st_mtime_ns)
 
 
 # --- tars
@@ -247,6 +297,7 @@ def index_tar(path: Path) -> list[Found]:
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
     """
+    mtime_ns = path.stat().st_mtime_ns
     members = read_headers(path)
     found = []
     with open(path, "rb", buffering=0) as file:
@@ -254,7 +305,7 @@ def index_tar(path: Path) -> list[Found]:
             if is_image(name) and visible(name) and (data := file_member(members, name, path)):
                 label = cls_text(members, name, file.fileno()) or parent_label(name)
                 image = SourceImage(checked_key(name, path), label, data.size_bytes)
-                found.append((image, Place(str(path), data.offset)))
+                found.append((image, Place(str(path), data.offset, mtime_ns)))
     return found
 
 

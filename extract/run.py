@@ -22,8 +22,8 @@ from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
-from mrmae.shards.begin import refuse_other_folder, start_plan
-from mrmae.shards.extend import extend_plan
+from mrmae.shards.begin import DIGESTS, refuse_other_folder, refuse_other_images, start_plan
+from mrmae.shards.extend import extend_plan, extended
 from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.samples import Source
@@ -33,7 +33,6 @@ from mrmae.shards.write import make_folder, remove
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
 
-SPOOL = ".hashes.writing"  # named like a temporary file: a cache may begin in a folder that holds nothing else
 SHOWN_BAD = 100
 
 
@@ -58,6 +57,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     began, options = time.monotonic(), options.resolved()
     refuse_other_folder(options.cache)
     refuse_nothing_to_append_to(options)
+    refuse_other_options(options)
     sources = list_sources(options.images, options.include)
     teachers = asked_teachers(options, say if options.part.leads else lambda line: None)
     shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
@@ -151,6 +151,36 @@ def refuse_nothing_to_append_to(options: Options) -> None:
         )
 
 
+def refuse_other_options(options: Options) -> None:
+    """ValueError where the cache was begun with options that no command can change, whatever its teachers and images."""
+    if not (options.cache / "plan.json").exists():
+        return
+    old = plans.load_plan(options.cache)
+    shard_samples = options.shard_samples or old.shard_samples
+    wanted = planned(options, "", old.n_samples, Teachers(old.columns, {}), shard_samples)
+    extended(old, of_the_images_of(old, wanted), str(options.cache / "plan.json"))
+
+
+def refuse_other_plan(options: Options, sources: Sources, wanted: Plan) -> None:
+    """ValueError where `wanted` differs from the plan on disk and adds nothing, or has other images than the command may have.
+
+    All that can be said before an image is read.
+    """
+    path = options.cache
+    if not (path / "plan.json").exists():
+        return
+    old = plans.load_plan(path)
+    extended(old, of_the_images_of(old, wanted), str(path / "plan.json"))
+    there = {key: (size, sha) for key, size, sha in known_digests(path)}
+    if there and not options.append and there.keys() != {image.key for image in sources}:
+        refuse_other_images(path, [Source(image.key, image.label, *there.get(image.key, (0, ""))) for image in sources])
+
+
+def of_the_images_of(old: Plan, wanted: Plan) -> Plan:
+    """`wanted` for the images of the plan `old`, whatever its own."""
+    return dataclasses.replace(wanted, dataset_id=old.dataset_id, n_samples=old.n_samples, appended=old.appended)
+
+
 def positions(sources: Sources, rows: Sequence[Source]) -> list[int]:
     """Where each row's image is among the sources, -1 for not there."""
     at = {image.key: i for i, image in enumerate(sources)}
@@ -162,22 +192,20 @@ def start(
 ) -> Job:
     """The job, its plan written or found equal on disk."""
     path = options.cache
+    refuse_other_plan(options, sources, planned(options, "", len(sources), teachers, shard_samples))
     order = canonical_order([image.key for image in sources])
     make_folder(path)
     known = [] if options.append else known_digests(path)  # the bytes of what is appended decide, not only their number
-    digests = digest_images(sources, order, known, path / SPOOL, workers=options.workers)
+    digests = digest_images(sources, order, known, path / DIGESTS, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
     plan = planned(options, dataset_id(digests), len(rows), teachers, shard_samples)
-    try:
-        if options.append or is_grown(path):
-            plan, rows = admit(path, plan, rows, append=options.append, say=say)
-            order = positions(sources, rows)
-        else:
-            if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
-                plan = extend_plan(path, plan)
-            plan = start_plan(path, plan, rows)
-    finally:
-        remove(path / SPOOL)
+    if options.append or is_grown(path):
+        plan, rows = admit(path, plan, rows, append=options.append, say=say)
+        order = positions(sources, rows)
+    else:
+        if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
+            plan = extend_plan(path, plan)
+        plan = start_plan(path, plan, rows)
     for teacher in teachers.built.values():
         if teacher.tail and not tail_path(path, teacher.spec.name).exists():
             write_tail(path, teacher.spec.name, teacher.tail)

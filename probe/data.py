@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae.extract.digest import digest_images
-from mrmae.extract.images import Sources, list_sources, matches
+from mrmae.extract.images import Sources, list_sources, matches, read_image
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.plan import read_sources
 from mrmae.shards.remote import locate
@@ -108,7 +108,7 @@ def open_part(
 def read_file(sources: Sources, i: int) -> Pixels:
     """Image i, decoded. ValueError naming it where it does not decode: a probe never skips an image silently."""
     try:
-        return decode_rgb(sources.read(i))
+        return decode_rgb(read_image(sources, i))
     except BadImage as error:
         raise ValueError(
             f"{sources.where(i)}: {error.reason}; every image counts in a probe; repair or remove it"

@@ -9,6 +9,8 @@ from mrmae.shards.samples import Source, read_samples, write_sources
 from mrmae.shards.spec import compare_specs
 from mrmae.shards.write import TEMPORARY, publish
 
+DIGESTS = ".digests.jsonl"  # which images were hashed when: what extract-features begins with
+
 
 def start_plan(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
     """The plan as it stands on disk: newly written, or an equal one from before, with its quantisers.
@@ -39,7 +41,7 @@ def refuse_other_folder(path: Path) -> None:
         raise ValueError(f"{path}: is a file; expected a new folder for the cache; choose another name")
     if not path.exists() or (path / "plan.json").exists():
         return
-    ours = {"samples.parquet", *(file.name for file in path.glob(TEMPORARY))}
+    ours = {"samples.parquet", DIGESTS, *(file.name for file in path.glob(TEMPORARY))}
     if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
         raise ValueError(
             f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "
