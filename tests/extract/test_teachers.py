@@ -304,11 +304,9 @@ def test_quickgelu_weights_in_a_gelu_model_are_an_error(tmp_path):
     assert build(f"a=timm:{name}@{file}{query(**SMALL)}").spec.activation == "gelu"
 
 
-def test_without_a_network_the_error_says_how_to_pass_a_file(monkeypatch, tmp_path, capfd):
-    monkeypatch.setattr("mrmae.extract.hub.reachable", lambda urls: [False for _ in urls])
-    monkeypatch.setattr("mrmae.extract.hub.find_cached", lambda *_: None)
+def test_without_a_network_the_error_says_how_to_pass_a_file(empty_cache, no_network, capfd):
     with pytest.raises(
-        ValueError, match=r"did not answer.*pass a local file instead: dino=timm:vit_base_patch16_224.dino@FILE"
+        ValueError, match=r"cannot be downloaded .*pass a local file instead: dino=timm:vit_base_patch16_224.dino@FILE"
     ):
         build(DEFAULT_TEACHERS[1])
     assert capfd.readouterr() == ("", "")

@@ -317,11 +317,9 @@ def activation_advice(text: str) -> str | None:
     return None
 
 
-def test_without_a_network_the_error_says_how_to_pass_a_file(monkeypatch, capfd):
-    monkeypatch.setattr("mrmae.extract.hub.reachable", lambda urls: [False for _ in urls])
-    monkeypatch.setattr("mrmae.extract.hub.find_cached", lambda *_: None)
+def test_without_a_network_the_error_says_how_to_pass_a_file(empty_cache, no_network, capfd):
     with pytest.raises(
-        ValueError, match="did not answer.*local file instead: clip=open_clip:ViT-B-16-quickgelu/openai@FILE"
+        ValueError, match="cannot be downloaded .*local file instead: clip=open_clip:ViT-B-16-quickgelu/openai@FILE"
     ):
         build(DEFAULT_TEACHERS[0])
     assert capfd.readouterr() == ("", "")
