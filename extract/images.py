@@ -7,17 +7,21 @@ import dataclasses
 import errno
 import fnmatch
 import os
+import stat
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
 from mrmae.extract.tars import cls_text, file_member, read_headers, read_range
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff")
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
+            ".pgm", ".pbm", ".pnm")  # fmt: skip
+FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
+SHOWN = 3  # names in a note
 # What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
 FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the third time
@@ -49,14 +53,38 @@ Stamp = tuple[
 
 
 class Unreadable(OSError):
-    """An image that is not there, or that this user may not read."""
+    """An image that is not there, that this user may not read, or that is no regular file."""
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What lies among the images and is none. suffixes: files by suffix; special: FIFOs, sockets and devices, never opened."""
+
+    suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
+    special: list[str] = dataclasses.field(default_factory=list)
+
+    def notes(self) -> list[str]:
+        """What a person should hear about it, line by line."""
+        notes = []
+        if self.suffixes:
+            notes.append(
+                f"{self.suffixes.total()} files that are no images were passed over ({' '.join(sorted(self.suffixes))})"
+            )
+        if self.special:
+            notes.append(
+                f"{len(self.special)} names of images that are no regular files were passed over, unopened: {some(self.special)}"
+            )
+        return notes
 
 
 class Sources:
-    """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread."""
+    """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread.
 
-    def __init__(self, found: Iterable[Found], passed_over: Mapping[str, int] | None = None) -> None:
-        self.passed_over = dict(passed_over or {})  # files of folders that are no images: how many, by suffix
+    notes: what a person should hear about the listing.
+    """
+
+    def __init__(self, found: Iterable[Found], notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
         ordered = sorted(found, key=lambda pair: pair[0].key)
         self.images = [image for image, _ in ordered]
         self._places = [place for _, place in ordered]
@@ -83,18 +111,14 @@ class Sources:
         return size_bytes, place.mtime_ns, -1 if place.offset is None else place.offset
 
     def read(self, i: int) -> bytes:
-        """Encoded bytes of image i. OSError where the file is gone or shorter than when it was listed."""
+        """Encoded bytes of image i. OSError where the file is gone, no regular file any more or shorter than when it was listed."""
         place, image = self._places[i], self.images[i]
-        if place.offset is None:
-            with open(place.path, "rb", buffering=0) as file:
-                return file.readall()
-        assert image.size_bytes is not None
         # A descriptor per read: no shared file position, no limit on the number of tars, and the object can be pickled.
-        descriptor = os.open(place.path, os.O_RDONLY)
-        try:
-            return read_range(descriptor, place.offset, image.size_bytes, where=self.where(i))
-        finally:
-            os.close(descriptor)
+        with open(place.path, "rb", buffering=0, opener=open_regular) as file:
+            if place.offset is None:
+                return file.readall()
+            assert image.size_bytes is not None
+            return read_range(file.fileno(), place.offset, image.size_bytes, where=self.where(i))
 
 
 def read_image(sources: Sources, i: int) -> bytes:
@@ -105,6 +129,8 @@ def read_image(sources: Sources, i: int) -> bytes:
     for wait in (*WAITS_SECONDS, None):
         try:
             return sources.read(i)
+        except Unreadable:
+            raise
         except OSError as error:
             if error.errno in FACTS:
                 raise Unreadable(*error.args, error.filename) from None
@@ -127,11 +153,11 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
     pattern such as `train-{000..009}.tar`, or a text file with one path per line (relative to the text file).
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
-    tars, files without an image suffix are passed over.
+    tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
     """
-    passed_over: Counter[str] = Counter()
-    found = [image for root in expand(images) for image in list_one(root, passed_over)]
+    left_out = LeftOut()
+    found = [image for root in expand(images) for image in list_one(root, left_out)]
     if not found:
         raise ValueError(
             f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path"
@@ -143,7 +169,7 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
             f"keys look like {found[0][0].key!r}; correct the pattern"
         )
     refuse_duplicates(chosen)
-    return Sources(chosen, passed_over)
+    return Sources(chosen, [*left_out.notes(), *notes_on_frames(chosen)])
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -158,16 +184,18 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return paths
 
 
-def list_one(root: Path, passed_over: Counter[str]) -> list[Found]:
+def list_one(root: Path, left_out: LeftOut) -> list[Found]:
     if root.is_dir():
-        return list(walk(root, passed_over))
+        return list(walk(root, left_out))
+    if kind := special(root.stat().st_mode):
+        raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
     with open(root, "rb") as file:
         head = file.read(8)
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
     if head and tarfile.is_tarfile(root):
-        return index_tar(root)
+        return index_tar(root, left_out)
     return list(read_list(root))
 
 
@@ -183,6 +211,34 @@ def visible(key: str) -> bool:
 
 def is_image(key: str) -> bool:
     return key.lower().endswith(SUFFIXES)
+
+
+def special(mode: int) -> str | None:
+    """What a file is that is neither a regular file nor a folder, for a person; None for these two."""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def open_regular(path: str, flags: int) -> int:
+    """A descriptor of a regular file, for `open(opener=)`; Unreadable for anything else, without waiting for a FIFO's writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    if kind := special(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(errno.EINVAL, f"is {kind} and was a regular file when it was listed", path)
+    return descriptor
+
+
+def notes_on_frames(found: Sequence[Found]) -> list[str]:
+    """That only first frames are taken, where there may be more."""
+    kinds = Counter(PurePosixPath(image.key).suffix.lower() for image, _ in found)
+    several = [f"{kinds[suffix]} {suffix}" for suffix in FRAMES if kinds[suffix]]
+    return [f"of files with several frames or pages the first is taken ({', '.join(several)})"] if several else []
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
 
 
 def parent_label(key: str) -> str | None:
@@ -211,12 +267,11 @@ def checked_key(key: str, where: object) -> str:
 # --- folders
 
 
-def walk(root: Path, passed_over: Counter[str]) -> Iterator[Found]:
-    """Images below `root`; other files are counted in `passed_over`, by suffix.
+def walk(root: Path, left_out: LeftOut) -> Iterator[Found]:
+    """Images below `root`; other files are noted in `left_out`.
 
-    Linked folders are followed, except into one of their own ancestors (a loop).
-
-    A dangling link stays in the list: reading it fails, and the caller reports it like any unreadable image.
+    Links to files and folders are followed, except into one of their own ancestors (a loop). A dangling link stays in
+    the list: reading it fails, and the caller reports it like any unreadable image.
     """
     stack = [(str(root), "", frozenset([identity(os.stat(root))]))]
     while stack:
@@ -230,12 +285,13 @@ def walk(root: Path, passed_over: Counter[str]) -> Iterator[Found]:
                     inside = identity(entry.stat())
                     if inside not in ancestors:
                         stack.append((entry.path, key + "/", ancestors | {inside}))
-                elif is_image(entry.name):
-                    size_bytes, mtime_ns = size_and_time(entry)
-                    image = SourceImage(checked_key(key, root), parent_label(key), size_bytes)
-                    yield image, Place(entry.path, None, mtime_ns)
+                elif not is_image(entry.name):
+                    left_out.suffixes[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
+                elif (status := status_of(entry)) and (kind := special(status.st_mode)):
+                    left_out.special.append(f"{key} ({kind})")
                 else:
-                    passed_over[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
+                    image = SourceImage(checked_key(key, root), parent_label(key), status.st_size if status else None)
+                    yield image, Place(entry.path, None)
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
@@ -251,14 +307,14 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def size_and_time(entry: os.DirEntry[str]) -> tuple[int, int] | tuple[None, None]:
+def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What a link leads to, or the file itself; None for a link that leads nowhere or may not be followed."""
     try:
-        status = entry.stat()
+        return entry.stat()
     except OSError as error:
         if error.errno not in FACTS:
             raise
-        return None, None
-    return status.st_size, status.st_mtime_ns
+        return None
 
 
 # --- lists
@@ -277,8 +333,9 @@ def read_list(path: Path) -> Iterator[Found]:
     files = [os.path.normpath(os.path.join(base, line)) for line in lines if line.strip()]
     missing = [file for file in files if not os.path.isfile(file)]
     if missing:
+        what = "are no regular files" if os.path.exists(missing[0]) else "do not exist"
         raise ValueError(
-            f"{path}: {len(missing)} of {len(files)} listed files do not exist, first {missing[0]}; "
+            f"{path}: {len(missing)} of {len(files)} listed files {what}, first {missing[0]}; "
             f"paths are relative to {base}; correct the list"
         )
     if not all(file.startswith(base + os.sep) for file in files):
@@ -292,7 +349,7 @@ def read_list(path: Path) -> Iterator[Found]:
 # --- tars
 
 
-def index_tar(path: Path) -> list[Found]:
+def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
     """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
@@ -302,7 +359,12 @@ def index_tar(path: Path) -> list[Found]:
     found = []
     with open(path, "rb", buffering=0) as file:
         for name in members:
-            if is_image(name) and visible(name) and (data := file_member(members, name, path)):
+            if not (is_image(name) and visible(name)):
+                continue
+            data = file_member(members, name, path)
+            if data.special:
+                left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
+            else:
                 label = cls_text(members, name, file.fileno()) or parent_label(name)
                 image = SourceImage(checked_key(name, path), label, data.size_bytes)
                 found.append((image, Place(str(path), data.offset, mtime_ns)))

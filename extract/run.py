@@ -65,9 +65,8 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
                      labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
                      format=options.format, shard_samples=shard_samples, blocks=options.block_rule()))  # fmt: skip
-    if options.part.leads and sources.passed_over:
-        kinds = " ".join(sorted(sources.passed_over))
-        say(f"{sum(sources.passed_over.values())} files that are no images were passed over ({kinds})")
+        for note in sources.notes:
+            say(note)
     if dry_run:
         say(
             choices(

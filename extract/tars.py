@@ -10,11 +10,14 @@ TAR_BLOCK_BYTES = 512
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Member:
-    """What is kept of a tar header (tarfile's own objects are ten times larger). link: name of the member it leads to."""
+    """What is kept of a tar header (tarfile's own objects are ten times larger).
+
+    special: what it is where that is no regular file. link: name of the member it leads to.
+    """
 
     offset: int
     size_bytes: int
-    is_file: bool
+    special: str | None
     link: str | None
 
 
@@ -27,12 +30,21 @@ def read_headers(path: Path) -> dict[str, Member]:
                 name = info.name.removeprefix("./")
                 if name in members and not info.isdir():
                     raise ValueError(f"{path}: holds {name!r} twice; keys must be unique; repack the tar")
-                members[name] = Member(info.offset_data, info.size, info.isreg() and not info.issparse(), link_of(info))
+                members[name] = Member(info.offset_data, info.size, special(info), link_of(info))
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: gigabytes for ImageNet
             refuse_cut(path, tar.offset)
     except tarfile.TarError as error:
         raise ValueError(f"{path}: is not a whole tar ({error}); copy it again, or repack it") from None
     return members
+
+
+def special(info: tarfile.TarInfo) -> str | None:
+    """What a member is, for a person, where it is no regular file."""
+    if info.issparse():
+        return "a sparse file"
+    if info.isreg():
+        return None
+    return "a folder" if info.isdir() else "a FIFO" if info.isfifo() else "a device"
 
 
 def link_of(info: tarfile.TarInfo) -> str | None:
@@ -41,8 +53,8 @@ def link_of(info: tarfile.TarInfo) -> str | None:
     return os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)) if info.issym() else None
 
 
-def file_member(members: dict[str, Member], name: str, path: Path) -> Member | None:
-    """The member that holds the bytes of `name` (links lead to another one), or None for folders and devices."""
+def file_member(members: dict[str, Member], name: str, path: Path) -> Member:
+    """The member that holds the bytes of `name` (links lead to another one)."""
     member: Member | None = members[name]
     for _ in range(8):
         if member is None or member.link is None:
@@ -50,7 +62,7 @@ def file_member(members: dict[str, Member], name: str, path: Path) -> Member | N
         member = members.get(member.link)
     if member is None or member.link is not None:
         raise ValueError(f"{path}: {name!r} is a link that leads to no member of this tar; repack the tar")
-    return member if member.is_file else None
+    return member
 
 
 def cls_text(members: dict[str, Member], name: str, descriptor: int) -> str | None:
@@ -58,7 +70,7 @@ def cls_text(members: dict[str, Member], name: str, descriptor: int) -> str | No
     folder, _, file = name.rpartition("/")
     stem = (folder + "/" if folder else "") + file.split(".", 1)[0]
     member = members.get(stem + ".cls")
-    if member is None or not member.is_file:
+    if member is None or member.special:
         return None
     text = read_range(descriptor, member.offset, member.size_bytes, where=stem + ".cls")
     return text.decode("utf-8", errors="replace").strip() or None

@@ -3,21 +3,24 @@
 A drawn view is recorded; replaying it never draws again. Everything here is uint8 height x width x 3 in sRGB.
 """
 
+import contextlib
 import dataclasses
 import io
 import math
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
 from mrmae.shards.spec import ViewRecipe
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 # A closed list: Pillow's other plugins include one that starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM")
-MAX_PIXELS = 178_956_970  # Pillow's own bomb warning: 0.5 GB of RGB
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
+MAX_PIXELS = 178_956_970  # what Pillow refuses as a bomb by default: 0.5 GB of RGB
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -65,17 +68,61 @@ def decode_rgb(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Pixels:
     """
     if not data:
         raise BadImage("the file has zero bytes")
+    if brand(data) in ("avif", "avis") and not features.check("avif"):
+        raise BadImage("is AVIF, which this build of Pillow cannot decode; install one that can, or save it as PNG")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with only_our_limit(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return decode_open(image, max_pixels)
     except (BadImage, MemoryError):
         raise
     except UnidentifiedImageError:
-        raise BadImage(f"not an image in a known format; first bytes {data[:8]!r}") from None
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"refused before decoding: {error}") from None
+        raise BadImage(unidentified(data)) from None
     except Exception as error:  # noqa: BLE001  Pillow's parsers raise nearly any type on damaged files
         raise BadImage(f"does not decode: {error or type(error).__name__}") from None
+
+
+@dataclasses.dataclass
+class PillowLimit:
+    """Pillow's global limit while it is set aside: by how many threads, and what it was."""
+
+    lock: threading.Lock
+    users: int = 0
+    kept: int | None = None
+
+
+PILLOW_LIMIT = PillowLimit(threading.Lock())
+
+
+@contextlib.contextmanager
+def only_our_limit() -> Iterator[None]:
+    """Inside, Pillow neither refuses nor warns of large images; outside, its limit is as the program that imports us left it.
+
+    Pillow's limit is one global of the process, which it checks when it opens images and again in TIFF, WebP and crop.
+    The first thread to come in sets it aside and the last to leave puts it back, unless somebody has set another meanwhile.
+    """
+    with PILLOW_LIMIT.lock:
+        if not PILLOW_LIMIT.users:
+            PILLOW_LIMIT.kept, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        PILLOW_LIMIT.users += 1
+    try:
+        yield
+    finally:
+        with PILLOW_LIMIT.lock:
+            PILLOW_LIMIT.users -= 1
+            if not PILLOW_LIMIT.users and Image.MAX_IMAGE_PIXELS is None:
+                Image.MAX_IMAGE_PIXELS = PILLOW_LIMIT.kept
+
+
+def brand(data: bytes) -> str:
+    """The four letters by which AVIF and HEIF files name themselves; empty for others."""
+    return data[8:12].decode("latin-1") if data[4:8] == b"ftyp" else ""
+
+
+def unidentified(data: bytes) -> str:
+    """Why bytes that no decoder takes are no image of ours."""
+    if brand(data) in ("heic", "heix", "hevc", "mif1", "msf1"):
+        return f"is HEIF (brand {brand(data)}), which is not decoded; save it as PNG or JPEG"
+    return f"not an image in a known format; first bytes {data[:8]!r}"
 
 
 def decode_open(image: Image.Image, max_pixels: int) -> Pixels:

@@ -1,13 +1,14 @@
 import io
 import os
 import pickle
+import socket
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from mrmae.extract.images import list_sources
+from mrmae.extract.images import Unreadable, list_sources, read_image
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
@@ -63,6 +64,58 @@ def test_a_dangling_link_stays_listed_and_fails_when_read(tmp_path):
     assert sources[0].size_bytes is None
     with pytest.raises(FileNotFoundError, match="gone.jpg"):
         sources.read(0)
+
+
+def test_what_is_no_regular_file_is_passed_over_aloud_and_never_opened(tmp_path):
+    """A FIFO that is opened waits for its writer without end."""
+    root = write_files(tmp_path / "root", {"a/x.jpg": b"1", "c.txt": b""})
+    os.mkfifo(root / "a" / "p.jpg")
+    (root / "a" / "link.png").symlink_to(root / "a" / "p.jpg")
+    (root / "null.jpg").symlink_to("/dev/null")
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(os.path.relpath(root / "s.jpg"))
+    sources = list_sources([root])
+    assert keys(sources) == ["a/x.jpg"] and sources.read(0) == b"1"
+    said = " ".join(sources.notes)
+    assert "4 names of images that are no regular files were passed over, unopened: " in said and " and 1 more" in said
+    with pytest.raises(ValueError, match="p.jpg: is a FIFO; expected a folder"):
+        list_sources([root / "a" / "p.jpg"])
+    listed = write_files(tmp_path, {"list.txt": f"{root}/a/x.jpg\n{root}/a/p.jpg\n".encode()}) / "list.txt"
+    with pytest.raises(ValueError, match="1 of 2 listed files are no regular files, first .*p.jpg"):
+        list_sources([listed])
+
+
+def test_links_to_images_are_read_and_a_file_that_became_a_fifo_is_an_error(tmp_path):
+    root = write_files(tmp_path / "root", {"x.jpg": b"1"})
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "y.jpg").symlink_to(root / "x.jpg")
+    sources = list_sources([tmp_path / "links"])
+    assert [(image.key, image.size_bytes) for image in sources] == [("y.jpg", 1)] and sources.read(0) == b"1"
+    os.remove(root / "x.jpg")
+    os.mkfifo(root / "x.jpg")
+    with pytest.raises(Unreadable, match="is a FIFO and was a regular file when it was listed: .*y.jpg"):
+        read_image(sources, 0)
+
+
+def test_members_that_are_no_regular_files_are_passed_over_aloud(tmp_path):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"1"})
+    with tarfile.open(path, "a") as tar:
+        for name, kind in [("p.jpg", tarfile.FIFOTYPE), ("d.png", tarfile.CHRTYPE), ("folder.jpg", tarfile.DIRTYPE)]:
+            info = tarfile.TarInfo(name)
+            info.type = kind
+            tar.addfile(info)
+    sources = list_sources([path])
+    assert keys(sources) == ["a.jpg"] and "p.jpg (a FIFO), d.png (a device)" in " ".join(sources.notes)
+
+
+def test_every_format_that_decodes_is_listed_whatever_the_case_of_its_suffix(tmp_path):
+    names = "a.JPG a.jpeg a.jpe a.jfif a.png a.apng a.webp a.Avif a.tif a.TIFF a.gif a.BMP a.ppm a.pgm a.pbm a.pnm"
+    sources = list_sources([write_files(tmp_path, dict.fromkeys([*names.split(), "a.pdf", "a.heic"], b""))])
+    assert sorted(keys(sources)) == sorted(names.split())
+    assert "2 files that are no images were passed over (.heic .pdf)" in sources.notes
+    assert any(
+        "the first is taken (1 .gif, 1 .apng, 1 .webp, 1 .avif, 1 .tif, 1 .tiff)" in note for note in sources.notes
+    )
 
 
 def test_include_matches_the_whole_key_and_crosses_folders(tmp_path):

@@ -268,10 +268,12 @@ def test_cli_errors_are_one_line_without_a_traceback(folder: Path, tmp_path: Pat
 
 def test_files_that_are_no_images_are_counted_aloud(tmp_path: Path) -> None:
     images = photos(tmp_path / "images", 4)
-    for name in ("a.gif", "b.BMP", "c.bmp", ".hidden"):
+    for name in ("a.pdf", "b.TXT", "c.txt", ".hidden"):
         (images / name).write_bytes(b"x")
+    os.mkfifo(images / "p.jpg")
     code, output = cli([images, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4"])
-    assert code == 0 and "3 files that are no images were passed over (.bmp .gif)" in output
+    assert code == 0 and "3 files that are no images were passed over (.pdf .txt)" in output
+    assert "1 names of images that are no regular files were passed over, unopened: p.jpg (a FIFO)" in output
 
 
 def test_features_that_codes_cannot_hold_stop_the_run(folder: Path, tmp_path: Path) -> None:

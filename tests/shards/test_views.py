@@ -4,7 +4,9 @@ import io
 import itertools
 import math
 import struct
+import warnings
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -272,6 +274,40 @@ def test_a_bomb_is_refused_by_its_header() -> None:
     with pytest.raises(BadImage, match="at most 599"):
         decode_rgb(saved(picture(), "PNG"), max_pixels=599)
     assert decode_rgb(saved(picture(), "PNG"), max_pixels=600).shape == (20, 30, 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "GIF", "BMP", "PPM"])
+def test_our_limit_of_pixels_is_the_only_one(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own refuses above twice its number and warns above it, which is an error under PYTHONWARNINGS=error."""
+    for theirs in (250, 500):  # of 600 pixels: an error, a warning
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert decode_rgb(saved(picture(), kind), max_pixels=600).shape == (20, 30, 3)
+        with pytest.raises(BadImage, match="30 x 20 pixels; at most 599 are allowed"):
+            decode_rgb(saved(picture(), kind), max_pixels=599)
+        assert Image.MAX_IMAGE_PIXELS == theirs, "the importing program's limit is as it was"
+
+
+def test_pillows_limit_comes_back_after_the_last_of_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 250)
+    data = saved(picture(), "TIFF")
+    with ThreadPoolExecutor(8) as pool:
+        assert all(image.shape == (20, 30, 3) for image in pool.map(decode_rgb, [data] * 400))
+    assert Image.MAX_IMAGE_PIXELS == 250
+    with views.only_our_limit():
+        Image.MAX_IMAGE_PIXELS = 300  # by another thread of the program
+    assert Image.MAX_IMAGE_PIXELS == 300
+
+
+def test_what_this_pillow_cannot_decode_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BadImage, match=r"is HEIF \(brand heic\)"):
+        decode_rgb(b"\0\0\0\x18ftypheic" + bytes(12))
+    monkeypatch.setattr("PIL.AvifImagePlugin.SUPPORTED", False)
+    monkeypatch.setattr(views.features, "check", lambda feature: False)
+    with warnings.catch_warnings(), pytest.raises(BadImage, match="is AVIF, which this build of Pillow cannot decode"):
+        warnings.simplefilter("error")
+        decode_rgb(saved(picture(), "AVIF"))
 
 
 def test_drawn_views_are_golden() -> None:
