@@ -260,7 +260,9 @@ def checked_key(key: str, where: object) -> str:
     try:
         key.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{where}: the name {key!r} is not valid UTF-8; keys are UTF-8; rename the file") from None
+        raise ValueError(
+            f"{where}: the name {os.fsencode(key)!r} is not valid UTF-8; keys are UTF-8; rename the file"
+        ) from None
     return key
 
 

@@ -25,6 +25,7 @@ from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.remote import RemotePath, Unreachable, locate
 from mrmae.shards.repair import prepare_repair, shards_of
+from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.storage import FORMATS
 from mrmae.shards.trust import Problem, trusted
@@ -261,6 +262,7 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
     from mrmae.extract.sheet import write_sheet
 
     with one_line_errors():
+        expect_utf8(out or "", "--out")
         opened = open_cache(cache, allow_partial=True)
         if view >= opened.n_views:
             raise ValueError(f"--view {view}: this cache has {opened.n_views} views, numbered from 0")

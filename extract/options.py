@@ -11,7 +11,7 @@ from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.remote import RemotePath, locate
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.spec import ViewRecipe, expect_utf8
 from mrmae.shards.views import MAX_PIXELS
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
@@ -52,6 +52,10 @@ class Options:
 
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
+        given = [("IMAGES", i) for i in self.images] + [("--include", i) for i in self.include]
+        given += [("--teacher", teacher) for teacher in self.teachers]
+        for name, text in [*given, ("the working folder", os.getcwd())]:
+            expect_utf8(text, name)
         if isinstance(locate(self.cache), RemotePath):
             raise ValueError(f"{locate(self.cache)}: extract-features writes to folders; expected one; extract there, then copy "
                              "it to the URL, manifest.json last")  # fmt: skip

@@ -20,7 +20,7 @@ from mrmae.probe.features import Features, refuse_foreign_column
 from mrmae.probe.settings import Settings
 from mrmae.probe.sources import Source, open_source
 from mrmae.shards.plan import load_plan
-from mrmae.shards.spec import content_id
+from mrmae.shards.spec import content_id, expect_utf8
 from mrmae.train.machine import versions
 
 VERSION = 1  # raise it when the same features and settings give another result
@@ -89,6 +89,9 @@ def begin(options: Options, say: Callable[[str], None]) -> Job:
     """The job, checked: nothing is computed yet but digests of the images."""
     if unknown := [name for name in options.probes if name not in PROBES]:
         raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(PROBES)}")
+    given = [("SOURCE", options.source), *(("DATA", text) for text in options.data), ("--out", options.out or "")]
+    for name, text in given:
+        expect_utf8(text, name)
     source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
                          allow_partial=options.allow_partial)  # fmt: skip
     home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))

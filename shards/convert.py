@@ -25,6 +25,7 @@ from mrmae.shards.quality import added_quality, measure, summarise
 from mrmae.shards.quantize import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
 from mrmae.shards.reader import Damaged
 from mrmae.shards.remote import pieces
+from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import tail_path, write_tail
 from mrmae.shards.trust import read_record
@@ -55,6 +56,8 @@ def convert(
     about: for the commit records: the command that made them and the folder it was given in. progress: called for every
     shard with the bytes that were written. Raises ValueError, naming shard and repair, where the source is damaged.
     """
+    for name, text in {"OUT": out, **about}.items():
+        expect_utf8(text, name)
     if out.resolve() == cache.path.resolve():
         raise ValueError(f"{out}: is the cache to convert; expected another folder for the new one")
     plan = start_plan(out, wanted, plans.read_sources(cache.path))

@@ -55,10 +55,30 @@ class LocalFile:
                     os.posix_fadvise(self.descriptor, offset, n_bytes, os.POSIX_FADV_WILLNEED)
 
     def read(self, n_bytes: int, offset: int) -> bytes:
-        return os.pread(self.descriptor, n_bytes, offset)
+        """n_bytes at offset, fewer where the file ends."""
+        parts, end = [], min(offset + n_bytes, self.size())
+        while offset < end and (part := os.pread(self.descriptor, end - offset, offset)):
+            parts.append(part)
+            offset += len(part)
+        return b"".join(parts)
 
     def read_into(self, buffers: Sequence[Any], offset: int) -> int:
-        return os.preadv(self.descriptor, buffers, offset)
+        """Fill the buffers from offset; how many bytes there were. A call may give fewer than there are (2 GiB at most)."""
+        got = 0
+        while (wanted := behind(buffers, got)) and (more := os.preadv(self.descriptor, wanted, offset + got)):
+            got += more
+        return got
+
+
+def behind(buffers: Sequence[Any], got: int) -> list[memoryview]:
+    """What is left of the buffers once their first `got` bytes are filled."""
+    left = []
+    for buffer in buffers:
+        view = memoryview(buffer)
+        if got < view.nbytes:
+            left.append(view.cast("B")[got:])
+        got = max(0, got - view.nbytes)
+    return left
 
 
 File = LocalFile | RemoteFile
@@ -100,7 +120,9 @@ class ShardFile:
                 raise Damaged(self.path, None, "the index fails its crc32c")
             if file.read(len(self.seal), 0) != self.seal:
                 raise Damaged(self.path, None, "its seal says that it is another shard, or is damaged")
-            self._index = np.frombuffer(data[:-4], "<u8").reshape(-1, self.blocks, 2)
+            index = np.frombuffer(data[:-4], "<u8").reshape(-1, self.blocks, 2)
+            refuse_outside(self.path, index, start)
+            self._index = index
         return self._index
 
     def read_chunk(self, file: File, row: int, place: Place, out: Array) -> None:
@@ -116,6 +138,16 @@ class ShardFile:
             raise Damaged(self.path, row, f"the file ends within the chunk ({got} of {n_bytes} bytes)")
         if google_crc32c.value(out) != int.from_bytes(crc, "little"):
             raise Damaged(self.path, row, "the chunk fails its crc32c")
+
+
+def refuse_outside(path: Path, index: Array, end: int) -> None:
+    """Damaged where a chunk of a shard's index does not lie before `end`, where the index begins."""
+    offsets, sizes, end_at = index[..., 0], index[..., 1], np.uint64(end)
+    outside = (offsets != ABSENT) & ((offsets > end_at) | (sizes > end_at - np.minimum(offsets, end_at)))
+    if outside.any():
+        row, block = np.argwhere(outside)[0]
+        raise Damaged(path, int(row), f"its index places a chunk of {sizes[row, block]} bytes at {offsets[row, block]}, "
+                                      f"outside the {end} bytes before the index")  # fmt: skip
 
 
 def read_members(path: Path, rows: Sequence[int], table: Array) -> Iterator[bytes]:

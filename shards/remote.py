@@ -19,6 +19,8 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from mrmae.shards.spec import expect_utf8
+
 SCHEMES = ("s3", "gs", "az")
 EXTRA = "pip install 'mrmae[s3]'"
 TRIES = 5
@@ -39,8 +41,10 @@ class Unreachable(Exception):
 
 
 def locate(path: str | os.PathLike[str]) -> Path:
-    """The path of a cache: local, or a RemotePath for a URL. ValueError for a URL with a user, password or query."""
+    """The path of a cache: local, or a RemotePath for a URL. ValueError for a URL with a user, password or query,
+    and where it is not UTF-8."""
     text = os.fspath(path)
+    expect_utf8(text, "CACHE")
     found = re.match(rf"({'|'.join(SCHEMES)}):/+([^/]*)(.*)", text, re.DOTALL)
     if not found:
         if unknown := re.match(r"([a-z][a-z0-9+.-]+)://", text):

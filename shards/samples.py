@@ -58,6 +58,17 @@ def write_sources(path: Path, sources: Sequence[Source]) -> None:
     write_samples(path, table | unknown)
 
 
+def read_table(data: bytes) -> pa.Table:
+    """The table of a parquet file, read by this thread alone.
+
+    Arrow's own threads may hold Python's bytes a moment longer than the read; where the interpreter ends in that moment, the
+    process aborts.
+    """
+    source = pa.BufferReader(data)
+    with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as parquet:
+        return parquet.read(use_threads=False)
+
+
 def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
     """The columns of samples.parquet by name, without the number, which is the position.
 
@@ -66,8 +77,7 @@ def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
     """
     file = path / "samples.parquet"
     try:
-        with pq.ParquetFile(pa.BufferReader(file.read_bytes()), page_checksum_verification=True) as parquet:
-            table = parquet.read()
+        table = read_table(file.read_bytes())
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
     numbers = table["number"].to_pylist() if table.schema.equals(SAMPLES) else []

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -107,6 +108,15 @@ def expect(true: bool, field: str, value: object, wanted: str) -> None:
     """Raise ValueError naming `field`, its value and what was wanted, unless `true`."""
     if not true:
         raise ValueError(f"{field}: {value!r} cannot be used; expected {wanted}; correct this option")
+
+
+def expect_utf8(path: str | os.PathLike[str], what: str) -> None:
+    """ValueError, naming `what` and showing the bytes, where a path or text from the command line is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {os.fsencode(path)!r}: these bytes are not UTF-8, as everything is that a cache or a run "
+                         "records; expected a path in UTF-8; rename that file or folder, or make a link to it")  from None  # fmt: skip
 
 
 def floats(values: Iterable[float]) -> tuple[float, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mrmae.extract.progress import counted
 from mrmae.shards.remote import locate
+from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import export_student
@@ -87,6 +88,7 @@ def train(
     talk = console or Console(highlight=False, soft_wrap=True, quiet=ranks.rank > 0)
     setup = Setup(device, kernels, accum, workers, hold_out, knn_every, online or bool(teachers), tuple(teachers),
                   None if init is None else str(init), allow_partial)  # fmt: skip
+    refuse_other_encodings(out, setup, command or "")
     habits = Habits(save_minutes, keep, log_every, panels_every)
     again = command or f'train("{cache_path}", "{out}", recipe)'
 
@@ -115,12 +117,20 @@ def train(
 
 def dry_run(cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup) -> list[str]:
     """The resolved plan of `train` with these arguments, in lines; nothing is written. Raises ValueError like `train`."""
+    refuse_other_encodings(out, setup)
     run = build(locate(cache_path), Path(out), recipe, Ranks(), setup)
     saved = list_checkpoints(run.out / "checkpoints")
     return [
         *report.plan_lines(run, cost.cost_facts(run)),
         f"OUT holds {saved[-1].name}: the run would continue from it" if saved else f"OUT {run.out}",
     ]
+
+
+def refuse_other_encodings(out: str | Path, setup: Setup, command: str = "") -> None:
+    """ValueError where OUT, --init, a teacher's text or the command is not UTF-8: what a run writes down is."""
+    teachers = [("--teacher", text) for text in setup.teachers]
+    for name, text in [("OUT", out), ("--init", setup.init or ""), *teachers, ("the command", command)]:
+        expect_utf8(text, name)
 
 
 def run_epochs(run: Run, live: Live, forward: Callable[..., Any]) -> None:
