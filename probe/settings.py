@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mrmae.train import strict
+from mrmae.train.method import strict_yaml
 
 Pool = Literal["mean", "cls", "both"]
 
@@ -108,8 +108,8 @@ def settings_from(overrides: Sequence[str]) -> Settings:
     """The defaults with overrides like `knn.k=10` applied. ValueError naming the key, the value and what was expected."""
     values: dict[str, Any] = {}
     for override in overrides:
-        strict.override(values, override)
-    settings: Settings = strict.build(Settings, values, "--set")
+        strict_yaml.override(values, override)
+    settings: Settings = strict_yaml.build(Settings, values, "--set")
     check(settings)
     return settings
 

@@ -40,7 +40,7 @@ def test_every_command_parses(study: Any) -> None:
     from mrmae.probe.settings import settings_from
     from mrmae.train.cli import main as train_mrmae
     from mrmae.train.cli import overrides
-    from mrmae.train.recipe import load_recipe
+    from mrmae.train.method.recipe import load_recipe
 
     known: dict[str, click.Command] = {
         "extract-features": extract_features,

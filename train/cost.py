@@ -11,11 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrmae.extract.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.masks import Masks
+from mrmae.train.method.masks import Masks
+from mrmae.train.method.targets import Batch
 from mrmae.train.online import taught
 from mrmae.train.report import feature_bytes
 from mrmae.train.run import Run
-from mrmae.train.targets import Batch
 
 BACKWARD = 2  # the backward pass of a matrix product is two of its size
 STATE_BYTES = 16  # per parameter: fp32 weight, gradient, and AdamW's two moments

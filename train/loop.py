@@ -23,11 +23,11 @@ from mrmae.train.export import export_student
 from mrmae.train.feed import feed_of
 from mrmae.train.live import Habits, Live, end_epoch, save_now, take
 from mrmae.train.log import RunLog, read_rows
+from mrmae.train.method.recipe import Recipe
 from mrmae.train.online import taught
 from mrmae.train.pictures import draw_curves
 from mrmae.train.published import export_published
 from mrmae.train.ranks import Ranks, agree_on, failing_together, join, mean_over_ranks, replicated, stop_requests
-from mrmae.train.recipe import Recipe
 from mrmae.train.run import Run, Setup, begin, build
 
 

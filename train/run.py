@@ -14,16 +14,17 @@ from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.remote import RemotePath
 from mrmae.shards.spec import TeacherSpec
-from mrmae.train import batches, checkpoint, masks, online, optim
+from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
 from mrmae.train.machine import resolve_precision, versions
-from mrmae.train.model import Pretrainer, build_model
+from mrmae.train.method import masks
+from mrmae.train.method.model import Pretrainer, build_model
+from mrmae.train.method.recipe import Optim, Recipe, difference, from_dict, to_dict
+from mrmae.train.method.targets import CacheInfo
+from mrmae.train.method.terms import needed_arrays
 from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
-from mrmae.train.recipe import Optim, Recipe, difference, from_dict, to_dict
-from mrmae.train.targets import CacheInfo
-from mrmae.train.terms import needed_arrays
 
 OURS = {"recipe.yaml", "run.json", "README.md", "log.jsonl", "tensorboard", "wandb", "panels", "curves.png", "student",
         "published.pth", "checkpoints", ".lock"}  # fmt: skip

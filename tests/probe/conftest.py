@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from mrmae.train import loop
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 QUICK = (
     "student.model=test_vit",

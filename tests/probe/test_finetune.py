@@ -20,7 +20,7 @@ from mrmae.probe.finetune import build_optimizer, finetune, set_rates, soft, upd
 from mrmae.probe.settings import Finetune, settings_from
 from mrmae.probe.sources import Source, open_source
 from mrmae.train import loop
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 QUICK = ("finetune.epochs=4", "finetune.warmup_epochs=1", "finetune.batch_size=12", "finetune.blr=0.05", "finetune.auto_augment=''",
          "finetune.erase=0.0", "finetune.mixup=0.0", "finetune.cutmix=0.0", "finetune.drop_path=0.0")  # fmt: skip

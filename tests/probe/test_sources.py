@@ -14,7 +14,7 @@ from mrmae.shards.cache import open_cache
 from mrmae.train import loop
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import load_mcmae
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 PIXELS = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 

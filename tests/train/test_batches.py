@@ -14,10 +14,10 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, Position, Share
 from mrmae.train.feed import AHEAD, Feed
-from mrmae.train.masks import Draw, Masks, draw_masks
-from mrmae.train.recipe import Recipe
-from mrmae.train.targets import Batch
-from mrmae.train.terms import needed_arrays
+from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.targets import Batch
+from mrmae.train.method.terms import needed_arrays
 
 
 @pytest.fixture

@@ -13,15 +13,16 @@ import torch
 from rich.console import Console
 
 from mrmae.shards.blocks import BlockRule
-from mrmae.train import batches, loop, masks
+from mrmae.train import batches, loop
 from mrmae.train import run as runs
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
+from mrmae.train.method import masks
+from mrmae.train.method.recipe import MaskRecipe, Recipe
+from mrmae.train.method.targets import Batch
 from mrmae.train.ranks import Ranks
-from mrmae.train.recipe import MaskRecipe, Recipe
 from mrmae.train.report import feature_bytes, plan_lines
 from mrmae.train.run import Run, Setup
-from mrmae.train.targets import Batch
 
 Make = Callable[..., Path]
 BLOCK = "mask.sampler=block"

@@ -17,7 +17,7 @@ from mrmae.shards.plan import load_plan
 from mrmae.shards.samples import Source
 from mrmae.train import checkpoint, loop
 from mrmae.train.cli import main as train_command
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 QUICK = ("student.model=test_vit", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "optim.epochs=1",
          "optim.batch_size=8", "optim.warmup_epochs=0.5")  # fmt: skip

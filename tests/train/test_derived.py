@@ -13,13 +13,13 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.masks import draw_masks, draw_of
-from mrmae.train.model import build_model
+from mrmae.train.method.masks import draw_masks, draw_of
+from mrmae.train.method.model import build_model
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.targets import CacheInfo, TeacherInfo
 from mrmae.train.online import online_info
 from mrmae.train.ranks import Ranks
-from mrmae.train.recipe import Recipe
 from mrmae.train.run import Run, Setup, build
-from mrmae.train.targets import CacheInfo, TeacherInfo
 
 SHORT = ("optim.batch_size=8", "optim.warmup_epochs=0", "optim.epochs=1")
 ONLY = "terms.mimic.teachers=[a]"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.train.masks import Draw, Masks, draw_masks
-from mrmae.train.model import Batch, CacheInfo, Pretrainer, build_model
-from mrmae.train.recipe import Recipe
-from mrmae.train.student import sincos_positions
+from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.student import sincos_positions
 
 MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]

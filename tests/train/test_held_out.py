@@ -10,8 +10,8 @@ import torch
 from mrmae.train import held_out, loop
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
+from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
-from mrmae.train.recipe import load_recipe
 from mrmae.train.run import Setup, build
 
 QUICK = (

@@ -25,8 +25,8 @@ from mrmae.shards.stream import view_of
 from mrmae.train import checkpoint, loop, optim, pictures
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
-from mrmae.train.model import build_model
-from mrmae.train.recipe import Recipe, load_recipe
+from mrmae.train.method.model import build_model
+from mrmae.train.method.recipe import Recipe, load_recipe
 
 QUICK = (
     "student.model=test_vit",
@@ -41,7 +41,7 @@ UPDATES = 6  # of an epoch: the tiny cache has 24 images
 KILLED = """
 import os, signal, sys
 from mrmae.train import loop
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 step = loop.step
 def dying(run, live, forward):
     if run.step == 9:

@@ -8,14 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrmae.train.fusions import Mix, first_weights
-from mrmae.train.masks import Draw, Masks, draw_masks, saliency
-from mrmae.train.model import Batch, CacheInfo, Pretrainer, TeacherInfo, build_model, needed_arrays
+from mrmae.train.method.drop_path import path_factors, path_keys
+from mrmae.train.method.masks import Draw, Masks, draw_masks, saliency
+from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, TeacherInfo, build_model, needed_arrays
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.student import encode
+from mrmae.train.method.taps import Mix, first_weights
+from mrmae.train.method.targets import target_names
+from mrmae.train.method.terms import bind_terms
 from mrmae.train.optim import parameter_groups
-from mrmae.train.recipe import Recipe
-from mrmae.train.student import encode, path_factors, path_keys
-from mrmae.train.targets import target_names
-from mrmae.train.terms import bind_terms
 
 MakeRecipe = Callable[..., Recipe]
 MakeBatch = Callable[..., Batch]

@@ -14,8 +14,8 @@ from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import cost, loop, online
 from mrmae.train.log import read_rows
+from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
-from mrmae.train.recipe import load_recipe
 from mrmae.train.run import Setup, build
 
 QUICK = (

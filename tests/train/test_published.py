@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import LayerScale
 from torch import Tensor
 
-from mrmae.train.masks import Draw, draw_masks
-from mrmae.train.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.method.masks import Draw, draw_masks
+from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.student import sincos_positions
 from mrmae.train.published import export_published, init_from, published_weights, to_cpq, to_pqc
-from mrmae.train.recipe import Recipe
-from mrmae.train.student import sincos_positions
 
 MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]

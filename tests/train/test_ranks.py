@@ -16,9 +16,9 @@ import torch.distributed as dist
 from mrmae.train import loop, ranks
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
-from mrmae.train.model import build_model
+from mrmae.train.method.model import build_model
+from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
-from mrmae.train.recipe import load_recipe
 
 QUICK = (
     "student.model=test_vit",
@@ -39,7 +39,7 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from mrmae.train import loop, ranks, run
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 run.build_model = functools.partial(run.build_model, dtype=torch.float64)
 step, taught = loop.step, loop.taught
 seen = open(Path(folder) / f"seen-{rank}-of-{size}.jsonl", "a")

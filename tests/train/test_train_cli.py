@@ -9,7 +9,7 @@ import yaml
 from click.testing import CliRunner, Result
 
 from mrmae.train import cli, loop
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 SMALL = ["--student", "test_vit", "--set", "student.decoder={depth: 1, width: 16, heads: 2}", "--device", "cpu"]
 

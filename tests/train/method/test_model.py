@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.train.masks import Draw, Masks, draw_masks
-from mrmae.train.model import Batch, CacheInfo, Pretrainer, build_model
-from mrmae.train.recipe import Recipe
-from mrmae.train.terms import Term
+from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, build_model, unpatchify
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.terms import Term
 
 MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]
@@ -310,3 +310,11 @@ def test_the_plan_tells_what_was_built(tiny_recipe: MakeRecipe, tiny_info: MakeI
     assert told["mask"] == "random: 49 of 196 patches visible, 147 predicted"
     assert told["term mimic/clip"] == "final @ visible > linear ~ clip | ln0 : mse * 0.5"
     assert told["term pixels"] == "decoder @ predicted > linear ~ pixels | norm_pix : mse * 1"
+
+
+def test_unpatchify_puts_every_value_back() -> None:
+    image = torch.arange(2 * 6 * 9 * 2).reshape(2, 6, 9, 2).float()
+    patches = torch.stack(
+        [image[:, r : r + 3, c : c + 3].permute(0, 3, 1, 2).flatten(1) for r in (0, 3) for c in (0, 3, 6)], dim=1
+    )
+    assert torch.equal(unpatchify(patches, (2, 3), 3), image)

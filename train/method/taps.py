@@ -1,14 +1,30 @@
-"""Taps that join several of the student's blocks; each reads raw block outputs [CLS | visible], counted from 1."""
+"""Taps: the student's named outputs, and those that join several blocks. Blocks are counted from 1."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mrmae.train.student import LN_EPS
-from mrmae.train.terms import Term
+from mrmae.train.method.recipe import Positions
+from mrmae.train.method.student import LN_EPS
 
-Outputs = Mapping[int, Tensor]
+Outputs = Mapping[int, Tensor]  # raw block outputs [v, prefix + n, d]
+
+
+class Tokens(NamedTuple):
+    """What a tap holds: `prefix` tokens without a place (CLS), then the patches at the grid indices `ids`, in their order."""
+
+    x: Float[Tensor, "v prefix+n d"]
+    ids: Int64[Tensor, "v n"]
+    prefix: int = 0
+
+    def at(self, positions: Positions) -> "Tokens":
+        """Those a term predicts from: CLS alone, the patches alone, or both."""
+        if positions == "cls":
+            return Tokens(self.x[:, : self.prefix], self.ids[:, :0], self.prefix)
+        return self if positions == "cls+visible" else Tokens(self.x[:, self.prefix :], self.ids)
 
 
 class MeanOfNorms(nn.Module):
@@ -72,10 +88,10 @@ def weighted_sum(weight: Tensor, outputs: Outputs) -> Tensor:
     return total
 
 
-def build_fusions(terms: Iterable[Term], fused_blocks: Sequence[int], *, width: int, depth: int) -> nn.ModuleDict:
-    """The fusions the terms' taps need, by the tap's name."""
+def build_fusions(taps: Iterable[str], fused_blocks: Sequence[int], *, width: int, depth: int) -> nn.ModuleDict:
+    """The fusions that these taps need, by the tap's name."""
     fusions = nn.ModuleDict()
-    for tap in dict.fromkeys(term.recipe.tap for term in terms):
+    for tap in dict.fromkeys(taps):
         if tap == "mean_ln":
             fusions[tap] = MeanOfNorms(width, fused_blocks)
         elif tap == "learned":
@@ -92,35 +108,3 @@ def blocks_behind(tap: str, fused_blocks: Iterable[int], depth: int) -> set[int]
     if tap == "learned" or tap.startswith("mix"):
         return set(range(1, depth + 1))
     return set(fused_blocks) if tap == "mean_ln" else set()
-
-
-def check_taps(
-    terms: Iterable[Term], fused_blocks: Iterable[int], *, depth: int, n_predict: int, has_cls: bool
-) -> frozenset[int]:
-    """The blocks whose raw outputs the taps need, counted from 1.
-
-    has_cls: a plain ViT; without, the student's `final` already fuses its stages. Raises ValueError for a block or a token the
-    student does not have, and for terms on predicted patches when none is predicted.
-    """
-    wanted: set[int] = set()
-    for term in terms:
-        tap, key = term.recipe.tap, term.name.partition("/")[0]
-        blocks = blocks_behind(tap, fused_blocks, depth)
-        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
-            raise ValueError(
-                f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
-                f"student has {depth}; change terms.{key}.tap or student.fused_blocks"
-            )
-        if not has_cls and ("cls" in term.recipe.positions or tap == "learned"):
-            what = "wants a CLS token" if tap != "learned" else "reads tap learned, made for a plain ViT"
-            raise ValueError(
-                f"term {term.name}: {what} and the student has no CLS and fuses its stages itself; tap final at visible "
-                f"positions was expected; change terms.{key}"
-            )
-        if term.recipe.positions == "predicted" and n_predict == 0:
-            raise ValueError(
-                f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
-                "mask.n_predict or mask.n_keep"
-            )
-        wanted |= blocks
-    return frozenset(wanted)

@@ -15,8 +15,8 @@ from torch import Tensor
 from mrmae.kernels import ids
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.stream import view_of
-from mrmae.train.recipe import MaskRecipe, Recipe
-from mrmae.train.targets import ADD, Batch, CacheInfo
+from mrmae.train.method.recipe import MaskRecipe, Recipe
+from mrmae.train.method.targets import ADD, Batch, CacheInfo
 
 NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is finite and the noise still orders them
 

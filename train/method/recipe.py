@@ -13,7 +13,7 @@ from typing import Any, Literal
 import yaml
 
 from mrmae.shards.nearest import did_you_mean
-from mrmae.train import strict
+from mrmae.train.method import strict_yaml
 
 RECIPES = Path(__file__).with_name("recipes")
 
@@ -129,15 +129,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = recipe_path(name_or_path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=strict.UniqueKeys)
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_yaml.UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {path}: cannot be read ({error}); expected a yaml file") from error
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: is not valid yaml ({error}); correct the file") from error
     if not isinstance(values, dict):
-        raise ValueError(f"recipe {path}: holds {strict.show(values)}; a mapping of recipe keys was expected")
+        raise ValueError(f"recipe {path}: holds {strict_yaml.show(values)}; a mapping of recipe keys was expected")
     for override in overrides:
-        strict.override(values, override)
+        strict_yaml.override(values, override)
     return from_dict(values, where=f"recipe {name_or_path}")
 
 
@@ -154,7 +154,7 @@ def recipe_path(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(
-                f"recipe {path}: there is no such file; give an existing yaml, or {strict.choices(recipe_names())}"
+                f"recipe {path}: there is no such file; give an existing yaml, or {strict_yaml.choices(recipe_names())}"
             )
         return path
     raise ValueError(
@@ -164,20 +164,20 @@ def recipe_path(name_or_path: str) -> Path:
 
 def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """The recipe that plain values describe. Raises ValueError at the first unknown key, wrong type or impossible value."""
-    recipe: Recipe = strict.build(Recipe, values, where)
+    recipe: Recipe = strict_yaml.build(Recipe, values, where)
     _check(recipe, where)
     return recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain dicts, lists, numbers and strings; `from_dict` gives the same recipe back."""
-    plain: dict[str, Any] = strict.plain(asdict(recipe))
+    plain: dict[str, Any] = strict_yaml.plain(asdict(recipe))
     return plain
 
 
 def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """The fields that differ, as (dotted name, old value, new value); a missing term is None."""
-    before, after = strict.flat(to_dict(old)), strict.flat(to_dict(new))
+    before, after = strict_yaml.flat(to_dict(old)), strict_yaml.flat(to_dict(new))
     names = [*before, *(name for name in after if name not in before)]
     return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
@@ -188,7 +188,7 @@ def _check(recipe: Recipe, where: str) -> None:
             value = recipe
             for key in at.split("."):
                 value = value[key] if isinstance(value, dict) else getattr(value, key)
-            raise ValueError(f"{where}: {at} is {strict.show(value)}; {expected}")
+            raise ValueError(f"{where}: {at} is {strict_yaml.show(value)}; {expected}")
 
 
 def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:

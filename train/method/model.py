@@ -13,24 +13,17 @@ from torch import Tensor, nn
 from mrmae.extract.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.reference import NORM_PIX_EPS
-from mrmae.train import mcmae
-from mrmae.train.fusions import build_fusions, check_taps
-from mrmae.train.heads import HEADS
-from mrmae.train.masks import Masks, counts, saliency_arrays
-from mrmae.train.mcmae import MaskedConvViT, build_mcmae
-from mrmae.train.recipe import Recipe
-from mrmae.train.student import (
-    MaskDecoder,
-    build_vit,
-    encode,
-    initialise,
-    path_factors,
-    path_keys,
-    sincos_positions,
-    unpatchify,
-)
-from mrmae.train.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
-from mrmae.train.terms import Pixels, bind_terms, needed_arrays, score
+from mrmae.train.method import mcmae
+from mrmae.train.method.decoders import MaskDecoder
+from mrmae.train.method.drop_path import path_factors, path_keys
+from mrmae.train.method.heads import HEADS
+from mrmae.train.method.masks import Masks, counts, saliency_arrays
+from mrmae.train.method.mcmae import MaskedConvViT, build_mcmae
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.student import build_vit, encode, initialise, sincos_positions
+from mrmae.train.method.taps import Tokens, build_fusions
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
+from mrmae.train.method.terms import Pixels, bind_terms, check_taps, needed_arrays, score
 
 __all__ = ["Batch", "CacheInfo", "Pretrainer", "TeacherInfo", "build_model", "needed_arrays"]
 
@@ -73,7 +66,7 @@ class Pretrainer(nn.Module):
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
         self.keep_blocks = check_taps(self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls)
-        self.fusions = build_fusions(self.terms, fused, width=width, depth=depth)
+        self.fusions = build_fusions((term.recipe.tap for term in self.terms), fused, width=width, depth=depth)
         uses_decoder = decoder is not None and any(term.recipe.tap == "decoder" for term in self.terms)
         self.decoder = MaskDecoder(width, decoder, info.grid) if decoder is not None and uses_decoder else None
         self.heads = nn.ModuleDict()
@@ -115,20 +108,19 @@ class Pretrainer(nn.Module):
             self.statistics,
             self.taps(batch, masks, paths=self.paths(batch, masks)),
             batch,
-            masks,
             pixels=self.pixels,
             source=self.recipe.mask.source,
             kernels=self.kernels,
         )
 
-    def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tensor]:
-        """The named outputs the terms read: encoder taps as [CLS | visible], `decoder` at `ids_predict`."""
+    def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tokens]:
+        """The named outputs the terms read: the encoder's at `ids_keep`, after CLS where the student has one, `decoder` at `ids_predict`."""
         final, blocks = self.encode(batch.pixels, masks.ids_keep, paths=paths)
-        taps = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
-        for name, fusion in self.fusions.items():
-            taps[name] = fusion(blocks, self.student.norm)
+        outputs = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
+        outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
+        taps = {name: Tokens(x, masks.ids_keep, self.student.num_prefix_tokens) for name, x in outputs.items()}
         if self.decoder is not None:
-            taps["decoder"] = self.decoder(final, masks)
+            taps["decoder"] = self.decoder(taps["final"], masks.ids_predict)
         return taps
 
     def encode(
@@ -170,7 +162,7 @@ class Pretrainer(nn.Module):
             raise ValueError(
                 f"recipe {self.recipe.name}: predicts no pixels; a term with target pixels was expected to draw them"
             )
-        prediction = self.heads[term.name](self.taps(batch, masks)["decoder"]).to(self.scale.dtype)
+        prediction = self.heads[term.name](self.taps(batch, masks)["decoder"].x).to(self.scale.dtype)
         if term.recipe.transform == "norm_pix":
             var, mean = torch.var_mean(self.patches(batch, masks.ids_predict), dim=-1, keepdim=True)
             prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
@@ -261,3 +253,10 @@ def freeze_unread(
         unread.append(student.norm)
     for module in unread:
         module.requires_grad_(False)
+
+
+def unpatchify(patches: Float[Tensor, "b l P"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b h w c"]:
+    """Patches flattened (c, p, q), in raster order, as images."""
+    b, channels = patches.shape[0], patches.shape[2] // patch**2
+    cells = patches.reshape(b, *grid, channels, patch, patch)
+    return cells.permute(0, 1, 4, 2, 5, 3).reshape(b, grid[0] * patch, grid[1] * patch, channels)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from mrmae.kernels import reference
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.tail import apply_tail
-from mrmae.train.phi_s import phi_s
-from mrmae.train.recipe import TermRecipe, Transform
+from mrmae.train.method.phi_s import phi_s
+from mrmae.train.method.recipe import TermRecipe, Transform
 
 # How to get what a cache lacks, for the ends of error messages.
 ADD = "add the teacher to the cache with extract-features IMAGES CACHE --teacher"

@@ -9,12 +9,12 @@ import pytest
 import torch
 import yaml
 
-from mrmae.train import heads, masks
-from mrmae.train import recipe as recipes
-from mrmae.train.distances import DISTANCES
+from mrmae.train.method import heads, masks
+from mrmae.train.method import recipe as recipes
+from mrmae.train.method.distances import DISTANCES
+from mrmae.train.method.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
+from mrmae.train.method.targets import Batch
 from mrmae.train.optim import base_lr, lr_at
-from mrmae.train.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
-from mrmae.train.targets import Batch
 
 SHIPPED = ["mae", "maskalign", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mr-mcmae"]
 LIKE_MAE = [name for name in SHIPPED if name != "maskalign"]

@@ -5,7 +5,7 @@ Which head MR-MAE uses is not published; one Linear is what its sibling code use
 
 from torch import nn
 
-LN_EPS = 1e-6
+from mrmae.train.method.student import LN_EPS
 
 
 def linear(width: int, out: int) -> nn.Module:

@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from mrmae.train.masks import Draw, Masks, draw_masks
-from mrmae.train.model import Batch, CacheInfo, TeacherInfo, build_model, needed_arrays
-from mrmae.train.recipe import MaskRecipe, Recipe, TermRecipe
-from mrmae.train.targets import TeacherStatistics
-from mrmae.train.terms import Pixels, Term, bind_terms, focus_weights, score
+from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.model import Batch, CacheInfo, TeacherInfo, build_model, needed_arrays
+from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
+from mrmae.train.method.taps import Tokens
+from mrmae.train.method.targets import TeacherStatistics
+from mrmae.train.method.terms import Pixels, Term, bind_terms, focus_weights, score
 
 D = 8
 SCALE, SHIFT = torch.ones(3), torch.zeros(3)
@@ -36,14 +37,14 @@ def loss_of(
         nn.ModuleDict({"x": nn.Identity()}),
         nn.ModuleDict({"x": TeacherStatistics(TeacherInfo(D), torch.float32)}),
     )
-    tap = torch.cat([torch.full((prediction.shape[0], 1, prediction.shape[2]), 1e9), prediction], dim=1)
+    cls = torch.full((prediction.shape[0], 1, prediction.shape[2]), 1e9)
+    final = Tokens(torch.cat([cls, prediction], dim=1), masks.ids_keep, 1)
     loss, parts = score(
         (Term("x", recipe, teacher, recipe.weight),),
         heads,
         statistics,
-        {"final": tap, "decoder": prediction},
+        {"final": final, "decoder": Tokens(prediction, masks.ids_predict)},
         batch,
-        masks,
         pixels=Pixels(patch, SCALE, SHIFT),
         source="mean",
         kernels="auto",
@@ -109,7 +110,8 @@ def test_gather_identity_for_cls_and_for_rows_gathered_before_the_copy() -> None
 
     def run(recipe: TermRecipe, tap: torch.Tensor, batch: Batch) -> float:
         common = {"pixels": Pixels(4, SCALE, SHIFT), "source": "mean", "kernels": "auto"}
-        loss, _ = score((Term("x", recipe, "t", 1.0),), heads, statistics, {"final": tap}, batch, masks, **common)  # type: ignore[arg-type]
+        taps = {"final": Tokens(tap, masks.ids_keep, 1)}
+        loss, _ = score((Term("x", recipe, "t", 1.0),), heads, statistics, taps, batch, **common)  # type: ignore[arg-type]
         return loss.item()
 
     tap = torch.cat([tokens[:, 3:4], at(tokens, masks.ids_keep)], dim=1)
@@ -217,7 +219,7 @@ def test_focus_weighs_visible_tokens_by_saliency_with_mean_1() -> None:
     attention = torch.rand(2, 16)
     batch = Batch(torch.arange(2), torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"t": {"attention": attention}})
     keep = torch.tensor([[0, 3, 9], [1, 2, 15]])
-    weights = focus_weights(batch, Masks(keep, keep), Pixels(4, SCALE, SHIFT), "mean")
+    weights = focus_weights(batch, keep, Pixels(4, SCALE, SHIFT), "mean")
     picked = at(attention.double(), keep)
     assert torch.allclose(weights, picked / picked.mean(dim=1, keepdim=True), atol=1e-5)
     codes = torch.zeros(2, 16, D)

@@ -1,8 +1,7 @@
-"""The student: a plain timm VisionTransformer on visible patches, and MAE's decoder on the hidden ones.
+"""The student: a plain timm VisionTransformer on visible patches.
 
-Restructured, not stock: patches are gathered before anything is computed, the decoder's order is [CLS | visible | predicted],
-and only predicted patches leave it. Attention is permutation-equivariant, so nothing is un-shuffled. The encoder's modules are
-timm's own, so its state dict is timm's.
+Restructured, not stock: patches are gathered before anything is computed. Attention is permutation-equivariant, so nothing is
+un-shuffled. The modules are timm's own, so the state dict is timm's.
 """
 
 import hashlib
@@ -12,15 +11,13 @@ import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64, UInt8
-from timm.layers.norm import LayerNorm
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mrmae.kernels import dispatch, ids
+from mrmae.kernels import dispatch
 from mrmae.shards.nearest import nearest
-from mrmae.train.masks import Masks
-from mrmae.train.recipe import Decoder
+from mrmae.train.method.drop_path import scaled_block
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
 MAE_EMBEDDING, MCMAE_EMBEDDING = "patch_embed.proj", "patch_embed3.proj"
@@ -167,74 +164,3 @@ def encode(
         if number in keep_blocks:
             outputs[number] = x
     return vit.norm(x), outputs
-
-
-def scaled_block(block: Block, x: Float[Tensor, "v n d"], factors: Float[Tensor, "v 2"]) -> Float[Tensor, "v n d"]:
-    """timm's Block with its two residual branches times `factors`."""
-    first, second = factors.to(x.dtype)[:, :, None, None].unbind(1)
-    x = x + first * block.ls1(block.attn(block.norm1(x)))
-    out: Tensor = x + second * block.ls2(block.mlp(block.norm2(x)))
-    return out
-
-
-def path_keys(depth: int, seed: int) -> Int64[Tensor, " 2*depth"]:
-    """One hash per residual branch of `depth` blocks, for `path_factors`."""
-    words = (ids.mix_int((seed + (branch + 1) * ids.GOLDEN) & ids.WORD) for branch in range(2 * depth))
-    return torch.tensor([ids.signed(word) for word in words])
-
-
-def path_factors(
-    samples: Int64[Tensor, " b"], ids_keep: Int64[Tensor, "v k"], keys: Int64[Tensor, " 2*depth"], *, rate: float
-) -> Float64[Tensor, "v depth 2"]:
-    """Stochastic depth (drop-path): 0 where a residual branch is dropped, else 1 / (1 - p).
-
-    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, sample, mask): it changes from epoch
-    to epoch with the mask, and like the mask does not depend on batch, rank or resume. keys: from `path_keys`.
-    """
-    rows = torch.arange(ids_keep.shape[0], device=samples.device) % samples.shape[0]
-    images = ids.mix(samples[rows] ^ ids.mix(ids_keep + 1).sum(dim=1))
-    bits = ids.shift_right(ids.mix(images[:, None] + keys), 12)
-    uniform = (bits.double() * 2.0**-52).view(images.shape[0], -1, 2)
-    p = torch.linspace(0, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]
-    return (uniform >= p) / (1 - p)
-
-
-class MaskDecoder(nn.Module):
-    """MAE's decoder over [CLS | visible | mask tokens], then LayerNorm of the mask tokens: the tap `decoder`.
-
-    Mask tokens stand at the predicted patches only: hidden patches nobody predicts are absent. CLS, where the student has
-    one, has no position.
-    """
-
-    position: Tensor
-
-    def __init__(self, width_in: int, recipe: Decoder, grid: tuple[int, int]) -> None:
-        super().__init__()
-        self.embed = nn.Linear(width_in, recipe.width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, recipe.width))
-        self.register_buffer("position", sincos_positions(grid, recipe.width)[1:].float(), persistent=False)
-        with torch.random.fork_rng(devices=[]):
-            self.blocks = nn.Sequential(
-                *(
-                    Block(recipe.width, recipe.heads, mlp_ratio=recipe.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
-                    for _ in range(recipe.depth)
-                )
-            )
-        self.norm = LayerNorm(recipe.width)
-
-    def forward(self, final: Float[Tensor, "v n d"], masks: Masks) -> Float[Tensor, "v m width"]:
-        """Decoded tokens at `ids_predict`."""
-        x = self.embed(final)
-        prefix = final.shape[1] - masks.ids_keep.shape[1]
-        visible = x[:, prefix:] + self.position[masks.ids_keep]
-        hidden = self.mask_token + self.position[masks.ids_predict]
-        x = self.blocks(torch.cat([x[:, :prefix], visible, hidden], dim=1))
-        out: Tensor = self.norm(x[:, final.shape[1] :])
-        return out
-
-
-def unpatchify(patches: Float[Tensor, "b l P"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b h w c"]:
-    """Patches flattened (c, p, q), in raster order, as images."""
-    b, channels = patches.shape[0], patches.shape[2] // patch**2
-    cells = patches.reshape(b, *grid, channels, patch, patch)
-    return cells.permute(0, 1, 4, 2, 5, 3).reshape(b, grid[0] * patch, grid[1] * patch, channels)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mrmae.kernels import dispatch
 from mrmae.shards.nearest import did_you_mean
-from mrmae.train.student import compute_dtype, sincos_positions
+from mrmae.train.method.student import compute_dtype, sincos_positions
 
 STRIDES = (4, 2, 2)
 PATCH = 16  # pixels along a side of a patch: the product of the strides

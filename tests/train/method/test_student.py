@@ -7,18 +7,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from mrmae.train.fusions import LearnedSum, MeanOfNorms
-from mrmae.train.masks import Masks
-from mrmae.train.recipe import Decoder
-from mrmae.train.student import (
-    MaskDecoder,
+from mrmae.train.method.decoders import MaskDecoder
+from mrmae.train.method.recipe import Decoder
+from mrmae.train.method.student import (
     build_vit,
     encode,
     initialise,
     sincos_positions,
-    unpatchify,
     what_is_not_plain,
 )
+from mrmae.train.method.taps import LearnedSum, MeanOfNorms
 
 
 def tiny_vit(grid: int = 4, patch: int = 4, channels: int = 3) -> VisionTransformer:
@@ -136,25 +134,6 @@ def test_mean_ln_averages_each_block_through_a_norm_of_its_own() -> None:
         fusion.norms["1"].weight.fill_(2.0)
     first, third = (nn.functional.layer_norm(outputs[i], (8,), eps=1e-6) for i in (1, 3))
     assert torch.allclose(fusion(outputs, nn.Identity()), (2 * first + third) / 2, atol=1e-6)
-
-
-def test_the_decoder_does_not_care_about_the_order_of_its_tokens() -> None:
-    decoder = MaskDecoder(8, Decoder(depth=2, width=16, heads=2), (3, 3)).double()
-    initialise(decoder, 0)
-    final, keep, predict = torch.randn(1, 4, 8).double(), torch.tensor([[0, 4, 7]]), torch.tensor([[1, 2, 3, 5, 6, 8]])
-    out = decoder(final, Masks(keep, predict))
-    mixed = decoder(final[:, [0, 3, 1, 2]], Masks(keep[:, [2, 0, 1]], predict.flip(1)))
-    assert out.shape == (1, 6, 16)
-    assert (mixed.flip(1) - out).abs().max() < 1e-12
-    assert (decoder(final, Masks(keep.flip(1), predict)) - out).abs().max() > 1e-3  # a wrong position does matter
-
-
-def test_unpatchify_puts_every_value_back() -> None:
-    image = torch.arange(2 * 6 * 9 * 2).reshape(2, 6, 9, 2).float()
-    patches = torch.stack(
-        [image[:, r : r + 3, c : c + 3].permute(0, 3, 1, 2).flatten(1) for r in (0, 3) for c in (0, 3, 6)], dim=1
-    )
-    assert torch.equal(unpatchify(patches, (2, 3), 3), image)
 
 
 def test_unknown_students_get_the_nearest_names() -> None:

@@ -1,0 +1,38 @@
+"""Stochastic depth whose every decision is hashed: the same for any batch size, rank count and after resume."""
+
+import torch
+from jaxtyping import Float, Float64, Int64
+from timm.models.vision_transformer import Block
+from torch import Tensor
+
+from mrmae.kernels import ids
+
+
+def scaled_block(block: Block, x: Float[Tensor, "v n d"], factors: Float[Tensor, "v 2"]) -> Float[Tensor, "v n d"]:
+    """timm's Block with its two residual branches times `factors`."""
+    first, second = factors.to(x.dtype)[:, :, None, None].unbind(1)
+    x = x + first * block.ls1(block.attn(block.norm1(x)))
+    out: Tensor = x + second * block.ls2(block.mlp(block.norm2(x)))
+    return out
+
+
+def path_keys(depth: int, seed: int) -> Int64[Tensor, " 2*depth"]:
+    """One hash per residual branch of `depth` blocks, for `path_factors`."""
+    words = (ids.mix_int((seed + (branch + 1) * ids.GOLDEN) & ids.WORD) for branch in range(2 * depth))
+    return torch.tensor([ids.signed(word) for word in words])
+
+
+def path_factors(
+    samples: Int64[Tensor, " b"], ids_keep: Int64[Tensor, "v k"], keys: Int64[Tensor, " 2*depth"], *, rate: float
+) -> Float64[Tensor, "v depth 2"]:
+    """Stochastic depth (drop-path): 0 where a residual branch is dropped, else 1 / (1 - p).
+
+    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, sample, mask): it changes from epoch
+    to epoch with the mask, and like the mask does not depend on batch, rank or resume. keys: from `path_keys`.
+    """
+    rows = torch.arange(ids_keep.shape[0], device=samples.device) % samples.shape[0]
+    images = ids.mix(samples[rows] ^ ids.mix(ids_keep + 1).sum(dim=1))
+    bits = ids.shift_right(ids.mix(images[:, None] + keys), 12)
+    uniform = (bits.double() * 2.0**-52).view(images.shape[0], -1, 2)
+    p = torch.linspace(0, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]
+    return (uniform >= p) / (1 - p)

@@ -1,0 +1,246 @@
+"""A term binds tap, positions, head, target and distance into one weighted loss.
+
+Predictions and targets are gathered with the same ids by construction: no recipe indexes targets by hand. Losses are fp32
+whatever autocast does, and neither a normalised image nor a dequantised grid is ever made.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from mrmae.kernels import dispatch
+from mrmae.train.method.distances import DISTANCES
+from mrmae.train.method.masks import saliency, saliency_arrays
+from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
+from mrmae.train.method.taps import Tokens, blocks_behind
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
+
+
+@dataclass(frozen=True)
+class Term:
+    """One weighted loss, bound to one target: the pixels (teacher None) or one cached column of a teacher, by target name.
+
+    name: as in the recipe, `mimic`, with `/teacher` where it predicts one: the key of its head and of its logged value.
+    weight: the recipe's, divided by the number of teachers that share it.
+    """
+
+    name: str
+    recipe: TermRecipe
+    teacher: str | None
+    weight: float
+
+    def __str__(self) -> str:
+        r, target = self.recipe, self.teacher or "pixels"
+        focus = " * saliency" if r.focus else ""
+        return f"{r.tap} @ {r.positions} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
+
+
+class Pixels(NamedTuple):
+    """How the student reads an image: `pixel * scale + shift` per channel, in square patches."""
+
+    patch: int
+    scale: Float[Tensor, " c"]
+    shift: Float[Tensor, " c"]
+
+
+def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
+    """The recipe's terms on this cache, one per teacher where they predict teachers.
+
+    Raises ValueError when the cache lacks a teacher or an array they need.
+    """
+    terms: list[Term] = []
+    for name, term in recipe.terms.items():
+        if hasattr(nn.ModuleDict, name):
+            raise ValueError(f"term {name}: torch uses this name itself; another one was expected; rename terms.{name}")
+        if term.focus:
+            saliency_arrays(recipe.mask.source, info)
+        if term.target == "pixels":
+            terms.append(Term(name, term, None, term.weight))
+            continue
+        teachers = teachers_of(name, term, info)
+        terms += [Term(f"{name}/{teacher}", term, teacher, term.weight / len(teachers)) for teacher in teachers]
+    return tuple(terms)
+
+
+def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
+    """Teacher -> the cached arrays that training reads: tokens (with scale where stored), cls, attention, norm.
+
+    Raises ValueError when the cache lacks one, saying what it has and how to add it.
+    """
+    needed: dict[str, set[str]] = {}
+    for term in bind_terms(recipe, info):
+        if term.teacher is not None:
+            target = info.target(term.teacher)
+            arrays = needed.setdefault(target.source or term.teacher, set())
+            if "cls" in term.recipe.positions:
+                arrays.add("cls")
+            if term.recipe.positions != "cls":
+                arrays |= {"tokens", "scale"} if target.has_scale else {"tokens"}
+    if recipe.mask.sampler == "attn_prob" or any(term.focus for term in recipe.terms.values()):
+        for teacher, array in saliency_arrays(recipe.mask.source, info).items():
+            needed.setdefault(teacher, set()).add(array)
+    return needed
+
+
+def check_taps(
+    terms: Iterable[Term], fused_blocks: Iterable[int], *, depth: int, n_predict: int, has_cls: bool
+) -> frozenset[int]:
+    """The blocks whose raw outputs the taps need, counted from 1.
+
+    has_cls: a plain ViT; without, the student's `final` already fuses its stages. Raises ValueError for a block or a token the
+    student does not have, and for terms on predicted patches when none is predicted.
+    """
+    wanted: set[int] = set()
+    for term in terms:
+        tap, key = term.recipe.tap, term.name.partition("/")[0]
+        blocks = blocks_behind(tap, fused_blocks, depth)
+        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
+            raise ValueError(
+                f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
+                f"student has {depth}; change terms.{key}.tap or student.fused_blocks"
+            )
+        if not has_cls and ("cls" in term.recipe.positions or tap == "learned"):
+            what = "wants a CLS token" if tap != "learned" else "reads tap learned, made for a plain ViT"
+            raise ValueError(
+                f"term {term.name}: {what} and the student has no CLS and fuses its stages itself; tap final at visible "
+                f"positions was expected; change terms.{key}"
+            )
+        if term.recipe.positions == "predicted" and n_predict == 0:
+            raise ValueError(
+                f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
+                "mask.n_predict or mask.n_keep"
+            )
+        wanted |= blocks
+    return frozenset(wanted)
+
+
+def score(
+    terms: Sequence[Term],
+    heads: nn.ModuleDict,
+    statistics: nn.ModuleDict,
+    taps: Mapping[str, Tokens],
+    batch: Batch,
+    *,
+    pixels: Pixels,
+    source: str,
+    kernels: str,
+) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
+    """The weighted sum of all terms, and each term's own value, unweighted and detached.
+
+    source: the saliency map behind `focus`.
+    """
+    parts = {}
+    for term in terms:
+        tokens = taps[term.recipe.tap].at(term.recipe.positions)
+        prediction = tokens._replace(x=heads[term.name](tokens.x))
+        if term.teacher is None:
+            errors = pixel_errors(prediction, term, batch, pixels, kernels)
+        else:
+            errors = mimic_errors(prediction, term, statistics[term.name], batch, pixels, kernels)
+        if term.recipe.focus:
+            errors = errors * focus_weights(batch, prediction.ids, pixels, source).to(errors.dtype)
+        parts[term.name] = errors.mean()
+    loss = torch.stack([term.weight * parts[term.name] for term in terms]).sum()
+    return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def pixel_errors(prediction: Tokens, term: Term, batch: Batch, pixels: Pixels, kernels: str) -> Float[Tensor, "b m"]:
+    """Mean squared error of every predicted patch against its (normalised) pixels."""
+    return dispatch.pixel_loss(
+        batch.pixels,
+        prediction.x,
+        prediction.ids,
+        patch=pixels.patch,
+        scale=pixels.scale,
+        shift=pixels.shift,
+        channels_last=True,
+        norm_pix=term.recipe.transform == "norm_pix",
+        kernels=kernels,
+    )
+
+
+def mimic_errors(
+    prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: Pixels, kernels: str
+) -> Float[Tensor, "b n"]:
+    """Distance of every prediction to its teacher token, CLS first where the prediction holds it: one token among n + 1."""
+    assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
+    arrays, distance = batch.targets[statistics.source or term.teacher], DISTANCES[term.recipe.distance]
+    told = {"distance": distance.kernel, "beta": distance.beta, "kernels": kernels}
+    cls, patches = prediction.at("cls"), prediction.at("visible")
+    parts = []
+    if cls.prefix:
+        parts.append(cls_errors(cls.x, arrays["cls"], term.recipe.transform, statistics, told))
+    if patches.ids.shape[1]:
+        gathered, l = batch.rows == "visible", n_patches(batch, pixels)
+        parts.append(patch_errors(patches, arrays, term.recipe.transform, statistics, told, gathered=gathered, l=l))
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) * distance.factor
+
+
+def cls_errors(
+    prediction: Float[Tensor, "v 1 d"],
+    cls: Float[Tensor, "b d"],
+    transform: Transform,
+    statistics: TeacherStatistics,
+    told: Mapping[str, Any],
+) -> Float[Tensor, "v 1"]:
+    """The distance to the teacher's CLS, stored as plain float16: the quantiser describes patch tokens only."""
+    codes: Tensor = cls[:, None]
+    if statistics.tail_names:
+        codes = statistics.values(codes, None, None, None, None, like=prediction)
+    return dispatch.mimic_loss(prediction, codes, None, target=transform, gathered=True, **told)
+
+
+def patch_errors(
+    prediction: Tokens,
+    arrays: Mapping[str, Tensor],
+    transform: Transform,
+    statistics: TeacherStatistics,
+    told: Mapping[str, Any],
+    *,
+    gathered: bool,
+    l: int,
+) -> Float[Tensor, "v n"]:
+    """The distance to the teacher's tokens, read from the stored codes at the prediction's own ids.
+
+    gathered: the codes are the rows at these ids already; a loader does that for recipes that read visible patches only.
+    l: patches in the grid.
+    """
+    codes, scale, ids = codes_of(arrays["tokens"]), arrays.get("scale"), None if gathered else prediction.ids
+    mean, std = statistics.channel_mean, statistics.channel_std
+    if transform == "phi_s" or statistics.tail_names:
+        codes = statistics.values(codes, ids, scale, mean, std, like=prediction.x)
+        scale, mean, std, ids, transform = None, None, None, None, "none" if transform == "phi_s" else transform
+    return dispatch.mimic_loss(
+        prediction.x,
+        codes,
+        ids,
+        scale=scale,
+        channel_mean=mean,
+        channel_std=std,
+        target=transform,
+        stat_mean=statistics.stat_mean,
+        stat_std=statistics.stat_std,
+        gathered=ids is None,
+        l=None if ids is None else l,
+        **told,
+    )
+
+
+def n_patches(batch: Batch, pixels: Pixels) -> int:
+    """Patches of the student's grid."""
+    return (batch.pixels.shape[1] // pixels.patch) * (batch.pixels.shape[2] // pixels.patch)
+
+
+def focus_weights(batch: Batch, ids: Int64[Tensor, "v n"], pixels: Pixels, source: str) -> Float[Tensor, "v n"]:
+    """Saliency of the patches at `ids` divided by its mean over them: mean 1 per image, so the loss keeps its scale.
+
+    `focus = weight`, ours, beside focused mimicking by the sampler (MR-MAE, arXiv 2303.05475).
+    """
+    share = saliency(batch.targets, source, n_patches(batch, pixels))
+    rows = torch.arange(ids.shape[0], device=share.device) % share.shape[0]
+    chosen = share[rows[:, None], ids]
+    return chosen / chosen.mean(dim=1, keepdim=True).clamp_min(1e-12)
