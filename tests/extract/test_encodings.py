@@ -17,7 +17,7 @@ from mrmae.probe.run import probe_features
 from mrmae.shards.cache import open_cache
 from mrmae.train.cli import main as train_cli
 from mrmae.train.loop import train
-from mrmae.train.recipe import load_recipe
+from mrmae.train.method.recipe import load_recipe
 
 LATIN = os.fsdecode(b"caf\xe9")
 SHOWN = r"b'[^']*caf\\xe9[^']*'"
