@@ -33,6 +33,7 @@ soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_cache.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py
 	$(BIN)/python benchmarks/soak_fuzz.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_exits.py
 
 # The study of docs/evidence.md, one thread; the same again continues. make study DATA=folder [STUDY='--only "weight-*"']
 DATA ?= ../shared/data

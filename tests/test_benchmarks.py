@@ -12,7 +12,7 @@ IMPORTS = (
 
 def test_every_benchmark_finds_what_it_imports() -> None:
     names = sorted(path.stem for path in BENCHMARKS.glob("*.py"))
-    assert {"bench_cache", "bench_extract", "bench_quantise", "soak_cache", "soak_kills"} <= set(names)
+    assert {"bench_cache", "bench_extract", "bench_quantise", "soak_cache", "soak_exits", "soak_kills"} <= set(names)
     command = [sys.executable, "-c", IMPORTS, str(BENCHMARKS), *names]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
