@@ -11,12 +11,12 @@ import stat
 import tarfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from mrmae.extract.tars import cls_text, file_member, read_headers, read_range
+from mrmae.extract.tars import cls_texts, file_member, read_headers, read_range
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
@@ -58,23 +58,41 @@ class Unreadable(OSError):
 
 @dataclasses.dataclass
 class LeftOut:
-    """What lies among the images and is none. suffixes: files by suffix; special: FIFOs, sockets and devices, never opened."""
+    """What lies among the images and is not used, or not as one may think.
+
+    suffixes: files that are no images, by suffix. special: FIFOs, sockets and devices with an image's name, never opened.
+    Of tars: labels that no image takes, images without one, with several that differ, and with one that others take too.
+    """
 
     suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
     special: list[str] = dataclasses.field(default_factory=list)
+    labels: list[str] = dataclasses.field(default_factory=list)
+    unlabelled: list[str] = dataclasses.field(default_factory=list)
+    unclear: list[str] = dataclasses.field(default_factory=list)
+    shared: list[str] = dataclasses.field(default_factory=list)
+
+    def note_labels(self, labels: Sequence[str], texts: Mapping[str, Mapping[str, str]]) -> None:
+        """Keep what is odd about a tar's `.cls` members. texts: by image, those that fit its name, the taken one first."""
+        taken = {name: next(iter(fit)) for name, fit in texts.items() if fit}
+        users = Counter(taken.values())
+        fitting = {cls for fit in texts.values() for cls in fit}
+        self.labels += [name for name in labels if name not in fitting]
+        self.unlabelled += [name for name in texts if labels and name not in taken]
+        self.unclear += [name for name, fit in texts.items() if len(set(fit.values())) > 1]
+        self.shared += [name for name, cls in taken.items() if users[cls] > 1]
 
     def notes(self) -> list[str]:
         """What a person should hear about it, line by line."""
-        notes = []
-        if self.suffixes:
-            notes.append(
-                f"{self.suffixes.total()} files that are no images were passed over ({' '.join(sorted(self.suffixes))})"
-            )
-        if self.special:
-            notes.append(
-                f"{len(self.special)} names of images that are no regular files were passed over, unopened: {some(self.special)}"
-            )
-        return notes
+        kinds = f"files that are no images were passed over ({' '.join(sorted(self.suffixes))})"
+        notes = [f"{self.suffixes.total()} {kinds}"] if self.suffixes else []
+        said = {
+            "names of images that are no regular files were passed over, unopened": self.special,
+            "labels (.cls) are empty or belong to no image of their tar": self.labels,
+            "images have no label (.cls) in a tar that has some; their folder's name is taken, where there is one": self.unlabelled,
+            "images have several labels (.cls) that differ; that of the longest name is taken": self.unclear,
+            "images share their label (.cls) with another image, as webdataset groups names at the first dot": self.shared,
+        }
+        return notes + [f"{len(names)} {what}: {some(names)}" for what, names in said.items() if names]
 
 
 class Sources:
@@ -149,8 +167,9 @@ def could_not_read(where: str, error: OSError) -> OSError:
 def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str] = ()) -> Sources:
     """Every image of the given folders, tars, brace patterns and lists, sorted by key.
 
-    images: a folder (searched recursively), a `.tar` (plain or webdataset: a `.cls` member is its stem's label), a
-    pattern such as `train-{000..009}.tar`, or a text file with one path per line (relative to the text file).
+    images: a folder (searched recursively), a `.tar` (plain or webdataset: the label of `a.b.jpg` is in
+    `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, or a text file with one path per line
+    (relative to the text file).
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
@@ -159,8 +178,9 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
     left_out = LeftOut()
     found = [image for root in expand(images) for image in list_one(root, left_out)]
     if not found:
+        there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
-            f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path"
+            f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path{there}"
         )
     chosen = [pair for pair in found if matches(pair[0].key, include)]
     if not chosen:
@@ -358,7 +378,7 @@ def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
     """
     mtime_ns = path.stat().st_mtime_ns
     members = read_headers(path)
-    found = []
+    found, texts = [], {}
     with open(path, "rb", buffering=0) as file:
         for name in members:
             if not (is_image(name) and visible(name)):
@@ -366,10 +386,12 @@ def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
             data = file_member(members, name, path)
             if data.special:
                 left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
-            else:
-                label = cls_text(members, name, file.fileno()) or parent_label(name)
-                image = SourceImage(checked_key(name, path), label, data.size_bytes)
-                found.append((image, Place(str(path), data.offset, mtime_ns)))
+                continue
+            texts[name] = cls_texts(members, name, file.fileno(), path)
+            label = next(iter(texts[name].values()), None) or parent_label(name)
+            image = SourceImage(checked_key(name, path), label, data.size_bytes)
+            found.append((image, Place(str(path), data.offset, mtime_ns)))
+    left_out.note_labels([name for name in members if name.lower().endswith(".cls") and visible(name)], texts)
     return found
 
 

@@ -6,6 +6,7 @@ import tarfile
 from pathlib import Path
 
 TAR_BLOCK_BYTES = 512
+LABEL_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -65,15 +66,28 @@ def file_member(members: dict[str, Member], name: str, path: Path) -> Member:
     return member
 
 
-def cls_text(members: dict[str, Member], name: str, descriptor: int) -> str | None:
-    """Text of the webdataset member `<stem>.cls`; the stem ends at the first dot of the file name."""
-    folder, _, file = name.rpartition("/")
-    stem = (folder + "/" if folder else "") + file.split(".", 1)[0]
-    member = members.get(stem + ".cls")
-    if member is None or member.special:
-        return None
-    text = read_range(descriptor, member.offset, member.size_bytes, where=stem + ".cls")
-    return text.decode("utf-8", errors="replace").strip() or None
+def cls_names(members: dict[str, Member], name: str) -> list[str]:
+    """The `.cls` members of an image, the longest stem first: `a.b.jpg` may have `a.b.cls` or, as webdataset groups, `a.cls`."""
+    dots = [i for i in range(name.rfind("/") + 1, len(name)) if name[i] == "."]
+    stems = [name[:dot] for dot in reversed(dots)]
+    return [stem + ".cls" for stem in stems if stem + ".cls" in members]
+
+
+def cls_texts(members: dict[str, Member], name: str, descriptor: int, path: Path) -> dict[str, str]:
+    """Texts of the `.cls` members of an image, by their names, the longest first; empty ones are left out."""
+    texts = {}
+    for cls in cls_names(members, name):
+        member = file_member(members, cls, path)
+        if member.special:
+            continue
+        if member.size_bytes > LABEL_BYTES:
+            raise ValueError(
+                f"{path}: {cls!r} has {member.size_bytes} bytes; a label of at most {LABEL_BYTES} was expected; repack the tar"
+            )
+        texts[cls] = (
+            read_range(descriptor, member.offset, member.size_bytes, where=cls).decode("utf-8", "replace").strip()
+        )
+    return {cls: text for cls, text in texts.items() if text}
 
 
 def refuse_cut(path: Path, end_bytes: int) -> None:

@@ -31,6 +31,7 @@ class Part:
     """Labelled images in the order of their keys. image(i): uint8 [height, width, 3] of image i, from any thread.
 
     numbers: sample numbers in `cache`, whose stored views are the images; None for files, which still need a view.
+    notes: what a person should hear about the listing of files.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Part:
     image: Callable[[int], Pixels]
     cache: Cache | None = None
     numbers: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    notes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,7 +104,7 @@ def open_part(
     make_folder(spool.parent)
     digests = digest_images(sources, range(len(sources)), [], spool, workers=workers)
     rows = [Row(key, image.label, size, sha) for image, (key, size, sha) in zip(sources, digests)]
-    return Part(name, rows, functools.partial(read_file, sources))
+    return Part(name, rows, functools.partial(read_file, sources), notes=sources.notes)
 
 
 def read_file(sources: Sources, i: int) -> Pixels:
@@ -150,7 +152,7 @@ def checked(train: Part, test: Part) -> Data:
 
 
 def notes_on(train: Part, test: Part, absent: set[str]) -> list[str]:
-    said = []
+    said = list(dict.fromkeys([*train.notes, *test.notes]))
     if train.cache and train.cache.unfinished:
         said.append(f"UNFINISHED cache: {train.cache.unfinished} are committed; only these are probed")
     if absent:

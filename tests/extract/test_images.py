@@ -186,6 +186,35 @@ def test_a_webdataset_tar_takes_its_labels_from_cls_members(tmp_path):
     assert [(i.key, i.label) for i in sources] == [("000.jpg", "7"), ("001.jpg", None), ("n/002.seg.png", "cat")]
 
 
+@pytest.mark.parametrize("image, members, expected", [
+    ("IMG 1.0.jpg", {"IMG 1.0.cls": "b"}, "b"),  # cameras and slide scanners put dots into names
+    ("v1.2/IMG 1.0.jpg", {"v1.2/IMG 1.0.cls": "b", "v1.cls": "no"}, "b"),
+    ("7.seg.png", {"7.cls": "a"}, "a"),  # as webdataset groups: at the first dot
+    ("7.8.seg.png", {"7.8.cls": "a"}, "a"),
+    ("7.8.png", {"7.cls": "a", "7.8.cls": "b"}, "b"),
+    ("7.8.png", {"7.cls": "a", "7.8.cls": " "}, "a"),
+    ("n/7.png", {"7.cls": "a"}, "n"),
+])  # fmt: skip
+def test_the_label_of_a_tars_image_has_the_longest_stem(tmp_path, image, members, expected):
+    files = {image: b"", **{name: text.encode() for name, text in members.items()}}
+    assert list_sources([write_tar(tmp_path / "x.tar", files)])[0].label == expected
+
+
+def test_labels_that_match_nothing_or_more_than_one_image_are_said_aloud(tmp_path):
+    files = dict.fromkeys(["a.jpg", "b.0.jpg", "b.jpg", "c.1.jpg", "d.jpg"], b"")
+    labels = {"b.cls": b"1", "c.cls": b"2", "c.1.cls": b"3", "lost.cls": b"4", "d.cls": b" \n"}
+    notes = list_sources([write_tar(tmp_path / "x.tar", files | labels)]).notes
+    said = {note.partition(": ")[2]: note for note in notes}
+    assert said["lost.cls, d.cls"].startswith("2 labels (.cls) are empty or belong to no image")
+    assert said["a.jpg, d.jpg"].startswith("2 images have no label (.cls) in a tar that has some")
+    assert said["c.1.jpg"].startswith("1 images have several labels (.cls) that differ")
+    assert said["b.0.jpg, b.jpg"].startswith("2 images share their label (.cls)")
+    assert len(notes) == 4
+    assert not list_sources([write_tar(tmp_path / "y.tar", {"a/x.jpg": b"", "a/y.jpg": b""})]).notes
+    with pytest.raises(ValueError, match="'a.cls' has 5000 bytes; a label of at most 4096"):
+        list_sources([write_tar(tmp_path / "z.tar", {"a.jpg": b"", "a.cls": bytes(5000)})])
+
+
 def test_a_brace_pattern_names_many_tars(tmp_path):
     for i in range(11):
         write_tar(tmp_path / f"{i:03}.tar", {f"{i}/x.jpg": b"%d" % i})
