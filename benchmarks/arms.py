@@ -14,7 +14,7 @@ from mrmae.train import batches, loop, optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.live import Habits, Live
-from mrmae.train.method.model import build_model, needed_arrays
+from mrmae.train.method import build_model, needed_arrays
 from mrmae.train.online import online_info, only_needed, taught
 from mrmae.train.ranks import Ranks, StopRequest
 from mrmae.train.run import Run

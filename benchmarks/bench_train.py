@@ -31,7 +31,7 @@ from mrmae.extract.teachers import build_teacher, parse_teacher
 from mrmae.train import optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
-from mrmae.train.method.recipe import load_recipe
+from mrmae.train.method import load_recipe
 from mrmae.train.online import taught
 from mrmae.train.ranks import Ranks
 from mrmae.train.run import Run, Setup, build

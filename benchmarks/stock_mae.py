@@ -10,8 +10,7 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mrmae.train.method.recipe import Decoder
-from mrmae.train.method.student import sincos_positions
+from mrmae.train.method import Decoder, sincos_positions
 
 
 class StockMAE(nn.Module):

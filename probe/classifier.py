@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mrmae.extract.request import TeacherRequest, parse_teacher
 from mrmae.extract.timm_teacher import classifier_names, find_config, read_weights
 from mrmae.probe.sources import Source
-from mrmae.train.method.mcmae import MaskedConvViT
-from mrmae.train.method.student import LN_EPS
+from mrmae.train.method import LN_EPS, MaskedConvViT
 
 
 def trainable(

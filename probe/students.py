@@ -13,9 +13,7 @@ from mrmae.extract.tower import Origin, Preprocessing, Tower, activation_of
 from mrmae.extract.weights import weights_sha256
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
-from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.recipe import from_dict
-from mrmae.train.method.student import build_vit
+from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict
 
 FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]"
 

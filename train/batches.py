@@ -17,9 +17,18 @@ from torch import Tensor
 from mrmae.shards.cache import Cache
 from mrmae.shards.stats import read_stats
 from mrmae.shards.stream import epoch_order, view_of
-from mrmae.train.method.masks import Masks
-from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
+from mrmae.train.method import (
+    ADD,
+    NEEDS_STATISTICS,
+    Batch,
+    CacheInfo,
+    Masks,
+    Recipe,
+    Rows,
+    TeacherInfo,
+    chosen,
+    target_names,
+)
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say

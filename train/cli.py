@@ -103,7 +103,7 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     from mrmae.extract.devices import be_a_batch_job
     from mrmae.shards.remote import Unreachable, locate
     from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
-    from mrmae.train.method.recipe import load_recipe
+    from mrmae.train.method import load_recipe
 
     be_a_batch_job(options["device"])
     given = {name: options.pop(name) for name in SHORTHANDS}

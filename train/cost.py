@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrmae.extract.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.method.masks import Masks
-from mrmae.train.method.targets import Batch
+from mrmae.train.method import Batch, Masks
 from mrmae.train.online import taught
 from mrmae.train.report import feature_bytes
 from mrmae.train.run import Run

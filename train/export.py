@@ -18,8 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.shards.write import publish
-from mrmae.train.method.mcmae import SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.model import Pretrainer
+from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CROP_SHARE = 0.875  # of the resized image when evaluating, as MAE's probes take 224 of 256

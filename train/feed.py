@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
-from mrmae.train.method.masks import chosen_blocks, draw_masks, draw_of
+from mrmae.train.method import chosen_blocks, draw_masks, draw_of
 from mrmae.train.run import Run
 
 AHEAD = 4  # micro-batches in memory beside the one in use

@@ -23,7 +23,7 @@ from mrmae.train.export import export_student
 from mrmae.train.feed import feed_of
 from mrmae.train.live import Habits, Live, end_epoch, save_now, take
 from mrmae.train.log import RunLog, read_rows
-from mrmae.train.method.recipe import Recipe
+from mrmae.train.method import Recipe
 from mrmae.train.online import taught
 from mrmae.train.pictures import draw_curves
 from mrmae.train.published import export_published

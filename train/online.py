@@ -14,9 +14,7 @@ from mrmae.extract.request import TeacherRequest
 from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.spec import TeacherSpec, column_id, compare_specs
-from mrmae.train.method.masks import Masks, draw_masks, draw_of
-from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo
+from mrmae.train.method import Batch, CacheInfo, Masks, Recipe, TeacherInfo, draw_masks, draw_of
 
 NOT_COMPARED = ("weights", "tag", "precision", "attention_backend")  # where weights come from and how they are computed
 

@@ -15,9 +15,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.weights import listed, load_weights
 from mrmae.train.checkpoint import save_tensors
-from mrmae.train.method.mcmae import MaskedConvViT
-from mrmae.train.method.model import Pretrainer
-from mrmae.train.method.student import sincos_positions
+from mrmae.train.method import MaskedConvViT, Pretrainer, sincos_positions
 
 Weights = dict[str, Tensor]
 DECODER = {"decoder_embed": "embed", "mask_token": "mask_token", "decoder_blocks": "blocks", "decoder_norm": "norm"}

@@ -16,8 +16,7 @@ from mrmae.extract.progress import counted, human_time
 from mrmae.shards.write import publish
 from mrmae.train import optim
 from mrmae.train.machine import versions
-from mrmae.train.method.mcmae import MaskedConvViT
-from mrmae.train.method.recipe import to_dict
+from mrmae.train.method import MaskedConvViT, to_dict
 from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
 

@@ -18,11 +18,19 @@ from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
 from mrmae.train.machine import resolve_precision, versions
-from mrmae.train.method import masks
-from mrmae.train.method.model import Pretrainer, build_model
-from mrmae.train.method.recipe import Optim, Recipe, difference, from_dict, to_dict
-from mrmae.train.method.targets import CacheInfo
-from mrmae.train.method.terms import needed_arrays
+from mrmae.train.method import (
+    CacheInfo,
+    Optim,
+    Pretrainer,
+    Recipe,
+    build_model,
+    check_blocks,
+    counts,
+    difference,
+    from_dict,
+    needed_arrays,
+    to_dict,
+)
 from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
 
@@ -135,7 +143,7 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
     check_fit(recipe, info, share, len(numbers))
-    masks.check_blocks(recipe, info, cached=not setup.online)
+    check_blocks(recipe, info, cached=not setup.online)
     teachers: dict[str, Teacher] = {}
     if setup.online:
         teachers = online.build_teachers(cache, setup.teachers, device=where)
@@ -181,7 +189,7 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
 
 def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
     """Raise ValueError where mask, batch or schedule do not fit, before any teacher is built."""
-    masks.counts(recipe.mask, info.n_patches)
+    counts(recipe.mask, info.n_patches)
     batches.check_share(share, n_samples)
     check_schedule(recipe.optim)
 

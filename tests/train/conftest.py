@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mrmae.train.method.model import Batch, CacheInfo, TeacherInfo
 from mrmae.train.method.recipe import Recipe, load_recipe
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo
 
 TINY = [
     "student.model=test_vit",

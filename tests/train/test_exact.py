@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mrmae.train.method.masks import Draw, Masks, draw_masks
-from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import sincos_positions
+from mrmae.train.method.targets import Batch, CacheInfo
 
 MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]

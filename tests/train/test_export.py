@@ -11,8 +11,9 @@ import torch
 import yaml
 
 from mrmae.train.export import export_student, load_mcmae, load_student
-from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, build_model
+from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.targets import Batch, CacheInfo
 
 STATS = ["prepare={mean: [0.1, 0.2, 0.3], std: [0.4, 0.5, 0.6]}"]
 

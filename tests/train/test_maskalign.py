@@ -10,12 +10,12 @@ from torch import Tensor
 
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.masks import Draw, Masks, draw_masks, saliency
-from mrmae.train.method.model import Batch, CacheInfo, Pretrainer, TeacherInfo, build_model, needed_arrays
+from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import encode
 from mrmae.train.method.taps import Mix, first_weights
-from mrmae.train.method.targets import target_names
-from mrmae.train.method.terms import bind_terms
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, target_names
+from mrmae.train.method.terms import bind_terms, needed_arrays
 from mrmae.train.optim import parameter_groups
 
 MakeRecipe = Callable[..., Recipe]

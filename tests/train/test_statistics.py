@@ -13,10 +13,11 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import Stats, compute_stats, write_stats
 from mrmae.train.batches import cache_info, load_batch, stored_statistics
 from mrmae.train.method.masks import Draw, Masks, draw_masks
-from mrmae.train.method.model import Batch, CacheInfo, build_model, needed_arrays
+from mrmae.train.method.model import build_model
 from mrmae.train.method.phi_s import hadamard, phi_s
 from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.targets import TeacherStatistics
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
+from mrmae.train.method.terms import needed_arrays
 
 MakeRecipe = Callable[..., Recipe]
 PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=null", "student.decoder=null"]

@@ -1,1 +1,43 @@
 """What is learnt, as pure functions of a recipe, a batch and its masks: no files, no cache."""
+
+from mrmae.train.method.masks import Masks, check_blocks, chosen_blocks, counts, draw_masks, draw_of
+from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
+from mrmae.train.method.model import Pretrainer, build_model
+from mrmae.train.method.recipe import Decoder, Optim, Recipe, difference, from_dict, load_recipe, to_dict
+from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
+from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
+from mrmae.train.method.terms import needed_arrays
+
+__all__ = [
+    "ADD",
+    "Batch",
+    "CacheInfo",
+    "Decoder",
+    "LN_EPS",
+    "MaskedConvViT",
+    "Masks",
+    "NEEDS_STATISTICS",
+    "Optim",
+    "PATCH",
+    "Pretrainer",
+    "Recipe",
+    "Rows",
+    "SIZES",
+    "TeacherInfo",
+    "build_mcmae",
+    "build_model",
+    "build_vit",
+    "check_blocks",
+    "chosen",
+    "chosen_blocks",
+    "counts",
+    "difference",
+    "draw_masks",
+    "draw_of",
+    "from_dict",
+    "load_recipe",
+    "needed_arrays",
+    "sincos_positions",
+    "target_names",
+    "to_dict",
+]

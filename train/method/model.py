@@ -22,10 +22,8 @@ from mrmae.train.method.mcmae import MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import build_vit, encode, initialise, sincos_positions
 from mrmae.train.method.taps import Tokens, build_fusions
-from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
-from mrmae.train.method.terms import Pixels, bind_terms, check_taps, needed_arrays, score
-
-__all__ = ["Batch", "CacheInfo", "Pretrainer", "TeacherInfo", "build_model", "needed_arrays"]
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
+from mrmae.train.method.terms import Pixels, bind_terms, check_taps, score
 
 
 def build_model(

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from mrmae.train.method.masks import Draw, Masks, draw_masks, normalised, saliency, saliency_arrays
-from mrmae.train.method.model import Batch, CacheInfo
 from mrmae.train.method.recipe import MaskRecipe
+from mrmae.train.method.targets import Batch, CacheInfo
 
 FOCUSED = [MaskRecipe(sampler="attn_prob", draw=draw) for draw in ("prob", "softmax_prob", "topk")]
 RECIPES = [MaskRecipe(), *FOCUSED, MaskRecipe(sampler="attn_prob", source="norm:dino")]

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 
 from mrmae.train.method.masks import Draw, Masks, draw_masks
-from mrmae.train.method.model import Batch, CacheInfo, TeacherInfo, build_model, needed_arrays
+from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
 from mrmae.train.method.taps import Tokens
-from mrmae.train.method.targets import TeacherStatistics
-from mrmae.train.method.terms import Pixels, Term, bind_terms, focus_weights, score
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
+from mrmae.train.method.terms import Pixels, Term, bind_terms, focus_weights, needed_arrays, score
 
 D = 8
 SCALE, SHIFT = torch.ones(3), torch.zeros(3)
