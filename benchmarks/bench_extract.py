@@ -33,12 +33,12 @@ from measure import ROOT, machine
 from rows import append
 from torch import Tensor
 
+from mrmae.common.device import be_a_batch_job
+from mrmae.common.progress import Progress
 from mrmae.extract import run
-from mrmae.extract.devices import be_a_batch_job
 from mrmae.extract.forecast import one_view
 from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
-from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features, Teacher, build_teacher, normalise, parse_teacher
 from mrmae.shards.spec import canonical_order
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
+from mrmae.common.progress import Progress
 from mrmae.extract.decode import Prepared, prepared_batches
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
-from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features
 from mrmae.shards import plan as plans
 from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate, first_rows

@@ -79,7 +79,7 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:
-        from mrmae.extract.devices import be_a_batch_job
+        from mrmae.common.device import be_a_batch_job
         from mrmae.extract.run import Options, extract_features
         from mrmae.shards.spec import ViewRecipe
 

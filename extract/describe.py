@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console, Group
 from rich.table import Table
 
+from mrmae.common.progress import human_bytes
 from mrmae.extract.plan import about, blocks_in_words
-from mrmae.extract.progress import human_bytes
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS, Plan, load_plan
 from mrmae.shards.samples import read_samples

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mrmae.common.progress import Progress
 from mrmae.extract.images import Sources, Stamp, Unreadable, read_image
-from mrmae.extract.progress import Progress
 from mrmae.shards.write import publish, remove
 
 Row = tuple[str, int, str]  # key, bytes, sha256 in hex

@@ -4,8 +4,6 @@ What is left to do is always the plan minus the valid commits, so stopping anywh
 """
 
 import dataclasses
-import functools
-import importlib.metadata
 import os
 import time
 from collections import defaultdict
@@ -17,11 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrmae.common.progress import Progress
+from mrmae.common.versions import versions
 from mrmae.extract.calibration import KeptBatches
 from mrmae.extract.decode import Batch, Prepared, prepared_batches
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.options import Options
-from mrmae.extract.progress import Progress
 from mrmae.extract.teachers import Features
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS
@@ -208,10 +207,3 @@ def circumstances(job: Job) -> dict[str, Any]:
     """What is recorded beside a shard and hashed nowhere: versions, device, time, command and where it was given."""
     return {"versions": versions(), "device": job.options.device, "written": int(time.time()),
             "command": job.options.command(), "folder": os.getcwd()}  # fmt: skip
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    """What is installed of what computes, found without importing it: open_clip alone would take seconds."""
-    packages = {"torch": "torch", "timm": "timm", "open_clip": "open_clip_torch", "numpy": "numpy", "PIL": "pillow"}
-    return {name: importlib.metadata.version(package) for name, package in packages.items()}

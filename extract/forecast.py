@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.images import Sources, read_image
 from mrmae.extract.options import Options
 from mrmae.extract.plan import jpeg_bytes, sample_bytes
-from mrmae.extract.progress import human_bytes, human_time
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.spec import TeacherSpec, canonical_order, key_hash
 from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render

@@ -11,10 +11,10 @@ from pathlib import Path
 import click
 from rich.console import Console
 
+from mrmae.common.progress import Progress
 from mrmae.extract.again import commands_of, run_again
 from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
-from mrmae.extract.progress import Progress
 from mrmae.shards import audit
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import units

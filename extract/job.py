@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mrmae.common.progress import Pace
 from mrmae.extract.decode import Batch, Images, Prepared, StoredRows, stored_rows
 from mrmae.extract.options import Options
-from mrmae.extract.progress import Pace
 from mrmae.extract.teachers import Teacher
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS, Plan

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrmae.extract.devices import resolve_device
+from mrmae.common.device import resolve_device
 from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.shards.blocks import BlockRule

@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from mrmae.extract.progress import human_bytes
+from mrmae.common.progress import human_bytes
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.spec import TeacherSpec, ViewRecipe

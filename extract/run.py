@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.decode import Images
 from mrmae.extract.digest import digest_images
@@ -15,7 +16,6 @@ from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.job import Job
 from mrmae.extract.options import Options
 from mrmae.extract.plan import choices, describe
-from mrmae.extract.progress import human_bytes, human_time
 from mrmae.extract.ranks import wait_for_plan, wait_for_shards
 from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher

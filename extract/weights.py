@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from mrmae.shards.nearest import nearest
+from mrmae.common.suggest import nearest
 
 StateDict = dict[str, Tensor]
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mrmae.extract.progress import Progress
+from mrmae.common.progress import Progress
 from mrmae.train.optim import lr_at, set_lr
 
 EPS = 1e-6

@@ -46,7 +46,7 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views). Features are computed once and kept;
     results are in OUT/results (JSON) and OUT/results.md.
     """
-    from mrmae.extract.devices import be_a_batch_job
+    from mrmae.common.device import be_a_batch_job
     from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
     from mrmae.shards.remote import Unreachable

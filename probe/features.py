@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mrmae.extract.progress import Progress, human_bytes
+from mrmae.common.progress import Progress, human_bytes
 from mrmae.probe.data import Part, shown, view_of
 from mrmae.probe.sources import Source, column_features
 from mrmae.shards.spec import content_id

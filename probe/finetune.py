@@ -23,7 +23,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from mrmae.extract.progress import Progress
+from mrmae.common.progress import Progress
 from mrmae.extract.teachers import normalise
 from mrmae.probe.classifier import trainable
 from mrmae.probe.data import Data, Part, shown

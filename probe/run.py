@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrmae.common.progress import counted
+from mrmae.common.versions import versions
 from mrmae.extract.options import Options as ExtractOptions
-from mrmae.extract.progress import counted
 from mrmae.probe import attentive, dense, finetune, knn, linear, report
 from mrmae.probe.data import Data, open_data, shared_with, shown
 from mrmae.probe.features import Features, refuse_foreign_column
@@ -21,7 +22,6 @@ from mrmae.probe.settings import Settings
 from mrmae.probe.sources import Source, open_source
 from mrmae.shards.plan import load_plan
 from mrmae.shards.spec import content_id, expect_utf8
-from mrmae.train.machine import versions
 
 VERSION = 1  # raise it when the same features and settings give another result
 

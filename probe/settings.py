@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from mrmae.train.method import strict_yaml
+from mrmae.common import strict_yaml
 
 Pool = Literal["mean", "cls", "both"]
 

@@ -21,10 +21,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mrmae.common.suggest import nearest
 from mrmae.shards import verify
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
-from mrmae.shards.nearest import nearest
 from mrmae.shards.opened import Column, Indices, Numbers
 from mrmae.shards.plan import PIXELS, Plan, load_plan, tar_path
 from mrmae.shards.quantize import dequantise

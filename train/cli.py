@@ -100,7 +100,7 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """
-    from mrmae.extract.devices import be_a_batch_job
+    from mrmae.common.device import be_a_batch_job
     from mrmae.shards.remote import Unreachable, locate
     from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
     from mrmae.train.method import load_recipe

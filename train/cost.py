@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from mrmae.extract.progress import human_bytes
+from mrmae.common.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import Batch, Masks

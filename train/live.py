@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from mrmae.common.device import memory_mib
 from mrmae.train import optim
 from mrmae.train.feed import Feed
 from mrmae.train.held_out import held_out_loss, knn_accuracy
 from mrmae.train.log import Readback, RunLog, Sums
-from mrmae.train.machine import memory_mib
 from mrmae.train.pictures import draw_run_panels
 from mrmae.train.ranks import StopRequest
 from mrmae.train.run import Run, save

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
-from mrmae.extract.progress import PLAIN_LINE_SECONDS, human_time
+from mrmae.common.progress import PLAIN_LINE_SECONDS, human_time
 from mrmae.shards.write import publish
 
 

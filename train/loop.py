@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from mrmae.extract.progress import counted
+from mrmae.common.progress import counted
 from mrmae.shards.remote import locate
 from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report

@@ -8,8 +8,9 @@ from typing import IO, Any
 
 import torch
 
-from mrmae.extract.devices import resolve_device
-from mrmae.extract.progress import counted
+from mrmae.common.device import resolve_device, resolve_precision
+from mrmae.common.progress import counted
+from mrmae.common.versions import versions
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.remote import RemotePath
@@ -17,7 +18,6 @@ from mrmae.shards.spec import TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
-from mrmae.train.machine import resolve_precision, versions
 from mrmae.train.method import (
     CacheInfo,
     Optim,

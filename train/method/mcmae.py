@@ -16,8 +16,8 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mrmae.common.suggest import did_you_mean
 from mrmae.kernels import dispatch
-from mrmae.shards.nearest import did_you_mean
 from mrmae.train.method.student import compute_dtype, sincos_positions
 
 STRIDES = (4, 2, 2)

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mrmae.extract.progress import counted
+from mrmae.common.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 import yaml
 
-from mrmae.shards.nearest import did_you_mean
-from mrmae.train.method import strict_yaml
+from mrmae.common import strict_yaml
+from mrmae.common.suggest import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
 

@@ -15,8 +15,8 @@ from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mrmae.common.suggest import nearest
 from mrmae.kernels import dispatch
-from mrmae.shards.nearest import nearest
 from mrmae.train.method.drop_path import scaled_block
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from mrmae.extract.devices import be_a_batch_job
+from mrmae.common.device import be_a_batch_job
 
 ASKED = """
 import ctypes, os
 from unittest import mock
-from mrmae.extract.devices import be_a_batch_job
+from mrmae.common.device import be_a_batch_job
 libc, asked = ctypes.CDLL(None), []
 told = mock.Mock(mallopt=lambda *what: asked.append((*what, libc.mallopt(*what))))
 with mock.patch("ctypes.CDLL", lambda _: told):

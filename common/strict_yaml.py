@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from mrmae.shards.nearest import did_you_mean
+from mrmae.common.suggest import did_you_mean
 
 
 class UniqueKeys(yaml.SafeLoader):

@@ -1,9 +1,10 @@
-"""Which device a name means on this machine, and its memory, for extraction, training and probes alike."""
+"""Which device and precision a name means on this machine, and how a process behaves there, for extraction, training and probes alike."""
 
 import contextlib
 import ctypes
 import os
 import platform
+import resource
 import sys
 
 import torch
@@ -28,6 +29,21 @@ def resolve_device(name: str, local: int = 0) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--device {name}: cannot be used ({reason}); expected auto, cpu, cuda or cuda:N") from error
     return device
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 on a GPU that computes in it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def memory_mib(device: torch.device) -> float:
+    """Peak memory of this process in MiB: of the GPU where it trains on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def be_a_batch_job(device: str) -> None:

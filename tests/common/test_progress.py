@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from mrmae.extract.progress import Pace, Progress
+from mrmae.common.progress import Pace, Progress
 
 
 def test_the_first_of_a_kind_counts_only_while_it_is_alone() -> None:

@@ -1,0 +1,1 @@
+"""What every package uses; it imports nothing of ours."""
