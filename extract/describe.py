@@ -11,6 +11,7 @@ from rich.table import Table
 from mrmae.common.progress import human_bytes
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.shards import commit as commits
+from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import PIXELS, Plan, load_plan
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import plain
@@ -24,6 +25,7 @@ Flat = dict[str, Any]
 
 def description(path: Path) -> dict[str, Any]:
     """Everything that `show` shows, as JSON. Also of an unfinished cache. ValueError where there is none."""
+    refuse_foreign_entries(path)
     plan = load_plan(path)
     finished = (path / "manifest.json").exists()
     if finished:
@@ -157,6 +159,7 @@ def differences(a: Path, b: Path) -> Iterator[tuple[str, Any, Any]]:
 
 def comparable(path: Path, *, finished: bool) -> Flat:
     """A cache as one flat dict."""
+    refuse_foreign_entries(path)
     if not finished:
         fields = load_plan(path).to_json()
         columns = {f"{c['name']}.{c['tap']}": {"teacher": c} for c in fields.pop("columns")}

@@ -5,13 +5,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 
-from mrmae.common.progress import Progress
+from mrmae.common.progress import Progress, human_bytes
 from mrmae.extract.again import commands_of, run_again
 from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
@@ -20,11 +20,11 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
-from mrmae.shards.extend import drop_column
+from mrmae.shards.extend import drop_column, files_of_column
 from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.remote import RemotePath, Unreachable, locate
-from mrmae.shards.repair import prepare_repair, shards_of
+from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
 from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.storage import FORMATS
@@ -40,6 +40,7 @@ def folder_or_url(text: str) -> Path:
 
 
 CACHE = click.argument("cache", type=folder_or_url, metavar="CACHE")
+YES = click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
 SHOWN_PROBLEMS = 100
 
 
@@ -129,7 +130,8 @@ def verified_live(
 @CACHE
 @click.option("--run", is_flag=True, help="Also run the recorded extract-features command.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
-def repair(cache: Path, run: bool, dry_run: bool) -> None:
+@YES
+def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
     """Find everything that is wrong in CACHE, remove the commit records of damaged shards, print what writes them anew."""
     with one_line_errors():
         problems = audit.find_problems(cache, full=True)
@@ -138,9 +140,12 @@ def repair(cache: Path, run: bool, dry_run: bool) -> None:
             return
         commands = commands_of(cache, problems)
         report_damage(cache, problems)
+        doomed = files_to_remove(cache, problems)
+        click.echo(f"to be removed: {in_words(doomed)}: records of damaged shards, and what is written again from others"
+                   + (", and plan.json is written anew from manifest.json" * any(p.file == "plan.json" for p in problems)))  # fmt: skip
         if not dry_run:
-            gone = prepare_repair(cache, problems)
-            click.echo(f"removed {len(gone)} files: records of damaged shards, and what is written again from others")
+            ask(f"Remove this from {cache}?", yes)
+            click.echo(f"removed {len(prepare_repair(cache, problems))} files")
         lines = "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
         click.echo(
             f"to write them anew, run{':' + lines if lines else ' the extract-features command that made this cache'}"
@@ -150,6 +155,21 @@ def repair(cache: Path, run: bool, dry_run: bool) -> None:
             left = audit.find_problems(cache, full=True)
             report(cache, left)
             raise SystemExit(1 if left else 0)
+
+
+def ask(question: str, yes: bool) -> None:
+    """Go on only where a person, or --yes, says so. ValueError where there is nobody to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError("there is no terminal to ask at; --yes was expected; look at what is said above, then add it (nothing "
+                         "was changed)")  # fmt: skip
+    click.confirm(question, abort=True)
+
+
+def in_words(files: Sequence[Path]) -> str:
+    """How many files, and how large."""
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {human_bytes(sum(file.lstat().st_size for file in files))}"
 
 
 def report_damage(cache: Path, problems: list[Problem]) -> None:
@@ -210,7 +230,7 @@ def stats(cache: Path, columns: tuple[str, ...]) -> None:
 @main.command()
 @CACHE
 @click.argument("column", metavar="TEACHER.TAP")
-@click.option("--yes", is_flag=True, help="Do not ask.")
+@YES
 def drop(cache: Path, column: str, yes: bool) -> None:
     """Remove a teacher's column from CACHE; everything else stays as it is."""
     with one_line_errors():
@@ -219,8 +239,9 @@ def drop(cache: Path, column: str, yes: bool) -> None:
         if len(named) > 1:
             raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
         column = named[0] if named else column
-        if not yes:
-            click.confirm(f"Remove {column} from {cache}? Only its teacher can compute it again", abort=True)
+        click.echo(f"{cache}: {column} in {plan.n_views} view(s) is {in_words(files_of_column(cache, column))}, which go; "
+                   "plan.json and manifest.json are written anew; only the teacher can compute it again")  # fmt: skip
+        ask(f"Remove {column}?", yes)
         left = drop_column(cache, column)
     click.echo(f"{cache}: {column} is gone; it holds {', '.join(left) or 'no teacher'}")
 

@@ -1,6 +1,7 @@
 """A contact sheet of a cache: per image the view, every teacher's tokens as colours, and its attention."""
 
 import io
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mrmae.shards.opened import Numbers
 from mrmae.shards.write import publish
 
 CELL, GAP, HEADER = 160, 6, 34  # pixels
+PNG = b"\x89PNG\r\n\x1a\n"
 INK, PAPER = (40, 40, 40), (255, 255, 255)
 Pictures = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -84,8 +86,19 @@ def tiled(columns: Mapping[str, Pictures]) -> Image.Image:
     return sheet
 
 
+def refuse_to_replace(path: Path) -> None:
+    """ValueError where `path` is there and is no PNG."""
+    if not os.path.lexists(path):
+        return
+    content = path.read_bytes()[: len(PNG)] if path.is_file() else b""
+    if content != PNG:
+        raise ValueError(f"{path}: is there and is no PNG; a new name, or that of an older picture, was expected; choose another "
+                         "with --out (nothing was changed)")  # fmt: skip
+
+
 def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:
-    """The PNG at `path`, which is replaced if there."""
+    """The PNG at `path`; an older PNG there is replaced. ValueError where something else has that name."""
+    refuse_to_replace(path)
     out = io.BytesIO()
     contact_sheet(cache, n, view=view).save(out, "PNG")
     publish(path, out.getvalue(), replace=True)

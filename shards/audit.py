@@ -22,11 +22,13 @@ from mrmae.shards.commit import (
     units,
     valid_record,
 )
+from mrmae.shards.links import foreign_entries, size_of
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import pieces
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
+from mrmae.shards.tail import tail_path
 from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
 
@@ -37,6 +39,8 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
     Existence and sizes of all files, ids, commit records. full: also the sha256 of every file, the crc32c of every chunk
     and member, and the metadata of columns. Raises ValueError where there is no plan and no manifest to go by.
     """
+    if foreign := foreign_entries(path):  # nothing behind a link is looked at
+        return [Problem(name, what) for name, what in sorted(foreign.items())]
     plan, manifest, found = trusted(path)
     if manifest is None and not found:
         done = sum(valid_record(path, plan, *unit) is not None for unit in units(plan))
@@ -46,13 +50,14 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
         )
     table, samples_problems = samples_of(path, plan, manifest)
     found += samples_problems
-    promised = promised_units(plan, manifest)
     valid = whole_rows(path, plan, table)
     keys = None if table is None else table["key"]
     for unit in units(plan):
-        found += unit_problems(path, plan, unit, promised.get(unit), valid, keys, full=full)
+        found += unit_problems(
+            path, plan, unit, verify.promised(manifest, unit) if manifest else None, valid, keys, full=full
+        )
     found += metadata_problems(path, plan, full=full)
-    found += tail_problems(path, manifest, full=full)
+    found += tail_problems(path, plan, manifest, full=full)
     if full and manifest is not None and table is not None and not found:
         found += manifest_problems(path, plan, manifest, table)
     return found
@@ -71,16 +76,6 @@ def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[
         if wrong:
             return None, [Problem("samples.parquet", wrong[0].partition(": ")[2])]
     return table, []
-
-
-def promised_units(plan: Plan, manifest: Manifest | None) -> dict[Unit, dict[str, Any]]:
-    """What the manifest says of every unit: count, valid, files."""
-    return {} if manifest is None else {
-        (int(view), column, shard): entry
-        for view, columns in manifest["shards"].items()
-        for column, entries in columns.items()
-        for shard, entry in enumerate(entries)
-    }  # fmt: skip
 
 
 def whole_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) -> np.ndarray[Any, np.dtype[np.bool_]]:
@@ -107,7 +102,7 @@ def unit_problems(
         what = f"its entry for shard {unit[2]} of {unit[1]}, view {unit[0]}, is not that of the commit record and files"
         yield Problem("manifest.json", what)
         promised = None
-    elif record_problem := wrong_record(plan, unit, record, promised):
+    elif record_problem := wrong_record(path, plan, unit, record, promised):
         yield Problem(relative(path, record_file), record_problem, unit)
     entry = promised or record or {}
     files = entry.get("files", {}) if isinstance(entry, dict) else {}
@@ -122,7 +117,9 @@ def unit_problems(
         yield from checksum_problems(path, plan, unit, valid, keys)
 
 
-def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None) -> str:
+def wrong_record(
+    path: Path, plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None
+) -> str:
     """What is wrong with a commit record; empty where nothing is."""
     view, column, shard = unit
     expected = {
@@ -135,6 +132,8 @@ def wrong_record(plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Ma
     for name, value in expected.items():
         if record.get(name) != value:
             return f"{name} is {record.get(name)!r}; expected {value!r}"
+    if unknown := verify.unknown_names(path, plan, unit, record.get("files", ())):
+        return f"it names {unknown[0]!r}, which is no file of this shard"
     for name in ("count", "valid", "files"):
         if promised is not None and record.get(name) != promised[name]:
             return f"{name} differs from the manifest"
@@ -145,7 +144,7 @@ def right_but_for_manifest(
     path: Path, plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any]
 ) -> bool:
     """Whether a shard's files are exactly what its record says, and only the manifest says something else."""
-    if wrong_record(plan, unit, record, None) or not wrong_record(plan, unit, record, promised):
+    if wrong_record(path, plan, unit, record, None) or not wrong_record(path, plan, unit, record, promised):
         return False
     files = record.get("files")
     return isinstance(files, dict) and all(
@@ -157,7 +156,7 @@ def right_but_for_manifest(
 def wrong_file(file: Path, about: Mapping[str, Any], *, full: bool) -> str:
     """What is wrong with a file of known size and sha256; empty where nothing is."""
     try:
-        if (size := file.stat().st_size) != about["bytes"]:
+        if (size := size_of(file)) != about["bytes"]:
             return f"{size} bytes; {about['bytes']} were written"
         if full and sha256_of(file) != about["sha256"]:
             return "its sha256 is not that of what was written"
@@ -231,11 +230,13 @@ def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem
                     yield Problem(relative(path, file), "it is not what was written")
 
 
-def tail_problems(path: Path, manifest: Manifest | None, *, full: bool) -> Iterator[Problem]:
+def tail_problems(path: Path, plan: Plan, manifest: Manifest | None, *, full: bool) -> Iterator[Problem]:
     """Tails that are missing, resized or, with `full`, altered."""
-    for column in manifest["columns"] if manifest else []:
-        if (tail := column["tail"]) and (what := wrong_file(path / tail["file"], tail, full=full)):
-            yield Problem(tail["file"], f"{what}, says manifest.json")
+    told = {column["name"]: column["tail"] for column in manifest["columns"]} if manifest else {}
+    for teacher in plan.columns:
+        file = tail_path(path, teacher.name)
+        if (tail := told.get(teacher.column)) and (what := wrong_file(file, tail, full=full)):
+            yield Problem(relative(path, file), f"{what}, says manifest.json")
 
 
 def manifest_problems(

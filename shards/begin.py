@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, dataset_ids, load_plan, readable_json
 from mrmae.shards.samples import Source, read_samples, write_sources
 from mrmae.shards.spec import compare_specs
@@ -20,6 +21,7 @@ def start_plan(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
     """
     if dataset_ids(plan, sources) != [part.dataset_id for part in plan.parts]:
         raise ValueError(f"{path}: the plan's dataset id is not that of these images; compute it from them")
+    refuse_foreign_entries(path)
     if (path / "plan.json").exists():
         old = load_plan(path)
         if old.dataset_id != plan.dataset_id:
@@ -37,6 +39,7 @@ def start_plan(path: Path, plan: Plan, sources: Sequence[Source]) -> Plan:
 
 def refuse_other_folder(path: Path) -> None:
     """ValueError where `path` is a file, or a folder that holds something else than a cache, begun or whole."""
+    refuse_foreign_entries(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path}: is a file; expected a new folder for the cache; choose another name")
     if not path.exists() or (path / "plan.json").exists():

@@ -25,6 +25,7 @@ from mrmae.common.suggest import nearest
 from mrmae.shards import verify
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
+from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.opened import Column, Indices, Numbers
 from mrmae.shards.plan import PIXELS, Plan, load_plan, tar_path
 from mrmae.shards.quantize import dequantise
@@ -252,6 +253,7 @@ def open_cache(
     if isinstance(path, RemotePath):
         path.refresh()
         threads = threads or REMOTE_THREADS
+    refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
     table = read_samples(path, plan.n_rows)
     if not (path / "manifest.json").exists():

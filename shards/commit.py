@@ -16,6 +16,7 @@ import numpy as np
 
 from mrmae.shards.attributes import column_attributes
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
+from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
 from mrmae.shards.remote import RemotePath
 from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
@@ -149,9 +150,9 @@ def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> 
         record: dict[str, Any] = json.loads(commit_path(path, view, column, shard).read_bytes())
         if record["format_version"] != FORMAT_VERSION or record["id"] != plan.shard_ids(shard)[column]:
             return None
-        expected = {file.relative_to(path).as_posix() for file in unit_files(path, plan, view, column, shard)}
-        sizes = {name: about["bytes"] for name, about in record["files"].items()}
-        good = set(sizes) == expected and all((path / name).stat().st_size == size for name, size in sizes.items())
+        files = {file.relative_to(path).as_posix(): file for file in unit_files(path, plan, view, column, shard)}
+        told = record["files"]
+        good = set(told) == set(files) and all(size_of(file) == told[name]["bytes"] for name, file in files.items())
         return record if good else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

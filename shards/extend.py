@@ -5,12 +5,12 @@ Ids of what exists do not change: a column's id knows nothing of other columns, 
 
 import contextlib
 import dataclasses
-import shutil
 from pathlib import Path
 
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import Plan, load_plan, readable_json
-from mrmae.shards.spec import compare_specs
+from mrmae.shards.links import refuse_foreign_entries
+from mrmae.shards.plan import PIXELS, Plan, load_plan, readable_json
+from mrmae.shards.spec import NAME, compare_specs
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import tail_path
 from mrmae.shards.write import publish, remove
@@ -63,25 +63,53 @@ def drop_column(path: Path, column: str) -> list[str]:
     The plan goes first: whatever is left by a kill is no part of the cache; the same call removes it. A complete cache
     is finalised again. ValueError where there is no such column.
     """
-    plan = load_plan(path)
-    folders = [plan.column_folder(path, view, column) for view in range(plan.n_views)]
-    folders += [commits.commit_path(path, view, column, 0).parent for view in range(plan.n_views)]
-    known = {teacher.column: teacher for teacher in plan.columns}
-    if column not in known and not any(folder.exists() for folder in folders):
-        raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
+    files, plan = files_of_column(path, column), load_plan(path)
     kept = tuple(teacher for teacher in plan.columns if teacher.column != column)
     quantisers = {name: quantiser for name, quantiser in plan.quantisers.items() if name != column}
     plan = dataclasses.replace(plan, columns=kept, quantisers=quantisers)
     remove(path / "manifest.json")
     publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
-    for folder in reversed(folders):  # records first: a half-removed shard must not look committed
-        shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # a teacher's own folder goes with its last column
-            folder.parent.rmdir()
-    remove(stats_path(path, column))
-    name = column.partition(".")[0]
-    if name not in {teacher.name for teacher in kept}:
-        remove(tail_path(path, name))
+    for file in files:
+        remove(file)
+    for folder in column_folders(path, plan, column):
+        remove_empty(folder)
     if not commits.missing(path, plan):
         commits.finalise(path, plan)
     return [teacher.column for teacher in kept]
+
+
+def files_of_column(path: Path, column: str) -> list[Path]:
+    """Every file that goes with a column: records first (a half-removed shard must not look committed), shards, moments, and
+    the tail where it is the teacher's last column.
+
+    column: of the plan, or what a killed drop has left. ValueError where there is no such column, and where something of the
+    cache is a link.
+    """
+    refuse_foreign_entries(path)
+    plan = load_plan(path)
+    teacher, dot, tap = column.partition(".")
+    known = [spec.column for spec in plan.columns]
+    proper = dot and NAME.fullmatch(teacher) and NAME.fullmatch(tap) and teacher != PIXELS
+    folders = column_folders(path, plan, column) if proper else []
+    if column not in known and not any(folder.is_dir() for folder in folders):
+        raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
+    files = [file for folder in folders for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    last = teacher not in {spec.name for spec in plan.columns if spec.column != column}
+    more = [stats_path(path, column), *([tail_path(path, teacher)] if last else [])]
+    return files + [file for file in more if file.exists()]
+
+
+def column_folders(path: Path, plan: Plan, column: str) -> list[Path]:
+    """The folders of a column's records and shards, in every view."""
+    views = range(plan.n_views)
+    records = [commits.commit_path(path, view, column, 0).parent for view in views]
+    return records + [plan.column_folder(path, view, column) for view in views]
+
+
+def remove_empty(folder: Path) -> None:
+    """Remove a column's folders, which hold no file any more; a teacher's own folder goes with its last column."""
+    for below in sorted((below for below in folder.rglob("*") if below.is_dir()), reverse=True):
+        below.rmdir()
+    with contextlib.suppress(OSError):  # never there, or the teacher has other columns
+        folder.rmdir()
+        folder.parent.rmdir()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.shards.blocks import BlockRule
+from mrmae.shards.links import size_of
 from mrmae.shards.quantize import DTYPES, Quantiser
 from mrmae.shards.samples import Source, read_samples
 from mrmae.shards.spec import (
@@ -185,7 +186,7 @@ class Plan:
     def from_json(fields: Mapping[str, Any], where: str) -> "Plan":
         """The plan that `to_json` described. where: the file, for errors. ValueError where it is damaged."""
         try:
-            return Plan(
+            plan = Plan(
                 **{
                     **{name: value for name, value in fields.items() if name != "format_version"},
                     "recipe": from_json(ViewRecipe, fields["recipe"], where),
@@ -199,6 +200,11 @@ class Plan:
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: damaged ({error!r}); expected the fields of a plan; restore it, or where the cache "
                              "was finished, run inspect-cache repair") from None  # fmt: skip
+        if unknown := sorted(set(plan.quantisers) - {teacher.column for teacher in plan.columns}):
+            raise ValueError(
+                f"{where}: a quantiser is of {unknown[0]!r}, which is no column; expected the plan's columns; restore it"
+            )
+        return plan
 
 
 def shard_ranges(n: int, shard_samples: int) -> list[range]:
@@ -224,6 +230,7 @@ def load_plan(path: Path) -> Plan:
     """The plan of the cache at `path`. ValueError when there is none or it is of another format version."""
     file = path / "plan.json"
     try:
+        size_of(file)
         fields = json.loads(file.read_bytes())
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None

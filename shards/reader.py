@@ -19,6 +19,7 @@ from mrmae.shards.remote import RemoteFile, RemotePath
 
 ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
 NOT_WAITING: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: a read that fails where it would wait for the disk
+PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a link is refused, a FIFO does not hang
 Array = np.ndarray[Any, np.dtype[Any]]
 Place = tuple[int, int]  # offset, bytes
 
@@ -37,7 +38,7 @@ class LocalFile:
     __slots__ = ("descriptor",)
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY)
+        self.descriptor = os.open(path, PLAIN)
 
     def size(self) -> int:
         return os.fstat(self.descriptor).st_size

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mrmae.shards.commit import commit_path, units
+from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, readable_json
 from mrmae.shards.trust import Problem, read_record, trusted
 from mrmae.shards.write import publish, remove
@@ -12,27 +13,36 @@ from mrmae.shards.write import publish, remove
 def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
     """The files removed so that the same extract-features command writes anew exactly what is damaged.
 
-    Of a damaged shard its commit record, otherwise the damaged file itself; plan.json is written again from the manifest.
-    The manifest goes too where shards are damaged: nobody trains on them meanwhile.
+    plan.json is written again from the manifest.
     """
+    problems = list(problems)
+    doomed = files_to_remove(path, problems)
+    if any(problem.file == "plan.json" for problem in problems):
+        publish(path / "plan.json", readable_json(trusted(path)[0].to_json()), replace=True)
+    for file in doomed:
+        remove(file)
+    return doomed
+
+
+def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
+    """What a repair removes: of a damaged shard its commit record, otherwise the damaged file itself.
+
+    The manifest goes too where shards are damaged: nobody trains on them meanwhile. ValueError where something of the cache is a
+    link, and where it is the plan that was altered.
+    """
+    refuse_foreign_entries(path)
     problems = list(problems)
     plan, manifest, _ = trusted(path)
     if manifest is None:
         refuse_foreign_plan(path, plan)
-    doomed: list[Path] = []
-    for problem in problems:
-        if problem.file == "plan.json":
-            publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
-        elif problem.unit is not None:
-            doomed.append(commit_path(path, *problem.unit))
-        else:
-            doomed.append(path / problem.file)
-    if any(problem.file != "plan.json" for problem in problems):
+    doomed = [
+        path / problem.file if problem.unit is None else commit_path(path, *problem.unit)
+        for problem in problems
+        if problem.file != "plan.json"
+    ]
+    if doomed:
         doomed.append(path / "manifest.json")
-    gone = [file for file in dict.fromkeys(doomed) if file.exists()]
-    for file in gone:
-        remove(file)
-    return gone
+    return [file for file in dict.fromkeys(doomed) if file.exists()]
 
 
 def refuse_foreign_plan(path: Path, plan: Plan) -> None:

@@ -2,14 +2,16 @@
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mrmae.shards.commit import samples_id, units
+from mrmae.shards.commit import Unit, samples_id, unit_files, units
+from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.remote import RemotePath
 from mrmae.shards.spec import FORMAT_VERSION, content_id
+from mrmae.shards.tail import tail_path
 
 SHOWN = 50  # problems in one message
 
@@ -55,9 +57,13 @@ def id_problems(plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, lis
 
 def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterator[str]:
     """Files of the manifest that are missing or of another size, and missing metadata of columns."""
-    for name, n_bytes in promised_files(manifest):
+    for unit in units(plan):
+        for name in unknown_names(path, plan, unit, promised(manifest, unit).get("files", {})):
+            yield f"manifest.json: {name!r} is no file of shard {unit[2]} of {unit[1]}, view {unit[0]}"
+    for file, n_bytes in promised_files(path, plan, manifest):
+        name = file.relative_to(path).as_posix()
         try:
-            size = (path / name).stat().st_size
+            size = size_of(file)
         except OSError as error:
             yield f"{name}: {error.strerror}"
             continue
@@ -70,15 +76,31 @@ def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterat
                 yield f"{file.relative_to(path)}: missing metadata of a column"
 
 
-def promised_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(relative path, bytes) of every shard file and tail."""
-    for columns in manifest["shards"].values():
-        for shard in itertools.chain.from_iterable(columns.values()):
-            for name, about in shard["files"].items():
-                yield name, about["bytes"]
-    for column in manifest["columns"]:
-        if column["tail"]:
-            yield column["tail"]["file"], column["tail"]["bytes"]
+def promised_files(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterator[tuple[Path, int | None]]:
+    """Every shard file and tail of the plan, and how many bytes the manifest says that it has; None where it does not say.
+
+    The plan tells where files lie; a name in the manifest is only compared, never opened.
+    """
+    for unit in units(plan):
+        files = promised(manifest, unit).get("files", {})
+        for file in unit_files(path, plan, *unit):
+            yield file, files.get(file.relative_to(path).as_posix(), {}).get("bytes")
+    told = {column["name"]: column["tail"] for column in manifest["columns"]}
+    for teacher in plan.columns:
+        if tail := told.get(teacher.column):
+            yield tail_path(path, teacher.name), tail["bytes"]
+
+
+def unknown_names(path: Path, plan: Plan, unit: Unit, files: Iterable[str]) -> list[str]:
+    """The names among `files`, as a manifest or a commit record tells them, that are none of the unit's."""
+    return sorted(set(files) - {file.relative_to(path).as_posix() for file in unit_files(path, plan, *unit)})
+
+
+def promised(manifest: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
+    """What the manifest says of a unit: count, valid, files; empty where it says nothing."""
+    view, column, shard = unit
+    entries = manifest["shards"].get(str(view), {}).get(column, [])
+    return dict(entries[shard]) if shard < len(entries) else {}
 
 
 def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:

@@ -111,7 +111,7 @@ def test_inspect_cache_works_on_a_grown_cache(grown: tuple[Path, Path, dict[str,
     data[50] ^= 1
     victim.write_bytes(bytes(data))
     assert "tokens/c/2/0/0 (shard 2 of vit.pre_tail, view 0)" in inspect("verify", other, "--full").output
-    assert inspect("repair", other).exit_code == 0
+    assert inspect("repair", other, "--yes").exit_code == 0
     assert not (other / "commits/0/vit.pre_tail/000002.json").exists()
     assert whole.keys() - files(other).keys() == {"commits/0/vit.pre_tail/000002.json"}
 
@@ -265,7 +265,7 @@ def test_repair_names_the_command_of_the_damaged_part_and_the_cache_where_it_lie
     for shard in (0, 2):  # of the first images, and of those appended
         tar = path / f"views/0/pixels/{shard:06d}.tar"
         tar.write_bytes(tar.read_bytes()[:-1])
-        text = inspect("repair", path).output
+        text = inspect("repair", path, "--yes").output
         words = text.rpartition("extract-features ")[2].split()
         assert words[:2] == [str(made / "images"), str(path)] and "--append" in words, text
         extract(images, path, VIT, append=True, shard_samples=8)

@@ -84,7 +84,7 @@ def test_repair_restores_every_byte(tars: Path, tmp_path: Path) -> None:
     tar.write_bytes(content)
     (copy / "views/0/cnn/last/000002.index.json").unlink()
     (copy / "views/0/vit/pre_tail/column.json").write_text("{}")
-    code, text = inspect("repair", copy)
+    code, text = inspect("repair", copy, "--yes")
     assert code == 0 and "view 1, vit.pre_tail: shards 1" in text and "view 0, cnn.last: shards 2" in text
     words = shlex.split(text.rpartition("extract-features")[2])
     assert words[words.index("--format") + 1] == "webdataset"
@@ -139,7 +139,7 @@ def test_convert_verifies_live_repairs_itself_and_is_not_extracted_into(
         return types.SimpleNamespace(returncode=inspect(*words[3:])[0])
 
     monkeypatch.setattr(subprocess, "run", here)
-    code, text = inspect("repair", half, "--run")
+    code, text = inspect("repair", half, "--run", "--yes")
     assert code == 0 and f"inspect-cache convert {out} {half} --dtype float16 --drop cnn" in text
     assert contents(half) == whole
 

@@ -158,7 +158,7 @@ def test_repair_restores_every_byte_and_touches_only_what_is_damaged(extracted: 
     times = {file: file.stat().st_mtime_ns for file in (copy / "views").rglob("*") if file.is_file()}
     code, text = inspect("repair", copy, "--dry-run")
     assert code == 0 and "view 1, vit.pre_tail: shards 1" in text and "extract-features" in text
-    code, text = inspect("repair", copy)
+    code, text = inspect("repair", copy, "--yes")
     assert code == 0 and "cd " in text and f" {copy} --" in text.rpartition("extract-features")[2], (
         "a moved cache is the target"
     )
@@ -171,7 +171,7 @@ def test_repair_restores_every_byte_and_touches_only_what_is_damaged(extracted: 
 
 def test_a_damaged_manifest_is_written_again(extracted: Path, copy: Path) -> None:
     flip_byte(copy / "manifest.json", 40)
-    code, text = inspect("repair", copy)
+    code, text = inspect("repair", copy, "--yes")
     assert code == 0 and "removed 1 files" in text
     assert open_again(copy, extracted, text) == contents(extracted)
 
@@ -181,7 +181,7 @@ def test_a_plan_that_is_not_the_shards_is_no_reason_to_remove_them(copy: Path) -
     plan = copy / "plan.json"
     plan.write_text(plan.read_text().replace('"interpolation": "bicubic"', '"interpolation": "bilinear"'))
     before = contents(copy)
-    code, text = inspect("repair", copy)
+    code, text = inspect("repair", copy, "--yes")
     assert code == 1 and "18 of 18 commit records are of another plan" in text and "nothing was changed" in text
     assert contents(copy) == before and len(list(copy.glob("commits/*/*/*.json"))) == 18
 
@@ -214,7 +214,7 @@ def test_repair_runs_the_recorded_command(
     monkeypatch.setattr(subprocess, "run", here)
     flip_byte(tmp_path / "c/views/0/vit.pre_tail.zarr/tokens/c/0/0/0")
     before = (tmp_path / "c/views/0/pixels/000000.tar").stat().st_mtime_ns
-    code, text = inspect("repair", tmp_path / "c", "--run")
+    code, text = inspect("repair", tmp_path / "c", "--run", "--yes")
     assert code == 0, text
     assert inspect("verify", tmp_path / "c", "--full")[0] == 0
     assert (tmp_path / "c/views/0/pixels/000000.tar").stat().st_mtime_ns == before
