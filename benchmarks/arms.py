@@ -66,7 +66,7 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
             for n, t in run.online.items()
         }
         run = replace(run, online=fast)
-    live = Live(feed, None, StopRequest(Ranks()), Habits(10, 1, 20, 0), torch.zeros((), device=run.device))
+    live = Live(feed, None, StopRequest(Ranks()), Habits(10, 1, 20, 0))
     forward = loop.forward_of(run, compile=compile)
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)

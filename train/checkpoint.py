@@ -14,7 +14,7 @@ import torch
 
 from mrmae.shards.write import TEMPORARY, publish_by
 
-FORMAT = 1
+FORMAT = 2
 _PREFIX, _SUFFIX = "step-", ".pt"
 WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
 COMMITTED = "committed images"  # of an unfinished cache
@@ -72,18 +72,23 @@ def read_checkpoint(path: Path) -> State:
 def latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> State | None:
     """The newest state that can be read; None where no checkpoint was ever finished.
 
-    A damaged file is reported through `warn`, set aside as `<name>.damaged`, and the one before it is tried.
+    A damaged file is reported through `warn`, the one before it is tried, and where that helps the damaged one is set aside as
+    `<name>.damaged`.
     Raises ValueError when there are checkpoints and none can be read: a run never starts over silently.
     """
     for leftover in folder.glob(f".{_PREFIX}{TEMPORARY[1:]}"):
         leftover.unlink(missing_ok=True)
-    paths = list_checkpoints(folder)
+    paths, damaged = list_checkpoints(folder), []
     for path in reversed(paths):
         try:
-            return read_checkpoint(path)
+            state = read_checkpoint(path)
         except ValueError as error:
-            warn(f"{error}; set aside as {path.name}.damaged; trying the checkpoint before it")
-            path.rename(path.with_name(path.name + ".damaged"))
+            warn(f"{error}; trying the checkpoint before it, then this one is set aside as {path.name}.damaged")
+            damaged.append(path)
+            continue
+        for other in damaged:
+            other.rename(other.with_name(other.name + ".damaged"))
+        return state
     if paths:
         raise ValueError(f"{folder}: none of {len(paths)} checkpoints can be read; delete the folder to start over")
     return None

@@ -1,6 +1,7 @@
 """How a student does on images it is not trained on: their loss every epoch, and k-NN accuracy where they have labels.
 
-Views and masks are those of epoch 0 every time, so one epoch's number can be held against another's.
+Views and masks are those of epoch 0 every time, so one epoch's number can be held against another's. The model is in evaluation
+mode (no drop path), and nothing of training changes.
 """
 
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from torch import Tensor
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, Numbers
 from mrmae.train.feed import Feed, load_masked
+from mrmae.train.method import evaluating
 from mrmae.train.online import taught
 from mrmae.train.ranks import gather
 from mrmae.train.run import Run
@@ -32,12 +34,13 @@ def chunks_of(numbers: Numbers, run: Run) -> list[Numbers]:
 def held_out_loss(run: Run) -> dict[str, float]:
     """The mean loss, and every term's, over the images held out."""
     total = torch.zeros(2 + len(run.model.terms), dtype=torch.float64)
-    for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
-        whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            loss, terms = run.model(*whole)
-        values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()
-        total += len(batch.samples) * values
+    with evaluating(run.model):
+        for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
+            whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                loss, terms = run.model(*whole)
+            values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()
+            total += len(batch.samples) * values
     total = torch.stack(gather(total, run.ranks)).sum(0)
     means = (total[1:] / total[0]).tolist()
     return dict(zip(["loss", *(term.name for term in run.model.terms)], means))
@@ -91,9 +94,10 @@ def knn_labels(
 def image_features(run: Run, numbers: Numbers) -> Float[Tensor, "n d"]:
     """The mean of the student's patch tokens of each sample's first view, fp32 on the CPU, in the order of `numbers`."""
     chunks, found = chunks_of(numbers, run), []
-    for batch, _ in loaded_in_turn(run, chunks, features=False):
-        with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            found.append(run.model.tokens(batch.pixels).float().mean(1).cpu())
+    with evaluating(run.model):
+        for batch, _ in loaded_in_turn(run, chunks, features=False):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                found.append(run.model.tokens(batch.pixels).float().mean(1).cpu())
     mine = {int(piece[0]): rows for piece, rows in zip(chunks, found)}
     parts = {first: rows for share in gather(mine, run.ranks) for first, rows in share.items()}
     return torch.cat([parts[int(number)] for number in numbers[:: run.share.micro_size]])

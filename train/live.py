@@ -5,8 +5,6 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
-
 from mrmae.common.device import memory_mib
 from mrmae.train import optim
 from mrmae.train.feed import Feed
@@ -38,7 +36,6 @@ class Live:
     log: RunLog | None
     stop: StopRequest
     habits: Habits
-    in_a_row: Tensor
     readback: Readback = field(default_factory=Readback)
     interval: Sums = field(default_factory=Sums)
     started: float = field(default_factory=time.perf_counter)
@@ -48,22 +45,21 @@ class Live:
     row_waited_s: float = 0.0
     row_updates: int = 0
     updates: int = 0
-    diverged: str | None = None
 
 
 def take(run: Run, live: Live, *, wait: bool = False) -> None:
     """Take in the losses that have arrived, all of them with `wait`; write a log row when one is due.
 
-    Asks for a stop when too many updates in a row were skipped.
+    Asks for a stop, and marks the run as diverged, when too many updates in a row were skipped.
     """
     names = [term.name for term in run.model.terms]
     for at, (loss, *rest) in live.readback.ready(wait=wait):
         terms, (norm, skipped, in_a_row) = dict(zip(names, rest)), rest[len(names) :]
         run.sums.add({"loss": loss, **terms}, skipped=bool(skipped))
         live.interval.add({"loss": loss, **terms, "grad_norm": norm}, skipped=bool(skipped))
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW and live.diverged is None:
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW and run.diverged is None:
             live.stop.received = "divergence"
-            live.diverged = (
+            run.diverged = (
                 f"update {at}: the last {MAX_SKIPPED_IN_A_ROW} updates were not finite and were skipped:"
                 f" {optim.culprit(terms)}"
             )
@@ -101,7 +97,7 @@ def write_row(run: Run, live: Live, at: int) -> None:
 
 
 def end_epoch(run: Run, live: Live) -> None:
-    """Log the epoch's means and how the images held out do, draw panels when due, save the beginning of the next epoch."""
+    """Log the epoch's means and how the images held out do, save the beginning of the next epoch, draw panels when due."""
     take(run, live, wait=True)
     means, done, epochs = run.sums.means(), run.epoch + 1, run.recipe.optim.epochs
     row: dict[str, Any] = {
@@ -122,11 +118,11 @@ def end_epoch(run: Run, live: Live) -> None:
     if live.log is not None:
         live.log.write(row)
         live.log.show_epoch(row)
-        every = live.habits.panels_every
-        if due(done, epochs, math.ceil(epochs / 10) if every is None else every):
-            draw_run_panels(run, done)
     run.epoch, run.update, run.sums = done, 0, Sums()
     save_now(run, live)
+    every = live.habits.panels_every
+    if live.log is not None and due(done, epochs, math.ceil(epochs / 10) if every is None else every):
+        live.log.attempt("panels", lambda: draw_run_panels(run, done))
 
 
 def looked_aside(run: Run, done: int) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 Losses come to the host without a wait: each step leaves one small vector, which is read once the device is done with it.
 """
 
+import contextlib
 import json
 import math
 import time
 import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from rich.console import Console
@@ -19,7 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from mrmae.common.progress import PLAIN_LINE_SECONDS, human_time
-from mrmae.shards.write import publish
+from mrmae.shards.write import explained, publish
+
+BOARD, WANDB = "TensorBoard", "Weights & Biases"
+T = TypeVar("T")
 
 
 class Readback:
@@ -144,14 +148,17 @@ class RunLog:
         tensorboard: bool = True,
         wandb: str | None = None,
     ) -> None:
-        self._wandb = _start_wandb(wandb, out) if wandb else None  # first: it may refuse
+        if wandb:
+            _check_wandb(wandb)  # first: it may refuse
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._failed: set[str] = set()
         self.path = out / "log.jsonl"
         rows = read_rows(self.path)
         kept = [row for row in rows if row.get("step", 0) <= step]
         publish(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode(), replace=True)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._board = _board(out / "tensorboard", step) if tensorboard else None
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self._board = self.attempt(BOARD, lambda: _board(out / "tensorboard", step)) if tensorboard else None
+        self._wandb = self.attempt(WANDB, lambda: _start_wandb(wandb, out)) if wandb else None
         self._bar: Progress | None = None
         self._line_at = self._epoch_at = -math.inf
         if self.console.is_terminal:
@@ -161,15 +168,29 @@ class RunLog:
             self._bar.start()
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Append one row to the log and its numbers to TensorBoard and Weights & Biases."""
-        self._file.write(json.dumps(_finite(dict(row)), allow_nan=False) + "\n")
-        self._file.flush()
+        """Append one row to the log and its numbers to TensorBoard and Weights & Biases. OSError where the log cannot be written."""
+        try:
+            self._file.write(json.dumps(_finite(dict(row)), allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise explained(error, self.path) from error
         values = {f"{row['kind']}/{name}": value for name, value in _scalars(row)}
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, row["step"])
-        if self._wandb is not None:
-            self._wandb.log(values, step=row["step"])
+        board, wandb = self._board, self._wandb
+        if board is not None:
+            self.attempt(BOARD, lambda: _add_scalars(board, values, row["step"]))
+        if wandb is not None:
+            self.attempt(WANDB, lambda: wandb.log(values, step=row["step"]))
+
+    def attempt(self, what: str, work: Callable[[], T]) -> T | None:
+        """What `work` returns; None, and one warning per `what`, where it fails: a run never stops for a picture or a board."""
+        try:
+            return work()
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                reason = " ".join([f"{type(error).__name__}:", *str(error).split()])[:300]
+                warn(self.console, f"{what}: failed ({reason}); the run goes on without it, and this is said once")
+        return None
 
     def show(self, row: Mapping[str, Any], *, always: bool = False) -> None:
         """Put the row on the progress bar, or, off a terminal, print it as a line every ten seconds at most."""
@@ -194,12 +215,13 @@ class RunLog:
         """Flush and close everything; safe to call twice."""
         if self._bar is not None:
             self._bar.stop()
-        if self._board is not None:
-            self._board.close()
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb = None
-        self._file.close()
+        board, wandb, self._board, self._wandb = self._board, self._wandb, None, None
+        if board is not None:
+            self.attempt(BOARD, board.close)
+        if wandb is not None:
+            self.attempt(WANDB, wandb.finish)
+        with contextlib.suppress(OSError):  # every row was flushed, or its error raised
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -208,20 +230,36 @@ class RunLog:
         self.close()
 
 
+def warn(console: Console, text: str) -> None:
+    """Print one line that should not be overlooked."""
+    console.print(f"WARNING {text}", markup=False, style="bold red")
+
+
+def _add_scalars(board: Any, values: Mapping[str, float], step: int) -> None:
+    for name, value in values.items():
+        board.add_scalar(name, value, step)
+
+
 def _board(folder: Path, step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # a second of imports, wanted by runs only
 
     return SummaryWriter(str(folder), purge_step=step + 1)
 
 
-def _start_wandb(project: str, out: Path) -> Any:
-    """The run of this OUT at Weights & Biases, continued where there is one. Raises ValueError where wandb is missing."""
+def _check_wandb(project: str) -> None:
+    """Raise ValueError where wandb is missing."""
     try:
-        import wandb  # type: ignore[import-not-found, unused-ignore]  # an optional extra: pip install 'mrmae[wandb]'
+        import wandb  # type: ignore[import-not-found, unused-ignore]  # noqa: F401 (an optional extra: pip install 'mrmae[wandb]')
     except ImportError:
         raise ValueError(
             f"--wandb {project}: the package wandb is not installed; it was expected; pip install 'mrmae[wandb]', or leave it out"
         ) from None
+
+
+def _start_wandb(project: str, out: Path) -> Any:
+    """The run of this OUT at Weights & Biases, continued where there is one."""
+    import wandb
+
     mark = out / "wandb" / "id"  # a new OUT is a new run there, the same OUT the same one
     if not mark.exists():
         publish(mark, uuid.uuid4().hex.encode(), replace=True)

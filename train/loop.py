@@ -5,6 +5,7 @@ killed, on the CPU in fp32 to the same bits: order, views and masks are function
 """
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,11 @@ from mrmae.common.progress import counted
 from mrmae.shards.remote import locate
 from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report
-from mrmae.train.checkpoint import list_checkpoints
+from mrmae.train.checkpoint import checkpoint_path, list_checkpoints
 from mrmae.train.export import export_student
 from mrmae.train.feed import feed_of
 from mrmae.train.live import Habits, Live, end_epoch, save_now, take
-from mrmae.train.log import RunLog, read_rows
+from mrmae.train.log import RunLog, read_rows, warn
 from mrmae.train.method import Recipe
 from mrmae.train.online import taught
 from mrmae.train.pictures import draw_curves
@@ -80,7 +81,8 @@ def train(
     seconds, images_per_s and stall (since this start), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
     Raises ValueError for anything in recipe, cache or OUT that does not fit; OSError where OUT cannot be written; Diverged
-    after three updates in a row that were not finite; OtherRankFailed where another process of the run failed first.
+    after three updates in a row that were not finite, and again when such a run is continued; OtherRankFailed where another
+    process of the run failed first.
     """
     if export not in (None, "mae"):
         raise ValueError(f"export: {export!r} is unknown; 'mae' was expected; correct it or leave it out")
@@ -92,12 +94,10 @@ def train(
     habits = Habits(save_minutes, keep, log_every, panels_every)
     again = command or f'train("{cache_path}", "{out}", recipe)'
 
-    def warn(text: str) -> None:
-        talk.print(f"WARNING {text}", markup=False, style="bold red")
-
     with failing_together(ranks), contextlib.ExitStack() as stack:
-        run = begin(locate(cache_path), Path(out), recipe, ranks, setup, warn=warn)
+        run = begin(locate(cache_path), Path(out), recipe, ranks, setup, warn=functools.partial(warn, talk))
         stack.enter_context(run.lock or contextlib.nullcontext())
+        check_converges(run)
         log = None
         if ranks.rank == 0:
             report.write_run_files(run, command=again, how={"compile": compile, "ranks": ranks.size})
@@ -107,12 +107,20 @@ def train(
             stack.enter_context(log)
         stop = stack.enter_context(stop_requests(ranks))
         feed = stack.enter_context(feed_of(run))
-        live = Live(feed, log, stop, habits, torch.zeros((), device=run.device))
+        live = Live(feed, log, stop, habits)
         run_epochs(run, live, forward_of(run, compile=compile))
-        if live.diverged:
-            where = f"state saved in {run.out / 'checkpoints'}"
-            raise Diverged(f"{live.diverged}; {where}; lower the learning rate or use fp32, in a new OUT")
+        check_converges(run)
         return finish(run, live, again, export=export)
+
+
+def check_converges(run: Run) -> None:
+    """Raise Diverged where too many updates in a row were not finite, now or before this start: the same words each time."""
+    if run.diverged:
+        raise Diverged(
+            f"{run.out}: diverged at {run.diverged}; in a new OUT, lower the learning rate (optim.lr_per_256, --blr, is"
+            f" {run.recipe.optim.lr_per_256:g}) or use --precision fp32; the state after update {run.step} is saved in"
+            f" {checkpoint_path(run.out / 'checkpoints', run.step)}: without this file the run goes on from the one before it"
+        )
 
 
 def dry_run(cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup) -> list[str]:
@@ -170,9 +178,9 @@ def step(run: Run, live: Live, forward: Callable[..., Any]) -> Tensor:
         parts.append(torch.stack([loss.detach(), *terms.values()]))
     norm = optim.gradient_norm(run.model.parameters())
     skipped = optim.guarded_step(run.optimizer, norm)
-    live.in_a_row = optim.skipped_in_a_row(live.in_a_row, skipped)
+    run.skipped_in_a_row = optim.skipped_in_a_row(run.skipped_in_a_row, skipped)
     losses = mean_over_ranks(torch.stack(parts).mean(0), run.ranks)
-    return torch.cat([losses, torch.stack([norm, skipped, live.in_a_row]).to(losses.dtype)])
+    return torch.cat([losses, torch.stack([norm, skipped, run.skipped_in_a_row]).to(losses.dtype)])
 
 
 def forward_of(run: Run, *, compile: bool) -> Callable[..., Any]:
@@ -198,25 +206,29 @@ def finish(run: Run, live: Live, command: str, *, export: str | None) -> dict[st
         "stall": live.feed.waited_s / seconds,
         "notes": run.notes,
     }
-    if live.log is not None:
-        rows = read_rows(live.log.path)
+    if (log := live.log) is not None:
+        rows = read_rows(log.path)
         last = rows[-1] if rows else {}
         summary |= {"loss": last.get("loss"), "terms": last.get("terms")}
-        live.log.close()
+        log.close()
         if finished:
-            summary["student"] = str(write_results(run, rows, export=export))
+            summary["student"] = str(write_results(run, export=export))
+            log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
         for line in report.closing_lines(run, summary, command):
-            live.log.say(line)
+            log.say(line)
     result: dict[str, Any] = agree_on(summary, run.ranks)
     return result
 
 
-def write_results(run: Run, rows: list[dict[str, Any]], *, export: str | None) -> Path:
-    """Write OUT/student, OUT/curves.png and, if asked for, OUT/published.pth; returns the student's folder."""
-    epochs = [row for row in rows if row["kind"] == "epoch"]
-    title = f"{run.recipe.name}: {run.recipe.student.model}, {counted(run.recipe.optim.epochs, 'epoch')}"
-    draw_curves(run.out / "curves.png", epochs, title=title, note=report.random_line(run) or "")
+def write_results(run: Run, *, export: str | None) -> Path:
+    """Write OUT/student and, if asked for, OUT/published.pth; returns the student's folder."""
     export_student(run.model, run.out / "student", source=report.card_source(run))
     if export == "mae":
         export_published(run.model, run.out / "published.pth")
     return run.out / "student"
+
+
+def draw_run_curves(run: Run, rows: Path) -> None:
+    """Write OUT/curves.png from the epochs in the log `rows`."""
+    title = f"{run.recipe.name}: {run.recipe.student.model}, {counted(run.recipe.optim.epochs, 'epoch')}"
+    draw_curves(run.out / "curves.png", read_rows(rows, "epoch"), title=title, note=report.random_line(run) or "")

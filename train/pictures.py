@@ -1,6 +1,7 @@
 """Pictures of a run: what the student reconstructs, what teachers and student see, and how the losses went."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from mrmae.extract.sheet import pca_rgb
 from mrmae.shards.write import publish_by
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
+from mrmae.train.method import evaluating
 from mrmae.train.online import taught
 from mrmae.train.run import Run, random_teachers
 
@@ -42,16 +44,16 @@ def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, titl
     """
     rows, side = len(next(iter(columns.values()))), 1.55
     width, height = side * len(columns), side * rows + 1.05
-    figure, axes = plt.subplots(rows, len(columns), figsize=(width, height), squeeze=False, dpi=150)
-    for axis, (label, images) in zip(axes.T, columns.items()):
-        axis[0].set_title(label, fontsize=8)
-        for cell, image in zip(axis, images):
-            cell.imshow(image, interpolation="nearest", extent=(0, 1, 0, 1))
-            cell.set_axis_off()
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.12 / height, va="top")
-    figure.text(0.01, 0.06 / height, note, fontsize=7, color="#444444", va="bottom")
-    figure.subplots_adjust(left=0.01, right=0.99, top=1 - 0.62 / height, bottom=0.42 / height, wspace=0.04, hspace=0.04)
-    _save(figure, path)
+    bounds = {"left": 0.01, "right": 0.99, "top": 1 - 0.62 / height, "bottom": 0.42 / height}
+    with _figure(path, rows, len(columns), figsize=(width, height), squeeze=False) as (figure, axes):
+        for axis, (label, images) in zip(axes.T, columns.items()):
+            axis[0].set_title(label, fontsize=8)
+            for cell, image in zip(axis, images):
+                cell.imshow(image, interpolation="nearest", extent=(0, 1, 0, 1))
+                cell.set_axis_off()
+        figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.12 / height, va="top")
+        figure.text(0.01, 0.06 / height, note, fontsize=7, color="#444444", va="bottom")
+        figure.subplots_adjust(**bounds, wspace=0.04, hspace=0.04)
 
 
 @torch.no_grad()
@@ -65,7 +67,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
         "view": batch.pixels.cpu().numpy(),
         "seen by the student": masked_view(batch.pixels, masks.ids_keep, run.info.grid),
     }
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+    with evaluating(run.model), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
         if any(term.teacher is None for term in run.model.terms):
             columns["reconstruction"] = run.model.reconstruct(*there).float().cpu().numpy()
         student = run.model.tokens(there[0].pixels)
@@ -100,44 +102,48 @@ def draw_curves(path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, 
     """
     scores = [row["knn_top1"] for row in epochs if "knn_top1" in row]
     ratios = (3, 2, 2) if scores else (3, 2)
-    width = sum(ratios) * 1.8
-    figure, axes = plt.subplots(
-        1, len(ratios), figsize=(width, 3.6), dpi=150, width_ratios=ratios, layout="constrained"
-    )
-    left, right = axes[0], axes[-1]
-    x = [row["epoch"] for row in epochs]
-    marker = "o" if len(x) <= 30 else None
-    names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
-    for name, colour in zip(names, _COLOURS * len(names)):
-        y = [_number(row["terms"].get(name)) for row in epochs]
-        left.plot(x, y, label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
-        if any("held_out" in row for row in epochs):
-            aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
-            left.plot(x, aside, label=f"{name}, held out", color=colour, linestyle="--", linewidth=1.5)
-    if scores:
-        at = [row["epoch"] for row in epochs if "knn_top1" in row]
-        axes[1].plot(at, [100 * score for score in scores], color=_COLOURS[2], marker="o", markersize=3, linewidth=1.5)
-        axes[1].set(xlabel="epoch", ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
-    left.set(xlabel="epoch", ylabel="loss (mean over the epoch)", title="Loss terms, before weighting")
-    right.plot(x, [row["lr"] for row in epochs], color=_COLOURS[-1], marker=marker, markersize=3, linewidth=1.5)
-    right.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Schedule")
-    right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-    for axis in axes:
-        axis.grid(color="#dddddd", linewidth=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.title.set_fontsize(10)
-    left.legend(frameon=False, fontsize=8)
-    figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, x=0.01, ha="left")
-    _save(figure, path)
+    size = (sum(ratios) * 1.8, 3.6)
+    with _figure(path, 1, len(ratios), figsize=size, width_ratios=ratios, layout="constrained") as (figure, axes):
+        left, right = axes[0], axes[-1]
+        x = [row["epoch"] for row in epochs]
+        marker = "o" if len(x) <= 30 else None
+        names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
+        for name, colour in zip(names, _COLOURS * len(names)):
+            y = [_number(row["terms"].get(name)) for row in epochs]
+            left.plot(x, y, label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
+            if any("held_out" in row for row in epochs):
+                aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
+                left.plot(x, aside, label=f"{name}, held out", color=colour, linestyle="--", linewidth=1.5)
+        if scores:
+            at = [row["epoch"] for row in epochs if "knn_top1" in row]
+            axes[1].plot(
+                at, [100 * score for score in scores], color=_COLOURS[2], marker="o", markersize=3, linewidth=1.5
+            )
+            axes[1].set(xlabel="epoch", ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
+        left.set(xlabel="epoch", ylabel="loss (mean over the epoch)", title="Loss terms, before weighting")
+        right.plot(x, [row["lr"] for row in epochs], color=_COLOURS[-1], marker=marker, markersize=3, linewidth=1.5)
+        right.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Schedule")
+        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for axis in axes:
+            axis.grid(color="#dddddd", linewidth=0.6)
+            axis.spines[["top", "right"]].set_visible(False)
+            axis.xaxis.get_major_locator().set_params(integer=True)
+            axis.title.set_fontsize(10)
+        if names:  # else no update of the run counted
+            left.legend(frameon=False, fontsize=8)
+        figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, x=0.01, ha="left")
 
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else value
 
 
-def _save(figure: Any, path: Path) -> None:
+@contextlib.contextmanager
+def _figure(path: Path, rows: int, columns: int, **how: Any) -> Iterator[tuple[Any, Any]]:
+    """A figure and its axes; written to `path` at the end, and closed whatever happens."""
+    figure, axes = plt.subplots(rows, columns, dpi=150, **how)
     try:
+        yield figure, axes
         publish_by(path, lambda aside: figure.savefig(aside, format="png"))
     finally:
         plt.close(figure)

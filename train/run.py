@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
+from torch import Tensor
 
 from mrmae.common.device import resolve_device, resolve_precision
 from mrmae.common.progress import counted
@@ -64,7 +65,8 @@ class Run:
     """One process's part of a run: what is trained, on what, and how far it is (`update` updates of `epoch`, from 0).
 
     numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
-    their features are read.
+    their features are read. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
+    update there were too many of them, and why; such a run does not go on.
     """
 
     out: Path
@@ -83,9 +85,11 @@ class Run:
     device: torch.device
     precision: str
     updates: int
+    skipped_in_a_row: Tensor
     epoch: int = 0
     update: int = 0
     sums: Sums = field(default_factory=Sums)
+    diverged: str | None = None
     notes: list[str] = field(default_factory=list)
     lock: IO[bytes] | None = None
 
@@ -168,6 +172,7 @@ def build(cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setu
         device=where,
         precision=resolve_precision(recipe.optim.precision, where),
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
+        skipped_in_a_row=torch.zeros((), device=where),
     )
 
 
@@ -310,6 +315,8 @@ def save(run: Run, *, keep: int) -> Path:
         "step": run.step,
         "updates_per_epoch": run.updates,
         "sums": run.sums.state(),
+        "skipped_in_a_row": int(run.skipped_in_a_row),
+        "diverged": run.diverged,
         "recipe": to_dict(run.recipe),
         "cache": cache_ids(run),
         "hold_out": run.setup.hold_out,
@@ -324,3 +331,5 @@ def restore(run: Run, state: checkpoint.State) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.update = state["epoch"], state["update"]
     run.sums = Sums(**state["sums"])
+    run.skipped_in_a_row = torch.tensor(float(state["skipped_in_a_row"]), device=run.device)
+    run.diverged = state["diverged"]

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from mrmae.train import held_out, loop
+from mrmae.train import held_out, live, loop
+from mrmae.train import run as runs
+from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
+from mrmae.train.method.model import build_model, evaluating
 from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
 from mrmae.train.run import Setup, build
@@ -53,6 +57,65 @@ def test_held_out_loss_is_the_mean_over_images_on_the_masks_of_epoch_0(tiny_cach
         loss, terms = run.model(batch, masks)
     expected = {"loss": float(loss), **{name: float(term) for name, term in terms.items()}}
     assert held_out.held_out_loss(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_what_is_held_out_is_that_of_evaluation_and_modes_come_back(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = load_recipe("mr-mae", [*QUICK, "student.drop_path=0.5"])
+    run = build(tiny_cache, Path("out"), recipe, Ranks(), Setup("cpu", hold_out=0.3))
+    found = held_out.held_out_loss(run)["loss"]
+    run.model.student.blocks[1].eval()
+    modes = [module.training for module in run.model.modules()]
+    whole = load_masked(run, run.held_out, epoch=0)
+    assert whole[1] is not None and run.model.training
+    with evaluating(run.model), torch.no_grad():
+        expected = float(run.model(*whole)[0])
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert run.model(*whole)[0].item() != pytest.approx(expected, rel=1e-3)  # drop path is on again
+    monkeypatch.setattr(run.model, "tokens", lambda _: torch.rand(2) / None)
+    with pytest.raises(TypeError):
+        held_out.image_features(run, run.numbers[:2])
+    assert [module.training for module in run.model.modules()] == modes
+
+
+class Noisy(nn.Module):
+    """Dropout and batch norm around a layer: what uses the random stream, and what remembers batches, in training mode."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.layer, self.norm, self.drop = layer, nn.BatchNorm1d(width), nn.Dropout(0.2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.drop(self.norm(self.layer(x).flatten(0, 1)).reshape(x.shape))
+        return out
+
+
+def test_a_run_that_looks_aside_trains_to_the_same_bits(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(*args: Any, **options: Any) -> Any:
+        model = build_model(*args, **options)
+        model.student.norm = Noisy(model.student.norm, model.student.embed_dim)
+        assert model.decoder is not None
+        model.decoder.norm = Noisy(model.decoder.norm, 16)
+        return model
+
+    monkeypatch.setattr(runs, "build_model", noisy)
+    monkeypatch.setattr(loop, "export_student", lambda *_, **__: None)
+    quiet: dict[str, Any] = {"device": "cpu", "tensorboard": False, "hold_out": 0.3}
+    recipe, states = load_recipe("mr-mae", [*QUICK, "student.drop_path=0.5"]), []
+    for looks in (True, False):
+        torch.manual_seed(0)
+        if not looks:
+            monkeypatch.setattr(live, "looked_aside", lambda *_: {})
+        out = tmp_path / str(looks)
+        loop.train(tiny_cache, out, recipe, **quiet, knn_every=1 * looks, panels_every=1 * looks)
+        states.append(read_checkpoint(list_checkpoints(out / "checkpoints")[-1])["model"])
+    assert len(list((tmp_path / "True" / "panels").iterdir())) == 3
+    assert "student.norm.norm.running_mean" in states[0]
+    for name, weight in states[0].items():
+        assert torch.equal(weight, states[1][name]), name
 
 
 def test_a_run_keeps_what_it_holds_out(tiny_cache: Path, tmp_path: Path) -> None:

@@ -101,6 +101,47 @@ def test_wandb_that_is_not_installed_is_refused_with_the_remedy(
         log.RunLog(tmp_path, step=0, total=10, console=_quiet(), tensorboard=False, wandb="project")
 
 
+class BrokenBoard:
+    """What stands in for wandb, or for a TensorBoard writer, and fails at `broken` and all that follows it."""
+
+    def __init__(self, broken: str) -> None:
+        self._works = ("init", "log", "add_scalar")[: ("init", "log", "finish").index(broken)]
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*_: Any, **__: Any) -> "BrokenBoard":
+            if name not in self._works:
+                raise OSError(28, f"{name} failed")
+            return self
+
+        return call
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_a_board_that_fails_is_one_warning_and_the_log_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    def board(*_: Any) -> Any:
+        return BrokenBoard(broken).init()
+
+    monkeypatch.setitem(sys.modules, "wandb", BrokenBoard(broken))
+    monkeypatch.setattr(log, "_board", board)
+    console = _quiet()
+    with log.RunLog(tmp_path, step=0, total=10, console=console, tensorboard=True, wandb="project") as run:
+        for step in (1, 2):
+            run.write(_row(step))
+    said = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert sorted(line.split(":")[0] for line in said) == ["WARNING TensorBoard", "WARNING Weights & Biases"]
+    assert [row["step"] for row in log.read_rows(tmp_path / "log.jsonl")] == [1, 2]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_on_a_full_disk_is_named_and_closes(tmp_path: Path) -> None:
+    run = _log(tmp_path, 0)
+    run._file = open("/dev/full", "a")
+    with pytest.raises(OSError, match="log.jsonl: could not be written: No space left"), run:
+        run.write(_row(1))
+
+
 def test_progress_line_says_where_how_fast_and_how_long() -> None:
     line = log.progress_line(_row(1, skipped=2))
     for part in (

@@ -22,7 +22,7 @@ from torch import Tensor
 from mrmae.extract.sheet import pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stream import view_of
-from mrmae.train import checkpoint, loop, optim, pictures
+from mrmae.train import checkpoint, live, loop, optim, pictures
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model
@@ -255,13 +255,64 @@ def test_three_in_a_row_stop_the_run_naming_the_term_with_the_state_saved(
 ) -> None:
     with monkeypatch.context() as patch:
         seen = _poison(patch, {7, 8, 9}, "mimic/b")
-        with pytest.raises(loop.Diverged, match="update 10: .*term mimic/b; state saved in"):
+        with pytest.raises(
+            loop.Diverged, match="update 10: .*term mimic/b; .*optim.lr_per_256, --blr, is 0.1"
+        ) as first:
             _train(tiny_cache, tmp_path / "out", quick())
     state = _state(tmp_path / "out")
     assert state["step"] == 10
     for name, weight in seen[7].items():
         assert torch.equal(weight, state["model"][name])
+    with pytest.raises(loop.Diverged) as again:
+        _train(tiny_cache, tmp_path / "out", quick())
+    assert str(again.value) == str(first.value)
+    newest = checkpoint.list_checkpoints(tmp_path / "out" / "checkpoints")[-1]
+    assert f"saved in {newest}: without this file the run goes on" in str(first.value)
+    newest.unlink()
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+
+
+def test_a_resumed_run_diverges_at_the_same_update_as_an_uninterrupted_one(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _poison(monkeypatch, {7, 8, 9}, "pixels")
+    with monkeypatch.context() as patch:
+        _raise_signal_at(8, "SIGTERM", patch)
+        assert _train(tiny_cache, tmp_path / "out", quick())["step"] == 9  # two of three are skipped by now
+    with pytest.raises(loop.Diverged, match="diverged at update 10:"):
+        _train(tiny_cache, tmp_path / "out", quick())
+
+
+def test_divergence_in_a_short_epoch_is_told_and_saved_though_no_picture_can_be_drawn(
+    tiny_cache: Path, tmp_path: Path
+) -> None:
+    recipe = quick("mr-mae", "optim.lr_per_256=1e9", "optim.warmup_epochs=0", "optim.batch_size=24")
+    told = []
+    for _ in range(2):
+        with pytest.raises(loop.Diverged, match=r"optim.lr_per_256, --blr, is 1e\+09") as error:
+            _train(tiny_cache, tmp_path / "out", recipe, panels_every=1, hold_out=0.0)
+        told.append(str(error.value))
+    assert told[0] == told[1]
+    assert all(value.isfinite().all() for value in _state(tmp_path / "out")["model"].values())
+
+
+def test_a_picture_that_fails_is_one_warning_and_the_state_is_saved_before_it(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+
+    def fail(*_: Any, **__: Any) -> None:
+        saved.append(_state(tmp_path / "out")["step"])
+        raise np.linalg.LinAlgError("no convergence\nat all")
+
+    monkeypatch.setattr(live, "draw_run_panels", fail)
+    monkeypatch.setattr(loop, "draw_curves", fail)
+    summary = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), panels_every=1)
+    assert summary["finished"] and (tmp_path / "out" / "student" / "model.safetensors").exists()
+    assert saved == [UPDATES, 2 * UPDATES, 2 * UPDATES]
+    warnings = [line for line in summary["said"].splitlines() if line.startswith("WARNING")]
+    assert [line.split(":")[0] for line in warnings] == ["WARNING panels", "WARNING curves.png"]
+    assert "LinAlgError: no convergence at all" in warnings[0]
 
 
 def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> None:

@@ -164,6 +164,25 @@ def test_the_rotation_is_saved_with_the_weights_and_applied_outside_autocast(
     assert model(batch, masks)[0].item() != before
 
 
+def test_the_rotation_of_a_teacher_is_computed_once(
+    cache: Cache, tiny_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[int] = []
+
+    def phi(covariance: Tensor) -> Tensor:
+        counted.append(len(covariance))
+        return phi_s(covariance)
+
+    monkeypatch.setattr("mrmae.train.method.targets.phi_s", phi)
+    second = (
+        "terms.more={tap: final, positions: visible, target: teachers, teachers: [a], transform: phi_s, distance: mse}"
+    )
+    recipe = tiny_recipe("mr-mae", *PHI, second)
+    model = build_model(recipe, stored_statistics(cache_info(cache), cache, recipe))
+    assert counted == [8] and set(model.statistics) == {"mimic/a", "more/a"}
+    assert torch.equal(model.state_dict()["statistics.mimic/a.phi"], model.state_dict()["statistics.more/a.phi"])
+
+
 def test_phi_s_of_a_width_without_hadamard_matrix_is_refused_when_the_model_is_built(
     cache: Cache, tiny_recipe: MakeRecipe
 ) -> None:

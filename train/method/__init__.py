@@ -2,7 +2,7 @@
 
 from mrmae.train.method.masks import Masks, check_blocks, chosen_blocks, counts, draw_masks, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.model import Pretrainer, build_model
+from mrmae.train.method.model import Pretrainer, build_model, evaluating
 from mrmae.train.method.recipe import Decoder, Optim, Recipe, difference, from_dict, load_recipe, to_dict
 from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
@@ -34,6 +34,7 @@ __all__ = [
     "difference",
     "draw_masks",
     "draw_of",
+    "evaluating",
     "from_dict",
     "load_recipe",
     "needed_arrays",

@@ -3,7 +3,8 @@
 `build_model` checks that cache and recipe fit; `Pretrainer.forward` is one static graph: no host sync, no branch on data.
 """
 
-from collections.abc import Collection, Iterable
+import contextlib
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -44,7 +45,7 @@ class Pretrainer(nn.Module):
     """Student (a timm VisionTransformer or MCMAE's), MAE decoder or None, fusions, one head per term, the teachers' constants.
 
     Parameters: `student.*` are timm's (or MCMAE's) own names; `decoder.*`, `fusions.*` and `heads.*` are dropped after
-    training. Parts of the student that no term reads do not train.
+    training. Parts of the student that no term reads do not train. Constants are there after `fill_constants` only.
     """
 
     scale: Tensor
@@ -75,7 +76,6 @@ class Pretrainer(nn.Module):
             self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         freeze_unread(self.student, {term.recipe.tap for term in self.terms}, self.keep_blocks)
-        self.fill_constants(torch.float32)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
@@ -87,11 +87,11 @@ class Pretrainer(nn.Module):
         self.student.pos_embed.data = positions[1 - self.student.num_prefix_tokens :].to(dtype)[None]
         if self.decoder is not None:
             self.decoder.position = sincos_positions(self.info.grid, self.decoder.position.shape[1])[1:].to(dtype)
-        for term in self.terms:
-            if term.teacher is not None:
-                self.statistics[term.name] = TeacherStatistics(
-                    self.info.target(term.teacher), dtype, term.recipe.transform
-                )
+        wanted = {term.name: (term.teacher, term.recipe.transform) for term in self.terms if term.teacher is not None}
+        made = {
+            key: TeacherStatistics(self.info.target(key[0]), dtype, key[1]) for key in dict.fromkeys(wanted.values())
+        }
+        self.statistics.update({name: made[key] for name, key in wanted.items()})
 
     @property
     def pixels(self) -> Pixels:
@@ -204,6 +204,20 @@ class Pretrainer(nn.Module):
             "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
         }
         return told | {f"term {term.name}": str(term) for term in self.terms}
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, `model` is in evaluation mode; afterwards, also after an error, every module and the random stream are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    devices = {x.device for x in model.parameters() if x.is_cuda}
+    with torch.random.fork_rng(devices=devices):
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
 
 
 def count(parameters: Iterable[Tensor]) -> int:
