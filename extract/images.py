@@ -313,7 +313,7 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[Found]:
                     left_out.special.append(f"{key} ({kind})")
                 else:
                     image = SourceImage(checked_key(key, root), parent_label(key), status.st_size if status else None)
-                    yield image, Place(entry.path, None)
+                    yield image, Place(entry.path, None, status.st_mtime_ns if status else None)
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
