@@ -15,12 +15,22 @@ import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
 from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.tiff import BITS, PHOTOMETRIC, tiff_defect, tiff_in_words, unopened_tiff
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 
 # A closed list: Pillow's other plugins include one that starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # what Pillow refuses as a bomb by default: 0.5 GB of RGB
+MAGIC = {
+    b"\xff\xd8": "JPEG",
+    b"\x89PNG": "PNG",
+    b"RIFF": "WEBP",
+    b"GIF8": "GIF",
+    b"BM": "BMP",
+    b"II*": "TIFF",
+    b"MM\0": "TIFF",
+}
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -122,7 +132,21 @@ def unidentified(data: bytes) -> str:
     """Why bytes that no decoder takes are no image of ours."""
     if brand(data) in ("heic", "heix", "hevc", "mif1", "msf1"):
         return f"is HEIF (brand {brand(data)}), which is not decoded; save it as PNG or JPEG"
+    if data[:2] in (b"II", b"MM") and (what := unopened_tiff(data)):
+        return f"{what}, which is not decoded; save it with 8 or 16 unsigned bits"
+    format = next((format for magic, format in MAGIC.items() if data.startswith(magic)), None)
+    if format:
+        return f"begins like {format}, but its header is cut, damaged or of a kind that is not decoded{refusal(data, format)}"
     return f"not an image in a known format; first bytes {data[:8]!r}"
+
+
+def refusal(data: bytes, format: str) -> str:
+    """What Pillow's reader of this format has against the bytes, behind a colon; empty where it does not say."""
+    try:
+        Image.OPEN[format][0](io.BytesIO(data), "")
+    except Exception as error:  # noqa: BLE001  Pillow's parsers raise nearly any type on damaged files
+        return f": {error}" if str(error) else ""
+    return ""
 
 
 def decode_open(image: Image.Image, max_pixels: int) -> Pixels:
@@ -130,12 +154,15 @@ def decode_open(image: Image.Image, max_pixels: int) -> Pixels:
     width, height = image.size
     if width * height > max_pixels:
         raise BadImage(f"refused before decoding: {width} x {height} pixels; at most {max_pixels} are allowed")
-    inverted = image.format == "TIFF" and photometric(image) == 0
-    bits = sample_bits(image)
+    tags: Any = getattr(image, "tag_v2", {})  # of TIFFs
+    if defect := tiff_defect(tags) if tags else None:
+        raise BadImage(f"{tiff_in_words(tags)}: {defect}")
+    inverted = bool(tags) and tags.get(PHOTOMETRIC, 0) == 0  # zero is white, which Pillow overlooks in 16-bit files
+    bits = int(tags.get(BITS, (16,))[0])  # 12 in 12-bit TIFFs, which Pillow unpacks without scaling
     profile = image.info.get("icc_profile")
     image.load()
     turn = orientation(image)  # after load: TIFF images come upright from it
-    if image.mode.startswith("I;16"):
+    if image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I"):  # there scaled to 16 bits
         image = eight_bits(image, bits, inverted)
     elif image.mode in ("I", "F"):
         raise BadImage(f"samples are 32-bit or signed (mode {image.mode}), so white is undefined; "
@@ -148,18 +175,6 @@ def decode_open(image: Image.Image, max_pixels: int) -> Pixels:
     if turn in UPRIGHT:
         colour = colour.transpose(UPRIGHT[turn])
     return np.asarray(colour, np.uint8).copy()
-
-
-def photometric(image: Image.Image) -> int | None:
-    """TIFF's PhotometricInterpretation; 0 means that zero is white, which Pillow overlooks in 16-bit files."""
-    tags: Any = getattr(image, "tag_v2", {})
-    return tags.get(262)  # type: ignore[no-any-return]
-
-
-def sample_bits(image: Image.Image) -> int:
-    """Bits per sample of a 16-bit gray image: 12 in 12-bit TIFFs, which Pillow unpacks without scaling."""
-    tags: Any = getattr(image, "tag_v2", {})
-    return int(tags.get(258, (16,))[0]) if tags else 16
 
 
 def eight_bits(image: Image.Image, bits: int, inverted: bool) -> Image.Image:
