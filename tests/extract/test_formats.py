@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from mrmae.extract import engine
 from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect import main
+from mrmae.shards.begin import DIGESTS
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stats import read_stats
 
@@ -30,7 +31,9 @@ def inspect(*arguments: Any) -> tuple[int, str]:
 
 def contents(path: Path) -> dict[str, bytes]:
     """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
+    files = (
+        file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts and file.name != DIGESTS
+    )
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
