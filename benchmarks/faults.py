@@ -73,13 +73,13 @@ def truncate_at_member(path: Path, made: Plan, rng: Rng) -> Fault:
     column = PIXELS if made.format == "zarr" else some_column(made, rng)
     tar, sidecar = commit.unit_files(path, made, view, column, shard)
     before = tar.read_bytes(), sidecar.read_bytes()
-    index = json.loads(before[1])
-    keep = int(rng.integers(1, len(index["members"])))
-    end = index["members"][keep][2] - 512
+    index = dict(np.load(sidecar))
+    offsets = index["members"][..., 0]
+    end = int(rng.choice(np.sort(offsets[offsets > 0])[1:])) - 512
     tar.write_bytes(before[0][:end] + bytes(1024))
     if rng.random() < 0.5:
-        index["members"] = index["members"][:keep]
-        sidecar.write_bytes(json.dumps(index).encode())
+        index["members"][offsets > end] = -1
+        np.savez(sidecar, **index)
     names = tuple(audit.relative(path, file) for file in (tar, sidecar))
     return Fault("truncation at a member", names, before, (view, column, shard))
 

@@ -85,7 +85,7 @@ def test_repair_restores_every_byte(tars: Path, tmp_path: Path) -> None:
     content = bytearray(tar.read_bytes())
     content[2000] ^= 1
     tar.write_bytes(content)
-    (copy / "views/0/cnn/last/000002.index.json").unlink()
+    (copy / "views/0/cnn/last/000002.index.npz").unlink()
     (copy / "views/0/vit/pre_tail/column.json").write_text("{}")
     code, text = inspect("repair", copy, "--yes")
     assert code == 0 and "view 1, vit.pre_tail: shards 1" in text and "view 0, cnn.last: shards 2" in text

@@ -4,6 +4,8 @@ import hashlib
 import io
 import json
 import tarfile
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import google_crc32c
@@ -79,9 +81,9 @@ def test_the_sidecar_finds_every_member(tmp_path: Path) -> None:
             if offset >= 0:
                 assert google_crc32c.value(tar[offset : offset + size]) == crc
                 assert content is None or tar[offset : offset + size] == content
-    sidecar = json.loads(index_path(path).read_bytes())
-    assert sidecar["tar"] == {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
-    assert record["files"][str(path)] == sidecar["tar"]
+    about = json.loads(np.load(index_path(path))["about"].tobytes())
+    assert about["tar"] == {"bytes": len(tar), "sha256": hashlib.sha256(tar).hexdigest()}
+    assert record["files"][str(path)] == about["tar"]
     assert (record["count"], record["valid"], record["first"], record["last"]) == (4, 3, KEYS[0], KEYS[-1])
     assert record["bad"] == {"7": "truncated"}
     assert record["heights"] == [20, 20, 0, 20] and record["widths"] == [30, 30, 0, 30]
@@ -90,7 +92,7 @@ def test_the_sidecar_finds_every_member(tmp_path: Path) -> None:
 def test_equal_rows_make_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_pixel_tar(tmp_path / name / "000000.tar", rows())
-    for name in ("000000.tar", "000000.index.json"):
+    for name in ("000000.tar", "000000.index.npz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     # golden: the container's bytes, apart from JPEG bytes that depend on the encoder
     plain = [PixelRow(0, "k", "l", View(0, 0, 1, 1, False, 1, 1), b"jpeg"), PixelRow(1, "z", None, None, None, "r")]
@@ -109,10 +111,43 @@ def test_gaps_and_disorder_are_refused(tmp_path: Path) -> None:
 def test_damaged_sidecars_are_reported(tmp_path: Path) -> None:
     path = tmp_path / "000000.tar"
     write_pixel_tar(path, rows())
-    for content in (b"", b"{}", b'{"members": [1]}', index_path(path).read_bytes()[:200]):
+    whole = index_path(path).read_bytes()
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in (whole.index(b"jpg"), len(whole) // 2)]
+    for content in (b"", b"{}", whole[:200], whole[:-30], *flipped):
         index_path(path).write_bytes(content)
-        with pytest.raises(ValueError, match="000000.index.json: missing or damaged"):
+        with pytest.raises(ValueError, match="000000.index.npz: missing or damaged"):
             read_index(path)
+
+
+@pytest.mark.parametrize("case", ["a bomb", "more than there is", "objects", "floats", "a key that is none"])
+def test_a_hostile_sidecar_is_refused_before_it_takes_memory(tmp_path: Path, case: str) -> None:
+    path = tmp_path / "000000.tar"
+    write_pixel_tar(path, rows())
+    arrays = dict(np.load(index_path(path)))
+    save = np.savez_compressed if case == "a bomb" else np.savez
+    if case == "a bomb":
+        arrays["members"] = np.zeros((1 << 20, 2, 3), np.int64)
+    elif case == "objects":
+        arrays["members"] = arrays["members"].astype(object)
+    elif case == "floats":
+        arrays["members"] = arrays["members"].astype(float)
+    elif case == "a key that is none":
+        arrays["about"] = np.frombuffer(arrays["about"].tobytes().replace(b'"bad.jpg"', b"[1]"), np.uint8)
+    save(index_path(path), **arrays)
+    if case == "more than there is":
+        with zipfile.ZipFile(index_path(path)) as archive:
+            contents = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(index_path(path), "w") as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content.replace(b"(4, 2, 3)", b"(99999999999, 2, 3)").replace(b" " * 10 + b"\n", b"\n", 1)
+                                 if name == "members.npy" else content)  # fmt: skip
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match="000000.index.npz: missing or damaged"):
+            read_index(path)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_stored_pixels_open_in_pillow() -> None:
