@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mrmae.shards.commit import samples_id
+from mrmae.shards.commit import record_id, samples_id
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import content_id
 
@@ -370,12 +370,12 @@ def forge(cache: Path, name: str) -> bool:
         manifest = json.loads((cache / "manifest.json").read_bytes()) if (cache / "manifest.json").exists() else None
         records = {file: json.loads(file.read_bytes()) for file in cache.glob("commits/*/*/*.json")}
         about = summary(cache / name)
-        for file, record in records.items():
-            if name in record.get("files", {}):
-                record["files"][name] = about
-                file.write_text(json.dumps(record))
+        changed = [record for file, record in records.items() if cover_record(cache, file, record, name, about)]
         if manifest is not None:
             cover(cache, name, manifest, about)
+            for record in changed:
+                entry = manifest["shards"][str(record["view"])][record["column"]][record["shard"]]
+                entry["record_id"] = record["record_id"]
             manifest["manifest_id"] = content_id({key: v for key, v in manifest.items() if key != "manifest_id"})
             (cache / "manifest.json").write_text(json.dumps(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError, MemoryError):
@@ -386,6 +386,17 @@ def forge(cache: Path, name: str) -> bool:
 def summary(file: Path) -> dict[str, Any]:
     """Size and sha256, as records and manifest hold them."""
     return {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+
+
+def cover_record(cache: Path, file: Path, record: dict[str, Any], name: str, about: dict[str, Any]) -> bool:
+    """Have a commit record fit what a file now is, where it is of that file or is that file; whether it is."""
+    if name not in record.get("files", {}) and file != cache / name:
+        return False
+    if name in record.get("files", {}):
+        record["files"][name] = about
+    record["record_id"] = record_id(record)
+    file.write_text(json.dumps(record))
+    return True
 
 
 def cover(cache: Path, name: str, manifest: dict[str, Any], about: dict[str, Any]) -> None:

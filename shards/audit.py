@@ -16,18 +16,20 @@ from mrmae.shards.commit import (
     Unit,
     bad_images,
     commit_path,
+    decoded_columns,
     manifest_body,
     pixels_of,
     unit_files,
     units,
     valid_record,
+    wrong_in_record,
 )
 from mrmae.shards.links import foreign_entries, size_of
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import pieces
 from mrmae.shards.samples import read_samples
-from mrmae.shards.spec import FORMAT_VERSION, compare_specs, plain
+from mrmae.shards.spec import compare_specs, plain
 from mrmae.shards.tail import tail_path
 from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
@@ -98,7 +100,7 @@ def unit_problems(
         if promised is None:
             return  # not extracted yet
         yield Problem(relative(path, record_file), "the commit record is missing or damaged", unit)
-    elif promised is not None and right_but_for_manifest(path, plan, unit, record, promised):
+    elif promised is not None and right_but_for_manifest(path, plan, unit, record, promised, valid):
         what = f"its entry for shard {unit[2]} of {unit[1]}, view {unit[0]}, is not that of the commit record and files"
         yield Problem("manifest.json", what)
         promised = None
@@ -121,31 +123,29 @@ def wrong_record(
     path: Path, plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any] | None
 ) -> str:
     """What is wrong with a commit record; empty where nothing is."""
-    view, column, shard = unit
-    expected = {
-        "format_version": FORMAT_VERSION,
-        "view": view,
-        "column": column,
-        "shard": shard,
-        "id": plan.shard_ids(shard)[column],
-    }
-    for name, value in expected.items():
-        if record.get(name) != value:
-            return f"{name} is {record.get(name)!r}; expected {value!r}"
+    if wrong := wrong_in_record(plan, unit, record):
+        return wrong
     if unknown := verify.unknown_names(path, plan, unit, record.get("files", ())):
         return f"it names {unknown[0]!r}, which is no file of this shard"
-    for name in ("count", "valid", "files"):
+    for name in ("count", "valid", "files", "record_id"):
         if promised is not None and record.get(name) != promised[name]:
             return f"{name} differs from the manifest"
     return ""
 
 
 def right_but_for_manifest(
-    path: Path, plan: Plan, unit: Unit, record: Mapping[str, Any], promised: Mapping[str, Any]
+    path: Path,
+    plan: Plan,
+    unit: Unit,
+    record: Mapping[str, Any],
+    promised: Mapping[str, Any],
+    valid: np.ndarray[Any, Any],
 ) -> bool:
     """Whether a shard's files are exactly what its record says, and only the manifest says something else."""
-    if wrong_record(path, plan, unit, record, None) or not wrong_record(path, plan, unit, record, promised):
+    if wrong_record(path, plan, unit, record, None) or record["valid"] != valid[plan.ranges[unit[2]]].sum():
         return False
+    if all(record[name] == promised[name] for name in ("count", "valid", "files")):
+        return False  # at most the ids differ: the record is what can be written again from the images
     files = record.get("files")
     return isinstance(files, dict) and all(
         (about := files.get(relative(path, file))) and not wrong_file(file, about, full=True)
@@ -244,6 +244,9 @@ def manifest_problems(
 ) -> Iterator[Problem]:
     """Where the manifest is not what commit records and samples say; only for caches in which nothing else is wrong."""
     records = {unit: record for unit in units(plan) if (record := read_record(commit_path(path, *unit)))}
+    decoded = decoded_columns(plan, records)
+    if other := [name for name, values in decoded.items() if values != table[name]]:
+        yield Problem("samples.parquet", f"its column {other[0]} is not what the commit records say, so it was edited")
     body = plain(manifest_body(path, plan, records, table))
     told = {name: manifest.get(name) for name in body}
     if told == body:

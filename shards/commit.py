@@ -28,6 +28,9 @@ from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 REMOTE_RECORDS = 32  # asked for at a time
+# What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
+RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
+            "bad", "quality")  # fmt: skip
 
 
 def units(plan: Plan) -> Iterator[Unit]:
@@ -141,14 +144,51 @@ def commit(path: Path, plan: Plan, view: int, column: str, shard: int, record: M
     files = {Path(file).relative_to(path).as_posix(): about for file, about in record["files"].items()}
     unit = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard}
     content = {**record, **unit, "id": plan.shard_ids(shard)[column], "files": files}
+    content["record_id"] = record_id(content)
     publish(commit_path(path, view, column, shard), canonical_json(content) + b"\n")
 
 
+def record_id(record: Mapping[str, Any]) -> str:
+    """Content id of what a commit record says of its shard."""
+    return content_id({name: record[name] for name in RECORDED if name in record})
+
+
+def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
+    """What a commit record says that the unit's own cannot; empty where nothing. Files are not looked at."""
+    view, column, shard = unit
+    expected = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard,
+                "id": plan.shard_ids(shard)[column], "count": len(plan.ranges[shard])}  # fmt: skip
+    for name, value in expected.items():
+        if record.get(name) != value:
+            return f"{name} is {record.get(name)!r}; expected {value!r}"
+    try:
+        whole = record["record_id"] == record_id(record) and all(map(describes_a_file, record["files"].values()))
+        counted = type(record["valid"]) is int and (column != PIXELS or counts_images(record, plan.ranges[shard]))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return "it is not a record that mrmae writes, so it was edited or damaged"
+    if not whole:
+        return "it does not match its own id, so it was edited or damaged"
+    return "" if counted else "its sizes and bad images are not those of its samples, so it was edited"
+
+
+def describes_a_file(about: Mapping[str, Any]) -> bool:
+    """Whether this is a file's size and sha256."""
+    return type(about["bytes"]) is int and isinstance(about["sha256"], str)
+
+
+def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
+    """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
+    bad = {int(number) for number in record["bad"]}
+    sizes = [record["heights"], record["widths"]]
+    return (bad <= set(numbers) and record["valid"] == len(numbers) - len(bad)
+            and all(len(values) == len(numbers) and {type(value) for value in values} == {int} for values in sizes))  # fmt: skip
+
+
 def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> dict[str, Any] | None:
-    """A unit's commit record; None when it is absent, unreadable, of another plan, or a file is missing or resized."""
+    """A unit's commit record; None when it is absent, edited, of another plan, or a file is missing or resized."""
     try:
         record: dict[str, Any] = json.loads(commit_path(path, view, column, shard).read_bytes())
-        if record["format_version"] != FORMAT_VERSION or record["id"] != plan.shard_ids(shard)[column]:
+        if wrong_in_record(plan, (view, column, shard), record):
             return None
         files = {file.relative_to(path).as_posix(): file for file in unit_files(path, plan, view, column, shard)}
         told = record["files"]
@@ -284,9 +324,9 @@ def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int
 
 
 def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Count, valid count, and size and sha256 of every file, by view and column, in the order of shards."""
+    """Count, valid count, the record's id, and size and sha256 of every file, by view and column, in the order of shards."""
     table: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for (view, column, _), record in sorted(records.items(), key=lambda item: (item[0][0], item[0][2])):
-        entry = {name: record[name] for name in ("count", "valid", "files")}
+        entry = {name: record[name] for name in ("count", "valid", "record_id", "files")}
         table.setdefault(str(view), {}).setdefault(column, []).append(entry)
     return table

@@ -28,7 +28,7 @@ from mrmae.shards.remote import pieces
 from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import tail_path, write_tail
-from mrmae.shards.trust import read_record
+from mrmae.shards.verify import promised
 from mrmae.shards.write import publish
 
 BLOCK_BYTES = 1 << 20
@@ -98,10 +98,10 @@ def converted_quantisers(cache: Cache, plan: Plan) -> dict[str, Quantiser]:
 def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping[str, Any]) -> int:
     """Bytes of the shard that was written and committed."""
     view, column, shard = unit
-    record = read_record(commit_path(cache.path, *unit))
-    if record is None:
-        raise ValueError(f"{commit_path(cache.path, *unit)}: the commit record is missing or damaged; run inspect-cache "
-                         f"repair {cache.path}")  # fmt: skip
+    record = commits.valid_record(cache.path, cache.plan, *unit)
+    if record is None or record["record_id"] != promised(cache.manifest, unit)["record_id"]:
+        raise ValueError(f"{commit_path(cache.path, *unit)}: the commit record is missing, or is not the one that was written; "
+                         f"run inspect-cache repair {cache.path}")  # fmt: skip
     origin = record.get("extracted") or {name: record[name] for name in NOT_COPIED[2:] if name in record}
     record = {name: value for name, value in record.items() if name not in NOT_COPIED} | {
         "quality": record.get("quality"), "extracted": origin, "written": int(time.time()), **about,
@@ -119,12 +119,12 @@ def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[s
     """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
     view, column, shard = unit
     commits.clear(out, plan, *unit)
-    promised = cache.manifest["shards"][str(view)][column][shard]["files"]
+    told = promised(cache.manifest, unit)["files"]
     files = {}
     for file in unit_files(cache.path, cache.plan, *unit):
         name = file.relative_to(cache.path).as_posix()
         try:
-            made = publish(out / name, verified_blocks(file, promised[name]["sha256"]))
+            made = publish(out / name, verified_blocks(file, told[name]["sha256"]))
         except Damaged as error:
             raise ValueError(cache.repair_text(error, column, view, shard)) from None
         files[str(made.path)] = {"bytes": made.bytes, "sha256": made.sha256}

@@ -238,7 +238,8 @@ def load_plan(path: Path) -> Plan:
         raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
                          "inspect-cache repair; otherwise extract anew") from None  # fmt: skip
     if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-        raise ValueError(f"{file}: another format version; this mrmae reads {FORMAT_VERSION}; use a matching one")
+        version = fields.get("format_version") if isinstance(fields, dict) else None
+        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
     return Plan.from_json(fields, str(file))
 
 

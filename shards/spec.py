@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Where weights came from and how they were called does not change a number; their sha256 does.

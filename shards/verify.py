@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mrmae.shards.commit import Unit, samples_id, unit_files, units
+from mrmae.shards.commit import Unit, describes_a_file, samples_id, unit_files, units
 from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.remote import RemotePath
@@ -27,10 +27,33 @@ def read_manifest(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({error!r}); {todo}") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; use a matching one")
+        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
     if not intact:
         raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
+    try:
+        wrong = misshapen(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        wrong = repr(error)
+    if wrong:
+        raise ValueError(f"{file}: it is no manifest that mrmae writes ({wrong}), so it was edited; {todo}")
     return manifest
+
+
+def misshapen(manifest: Mapping[str, Any]) -> str:
+    """Where a manifest is not made as `commit.manifest_body` makes it; empty where it is. KeyError, TypeError likewise."""
+    for column in manifest["columns"]:
+        name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
+        if column["name"] != f"{name}.{tap}":
+            return f"column {column['name']!r} of teacher {name!r}"
+        if tail is not None and (tail["file"] != tail_path(Path(), name).as_posix() or not describes_a_file(tail)):
+            return f"the tail of {column['name']}"
+    for view, columns in manifest["shards"].items():
+        for column, entries in columns.items():
+            for shard, entry in enumerate(entries):
+                counts = {type(entry["count"]), type(entry["valid"])} == {int} and isinstance(entry["record_id"], str)
+                if not counts or not all(describes_a_file(about) for about in entry["files"].values()):
+                    return f"shard {shard} of {column}, view {view}"
+    return ""
 
 
 def refuse_problems(path: Path, plan: Plan, manifest: Mapping[str, Any], table: Mapping[str, list[Any]]) -> None:

@@ -148,6 +148,7 @@ def test_no_path_of_a_commit_record_is_used(cache: Path, tmp_path: Path) -> None
     record = cache / "commits/0/pixels/000000.json"
     about = json.loads(record.read_bytes())
     about["files"]["../victim.txt"] = {"bytes": 4, "sha256": ""}
+    about["record_id"] = commit.record_id(about)
     record.write_text(json.dumps(about))
     problems = audit.find_problems(cache, full=True)
     assert any("which is no file of this shard" in str(problem) for problem in problems)
