@@ -11,6 +11,8 @@ from mrmae.shards.cache import open_cache
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.spec import TeacherSpec, ViewRecipe, content_id
+from mrmae.shards.views import View
+from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
 
 SHARDS = 1000
 
@@ -23,7 +25,25 @@ def rows(work: Path, repeats: int = 3) -> list[dict[str, Any]]:
         seconds = [seconds_to_open(path) for _ in range(repeats)]
         found.append({"what": f"open {SHARDS} shards, {n} samples", "reader": "mrmae zarr", "value": statistics.median(seconds),
                       "unit": "s", "low": min(seconds), "high": max(seconds), "goal_s": 2})  # fmt: skip
-    return found
+    return found + index_rows(work)
+
+
+def index_rows(work: Path, n: int = 3400, repeats: int = 21) -> list[dict[str, Any]]:
+    """Milliseconds to read the sidecar of a pixel tar of n samples, and its kilobytes."""
+    tar = work / "index" / "000000.tar"
+    rows = [
+        PixelRow(i, f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", None, View(0, 0, 8, 8, False, 8, 8), b"jpeg")
+        for i in range(n)
+    ]
+    write_pixel_tar(tar, rows)
+    ms = []
+    for _ in range(repeats):
+        began = time.process_time()
+        read_index(tar)
+        ms.append(1e3 * (time.process_time() - began))
+    what = {"what": f"index of a tar, {n} samples", "reader": "mrmae webdataset"}
+    return [{**what, "value": statistics.median(ms), "unit": "ms", "low": min(ms), "high": max(ms)},
+            {**what, "value": index_path(tar).stat().st_size / 1e3, "unit": "KB"}]  # fmt: skip
 
 
 def seconds_to_open(path: Path) -> float:
