@@ -31,7 +31,7 @@ from mrmae.extract.tower import (
     tap_index,
     with_tail,
 )
-from mrmae.extract.weights import fit_weights, hinted, load_weights, weights_sha256
+from mrmae.extract.weights import first_line, fit_weights, hinted, load_weights, weights_sha256
 
 DEFAULT_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 Pretrained = dict[str, Any]  # open_clip's record of a tag: hub, mean, std, interpolation, quick_gelu
@@ -50,7 +50,7 @@ def build_open_clip(request: TeacherRequest, *, grid: int, allow_torchscript: bo
     module = build_visual(request, config, quick_gelu=quick_gelu)
     check_trunk_activation(request, module)
     if weights is not None:
-        fit_weights(module, visual_part(weights, module), where=request.where)
+        fit_weights(module, visual_part(weights, module, where=request.where), where=request.where)
     sha256 = weights_sha256(module.state_dict())
     origin = Origin(request.where, request.tag, preprocessing(request, tag), sha256)
     if isinstance(module, TimmModel):
@@ -202,9 +202,14 @@ def read_weights(request: TeacherRequest, tag: Pretrained, *, allow_torchscript:
     return load_weights(path, allow_torchscript=allow_torchscript)
 
 
-def visual_part(weights: StateDict, module: nn.Module) -> StateDict:
+def visual_part(weights: StateDict, module: nn.Module, *, where: str) -> StateDict:
     """The image tower's tensors, from a whole CLIP's state dict (`visual.`) or the tower's alone."""
-    weights = convert_state_dict(types.SimpleNamespace(visual=module), weights)  # Apple's own MobileCLIP files
+    try:
+        weights = convert_state_dict(types.SimpleNamespace(visual=module), weights)  # Apple's own MobileCLIP files
+    except Exception as error:  # made for the right weights, it fails anyhow on others
+        raise ValueError(
+            f"{where}: open_clip cannot convert the weights ({first_line(error)}); choose the model they were made for"
+        ) from None
     visual = {k.removeprefix("visual."): v for k, v in weights.items() if k.startswith("visual.")}
     return visual or weights
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -26,7 +26,7 @@ from mrmae.extract.tower import (
     tap_index,
     with_tail,
 )
-from mrmae.extract.weights import fit_weights, hinted, load_weights, weights_sha256
+from mrmae.extract.weights import first_line, fit_weights, hinted, load_weights, weights_sha256
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's own note on weights that its default GELU does not reproduce.
@@ -145,8 +145,9 @@ def build_loaded(
                 f"{request.where}: timm cannot build it with {options or 'its defaults'} ({error}); correct the options"
             ) from None
     if weights is not None:
-        converted = convert(dict(weights), model, recorded["filter_fn"])
-        fit_weights(model, converted, where=request.where, classifier=classifier_names(config))
+        names = classifier_names(config)
+        converted = converted_weights(weights, model, recorded["filter_fn"], where=request.where, classifier=names)
+        fit_weights(model, converted, where=request.where, classifier=names)
     return model.eval().requires_grad_(False)
 
 
@@ -176,11 +177,25 @@ def timm_loader_recorded() -> Iterator[dict[str, Any]]:
         yield recorded
 
 
-def convert(weights: StateDict, model: nn.Module, filter_fn: Callable[..., StateDict] | None) -> StateDict:
-    """`weights` under the names and shapes of `model`, by timm's own conversion for it."""
+def converted_weights(
+    weights: Mapping[str, Tensor],
+    model: nn.Module,
+    filter_fn: Callable[..., StateDict] | None,
+    *,
+    where: str,
+    classifier: Collection[str],
+) -> Mapping[str, Tensor]:
+    """`weights` under the names and shapes of `model`, by timm's own conversion for it. ValueError where it cannot."""
     if filter_fn is None:
         return weights
-    return filter_fn(weights, model) if len(inspect.signature(filter_fn).parameters) > 1 else filter_fn(weights)
+    given = (dict(weights), model) if len(inspect.signature(filter_fn).parameters) > 1 else (dict(weights),)
+    try:
+        return filter_fn(*given)
+    except Exception as error:  # made for the right weights, timm's conversions fail anyhow on others
+        fit_weights(model, weights, where=where, classifier=classifier)  # says which tensor does not fit
+        raise ValueError(
+            f"{where}: timm cannot convert the weights ({first_line(error)}); choose the model they were made for"
+        ) from None
 
 
 # --- geometry

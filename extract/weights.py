@@ -4,16 +4,15 @@ import argparse
 import hashlib
 import json
 import pickle
-import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
 from mrmae.common.suggest import nearest
+from mrmae.extract.weights_file import kind_of
 
 StateDict = dict[str, Tensor]
 
@@ -34,32 +33,23 @@ def load_weights(file: str | Path, *, allow_torchscript: bool = False) -> StateD
 
     Pickles are read with weights_only=True (an argparse.Namespace inside is allowed): nothing in them is run.
     allow_torchscript: also read TorchScript archives such as OpenAI's CLIP `.pt`; these can run code, so trust the file.
-    Raises ValueError where the file is missing, unreadable, of another kind, or holds no tensors.
+    Raises ValueError, in one line, where the file is missing, unreadable, of another kind (`kind_of`), or holds no tensors.
     """
     path = Path(file)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected weights as .safetensors, .pt, .pth or .bin; check the path")
-    with open(path, "rb") as opened:
-        head = opened.read(9)
-    if head[8:9] == b"{":
-        return unwrap(read_safetensors(path), path)
-    if is_torchscript(path):
-        return unwrap(read_torchscript(path, allowed=allow_torchscript), path)
-    return unwrap(read_checkpoint(path), path)
+    match kind_of(path):
+        case "safetensors":
+            return unwrap(read_safetensors(path), path)
+        case "torchscript":
+            return unwrap(read_torchscript(path, allowed=allow_torchscript), path)
+        case "checkpoint":
+            return unwrap(read_checkpoint(path), path)
 
 
 def read_safetensors(path: Path) -> StateDict:
     try:
         return safetensors.torch.load_file(path)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path}: is not whole safetensors ({error}); copy or download it again") from None
-
-
-def is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+    except Exception as error:  # beside its own, safetensors lets errors of torch and of the JSON through
+        raise ValueError(f"{path}: is not whole safetensors ({first_line(error)}); copy or download it again") from None
 
 
 def read_torchscript(path: Path, *, allowed: bool) -> StateDict:
@@ -68,30 +58,41 @@ def read_torchscript(path: Path, *, allowed: bool) -> StateDict:
             f"{path}: is a TorchScript archive, which can run code when it is loaded; expected safetensors or a state "
             "dict; pass --allow-torchscript if you trust the file"
         )
-    weights = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    try:
+        weights = torch.jit.load(path, map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise ValueError(f"{path}: cannot be read as TorchScript ({first_line(error)}); copy it again") from None
     return {name: tensor for name, tensor in weights.items() if name not in NOT_WEIGHTS}
 
 
 def read_checkpoint(path: Path) -> object:
+    """What a checkpoint holds. ValueError where it needs code to load, naming it, or cannot be read."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        refused = unsafe_names(path) or str(error).splitlines()[0]
+        with open(path, "rb") as opened, torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(opened, map_location="cpu", weights_only=True)  # by path it would go by the suffix
+    except pickle.UnpicklingError:  # its text is a page, with the advice to load without this check
+        refused = unsafe_names(path)
+        reason = "its pickle is cut off, damaged, or no checkpoint"
+    except Exception as error:  # damage takes every form
+        refused, reason = "", first_line(error)
+    if refused:
         raise ValueError(
             f"{path}: needs more than tensors to load ({refused}), which could run code; expected a plain state dict; "
-            "convert it to safetensors where you trust it"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: cannot be read as a PyTorch checkpoint ({reason}); copy it again") from None
+            "ask for the weights as safetensors"
+        )
+    raise ValueError(f"{path}: cannot be read as a PyTorch checkpoint ({reason}); copy it again")
 
 
 def unsafe_names(path: Path) -> str:
     try:
         return ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError):  # the caller has a message already
+    except Exception:  # damaged as well; the caller has a message already
         return ""
+
+
+def first_line(error: Exception) -> str:
+    """The beginning of a library's error, short enough to stand inside ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def unwrap(content: object, path: Path) -> StateDict:
@@ -123,18 +124,19 @@ def fit_weights(
     Raises ValueError with the first tensor (in the model's order) that does not fit and both shapes.
     """
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in classifier}
-    for name, tensor in wanted.items():
-        if name in weights and weights[name].shape != tensor.shape:
-            raise ValueError(
-                f"{where}: {name} has shape {list(weights[name].shape)} in the weights; the model has "
-                f"{list(tensor.shape)}; choose the model that the weights were made for"
-            )
+    if other := [name for name, tensor in wanted.items() if name in weights and weights[name].shape != tensor.shape]:
+        first, alike = other[0], sum(name in weights for name in wanted)
+        raise ValueError(
+            f"{where}: {first} has shape {list(weights[first].shape)} in the weights; the model has "
+            f"{list(wanted[first].shape)}; {len(other)} of {alike} tensors have another shape; choose the model that the "
+            "weights were made for, with its options (?embed_dim=, ?depth=, ...)"
+        )
     missing = [name for name in wanted if name not in weights and not name.endswith("num_batches_tracked")]
     extra = [n for n in weights if n not in wanted and n not in classifier and not n.startswith(TRAINING_ONLY)]
     if missing or extra:
         raise ValueError(
             f"{where}: {listed(missing, 'missing in the weights')}; {listed(extra, 'in the weights only')}; "
-            f"choose the model that the weights were made for{hint(missing, extra)}"
+            f"choose the model that the weights were made for, with its options{hint(missing, extra)}"
         )
     model.load_state_dict({name: weights[name] for name in wanted if name in weights}, strict=False)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.request import TeacherRequest, parse_teacher
 from mrmae.extract.timm_teacher import classifier_names, find_config, read_weights
+from mrmae.extract.weights import fit_weights
 from mrmae.probe.sources import Source
 from mrmae.train.method import LN_EPS, MaskedConvViT
 
@@ -115,12 +116,8 @@ def timm_classifier(
     model: nn.Module = timm.create_model(f"{request.model}.{request.tag}" if request.tag else request.model, **options)
     names = classifier_names(find_config(request))
     weights = {name: x for name, x in frozen.state_dict().items() if name not in names}
-    missing, extra = model.load_state_dict(weights | ({} if new_head else head), strict=False)
-    if wrong := [*extra, *(name for name in missing if name not in names)]:
-        raise ValueError(
-            f"SOURCE {source.name}: {wrong[0]} does not fit the model with {n_classes} classes; expected the same encoder; "
-            "fine-tune without ?options, or another model"
-        )
+    began = {} if new_head else head
+    fit_weights(model, weights | began, where=f"SOURCE {source.name}", classifier=names - set(began))
     kept = f"fine-tuning begins with the classifier of {had} classes that the weights hold"
     replaced = f"the classifier of {had} classes that the weights hold is replaced by a new one of {n_classes}"
     return model, [replaced if new_head else kept] if had else []

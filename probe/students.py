@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.timm_teacher import as_tower, attention_backend, norm_tail_of
 from mrmae.extract.tower import Origin, Preprocessing, Tower, activation_of
-from mrmae.extract.weights import weights_sha256
+from mrmae.extract.weights import fit_weights, weights_sha256
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
 from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict
@@ -83,7 +83,7 @@ def from_checkpoint(path: Path) -> Student:
     else:
         patch, side = weights["patch_embed.proj.weight"].shape[-1], round((weights["pos_embed"].shape[1] - 1) ** 0.5)
         model = build_vit(name, size=side * patch, patch=patch, grid=(side, side), channels=channels)
-    model.load_state_dict(weights, strict=True)
+    fit_weights(model, weights, where=str(path))
     return Student(model.float(), name, side * patch, patch, recipe.prepare.mean, recipe.prepare.std)
 
 

@@ -5,6 +5,7 @@ it: views, masks and order are functions of (seed, epoch, sample).
 """
 
 import errno
+import pickle
 import zipfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 
 import torch
 
+from mrmae.extract.weights import first_line
+from mrmae.extract.weights_file import kind_of
 from mrmae.shards.write import TEMPORARY, publish_by
 
 FORMAT = 2
@@ -55,16 +58,21 @@ def save_checkpoint(folder: Path, state: State, *, step: int, keep: int) -> Path
 
 
 def read_checkpoint(path: Path) -> State:
-    """The state in one file, on the CPU. Raises ValueError when the file is damaged or of another format."""
+    """The state in one file, on the CPU. Raises ValueError, in one line, when the file is damaged or of another format."""
+    kind_of(path)
     try:
         with zipfile.ZipFile(path) as archive:  # torch.load itself does not verify the CRCs
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f"CRC mismatch in {damaged}")
         state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # its text is a page, with the advice to load without this check
+        raise ValueError(f"{path}: is no checkpoint of train-mrmae; one was expected; correct the path") from None
     except Exception as error:
-        raise ValueError(f"{path}: cannot be read back ({type(error).__name__}: {error})") from error
-    if state.get("format") != FORMAT:
+        raise ValueError(f"{path}: cannot be read back ({type(error).__name__}: {first_line(error)})") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise ValueError(f"{path}: is no checkpoint of train-mrmae; one was expected; correct the path")
+    if state["format"] != FORMAT:
         raise ValueError(f"{path}: has checkpoint format {state.get('format')}; this version reads {FORMAT}")
     return state
 

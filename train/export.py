@@ -17,6 +17,7 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from mrmae.extract.weights import fit_weights, load_weights
 from mrmae.shards.write import publish
 from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae
 
@@ -66,27 +67,28 @@ def export_student(model: Pretrainer, path: Path | str, *, source: Mapping[str, 
 def load_student(path: Path | str) -> VisionTransformer:
     """The timm model of an exported folder, with its weights, in evaluation mode.
 
-    Raises ValueError when the folder is not an export, or of MCMAE's student.
+    Raises ValueError when the folder is not an export, or of MCMAE's student, or its weights cannot be read or do not fit.
     """
     folder = check_export(path)
     if json.loads((folder / CONFIG).read_bytes())["architecture"] in SIZES:
         raise ValueError(f"{folder}: holds MCMAE's student; a timm model was expected; open it with export.load_mcmae")
-    student = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    student = timm.create_model(f"local-dir:{folder}", pretrained=False)
     assert isinstance(student, VisionTransformer)
+    fit_weights(student, load_weights(folder / WEIGHTS), where=str(folder))
     return student.eval()
 
 
 def load_mcmae(path: Path | str) -> MaskedConvViT:
     """MCMAE's student from an exported folder, with its weights, in evaluation mode.
 
-    Raises ValueError when the folder is not an export, or of a timm model.
+    Raises ValueError when the folder is not an export, or of a timm model, or its weights cannot be read or do not fit.
     """
     folder = check_export(path)
     config = json.loads((folder / CONFIG).read_bytes())
     if config["architecture"] not in SIZES:
         raise ValueError(f"{folder}: holds {config['architecture']}; MCMAE's student was expected; timm opens this one")
     student = build_mcmae(config["architecture"], **config["model_args"])
-    student.load_state_dict(safetensors.torch.load_file(folder / WEIGHTS))
+    fit_weights(student, load_weights(folder / WEIGHTS), where=str(folder))
     return student.eval()
 
 

@@ -42,14 +42,15 @@ def init_from(model: Pretrainer, file: str | Path, *, decoder: bool | None = Non
     encoder, notes = encoder_weights(model, weights, where)
     chosen, more = decoder_weights(model, weights, decoder, where)
     wanted = dict(model.named_parameters())
-    for name, value in {**encoder, **chosen}.items():
-        if value.shape != wanted[name].shape:
-            raise ValueError(
-                f"{where}: {name.partition('.')[2]} has shape {list(value.shape)} in the file; this recipe's has "
-                f"{list(wanted[name].shape)}; choose the student.model (and student.decoder) that the weights were made for"
-            )
+    given = {**encoder, **chosen}
+    if other := [name for name, value in given.items() if value.shape != wanted[name].shape]:
+        raise ValueError(
+            f"{where}: {other[0].partition('.')[2]} has shape {list(given[other[0]].shape)} in the file; this recipe's has "
+            f"{list(wanted[other[0]].shape)}; {len(other)} of {len(given)} tensors have another shape; choose the student.model "
+            "(and student.decoder) that the weights were made for"
+        )
     with torch.no_grad():
-        for name, value in {**encoder, **chosen}.items():
+        for name, value in given.items():
             wanted[name].copy_(value)
     return [f"{where}: encoder loaded ({len(encoder)} tensors)", *notes, *more]
 
@@ -111,6 +112,8 @@ def decoder_weights(
     assert model.decoder is not None
     theirs = {name: x for name, x in weights.items() if name.split(".")[0] in DECODER}
     found = {f"decoder.{DECODER[n.split('.')[0]]}{n[len(n.split('.')[0]) :]}": x for n, x in theirs.items()}
+    if f"{PREDICTION}.bias" not in weights:
+        raise ValueError(f"{where}: has {PREDICTION}.weight and no bias; both were expected; load the encoder alone")
     for part in ("weight", "bias"):
         found[f"heads.{head}.{part}"] = reordered(weights[f"{PREDICTION}.{part}"], model, to_cpq, where)
     mine = {f"decoder.{name}" for name, _ in model.decoder.named_parameters()}

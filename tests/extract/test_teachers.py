@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mrmae.extract import timm_teacher
 from mrmae.extract.request import OUR_KEYS
 from mrmae.extract.teachers import DEFAULT_TEACHERS, apply_tail, build_teacher, normalise, parse_teacher
 from mrmae.shards.spec import TeacherSpec, canonical_json
@@ -373,3 +374,15 @@ def test_mobilenet_with_real_weights_equals_a_plain_forward(tap, width, real_fil
     if side == 7:
         expected = F.interpolate(expected, (14, 14), mode="bilinear", align_corners=False)
     assert_near(teacher.forward(views(224)).tokens, expected.flatten(2).transpose(1, 2))
+
+
+def test_a_conversion_that_fails_on_other_weights_names_the_tensor_or_the_reason():
+    def failing(weights, model):
+        raise RuntimeError("shape '[1, 14]' is invalid\nand a page more")
+
+    model = torch.nn.Linear(2, 3)
+    how = {"where": "a=timm:x", "classifier": ()}
+    with pytest.raises(ValueError, match=r"a=timm:x: weight has shape \[3, 9\] in the weights"):
+        timm_teacher.converted_weights(model.state_dict() | {"weight": torch.zeros(3, 9)}, model, failing, **how)
+    with pytest.raises(ValueError, match=r"cannot convert the weights .shape '\[1, 14\]' is invalid.; choose"):
+        timm_teacher.converted_weights(model.state_dict(), model, failing, **how)

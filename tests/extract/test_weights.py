@@ -1,10 +1,13 @@
 import argparse
 import hashlib
 import http.server
+import io
+import os
 import socket
 import struct
 import threading
 import time
+import zipfile
 
 import pytest
 import safetensors.torch
@@ -87,15 +90,87 @@ def test_missing_cut_and_foreign_files_are_named(tmp_path, weights):
     for save, name in ((safetensors.torch.save_file, "w.safetensors"), (torch.save, "w.pth")):
         save(weights, tmp_path / name)
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-200])
-        with pytest.raises(ValueError, match=f"{name}: (is not whole safetensors|cannot be read as a PyTorch)"):
+        with pytest.raises(
+            ValueError, match=f"{name}: (is safetensors with a header of|is a zip archive that is cut off)"
+        ):
             load_weights(tmp_path / name)
-    for data in (b"", b"<html>not found</html>", b"\x80\x02}q\x00."):
-        (tmp_path / "w.bin").write_bytes(data)
-        with pytest.raises(ValueError, match="w.bin: (cannot be read|needs more than tensors|holds no named tensors)"):
-            load_weights(tmp_path / "w.bin")
+    (tmp_path / "w.bin").write_bytes(b"\x80\x02}q\x00.")
+    with pytest.raises(ValueError, match="w.bin: (cannot be read as a PyTorch|holds no named tensors)"):
+        load_weights(tmp_path / "w.bin")
     torch.save({"epoch": 3}, tmp_path / "w.pth")
     with pytest.raises(ValueError, match="w.pth: holds no named tensors"):
         load_weights(tmp_path / "w.pth")
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 346284714\n"
+HUGE = (2**40).to_bytes(8, "little") + b'{"a":{}}' + bytes(64)
+
+
+def zipped(name: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr(name, "x")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
+@pytest.mark.parametrize(
+    "content, told",
+    [
+        (b"", "is empty; .*; copy or download the file again"),
+        (
+            LFS,
+            "is a git-LFS pointer of 134 bytes, in place of 346,284,714; .*; fetch the file itself with git lfs pull",
+        ),
+        (
+            b"\n<!DOCTYPE html><html><title> Sign in </title>",
+            "is an HTML page titled 'Sign in': a download's error page",
+        ),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is XML that begins with '<.xml"),
+        (b'{"error": "Repository not found"}', "is JSON text that begins with"),
+        (b'{"abcde{": 1}', "is JSON text that begins with"),  # a brace where safetensors has its own
+        ("# Größe\n".encode() * 900, "is a text file that begins with '# Größe"),
+        (zipped("photo.jpg"), "is a zip archive that is no checkpoint .it holds 'photo.jpg'.; .*; unpack it"),
+        (zipped("a/data.pkl")[:-9], "is a zip archive that is cut off or damaged"),
+        (zipped("a/data.pkl"), "cannot be read as a PyTorch checkpoint"),
+        (b"\x1f\x8b\x08" + bytes(99), "is a gzip archive; .*; unpack it"),
+        (bytes(257) + b"ustar" + bytes(99), "is a tar archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file, as Keras writes"),
+        (bytes(9999), "is nothing but zeros at its beginning"),
+        (bytes(range(99)), "is no weights: it begins with the bytes 00 01 02"),
+        (HUGE, "is safetensors with a header of 1,099,511,627,776 bytes in a file of 80"),
+        (b"\x80\x02cos\nsystem\n(X\x02\x00\x00\x00lstR.", "cannot be read as|needs more than tensors"),
+        (b"\x80\x04\x95\x00", "cannot be read as a PyTorch checkpoint .its pickle is cut off, damaged"),
+    ],
+)
+def test_what_is_no_weights_is_named_in_one_line_without_advice_to_trust_it(tmp_path, content, told, suffix):
+    path = tmp_path / f"w{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        load_weights(path)
+    text = str(error.value)
+    assert text.startswith(f"{path}: ") and "\n" not in text and "weights_only" not in text and len(text) < 400
+
+
+def test_what_is_no_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth: is no regular file .a pipe or device."):
+        load_weights(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="is a folder; .*; give the file in it"):
+        load_weights(tmp_path)
+
+
+def test_cut_anywhere_weights_are_refused_in_one_line(tmp_path, weights):
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    torch.save(weights, tmp_path / "w.pth")
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    for name in ("w.safetensors", "w.pth", "old.pth"):
+        whole = (tmp_path / name).read_bytes()
+        for n_bytes in range(0, len(whole), max(1, len(whole) // 25)):
+            (tmp_path / "cut").write_bytes(whole[:n_bytes])
+            with pytest.raises(ValueError, match="cut: ") as error:
+                load_weights(tmp_path / "cut")
+            assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
 def test_fitting_loads_every_tensor(weights):
@@ -115,7 +190,10 @@ def test_fitting_allows_decoders_classifiers_and_absent_counters(weights):
 
 def test_weights_of_another_shape_name_the_first_tensor_and_both_shapes(weights):
     wrong = weights | {"1.weight": torch.zeros(7), "0.bias": torch.zeros(5)}
-    with pytest.raises(ValueError, match=r"a=timm:x: 0.bias has shape \[5\] in the weights; the model has \[4\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"a=timm:x: 0.bias has shape \[5\] in the weights; the model has \[4\]; 2 of 7 tensors have another",
+    ):
         fit_weights(small_model(), wrong, where="a=timm:x")
 
 

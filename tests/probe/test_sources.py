@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 
@@ -94,6 +95,25 @@ def test_folders_and_columns_that_hold_nothing_are_refused(tiny_cache: Path, tmp
         open_source(f"{tiny_cache}#z")
     with pytest.raises(ValueError, match="--size 64: .* leave --size out"):
         open_source(f"{tiny_cache}#a", size=64)
+
+
+def test_a_student_whose_file_is_no_weights_or_another_models_is_refused_in_one_line(
+    trained: Path, tmp_path: Path
+) -> None:
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    shutil.copytree(trained / "student", tmp_path / "student")
+    (tmp_path / "step-000000001.pt").write_bytes(pointer)
+    (tmp_path / "student" / "model.safetensors").write_bytes(pointer)
+    for place in (tmp_path, tmp_path / "step-000000001.pt"):
+        with pytest.raises(ValueError, match="is a git-LFS pointer of 63 bytes, in place of 9; .* git lfs pull"):
+            open_source(str(place))
+    safetensors.torch.save_file({"cls_token": torch.zeros(1, 1, 3)}, tmp_path / "student" / "model.safetensors")
+    with pytest.raises(ValueError, match=r"cls_token has shape \[1, 1, 3\] in the weights; the model has \[1, 1, 64\]"):
+        open_source(str(tmp_path))
+    torch.save({"model": {}, "optimizer": exec}, tmp_path / "step-000000001.pt")
+    with pytest.raises(ValueError, match="step-000000001.pt: is no checkpoint of train-mrmae") as error:
+        open_source(str(tmp_path / "step-000000001.pt"))
+    assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
 def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[..., Path], tmp_path: Path) -> None:
