@@ -12,7 +12,8 @@ import click
 from rich.console import Console
 
 from mrmae.common.progress import Progress, human_bytes
-from mrmae.extract.again import commands_of, run_again
+from mrmae.extract.again import Given, commands_of, refuse_commands, run_again
+from mrmae.extract.cli import main as extract_command
 from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
 from mrmae.shards import audit
@@ -128,7 +129,7 @@ def verified_live(
 
 @main.command()
 @CACHE
-@click.option("--run", is_flag=True, help="Also run the recorded extract-features command.")
+@click.option("--run", is_flag=True, help="Also run the recorded command, in this process.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
 @YES
 def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
@@ -138,23 +139,35 @@ def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
         if not problems:
             click.echo(f"{cache}: nothing to repair")
             return
-        commands = commands_of(cache, problems)
-        report_damage(cache, problems)
         doomed = files_to_remove(cache, problems)
+        report_damage(cache, problems)
         click.echo(f"to be removed: {in_words(doomed)}: records of damaged shards, and what is written again from others"
                    + (", and plan.json is written anew from manifest.json" * any(p.file == "plan.json" for p in problems)))  # fmt: skip
+        commands = commands_of(cache, problems)
+        if run:
+            refuse_commands(commands, programs())
+            click.echo(f"then to be run:{in_lines(commands)}")
         if not dry_run:
-            ask(f"Remove this from {cache}?", yes)
+            ask(f"Remove this from {cache}{' and run that' * run}?", yes)
             click.echo(f"removed {len(prepare_repair(cache, problems))} files")
-        lines = "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
-        click.echo(
-            f"to write them anew, run{':' + lines if lines else ' the extract-features command that made this cache'}"
-        )
-        if run and not dry_run:
-            run_again(commands)
+        if not run:
+            click.echo("to write them anew, run" + (f":{in_lines(commands)}" if commands else
+                       " the extract-features command that made this cache"))  # fmt: skip
+        elif not dry_run:
+            run_again(commands, programs())
             left = audit.find_problems(cache, full=True)
             report(cache, left)
             raise SystemExit(1 if left else 0)
+
+
+def programs() -> dict[str, click.Command]:
+    """What a recorded command may be of, by its first word."""
+    return {"extract-features": extract_command, "inspect-cache": convert}
+
+
+def in_lines(commands: Sequence[Given]) -> str:
+    """Commands to be copied, each with the folder it was given in."""
+    return "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
 
 
 def ask(question: str, yes: bool) -> None:

@@ -47,7 +47,7 @@ def compare_live(
 ) -> list[Comparison]:  # fmt: skip
     """Every column against its teacher on n samples spread over the cache, on the stored views.
 
-    texts: teachers as --teacher names them, where the recorded ones cannot be built. mirror: the control, the teacher
+    texts: teachers as --teacher names them, where the recorded ones cannot be built; only of these a file may be TorchScript. mirror: the control, the teacher
     sees mirrored views; it must not pass. ValueError where a teacher is another one than the cache's, naming the field.
     """
     given = {request.name: request for request in map(parse_teacher, texts)}
@@ -61,7 +61,8 @@ def compare_live(
         request = given.get(column.spec.name) or recorded_request(cache, name)
         request = dataclasses.replace(request, tap=column.spec.tap)  # a teacher may have several columns
         teacher = build_teacher(request, grid=cache.grid[0], view_size=cache.size, device=device,
-                                precision=column.spec.precision, allow_torchscript=allow_torchscript)  # fmt: skip
+                                precision=column.spec.precision,
+                                allow_torchscript=allow_torchscript and column.spec.name in given)  # fmt: skip
         compare_teachers(column.spec, teacher.spec, f"{cache.path}: {name}")
         found.append(compare_column(cache, name, teacher, numbers, mirror=mirror))
     return found

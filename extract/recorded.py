@@ -10,19 +10,39 @@ from mrmae.shards.commit import commit_path, units, valid_record
 from mrmae.shards.plan import Plan, load_plan
 from mrmae.shards.spec import TeacherSpec
 from mrmae.shards.tail import tail_path
+from mrmae.shards.trust import read_record
 
 
 def recorded_teachers(path: Path, column: str) -> list[str]:
     """The --teacher arguments of the command that wrote the first shard of a column; relative files made absolute."""
-    try:
-        record = json.loads(commit_path(path, 0, column, 0).read_bytes())
-        record = record.get("extracted", record)  # of a converted cache: how its source was made
-        words = shlex.split(record["command"])
-        folder = Path(record["folder"])
-    except (OSError, ValueError, KeyError, TypeError):
+    record = read_record(commit_path(path, 0, column, 0)) or {}
+    told = told_command(record.get("extracted", record))  # of a converted cache: how its source was made
+    if told is None:
         return []
-    texts = [text for flag, text in zip(words, words[1:]) if flag == "--teacher"]
-    return [with_folder(text, folder) for text in texts]
+    words, folder = told
+    return [with_folder(text, folder) for flag, text in zip(words, words[1:]) if flag == "--teacher"]
+
+
+def told_command(record: object) -> tuple[list[str], Path] | None:
+    """The words of the command that a commit record tells, and the folder it was given in.
+
+    None where it tells none of ours. A record is data, nothing proves who wrote it: no other program is named to a person, and
+    no text that a terminal would not show as it is.
+    """
+    command, folder = (record.get("command"), record.get("folder")) if isinstance(record, dict) else (None, None)
+    if not isinstance(command, str) or not isinstance(folder, str) or not (command + folder).isprintable():
+        return None
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    named = next(
+        (i for i, word in enumerate(words) if word.startswith("--")), len(words)
+    )  # program, what from, what to
+    ours = (words[:1] == ["extract-features"] and named > 2) or (
+        words[:2] == ["inspect-cache", "convert"] and named == 4
+    )
+    return (words, Path(folder)) if ours and Path(folder).is_absolute() else None
 
 
 def with_folder(text: str, folder: Path) -> str:

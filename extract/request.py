@@ -11,6 +11,7 @@ LIBRARIES = ("open_clip", "timm")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 FORM = "NAME=LIBRARY:MODEL[/TAG][@FILE][?key=value&...], e.g. clip=open_clip:ViT-B-16-quickgelu/openai"
 RESERVED_NAMES = ("pixels", "view")
+NOT_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}  # of timm.create_model
 CHANNELS = 3
 
 
@@ -34,6 +35,12 @@ class TeacherRequest:
     input_size: int | None = None
     activation: str | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if ":" in self.model or (found := sorted(NOT_OPTIONS & set(self.options))):
+            what = f"model {self.model!r}" if ":" in self.model else f"?{found[0]}="
+            raise ValueError(f"{self.where}: {what} names a place of weights; expected a name of the library's own; give weights "
+                             "with /TAG or @FILE")  # fmt: skip
 
     @property
     def where(self) -> str:

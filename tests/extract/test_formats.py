@@ -2,8 +2,6 @@
 
 import shlex
 import shutil
-import subprocess
-import types
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +116,7 @@ def test_inspect_cache_says_the_same_of_both_formats(extracted: Path, tars: Path
 
 
 def test_convert_verifies_live_repairs_itself_and_is_not_extracted_into(
-    extract: Any, photo_folder: Path, extracted: Path, tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    extract: Any, photo_folder: Path, extracted: Path, tars: Path, tmp_path: Path
 ) -> None:
     out, half = tmp_path / "out", tmp_path / "half"
     code, text = inspect("convert", extracted, out, "--format", "webdataset")
@@ -135,13 +133,6 @@ def test_convert_verifies_live_repairs_itself_and_is_not_extracted_into(
     (half / "views/0/vit/pre_tail/000001.tar").write_bytes(b"")
     with pytest.raises(ValueError, match="has shards missing; only that can write them"):
         extract(photo_folder, half, VIT, **{**OPTIONS, "dtype": "float16"})
-
-    def here(words: list[str], cwd: str) -> Any:
-        """The command in this process: another one takes ten seconds to import its libraries."""
-        assert words[1:4] == ["-m", "mrmae.extract.inspect", "convert"] and cwd == str(Path.cwd())
-        return types.SimpleNamespace(returncode=inspect(*words[3:])[0])
-
-    monkeypatch.setattr(subprocess, "run", here)
     code, text = inspect("repair", half, "--run", "--yes")
     assert code == 0 and f"inspect-cache convert {out} {half} --dtype float16 --drop cnn" in text
     assert contents(half) == whole
