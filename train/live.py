@@ -30,14 +30,13 @@ class Habits:
 
 @dataclass
 class Live:
-    """This process at work since its start: its log is rank 0's only; `row_*` and `interval` begin anew with every log row."""
+    """This process at work since its start: its log is rank 0's only; `row_*` begin anew with every log row."""
 
     feed: Feed
     log: RunLog | None
     stop: StopRequest
     habits: Habits
     readback: Readback = field(default_factory=Readback)
-    interval: Sums = field(default_factory=Sums)
     started: float = field(default_factory=time.perf_counter)
     row_at: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
@@ -56,7 +55,7 @@ def take(run: Run, live: Live, *, wait: bool = False) -> None:
     for at, (loss, *rest) in live.readback.ready(wait=wait):
         terms, (norm, skipped, in_a_row) = dict(zip(names, rest)), rest[len(names) :]
         run.sums.add({"loss": loss, **terms}, skipped=bool(skipped))
-        live.interval.add({"loss": loss, **terms, "grad_norm": norm}, skipped=bool(skipped))
+        run.interval.add({"loss": loss, **terms, "grad_norm": norm}, skipped=bool(skipped))
         if in_a_row >= MAX_SKIPPED_IN_A_ROW and run.diverged is None:
             live.stop.received = "divergence"
             run.diverged = (
@@ -72,7 +71,7 @@ def write_row(run: Run, live: Live, at: int) -> None:
     """One log row of the updates since the row before: losses, speed, stall, learning rate, memory, time left."""
     now = time.perf_counter()
     seconds, updates = max(now - live.row_at, 1e-9), live.updates - live.row_updates
-    means = live.interval.means()
+    means = run.interval.means()
     row = {
         "kind": "step",
         "epoch": (at - 1) // run.updates + 1,
@@ -85,14 +84,14 @@ def write_row(run: Run, live: Live, at: int) -> None:
         "images_per_s": updates * run.share.batch_size / seconds,
         "stall": (live.feed.waited_s - live.row_waited_s) / seconds,
         "memory_mib": memory_mib(run.device),
-        "skipped": live.interval.skipped,
+        "skipped": run.interval.skipped,
         "eta_s": (now - live.started) / live.updates * (run.total - at),
         "time": time.time(),
     }
     if live.log is not None:
         live.log.write(row)
         live.log.show(row, always=at == run.total)
-    live.interval, live.row_at = Sums(), now
+    run.interval, live.row_at = Sums(), now
     live.row_updates, live.row_waited_s = live.updates, live.feed.waited_s
 
 
@@ -110,11 +109,11 @@ def end_epoch(run: Run, live: Live) -> None:
         **looked_aside(run, done),
         "lr": run.lr(run.step),
         "skipped": run.sums.skipped,
-        "seconds": time.perf_counter() - live.epoch_at,
+        "seconds": run.epoch_seconds + time.perf_counter() - live.epoch_at,
         "memory_mib": memory_mib(run.device),
         "time": time.time(),
     }
-    live.epoch_at = time.perf_counter()
+    run.epoch_seconds, live.epoch_at = 0.0, time.perf_counter()
     if live.log is not None:
         live.log.write(row)
         live.log.show_epoch(row)
@@ -143,6 +142,8 @@ def due(done: int, epochs: int, every: int) -> bool:
 def save_now(run: Run, live: Live) -> None:
     """Save the state (rank 0), with every loss so far in its sums."""
     take(run, live, wait=True)
+    now = time.perf_counter()
+    run.epoch_seconds, live.epoch_at = run.epoch_seconds + now - live.epoch_at, now
     if live.log is not None:
         save(run, keep=live.habits.keep)
     live.saved_at = time.perf_counter()

@@ -65,7 +65,8 @@ class Run:
     """One process's part of a run: what is trained, on what, and how far it is (`update` updates of `epoch`, from 0).
 
     numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
-    their features are read. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
+    their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
+    what the epoch took until it was last saved. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
     update there were too many of them, and why; such a run does not go on.
     """
 
@@ -89,6 +90,8 @@ class Run:
     epoch: int = 0
     update: int = 0
     sums: Sums = field(default_factory=Sums)
+    interval: Sums = field(default_factory=Sums)
+    epoch_seconds: float = 0.0
     diverged: str | None = None
     notes: list[str] = field(default_factory=list)
     lock: IO[bytes] | None = None
@@ -315,6 +318,8 @@ def save(run: Run, *, keep: int) -> Path:
         "step": run.step,
         "updates_per_epoch": run.updates,
         "sums": run.sums.state(),
+        "interval": run.interval.state(),
+        "epoch_seconds": run.epoch_seconds,
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "diverged": run.diverged,
         "recipe": to_dict(run.recipe),
@@ -330,6 +335,6 @@ def restore(run: Run, state: checkpoint.State) -> None:
     run.model.load_state_dict(state["model"])
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.update = state["epoch"], state["update"]
-    run.sums = Sums(**state["sums"])
+    run.sums, run.interval, run.epoch_seconds = Sums(**state["sums"]), Sums(**state["interval"]), state["epoch_seconds"]
     run.skipped_in_a_row = torch.tensor(float(state["skipped_in_a_row"]), device=run.device)
     run.diverged = state["diverged"]

@@ -177,6 +177,24 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_call_does(
     _assert_same_bits(tmp_path / "out", whole)
 
 
+def test_log_rows_and_the_epochs_seconds_go_on_over_a_restart(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick("mr-mae", "optim.epochs=2")
+    _train(tiny_cache, tmp_path / "whole", recipe, log_every=4)
+    with monkeypatch.context() as patch:
+        _raise_signal_at(9, "SIGTERM", patch)  # saved after update 10; the row of update 12 begins with update 9
+        _train(tiny_cache, tmp_path / "out", recipe, log_every=4)
+    before = _state(tmp_path / "out")["epoch_seconds"]
+    _train(tiny_cache, tmp_path / "out", recipe, log_every=4)
+    told = [
+        [(row["step"], row["loss"], row["terms"], row["grad_norm"]) for row in read_rows(out / "log.jsonl", "step")]
+        for out in (tmp_path / "whole", tmp_path / "out")
+    ]
+    assert told[0] == told[1] and [step for step, *_ in told[0]] == [4, 8, 12]
+    assert read_rows(tmp_path / "out" / "log.jsonl", "epoch")[-1]["seconds"] > before > 0
+
+
 def test_a_damaged_newest_checkpoint_costs_its_updates_only(tiny_cache: Path, tmp_path: Path, whole: Path) -> None:
     out = tmp_path / "out"
     _train(tiny_cache, out, quick())
