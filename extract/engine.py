@@ -3,7 +3,9 @@
 What is left to do is always the plan minus the valid commits, so stopping anywhere and starting again is the same run.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections import defaultdict
@@ -21,8 +23,11 @@ from mrmae.extract.calibration import KeptBatches
 from mrmae.extract.decode import Batch, Prepared, prepared_batches
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.options import Options
+from mrmae.extract.ranks import Units, wait_for_writers
 from mrmae.extract.teachers import Features
+from mrmae.shards import claims
 from mrmae.shards import commit as commits
+from mrmae.shards.claims import Claim
 from mrmae.shards.plan import PIXELS
 from mrmae.shards.quality import Measured, measure, summarise
 from mrmae.shards.quantize import quantise
@@ -36,27 +41,76 @@ class HopelessQuality(ValueError):
 def extract_missing(job: Job, kept: KeptBatches) -> None:
     """Compute, write and commit every shard of this process's part that is not committed yet.
 
-    kept: what calibration has seen; emptied. One shard is written while the next is computed.
+    kept: what calibration has seen; emptied. Shards that another process has claimed come last: it may have done them by then.
     """
     todo = unfinished(job)
+    while todo:
+        todo = wait_for_writers(job.path, job.plan, extract_claimed(job, todo, kept))
+
+
+def extract_claimed(job: Job, todo: Mapping[int, Units], kept: KeptBatches) -> dict[int, Units]:
+    """The shards among `todo` that another process had claimed; all others are committed. One is written while the next is computed."""
     batches = list(cut(todo, job))
-    stream = prepared_batches(
-        job.images, job.plan.recipe, batches, known_pixels(job), workers=job.options.workers, in_turns=job.in_turns,
-        ready={place: batch.prepared for place, batch in kept.items()},
-    )  # fmt: skip
     total = sum(len(batch.numbers) * len(batch.views) for batch in batches)
     unit = "views" if job.plan.n_views > 1 else "images"
     what = "extracting" + (f" part {job.options.part}" if job.options.part.of > 1 else "")
-    left = work_of(batches, kept)
-    with Progress(what, total, unit, left=left, pace=job.pace) as progress, ThreadPoolExecutor(1, "write") as writer:
+    mine = Claimed(job, todo)
+    with (
+        contextlib.closing(mine),
+        Progress(what, total, unit, left=work_of(batches, kept), pace=job.pace) as progress,
+        ThreadPoolExecutor(1, "write") as writer,
+        contextlib.closing(prepared_batches(
+            job.images, job.plan.recipe, mine.batches(), known_pixels(job), workers=job.options.workers, in_turns=job.in_turns,
+            ready={place: batch.prepared for place, batch in kept.items()},
+        )) as stream,
+    ):  # fmt: skip
         writing: Future[None] | None = None
-        for shard, units in todo.items():
-            parts = shard_parts(job, shard, units, stream, kept, progress)
+        for shard, batches_of in itertools.groupby(timed(stream), key=lambda item: item[0].shard):
+            parts = shard_parts(job, mine.units[shard], batches_of, kept, progress)
             if writing is not None:
                 writing.result()
-            writing = writer.submit(store, job, shard, parts, progress)
+            writing = writer.submit(store_claimed, job, shard, parts, progress, mine)
         if writing is not None:
             writing.result()
+    return mine.others
+
+
+class Claimed:
+    """The shards of `todo` as this process claims them, one after the other, just before their images are decoded.
+
+    units: what each of them lacks; others: those that another process had claimed.
+    """
+
+    def __init__(self, job: Job, todo: Mapping[int, Units]) -> None:
+        self.job, self.todo = job, todo
+        self.units: dict[int, Units] = {}
+        self.others: dict[int, Units] = {}
+        self.claims: dict[int, Claim] = {}
+
+    def batches(self) -> Iterator[Batch]:
+        """The batches of the shards that were claimed and still lack something."""
+        for shard, units in self.todo.items():
+            claim = claims.take(claims.shard_lock(self.job.path, shard))
+            if claim is None:
+                self.others[shard] = units
+                continue
+            self.claims[shard] = claim
+            self.units[shard] = [
+                u for u in units if commits.valid_record(self.job.path, self.job.plan, *u, shard) is None
+            ]
+            if self.units[shard]:
+                yield from cut({shard: self.units[shard]}, self.job)
+            else:
+                self.release(shard)
+
+    def release(self, shard: int) -> None:
+        """Let others have the shard."""
+        self.claims.pop(shard).release()
+
+    def close(self) -> None:
+        """Let go of all that is left."""
+        for shard in list(self.claims):
+            self.release(shard)
 
 
 def work_of(batches: Sequence[Batch], kept: KeptBatches) -> dict[str, int]:
@@ -80,25 +134,22 @@ class Part:
 
 
 Parts = dict[tuple[int, str], Part]
+Waited = tuple[Batch, list[Prepared], float]
 
 
-def shard_parts(
-    job: Job,
-    shard: int,
-    units: Sequence[tuple[int, str]],
-    stream: Iterator[tuple[Batch, list[Prepared]]],
-    kept: KeptBatches,
-    progress: Progress,
-) -> Parts:
-    """Everything of one shard, in memory: rows of pixels, codes of teachers."""
+def timed(stream: Iterator[tuple[Batch, list[Prepared]]]) -> Iterator[Waited]:
+    """The batches, each with the seconds that it was waited for."""
+    began = time.monotonic()
+    for batch, prepared in stream:
+        yield batch, prepared, time.monotonic() - began
+        began = time.monotonic()
+
+
+def shard_parts(job: Job, units: Units, batches: Iterator[Waited], kept: KeptBatches, progress: Progress) -> Parts:
+    """Everything of one shard, in memory: rows of pixels, codes of teachers. batches: those of the shard."""
     parts: Parts = {unit: Part() for unit in units}
-    samples = len(job.plan.ranges[shard])
-    for _ in range(-(-samples // job.options.batch_size)):
-        waited = time.monotonic()
-        batch, prepared = next(stream)
-        waited = time.monotonic() - waited
-        assert batch.shard == shard, "batches come in the order of the shards"
-        seen = kept.pop((shard, batch.numbers.start), None)
+    for batch, prepared, waited in batches:
+        seen = kept.pop((batch.shard, batch.numbers.start), None)
         if seen is None:
             progress.spent("decode", len(prepared), job.decoding(prepared, waited))
         for view in batch.views:
@@ -153,6 +204,12 @@ def take(
     part.seconds["forward"] += forward_at - began
     part.seconds["quantise"] += done - forward_at
     return forward_at - began, done - forward_at
+
+
+def store_claimed(job: Job, shard: int, parts: Parts, progress: Progress, mine: Claimed) -> None:
+    """Write and commit one shard, and let go of it."""
+    store(job, shard, parts, progress)
+    mine.release(shard)
 
 
 def store(job: Job, shard: int, parts: Parts, progress: Progress) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mrmae.common.progress import Pace
 from mrmae.extract.decode import Batch, Images, Prepared, StoredRows, stored_rows
 from mrmae.extract.options import Options
+from mrmae.extract.ranks import Units
 from mrmae.extract.teachers import Teacher
 from mrmae.shards import commit as commits
 from mrmae.shards.plan import PIXELS, Plan
@@ -38,14 +39,14 @@ class Job:
         return sum(p.seconds for p in prepared) / self.options.workers if self.in_turns else waited
 
 
-def unfinished(job: Job) -> dict[int, list[tuple[int, str]]]:
+def unfinished(job: Job) -> dict[int, Units]:
     """(view, column) of everything that this process's part has to do, by shard."""
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for view, column, shard in commits.missing(job.path, job.plan):
         refuse_requantised(job, column)
         if job.options.part.owns(shard):
             todo[shard].append((view, column))
-    return todo
+    return dict(todo)
 
 
 def refuse_requantised(job: Job, column: str) -> None:
@@ -56,7 +57,7 @@ def refuse_requantised(job: Job, column: str) -> None:
                          "has shards missing; only that can write them: repeat the command that made this cache")  # fmt: skip
 
 
-def cut(todo: Mapping[int, Sequence[tuple[int, str]]], job: Job) -> Iterator[Batch]:
+def cut(todo: Mapping[int, Units], job: Job) -> Iterator[Batch]:
     """The batches of the shards to do, cut at fixed offsets inside each shard."""
     ranges = job.plan.ranges
     for shard, units in todo.items():

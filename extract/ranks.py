@@ -9,21 +9,27 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mrmae.common.progress import human_time
+from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.claims import Claim
 from mrmae.shards.commit import Unit
 from mrmae.shards.extend import in_order_of
 from mrmae.shards.plan import Plan
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import compare_specs
 
-POLL_SECONDS = 0.2
-OTHER_PLAN_SECONDS = 3600.0  # so long the leading process may hash new images before it extends the plan
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
+GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
+LONGEST_SECONDS = 86_400.0  # even for one who lives: hashing ten million images, or a shard on a CPU, takes hours
 SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 10.0, 60.0
+SHOWN_UNITS = 5
+Units = Sequence[tuple[int, str]]  # (view, column) of a shard
 Found = TypeVar("Found")
 
 
@@ -66,12 +72,12 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
+def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> Plan:
     """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and has these images.
 
-    One that goes on lacking some is returned, too. ValueError when another plan stays there.
+    ValueError, saying what it lacks, where nobody is making such a plan.
     """
-    why, began = ["there is none yet"], time.monotonic()
+    why = ["there is none yet"]
 
     def ready() -> Plan | None:
         if not (job_path / "plan.json").exists():
@@ -82,39 +88,98 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str]) -> Plan:
         try:
             compare_specs(found.to_json(), same.to_json(), "the plan there")
         except ValueError as error:
-            if time.monotonic() - began > OTHER_PLAN_SECONDS:
-                raise
             why[0] = str(error)
             return None
         if set(found.quantisers) != {teacher.column for teacher in found.columns}:
             why[0] = "it is not calibrated yet"
             return None
-        lacks = not keys <= set(read_samples(job_path, found.n_rows)["key"])
-        if lacks and time.monotonic() - began <= OTHER_PLAN_SECONDS:
-            why[0] = "it does not have all of these images"
+        if not keys <= set(read_samples(job_path, found.n_rows)["key"]):
+            why[0] = f"part {part} sees other images than the plan's; the same IMAGES are expected everywhere"
             return None
         return found
 
-    return wait(ready, lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}")
+    return wait(
+        ready,
+        lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}",
+        lambda: claims.held_by(job_path / claims.PLAN_LOCK),
+        "start part 0 (--shards 0/N, or rank 0), then this command again",
+    )
+
+
+def take_the_plan(path: Path) -> Claim:
+    """The lock of who plans, calibrates and finalises, once nobody else does."""
+    lock = path / claims.PLAN_LOCK
+    return wait(
+        lambda: claims.take(lock),
+        lambda: f"{path}: waiting for another process that plans or finishes this cache",
+        lambda: claims.held_by(lock),
+        "stop that process, then run this command again",
+    )
+
+
+def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dict[int, Units]:
+    """Those of the shards that others had claimed which they let go of unfinished; as soon as there is one, or all are finished."""
+    left = dict(others)
+
+    def ready() -> dict[int, Units] | None:
+        free = {shard: left[shard] for shard in left if claims.held_by(claims.shard_lock(path, shard)) is None}
+        for shard, units in list(free.items()):
+            if all(commits.valid_record(path, plan, *unit, shard) for unit in units):
+                del free[shard], left[shard]
+        return free if free or not left else None
+
+    return wait(
+        ready,
+        lambda: f"{path}: waiting for the writers of {len(left)} shards, the first is shard {min(left)}",
+        lambda: next((who for shard in left if (who := claims.held_by(claims.shard_lock(path, shard)))), None),
+        "stop them, then run this command again",
+    )
 
 
 def wait_for_shards(path: Path, plan: Plan) -> None:
-    """Return when every shard is committed, by whomever."""
+    """Return when every shard is committed, by whomever. ValueError, naming them, for those that nobody commits."""
     left: list[Unit] = commits.missing(path, plan)
+    counts: list[int] = [len(left)]
 
     def ready() -> bool | None:
         left[:] = [unit for unit in left if commits.valid_record(path, plan, *unit) is None]
         return not left or None
 
-    wait(ready, lambda: f"{path}: waiting for other ranks: {len(left)} shards are not committed yet")
+    def living() -> str | None:
+        counts.append(len(left))
+        return "some are committed" if counts[-1] < counts.pop(0) else next(claims.writers(path), None)
+
+    wait(
+        ready,
+        lambda: f"{path}: waiting for other processes: {len(left)} shards are not committed yet: {in_words(left)}",
+        living,
+        "run the same command again, it does them",
+    )
 
 
-def wait(ready: Callable[[], Found | None], what: Callable[[], str]) -> Found:
-    """What `ready` returns, once it is not None; says now and then on stderr what it waits for."""
-    said = time.monotonic() - SAY_EVERY_SECONDS + SAY_AFTER_SECONDS
+def in_words(units: Sequence[Unit]) -> str:
+    """The first few units."""
+    named = [f"shard {shard} of {column}, view {view}" for view, column, shard in units[:SHOWN_UNITS]]
+    return "; ".join(named) + f" and {len(units) - SHOWN_UNITS} more" * (len(units) > SHOWN_UNITS)
+
+
+def wait(
+    ready: Callable[[], Found | None], what: Callable[[], str], living: Callable[[], str | None], todo: str
+) -> Found:
+    """What `ready` returns, once it is not None; says now and then on stderr what it waits for, for whom and since when.
+
+    living: who is at work on it, None where nobody is. ValueError, ending with `todo`, when nobody was for GRACE_SECONDS.
+    """
+    began = seen = time.monotonic()
+    since, said = time.strftime("%H:%M:%S"), began - SAY_EVERY_SECONDS + SAY_AFTER_SECONDS
     while (found := ready()) is None:
-        if time.monotonic() - said >= SAY_EVERY_SECONDS:
-            said = time.monotonic()
-            print(what(), file=sys.stderr, flush=True)
-        time.sleep(POLL_SECONDS)
+        now, who = time.monotonic(), living()
+        seen = now if who else seen
+        text = f"{what()}, since {since}; {who or 'nobody'} is at work on it"
+        if now - seen > GRACE_SECONDS or now - began > LONGEST_SECONDS:
+            raise ValueError(f"{text}, and this has waited for {human_time(now - began)}; {todo}")
+        if now - said >= SAY_EVERY_SECONDS:
+            said = now
+            print(text, file=sys.stderr, flush=True)
+        time.sleep(min(POLL_SECONDS + (now - began) / 100, LONGEST_POLL_SECONDS))
     return found

@@ -1,5 +1,6 @@
 """extract-features as a function: list, plan, calibrate, compute what is missing, finalise, report."""
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -7,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.common.progress import human_bytes, human_time
-from mrmae.extract.calibration import calibrated
+from mrmae.extract.calibration import KeptBatches, calibrated
 from mrmae.extract.decode import Images
 from mrmae.extract.digest import digest_images
 from mrmae.extract.engine import extract_missing
@@ -16,9 +17,10 @@ from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.job import Job
 from mrmae.extract.options import Options
 from mrmae.extract.plan import choices, describe
-from mrmae.extract.ranks import wait_for_plan, wait_for_shards
+from mrmae.extract.ranks import take_the_plan, wait_for_plan, wait_for_shards
 from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
+from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
@@ -27,7 +29,7 @@ from mrmae.shards.extend import extend_plan, extended
 from mrmae.shards.plan import Plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.samples import Source
-from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id
+from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id, plain
 from mrmae.shards.tail import BEHIND, read_tail, tail_path, taps_behind, write_tail
 from mrmae.shards.write import make_folder, remove
 
@@ -80,18 +82,19 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
         )
         say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
-    job = (start if options.part.leads else join)(options, sources, teachers, shard_samples, say)
-    finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
-    job, kept = calibrated(job)
-    commits.create_columns(job.path, job.plan)
-    extract_missing(job, kept)
-    if options.shards or not options.part.leads:
-        say(f"{job.path}: part {options.part} is committed" + (
-            "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
-        return {}
-    wait_for_shards(job.path, job.plan)
-    refuse_too_many_bad(job)
-    manifest = commits.finalise(job.path, job.plan)
+    with contextlib.ExitStack() as held:
+        job, kept = (begin if options.part.leads else join)(options, sources, teachers, shard_samples, say, held)
+        finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
+        extract_missing(job, kept)
+        if options.shards or not options.part.leads:
+            say(f"{job.path}: part {options.part} is committed" + (
+                "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
+            return {}
+        wait_for_shards(job.path, job.plan)
+        with take_the_plan(job.path):
+            refuse_changed_plan(job)
+            refuse_too_many_bad(job)
+            manifest = commits.finalise(job.path, job.plan)
     say(summary(job, manifest, time.monotonic() - began, nothing_done=finished))
     return manifest
 
@@ -186,6 +189,22 @@ def positions(sources: Sources, rows: Sequence[Source]) -> list[int]:
     return [at.get(row.key, -1) for row in rows]
 
 
+def begin(
+    options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None],
+    held: contextlib.ExitStack,
+) -> tuple[Job, KeptBatches]:  # fmt: skip
+    """The job, planned and calibrated while no other process does, and what calibration has seen.
+
+    held: keeps this process's share of the cache until the end.
+    """
+    make_folder(options.cache)
+    held.enter_context(claims.at_work(options.cache))
+    with take_the_plan(options.cache):
+        job, kept = calibrated(start(options, sources, teachers, shard_samples, say))
+        commits.create_columns(job.path, job.plan)
+    return job, kept
+
+
 def start(
     options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None]
 ) -> Job:
@@ -193,7 +212,6 @@ def start(
     path = options.cache
     refuse_other_plan(options, sources, planned(options, "", len(sources), teachers, shard_samples))
     order = canonical_order([image.key for image in sources])
-    make_folder(path)
     known = [] if options.append else known_digests(path)  # the bytes of what is appended decide, not only their number
     digests = digest_images(sources, order, known, path / DIGESTS, workers=options.workers)
     rows = [Source(key, sources[i].label, size, sha) for i, (key, size, sha) in zip(order, digests)]
@@ -212,13 +230,17 @@ def start(
     return Job(path, plan, images, teachers.built, options)
 
 
-def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None]) -> Job:
-    """The job as the leading process planned and calibrated it; waits for that.
+def join(
+    options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None],
+    held: contextlib.ExitStack,
+) -> tuple[Job, KeptBatches]:  # fmt: skip
+    """The job as the leading process planned and calibrated it; waits for that. held: as in `begin`.
 
     ValueError where this process sees other images.
     """
     keys = {image.key for image in sources}
-    plan = wait_for_plan(options.cache, planned(options, "", len(keys), teachers, shard_samples), keys)
+    plan = wait_for_plan(options.cache, planned(options, "", len(keys), teachers, shard_samples), keys, options.part)
+    held.enter_context(claims.at_work(options.cache))
     rows = plans.read_sources(options.cache)
     order = positions(sources, rows)
     missing = not options.append and any(at < 0 and row.key for at, row in zip(order, rows))
@@ -226,7 +248,16 @@ def join(options: Options, sources: Sources, teachers: Teachers, shard_samples: 
         raise ValueError(f"{options.cache}: part {options.part} sees other images than the plan's; expected the same "
                          "IMAGES everywhere; check paths and mounts")  # fmt: skip
     images = Images(sources, rows, order, options.max_pixels)
-    return Job(options.cache, plan, images, teachers.built, options)
+    job = Job(options.cache, plan, images, teachers.built, options)
+    refuse_changed_plan(job)
+    return job, {}
+
+
+def refuse_changed_plan(job: Job) -> None:
+    """ValueError where another command changed the plan on disk since this process read it."""
+    if plain(plans.load_plan(job.path).to_json()) != plain(job.plan.to_json()):
+        raise ValueError(f"{job.path}: another command has extended or changed this cache meanwhile; everything committed so far "
+                         "stays valid; run the newest command again, it finishes")  # fmt: skip
 
 
 def planned(options: Options, dataset: str, n: int, teachers: Teachers, shard_samples: int) -> Plan:

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, dataset_ids, load_plan, readable_json
 from mrmae.shards.samples import Source, read_samples, write_sources
@@ -44,7 +45,7 @@ def refuse_other_folder(path: Path) -> None:
         raise ValueError(f"{path}: is a file; expected a new folder for the cache; choose another name")
     if not path.exists() or (path / "plan.json").exists():
         return
-    ours = {"samples.parquet", DIGESTS, *(file.name for file in path.glob(TEMPORARY))}
+    ours = {"samples.parquet", DIGESTS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
     if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
         raise ValueError(
             f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "

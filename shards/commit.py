@@ -6,8 +6,9 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 
 import hashlib
 import json
+import random
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 
 from mrmae.shards.attributes import column_attributes
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
+from mrmae.shards.claims import remove_locks
 from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
 from mrmae.shards.remote import RemotePath
@@ -23,10 +25,14 @@ from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
 from mrmae.shards.tail import tail_path
 from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
-from mrmae.shards.write import publish, remove, remove_leftovers
+from mrmae.shards.write import is_still, publish, remove, remove_leftovers
 from mrmae.shards.zarr_io import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
+ATTEMPTS, WAIT_SECONDS = (
+    6,
+    0.5,
+)  # to write a unit beside another writer, and the first wait between them at most: 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
@@ -57,15 +63,13 @@ def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
 def store_pixels(
     path: Path, plan: Plan, view: int, shard: int, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write and commit the pixels of a shard, clearing what a killed run left of it. about: more for the record."""
-    began = time.perf_counter()
-    clear(path, plan, view, PIXELS, shard)
+    """Write and commit the pixels of a shard, unless they are committed by now. about: more for the record."""
     expected = plan.ranges[shard]
     if [row.number for row in rows] != list(expected):
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
-    record = write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard))
-    commit(path, plan, view, PIXELS, shard, {**written_in(began, about), **record})
+    store(path, plan, (view, PIXELS, shard), about,
+          lambda: write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard)))  # fmt: skip
 
 
 def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
@@ -77,13 +81,11 @@ def store_column(
     path: Path, plan: Plan, view: int, column: str, shard: int,
     arrays: Mapping[str, Array], valid: Sequence[bool] | Array, about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """Write and commit a shard of a teacher's column, clearing what a killed run left of it; its pixels are there already.
+    """Write and commit a shard of a teacher's column, unless it is committed by now; its pixels are there already.
 
     arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. about: more for the record,
     `quality` among it.
     """
-    began = time.perf_counter()
-    clear(path, plan, view, column, shard)
     folder, layout = plan.column_folder(path, view, column), plan.layout(column)
     plan.storage.create_column(folder, layout, column_attributes(plan, view, column))
     keys, id, count = (
@@ -92,8 +94,30 @@ def store_column(
         len(plan.ranges[shard]),
     )
     arrays = stored_order(plan, view, arrays, keys)
-    record = plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count)
-    commit(path, plan, view, column, shard, {**written_in(began, about), **record})
+    store(path, plan, (view, column, shard), about,
+          lambda: plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count))  # fmt: skip
+
+
+def store(
+    path: Path, plan: Plan, unit: Unit, about: Mapping[str, Any] | None, write: Callable[[], Mapping[str, Any]]
+) -> None:
+    """Clear what a killed run left of a unit, write its files and commit them, unless it is committed by now.
+
+    Where another writer came between, which only a file system without locks allows, the attempt starts again.
+    """
+    for attempt in range(ATTEMPTS):
+        if valid_record(path, plan, *unit) is not None:
+            return
+        began = time.perf_counter()
+        try:
+            clear(path, plan, *unit)
+            record = write()
+            commit(path, plan, *unit, {**written_in(began, about), **record})
+            return
+        except FileExistsError:
+            if attempt == ATTEMPTS - 1:
+                raise
+            time.sleep(random.uniform(0, WAIT_SECONDS * 2**attempt))
 
 
 def written_in(began: float, about: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -127,21 +151,21 @@ def create_columns(path: Path, plan: Plan) -> None:
 
 
 def clear(path: Path, plan: Plan, view: int, column: str, shard: int) -> None:
-    """Remove an uncommitted, or invalidly committed, shard. FileExistsError when it is validly committed."""
-    record = commit_path(path, view, column, shard)
-    if valid_record(path, plan, view, column, shard) is not None:
-        raise FileExistsError(f"{record}: this shard is committed already; each shard has one writer; "
-                              "is the same command running twice?")  # fmt: skip
-    for file in (record, *unit_files(path, plan, view, column, shard)):
+    """Remove what is there of an uncommitted, or invalidly committed, shard."""
+    for file in (commit_path(path, view, column, shard), *unit_files(path, plan, view, column, shard)):
         remove(file)
 
 
 def commit(path: Path, plan: Plan, view: int, column: str, shard: int, record: Mapping[str, Any]) -> None:
     """Publish the commit record of a shard whose files are on disk.
 
-    record: what the writer returned (`files` by absolute path), and anything else worth keeping: seconds, versions.
+    record: what the writer returned (`files` as they were published), and anything else worth keeping: seconds, versions.
+    FileExistsError where a file is not the one that was written, but another writer's.
     """
-    files = {Path(file).relative_to(path).as_posix(): about for file, about in record["files"].items()}
+    if strange := [file for file in record["files"] if not is_still(file)]:
+        raise FileExistsError(f"{strange[0].path}: another process wrote this file, too; each shard has one writer; is the same "
+                              "command running twice?")  # fmt: skip
+    files = {file.path.relative_to(path).as_posix(): file.to_json() for file in record["files"]}
     unit = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard}
     content = {**record, **unit, "id": plan.shard_ids(shard)[column], "files": files}
     content["record_id"] = record_id(content)
@@ -246,6 +270,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     manifest = {**body, "manifest_id": content_id(body)}
     publish(path / "manifest.json", readable_json(manifest), replace=True)
     remove_leftovers(path)
+    remove_locks(path)
     return manifest
 
 

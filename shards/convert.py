@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
-from mrmae.shards.begin import start_plan
+from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
 from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
 from mrmae.shards.commit import Unit, commit_path, unit_files
@@ -29,7 +30,7 @@ from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import tail_path, write_tail
 from mrmae.shards.verify import promised
-from mrmae.shards.write import publish
+from mrmae.shards.write import Published, publish
 
 BLOCK_BYTES = 1 << 20
 NOT_COPIED = ("files", "quality", "seconds", "command", "folder", "written", "versions", "device")
@@ -60,6 +61,15 @@ def convert(
         expect_utf8(text, name)
     if out.resolve() == cache.path.resolve():
         raise ValueError(f"{out}: is the cache to convert; expected another folder for the new one")
+    refuse_other_folder(out)
+    with claims.alone(out):
+        return converted(cache, out, wanted, about=about, progress=progress)
+
+
+def converted(
+    cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
+) -> dict[str, Any]:
+    """The same, while nobody else is at work at `out`."""
     plan = start_plan(out, wanted, plans.read_sources(cache.path))
     plan = plans.freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
@@ -118,17 +128,17 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
 def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:
     """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
     view, column, shard = unit
-    commits.clear(out, plan, *unit)
     told = promised(cache.manifest, unit)["files"]
-    files = {}
-    for file in unit_files(cache.path, cache.plan, *unit):
+
+    def copied(file: Path) -> Published:
         name = file.relative_to(cache.path).as_posix()
         try:
-            made = publish(out / name, verified_blocks(file, told[name]["sha256"]))
+            return publish(out / name, verified_blocks(file, told[name]["sha256"]))
         except Damaged as error:
             raise ValueError(cache.repair_text(error, column, view, shard)) from None
-        files[str(made.path)] = {"bytes": made.bytes, "sha256": made.sha256}
-    commits.commit(out, plan, view, column, shard, {**record, "files": files})
+
+    files = unit_files(cache.path, cache.plan, *unit)
+    commits.store(out, plan, unit, record, lambda: {"files": [copied(file) for file in files]})
 
 
 def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import PIXELS, Plan, load_plan, readable_json
@@ -61,8 +62,15 @@ def drop_column(path: Path, column: str) -> list[str]:
     """The remaining columns, once a column's shards, records, moments and (where no other tap needs it) tail are gone.
 
     The plan goes first: whatever is left by a kill is no part of the cache; the same call removes it. A complete cache
-    is finalised again. ValueError where there is no such column.
+    is finalised again. ValueError where there is no such column, or where someone is at work on the cache.
     """
+    files_of_column(path, column)  # refused before anything is made there
+    with claims.alone(path):
+        return dropped(path, column)
+
+
+def dropped(path: Path, column: str) -> list[str]:
+    """The same, while nobody else is at work on the cache."""
     files, plan = files_of_column(path, column), load_plan(path)
     kept = tuple(teacher for teacher in plan.columns if teacher.column != column)
     quantisers = {name: quantiser for name, quantiser in plan.quantisers.items() if name != column}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from mrmae.shards import claims
 from mrmae.shards.commit import commit_path, units
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, readable_json
@@ -13,14 +14,15 @@ from mrmae.shards.write import publish, remove
 def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
     """The files removed so that the same extract-features command writes anew exactly what is damaged.
 
-    plan.json is written again from the manifest.
+    plan.json is written again from the manifest. ValueError where someone is at work on the cache.
     """
     problems = list(problems)
-    doomed = files_to_remove(path, problems)
-    if any(problem.file == "plan.json" for problem in problems):
-        publish(path / "plan.json", readable_json(trusted(path)[0].to_json()), replace=True)
-    for file in doomed:
-        remove(file)
+    with claims.alone(path):
+        doomed = files_to_remove(path, problems)
+        if any(problem.file == "plan.json" for problem in problems):
+            publish(path / "plan.json", readable_json(trusted(path)[0].to_json()), replace=True)
+        for file in doomed:
+            remove(file)
     return doomed
 
 

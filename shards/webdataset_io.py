@@ -65,7 +65,7 @@ def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, An
         raise ValueError(f"{path}: the rows are not one range of samples in order; expected every sample once")
     files = write_tar(path, [member for row in rows for member in row_members(row)], about or {})
     return {
-        "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
+        "files": list(files),
         "count": len(rows),
         "valid": sum(row.view is not None for row in rows),
         "first": rows[0].key,

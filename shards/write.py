@@ -22,11 +22,25 @@ TEMPORARY = ".*.writing"  # glob of what a killed writer leaves behind
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A file as it was written: its path, size and sha256 (hex)."""
+    """A file as it was written: its path, size and sha256 (hex), and which file it is: device and inode."""
 
     path: Path
     bytes: int
     sha256: str
+    inode: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """What commit records and the manifest say of it."""
+        return {"bytes": self.bytes, "sha256": self.sha256}
+
+
+def is_still(file: Published) -> bool:
+    """Whether what lies under the file's name is what was written, and not another writer's."""
+    try:
+        status = file.path.stat()
+    except OSError:
+        return False
+    return (status.st_dev, status.st_ino, status.st_size) == (*file.inode, file.bytes)
 
 
 def publish(path: Path, content: bytes | Iterable[Chunk], *, replace: bool = False) -> Published:
@@ -39,7 +53,8 @@ def publish(path: Path, content: bytes | Iterable[Chunk], *, replace: bool = Fal
     """
     with put_in_place(path, replace=replace) as temporary:
         n_bytes, sha256 = write_durably(temporary, [content] if isinstance(content, bytes) else content)
-    return Published(path, n_bytes, sha256)
+        status = temporary.stat()
+    return Published(path, n_bytes, sha256, (status.st_dev, status.st_ino))
 
 
 def publish_by(path: Path, write: Callable[[Path], object]) -> None:

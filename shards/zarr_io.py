@@ -163,9 +163,9 @@ def write_column_shard(
 
 
 def shard_record(files: Sequence[Published], keep: Array) -> dict[str, Any]:
-    """What a commit record says of a shard of a column."""
+    """What is committed of a shard of a column."""
     return {
-        "files": {str(file.path): {"bytes": file.bytes, "sha256": file.sha256} for file in files},
+        "files": list(files),
         "count": len(keep),
         "valid": int(keep.sum()),
     }

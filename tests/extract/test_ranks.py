@@ -95,7 +95,7 @@ def leading(resolved: Any) -> Any:
 def test_a_part_with_another_plan_or_other_images_is_refused(
     extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "OTHER_PLAN_SECONDS", 0.0)
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
     with pytest.raises(ValueError, match="n_views is 2 there and 3"):
         extract(photo_folder, extracted, VIT, CNN, views=3, shard_samples=8, shards="1/2")
     for i in range(20):

@@ -138,10 +138,40 @@ def test_missing_and_resized_shards_are_written_again(
     assert contents(path) == contents(uninterrupted)
 
 
-def test_a_committed_shard_is_never_written_twice(uninterrupted: Path) -> None:
-    made = plan.load_plan(uninterrupted)
-    with pytest.raises(FileExistsError, match="committed already; .*running twice"):
-        commit.clear(uninterrupted, made, 0, "pixels", 0)
+def test_a_committed_shard_is_never_written_twice_and_that_is_no_error(uninterrupted: Path) -> None:
+    made, before = plan.load_plan(uninterrupted), contents(uninterrupted)
+    commit.store(uninterrupted, made, (0, "pixels", 0), {}, lambda: pytest.fail("nothing is to be written"))
+    assert contents(uninterrupted) == before
+
+
+def other_writer(path: Path, real: Any, times: int) -> Any:
+    """publish as `real`, beside a writer that, so many times, puts another file in place of a whole one."""
+    left = [times]
+
+    def publish(file: Path, content: Any, *, replace: bool = False) -> Any:
+        done = real(file, content, replace=replace)
+        if file.suffix == ".tar" and left[0]:
+            left[0] -= 1
+            other = file.with_name("other")
+            other.write_bytes(file.read_bytes())  # as long as ours: only the inode tells
+            os.replace(other, file)
+        return done
+
+    return publish
+
+
+def test_a_file_that_another_writer_replaced_is_not_committed_but_written_again(
+    make_cache: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commit, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr("mrmae.shards.webdataset_io.publish", other_writer(tmp_path / "c", write.publish, 2))
+    make_cache(tmp_path / "c", **SMALL)
+    assert contents(tmp_path / "c") == contents(uninterrupted)
+    monkeypatch.setattr("mrmae.shards.webdataset_io.publish", other_writer(tmp_path / "d", write.publish, 99))
+    with pytest.raises(
+        FileExistsError, match="000000.tar: another process wrote this file, too; each shard has one writer"
+    ):
+        make_cache(tmp_path / "d", **SMALL)
 
 
 def test_finalising_early_says_what_is_missing(make_cache: Make, tmp_path: Path) -> None:

@@ -1,0 +1,176 @@
+"""Who is at work in a cache: locks of the file system, which end with the process that holds them. docs/format.md, "Several processes".
+
+The cache's own lock is shared by all who write shards, and held alone by who removes or replaces what the others go by. The
+plan's is held by who hashes, plans, calibrates or finalises, a shard's by its one writer. No lease and no clock: the kernel
+knows who lives. A lock file is removed by the last who holds it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from mrmae.shards.write import explained, make_folder
+
+CACHE_LOCK, PLAN_LOCK = ".lock", ".planning.lock"
+NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # the file system has none
+TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+SHOWN = 200  # characters of what a lock file says
+said: set[str] = set()  # what was said about file systems, once per process
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A lock that this process holds until `release`, from any thread; other threads that ask for it are refused, too."""
+
+    file: Path
+    descriptor: int
+
+    def release(self) -> None:
+        """Give the lock back; its file goes with the last who holds it."""
+        with contextlib.suppress(OSError):  # others share it, or the disk turned read-only
+            if locked(self.descriptor, fcntl.LOCK_EX) and is_at(self.file, self.descriptor):
+                self.file.unlink()
+        os.close(self.descriptor)
+
+    def __enter__(self) -> "Claim":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def shard_lock(path: Path, shard: int) -> Path:
+    """The file whose lock the writer of a shard holds, for all views and columns."""
+    return path / "commits" / f".{shard:06d}.lock"
+
+
+def take(file: Path, *, shared: bool = False) -> Claim | None:
+    """The lock of this file, which is made for it; None where someone else holds it.
+
+    Where the file system knows no locks, everybody gets them, aloud. OSError where the file cannot be made.
+    """
+    make_folder(file.parent)
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            raise explained(error, file) from error
+        try:
+            if not locked(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+                os.close(descriptor)
+                return None
+            if is_at(file, descriptor):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, who().encode(), 0)
+                return Claim(file, descriptor)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # of a file that the holder before has removed meanwhile
+
+
+def locked(descriptor: int, kind: int) -> bool:
+    """Whether the lock was had, without waiting; also where the file system has none."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in TAKEN:
+            return False
+        if error.errno not in NO_LOCKS:
+            raise
+        say_once(f"this file system has no locks ({error.strerror}): give every shard one writer, and change a cache only while "
+                 "nobody else is at work on it")  # fmt: skip
+    return True
+
+
+def is_at(file: Path, descriptor: int) -> bool:
+    """Whether the opened file is still the one of that name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(file))
+    except OSError:
+        return False
+
+
+def held_by(file: Path) -> str | None:
+    """Who holds the lock of this file, as they wrote it there; None where nobody does."""
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return None
+    except OSError:  # also where there are no locks: then the file says that someone had begun
+        return written_in(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def written_in(descriptor: int) -> str:
+    """What the holder wrote into the lock file, fit to be printed."""
+    text = os.pread(descriptor, SHOWN, 0).decode(errors="replace").partition("\n")[0]
+    return "".join(c for c in text if c.isprintable()) or "another process"
+
+
+def who() -> str:
+    """This process, for those who wait for it."""
+    return f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+
+
+def say_once(text: str) -> None:
+    """Print to stderr what was not printed before."""
+    if text not in said:
+        said.add(text)
+        print(text, file=sys.stderr, flush=True)
+
+
+def at_work(path: Path) -> Claim:
+    """A share of the cache, for who writes shards. ValueError, naming them, where someone changes it as a whole."""
+    return whole(path, shared=True)
+
+
+def alone(path: Path) -> Claim:
+    """The cache for oneself, for who removes or replaces what others go by. ValueError where someone is at work on it."""
+    return whole(path, shared=False)
+
+
+def whole(path: Path, *, shared: bool) -> Claim:
+    """The lock of the cache as a whole. ValueError where someone else has it."""
+    claim = take(path / CACHE_LOCK, shared=shared)
+    if claim is None:
+        raise ValueError(f"{path}: {last_at_work(path)} is at work on this cache; expected nobody; wait for its end, or stop it, "
+                         "then run the same command again (nothing was changed)")  # fmt: skip
+    return claim
+
+
+def last_at_work(path: Path) -> str:
+    """Who took the cache's lock last, even a shared one."""
+    try:
+        descriptor = os.open(path / CACHE_LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return "another process"
+    try:
+        return written_in(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def writers(path: Path) -> Iterator[str]:
+    """Those who write a shard just now."""
+    for file in sorted((path / "commits").glob(".*.lock")):
+        if (holder := held_by(file)) is not None:
+            yield holder
+
+
+def remove_locks(path: Path) -> None:
+    """Remove the lock files that killed writers of shards left; those that are held stay."""
+    for file in sorted((path / "commits").glob(".*.lock")):
+        if (claim := take(file)) is not None:
+            claim.release()

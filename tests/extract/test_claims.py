@@ -1,0 +1,325 @@
+"""Writers of one cache do not meet: every shard has one writer, changes of the whole wait for nobody else, and no wait is without end."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mrmae.extract import engine, ranks, run
+from mrmae.extract.inspect import main
+from mrmae.shards import audit, claims
+from mrmae.shards import commit as commits
+from mrmae.shards.plan import load_plan
+from mrmae.shards.repair import prepare_repair
+from mrmae.shards.trust import Problem
+
+VIT = "vit=timm:test_vit/random"
+OPTIONS: dict[str, Any] = {"shard_samples": 4}  # five shards of the photographs
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files but the commit records, which tell the time."""
+    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def locks(path: Path) -> list[str]:
+    return sorted(file.name for file in path.rglob(".*lock"))
+
+
+@pytest.fixture(scope="module")
+def made(extract: Any, photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    cache = tmp_path_factory.mktemp("alone") / "c"
+    extract(photo_folder, cache, VIT, **OPTIONS)
+    return cache
+
+
+@pytest.fixture
+def begun(extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache that is planned and calibrated; nothing is committed."""
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "extract_missing", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            extract(photo_folder, tmp_path / "c", VIT, **OPTIONS)
+    return tmp_path / "c"
+
+
+@contextlib.contextmanager
+def elsewhere(file: Path, *, shared: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a lock until the end; killed then."""
+    script = f"""
+from pathlib import Path
+from mrmae.shards import claims
+claim = claims.take(Path({str(file)!r}), shared={shared})
+print("holds", flush=True)
+import time; time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None and process.stdout.readline() == "holds\n"
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_a_lock_has_one_holder_and_goes_with_it(tmp_path: Path) -> None:
+    file = tmp_path / "x.lock"
+    with elsewhere(file) as process:
+        assert claims.take(file) is None and claims.take(file, shared=True) is None
+        assert (claims.held_by(file) or "").startswith(f"process {process.pid} on ")
+    assert file.exists() and claims.held_by(file) is None, "killed: the file stays, the lock does not"
+    with claims.take(file) or pytest.fail("it is free"):
+        assert claims.take(file) is None, "nor has another thread of this process"
+    assert not file.exists()
+    one, two = (claims.take(file, shared=True) for _ in range(2))
+    assert one and two and claims.take(file) is None
+    one.release()
+    assert file.exists() and claims.take(file) is None
+    two.release()
+    assert not file.exists()
+
+
+def test_a_lock_file_removed_while_one_waits_for_it_is_not_held_by_two(tmp_path: Path) -> None:
+    """Many threads take and release one lock; whoever has it is alone."""
+    file, inside, most = tmp_path / "x.lock", [0], [0]
+
+    def work() -> None:
+        done = 0
+        while done < 50:
+            if (claim := claims.take(file)) is None:
+                continue
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            inside[0] -= 1
+            claim.release()
+            done += 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert most == [1] and not file.exists()
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The id of a child that does this and ends with 0, with 1 where it fails."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        torch.set_num_threads(1)  # the parent's threads did not come along
+        work()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def ends(pids: list[int], seconds: float = 90) -> list[int]:
+    """Exit statuses of children; those that hang are killed."""
+    codes: dict[int, int] = {}
+
+    def done() -> bool:
+        for pid in set(pids) - set(codes):
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            codes.update({pid: os.waitstatus_to_exitcode(status)} if ended else {})
+        return len(codes) == len(pids)
+
+    wait_until(done, seconds)
+    for pid in set(pids) - set(codes):
+        os.kill(pid, signal.SIGKILL)
+        codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return [codes[pid] for pid in pids]
+
+
+def test_overlapping_parts_and_a_finishing_command_make_the_same_cache(
+    extract: Any, begun: Path, made: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three real processes with the same shards to do."""
+    real = commits.clear
+    monkeypatch.setattr(commits, "clear", lambda *unit: [time.sleep(0.05), real(*unit), time.sleep(0.05)])
+    pids = []
+    for shards in ("0/1", "0/1", ""):
+
+        def work(shards: str = shards) -> None:
+            wait_until((tmp_path / "go").exists)
+            extract(photo_folder, begun, VIT, shards=shards, **OPTIONS)
+
+        pids.append(forked(work))
+    (tmp_path / "go").touch()
+    assert ends(pids) == [0, 0, 0]
+    assert not audit.find_problems(begun, full=True) and contents(begun) == contents(made) and not locks(begun)
+
+
+def test_a_claimed_shard_comes_last_and_is_done_when_its_writer_dies(
+    extract: Any, photo_folder: Path, begun: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, order = commits.store_column, []
+    monkeypatch.setattr(engine.commits, "store_column", lambda *a: [order.append(a[4]), real(*a)][1])
+    with elsewhere(claims.shard_lock(begun, 1)) as process:
+        threading.Thread(target=lambda: [wait_until(lambda: len(order) == 4), process.kill()]).start()
+        extract(photo_folder, begun, VIT, **OPTIONS)
+    assert order == [0, 2, 3, 4, 1] and contents(begun) == contents(made) and not locks(begun)
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_a_shard_that_another_committed_meanwhile_is_not_computed(
+    extract: Any, photo_folder: Path, begun: Path, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process does shard 2 after this one has made its list."""
+    real, shown = engine.shard_parts, []
+
+    def unfinished(job: Any) -> Any:
+        todo = listed(job)
+        monkeypatch.setattr(engine, "unfinished", listed)
+        extract(photo_folder, begun, VIT, shards="2/5", **OPTIONS)
+        return todo
+
+    listed = engine.unfinished
+    monkeypatch.setattr(engine, "unfinished", unfinished)
+    monkeypatch.setattr(engine, "shard_parts", lambda *a: [shown.append(a[1]), real(*a)][1])
+    extract(photo_folder, begun, VIT, **OPTIONS)
+    assert len(shown) == 5, "every shard once"
+    assert contents(begun) == contents(made)
+
+
+def test_the_cache_is_not_changed_while_somebody_writes_shards(made: Path, extract: Any, photo_folder: Path) -> None:
+    before = contents(made)
+    problem = Problem("tail/vit.safetensors", "as if it were damaged")
+    with elsewhere(made / ".lock", shared=True) as process:
+        with pytest.raises(ValueError, match=f"process {process.pid} on .* is at work on this cache"):
+            prepare_repair(made, [problem])
+        done = CliRunner().invoke(main, ["drop", str(made), "vit", "--yes"])
+        assert done.exit_code == 1 and f"process {process.pid} on " in done.output, done.output
+        assert "is at work on this cache" in done.output.splitlines()[-1]
+        extract(photo_folder, made, VIT, **OPTIONS)  # writers of shards do not exclude each other
+    with (
+        elsewhere(made / ".lock") as process,
+        pytest.raises(ValueError, match=f"process {process.pid} on .* is at work on this cache"),
+    ):
+        extract(photo_folder, made, VIT, **OPTIONS)
+    extract(photo_folder, made, VIT, **OPTIONS)
+    assert contents(made) == before and not locks(made)
+
+
+def test_one_process_converts_to_a_folder(made: Path, tmp_path: Path) -> None:
+    with elsewhere(tmp_path / "out/.lock") as process:
+        done = CliRunner().invoke(main, ["convert", str(made), str(tmp_path / "out"), "--format", "webdataset"])
+    assert done.exit_code == 1 and f"process {process.pid} on " in done.output
+    assert CliRunner().invoke(main, ["convert", str(made), str(tmp_path / "out")]).exit_code == 0
+    assert not audit.find_problems(tmp_path / "out", full=True) and not locks(tmp_path / "out")
+
+
+def test_a_dead_planner_is_told_from_a_living_one(
+    extract: Any,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.5)
+    monkeypatch.setattr(ranks, "SAY_AFTER_SECONDS", 0.0)
+    cache = tmp_path / "c"
+    with pytest.raises(ValueError, match=r"there is none yet, since ..:..:..; nobody is at work on it.*start part 0"):
+        extract(photo_folder, cache, VIT, shards="1/2", **OPTIONS)
+    with elsewhere(cache / ".planning.lock") as process:
+        killed: list[float] = []
+
+        def kill() -> None:
+            time.sleep(1.5)
+            killed.append(time.monotonic())
+            os.kill(process.pid, signal.SIGKILL)
+
+        threading.Thread(target=kill).start()
+        with pytest.raises(ValueError, match="nobody is at work on it.*start part 0"):
+            extract(photo_folder, cache, VIT, shards="1/2", **OPTIONS)
+        assert killed and time.monotonic() - killed[0] < 30, "it waited for the living, not for the dead"
+    assert f"process {process.pid} on " in capsys.readouterr().err
+
+
+def test_the_second_planner_waits_for_the_first(
+    extract: Any, photo_folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part 0 twice at once: one plans and calibrates, the other finds it done."""
+    real = run.calibrated
+
+    def calibrated(job: Any) -> Any:
+        with open(tmp_path / "seen", "a") as file:
+            file.write(f"{bool(job.plan.quantisers)} ")
+        time.sleep(0.5)
+        return real(job)
+
+    monkeypatch.setattr(run, "calibrated", calibrated)
+    pids = [forked(lambda: extract(photo_folder, tmp_path / "c", VIT, **OPTIONS)) for _ in range(2)]
+    assert ends(pids) == [0, 0] and (tmp_path / "seen").read_text() == "False True "
+    assert contents(tmp_path / "c") == contents(made)
+
+
+def test_shards_that_nobody_commits_end_the_wait_by_name(
+    begun: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.3)
+    monkeypatch.setattr(ranks, "SAY_AFTER_SECONDS", 0.0)
+    with elsewhere(claims.shard_lock(begun, 3)) as process:
+        threading.Thread(target=lambda: [time.sleep(1), process.kill()]).start()
+        with pytest.raises(ValueError, match=r"10 shards are not committed yet: shard 0 of pixels, view 0; .* and 5 more, since .*"
+                           "; nobody is at work on it.*same command again"):  # fmt: skip
+            ranks.wait_for_shards(begun, load_plan(begun))
+    assert f"process {process.pid} on " in capsys.readouterr().err
+    monkeypatch.setattr(ranks, "LONGEST_SECONDS", 0.3)
+    with (
+        elsewhere(claims.shard_lock(begun, 3)),
+        pytest.raises(ValueError, match="process .* is at work on it, and this has waited"),
+    ):
+        ranks.wait_for_shards(begun, load_plan(begun))
+
+
+def test_a_plan_that_grew_meanwhile_is_not_finished_by_the_older_command(
+    extract: Any, photo_folder: Path, begun: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = run.wait_for_shards
+
+    def meanwhile(*args: Any) -> None:
+        real(*args)
+        monkeypatch.setattr(run, "wait_for_shards", real)
+        extract(photo_folder, begun, VIT, views=2)
+
+    monkeypatch.setattr(run, "wait_for_shards", meanwhile)
+    with pytest.raises(ValueError, match="another command has extended or changed this cache meanwhile"):
+        extract(photo_folder, begun, VIT, **OPTIONS)
+    assert not audit.find_problems(begun, full=True)
+
+
+def test_a_file_system_without_locks_is_said_once(
+    extract: Any, photo_folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def none(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(claims, "said", set())
+    extract(photo_folder, tmp_path / "c", VIT, **OPTIONS)
+    assert capsys.readouterr().err.count("this file system has no locks (No locks available)") == 1
+    assert contents(tmp_path / "c") == contents(made) and not locks(tmp_path / "c")
