@@ -55,7 +55,12 @@ FORMATS = ("zarr", "webdataset")
     help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.",
 )
 @click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 8 on a CPU.")
-@click.option("--workers", default=0, type=click.IntRange(0), help="Decoding threads; 0: one per core.")
+@click.option(
+    "--workers",
+    default=0,
+    type=click.IntRange(0),
+    help="Decoding threads; 0: one per core. Together they hold at most 4 GB of images: more wait.",
+)
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")
 @click.option(
     "--shards", default="", metavar="I/N", show_default=False, help="Do part I of N (from 0); without: all, and finish."
@@ -64,7 +69,12 @@ FORMATS = ("zarr", "webdataset")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--min-snr", default=20.0, type=float, metavar="DB",
               help="Stop at a shard whose int8 or fp8 codes keep less than this of a teacher; float16 is not measured by it.")  # fmt: skip
-@click.option("--max-pixels", default=178_956_970, type=click.IntRange(1), help="Larger images are refused undecoded.")
+@click.option(
+    "--max-pixels",
+    default=178_956_970,
+    type=click.IntRange(1),
+    help="Larger images are refused undecoded (10 to 18 bytes of memory per pixel).",
+)
 @click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."

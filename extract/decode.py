@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mrmae.extract.images import Sources, Unreadable, read_image
@@ -14,7 +15,7 @@ from mrmae.shards.plan import Plan, tar_path
 from mrmae.shards.reader import read_members
 from mrmae.shards.samples import Source
 from mrmae.shards.spec import ViewRecipe, key_hash
-from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render
+from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decoded, draw_view, encode_jpeg, render
 from mrmae.shards.webdataset_io import PixelRow, parse_row, read_index
 
 AHEAD = 3  # batches decoded or being decoded while one is with the teachers
@@ -30,8 +31,8 @@ class Images:
     order: Sequence[int]
     max_pixels: int
 
-    def decode(self, number: int) -> Pixels:
-        """The image, uint8 [height, width, 3]. BadImage where it does not decode.
+    def decoded(self, number: int) -> AbstractContextManager[Pixels]:
+        """The image, uint8 [height, width, 3], as long as it is needed. BadImage where it does not decode.
 
         ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
         """
@@ -50,7 +51,7 @@ class Images:
                 f"{self.sources.where(position)}: its bytes changed since the plan was made ({row.bytes} bytes then, "
                 f"{len(data)} now); expected the same image; restore it, or write to a new cache"
             )
-        return decode_rgb(data, max_pixels=self.max_pixels)
+        return decoded(data, max_pixels=self.max_pixels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,11 +90,11 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
     if len(rows) < len(views):
         source = images.rows[number]
         try:
-            image = images.decode(number)
-            for view in set(views) - set(rows):
-                crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
-                jpeg = encode_jpeg(render(image, crop, recipe))
-                rows[view] = PixelRow(number, source.key, source.label, crop, jpeg)
+            with images.decoded(number) as image:
+                for view in set(views) - set(rows):
+                    crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
+                    jpeg = encode_jpeg(render(image, crop, recipe))
+                    rows[view] = PixelRow(number, source.key, source.label, crop, jpeg)
         except BadImage as error:
             for view in set(views) - set(rows):
                 rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)

@@ -16,7 +16,7 @@ from mrmae.extract.options import Options
 from mrmae.extract.plan import jpeg_bytes, sample_bytes
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.spec import TeacherSpec, canonical_order, key_hash
-from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decode_rgb, draw_view, encode_jpeg, render
+from mrmae.shards.views import BadImage, Pixels, decode_jpeg, decoded, draw_view, encode_jpeg, render
 from mrmae.shards.write import write_durably
 
 PROBE_BYTES = 64 << 20
@@ -49,9 +49,9 @@ def measure_rates(sources: Sources, teachers: Mapping[str, Teacher], options: Op
 
 def one_view(data: bytes, key: str, options: Options) -> Pixels:
     """A view as a teacher sees it: decoded, cropped, encoded and decoded again."""
-    image = decode_rgb(data, max_pixels=options.max_pixels)
-    crop = draw_view(key_hash(key), 0, image.shape[0], image.shape[1], options.recipe)
-    return decode_jpeg(encode_jpeg(render(image, crop, options.recipe)))
+    with decoded(data, max_pixels=options.max_pixels) as image:
+        crop = draw_view(key_hash(key), 0, image.shape[0], image.shape[1], options.recipe)
+        return decode_jpeg(encode_jpeg(render(image, crop, options.recipe)))
 
 
 def forward_seconds(teacher: Teacher, pixels: Sequence[Pixels], options: Options) -> float:

@@ -1,9 +1,11 @@
 """What features are probed on: labelled images in a train and a test part, from folders, tars or a cache."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from mrmae.extract.digest import digest_images
-from mrmae.extract.images import Sources, list_sources, matches, read_image
+from mrmae.extract.images import Sources, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.plan import read_sources
 from mrmae.shards.remote import locate
 from mrmae.shards.samples import Source as Row
 from mrmae.shards.spec import content_id, dataset_id
-from mrmae.shards.views import FILTERS, BadImage, Pixels, decode_rgb
+from mrmae.shards.views import FILTERS, BadImage, Pixels, decoded
 from mrmae.shards.write import make_folder
 
 TRAIN, TEST = ("train/*",), ("test/*",)
@@ -28,7 +30,8 @@ TRAIN, TEST = ("train/*",), ("test/*",)
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Labelled images in the order of their keys. image(i): uint8 [height, width, 3] of image i, from any thread.
+    """Labelled images in the order of their keys. image(i): uint8 [height, width, 3] of image i for as
+    long as it is needed, from any thread.
 
     numbers: sample numbers in `cache`, whose stored views are the images; None for files, which still need a view.
     notes: what a person should hear about the listing of files.
@@ -36,7 +39,7 @@ class Part:
 
     name: str
     rows: Sequence[Row]
-    image: Callable[[int], Pixels]
+    image: Callable[[int], AbstractContextManager[Pixels]]
     cache: Cache | None = None
     numbers: np.ndarray[Any, np.dtype[np.int64]] | None = None
     notes: Sequence[str] = ()
@@ -52,7 +55,8 @@ class Part:
 
     def pixels(self, i: int, size: int, interpolation: str) -> Pixels:
         """The picture of image i that a model of this input size is shown: its stored view, or the evaluation view."""
-        return self.image(i) if self.cache else eval_view(self.image(i), size, interpolation)
+        with self.image(i) as image:
+            return image if self.cache else eval_view(image, size, interpolation)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,14 +111,17 @@ def open_part(
     return Part(name, rows, functools.partial(read_file, sources), notes=sources.notes)
 
 
-def read_file(sources: Sources, i: int) -> Pixels:
+@contextlib.contextmanager
+def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
     """Image i, decoded. ValueError naming it where it does not decode: a probe never skips an image silently."""
-    try:
-        return decode_rgb(read_image(sources, i))
-    except BadImage as error:
-        raise ValueError(
-            f"{sources.where(i)}: {error.reason}; every image counts in a probe; repair or remove it"
-        ) from None
+    with contextlib.ExitStack() as held:
+        try:
+            image = held.enter_context(decoded(sources.read(i)))
+        except BadImage as error:
+            raise ValueError(
+                f"{sources.where(i)}: {error.reason}; every image counts in a probe; repair or remove it"
+            ) from None
+        yield image
 
 
 def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Part:
@@ -127,9 +134,8 @@ def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[s
                          f"{rows[0].key!r}; expected the {name} part; choose it with --{name}-include 'PATTERN'")  # fmt: skip
     numbers = numbers[np.argsort([rows[n].key for n in numbers], kind="stable")]
 
-    def image(i: int) -> Pixels:
-        pixels: Pixels = cache.read_pixels([int(numbers[i])], [0])[0].numpy()
-        return pixels
+    def image(i: int) -> AbstractContextManager[Pixels]:
+        return contextlib.nullcontext(cache.read_pixels([int(numbers[i])], [0])[0].numpy())
 
     return Part(name, [rows[n] for n in numbers], image, cache, numbers)
 

@@ -87,7 +87,8 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         return len(self.part)
 
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
-        return self.transform(Image.fromarray(self.part.image(i))), self.labels[i]
+        with self.part.image(i) as image:
+            return self.transform(Image.fromarray(image)), self.labels[i]
 
 
 def train_epoch(

@@ -126,8 +126,8 @@ def test_every_image_is_decoded_once_and_every_view_shown_once(
     monkeypatch.setattr(Job, "in_turns", in_turns)
     decoded: list[int] = []
     shown: list[int] = []
-    decode, forward = Images.decode, Teacher.forward
-    monkeypatch.setattr(Images, "decode", lambda self, number: [decoded.append(number), decode(self, number)][1])
+    decode, forward = Images.decoded, Teacher.forward
+    monkeypatch.setattr(Images, "decoded", lambda self, number: [decoded.append(number), decode(self, number)][1])
     monkeypatch.setattr(Teacher, "forward", lambda self, pixels: [shown.append(len(pixels)), forward(self, pixels)][1])
     extract(folder, tmp_path / "cache", VIT, CNN, views=2)
     n = len(open_cache(finished))

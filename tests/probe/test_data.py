@@ -20,7 +20,8 @@ def test_a_folder_and_its_tar_give_the_same_parts(images: Path, tmp_path: Path) 
     tar_data = open_data([str(tmp_path / "images.tar")], tmp_path)
     assert folder.classes == ["azure", "brick", "moss"] and len(folder.train) == 24 and len(folder.test) == 12
     assert folder.train.id == tar_data.train.id and folder.test.id == tar_data.test.id != folder.train.id
-    assert np.array_equal(folder.test.image(5), tar_data.test.image(5))
+    with folder.test.image(5) as one, tar_data.test.image(5) as other:
+        assert np.array_equal(one, other)
     assert folder.labels(folder.test).tolist() == sorted(list(range(3)) * 4)
 
 
@@ -87,7 +88,8 @@ def test_an_image_that_does_not_decode_is_named(make_images: Callable[..., Path]
     (root / "test" / "moss" / "test-0.png").write_bytes(b"no image")
     data = open_data([str(root)], tmp_path)
     with pytest.raises(ValueError, match="moss/test-0.png: not an image in a known format.*every image counts"):
-        data.test.image(2)
+        with data.test.image(2):
+            pass
 
 
 def test_images_are_shared_with_a_cache_by_key_or_by_bytes(

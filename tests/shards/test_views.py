@@ -4,8 +4,11 @@ import io
 import itertools
 import math
 import struct
+import threading
+import time
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -14,6 +17,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from mrmae.shards import views
+from mrmae.shards.room import Room
 from mrmae.shards.spec import ViewRecipe, key_hash
 from mrmae.shards.views import BadImage, Pixels, View, decode_rgb, draw_view, render
 
@@ -308,6 +312,68 @@ def test_what_this_pillow_cannot_decode_is_named(monkeypatch: pytest.MonkeyPatch
     with warnings.catch_warnings(), pytest.raises(BadImage, match="is AVIF, which this build of Pillow cannot decode"):
         warnings.simplefilter("error")
         decode_rgb(saved(picture(), "AVIF"))
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """By how much this process's memory grew at most while it worked (Linux)."""
+
+    def status(field: str) -> int:
+        return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024
+
+    with open("/proc/self/clear_refs", "w") as peak:
+        peak.write("5")
+    before = status("VmRSS")
+    work()
+    return status("VmHWM") - before
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "CMYK", "P", "L"])
+def test_decoding_takes_at_most_what_it_takes_room_for(mode: str) -> None:
+    side = 2500
+    kind, options = ("JPEG", {"progressive": True}) if mode == "CMYK" else ("PNG", {"compress_level": 1})
+    data = saved(Image.new(mode, (side, side), 0), kind, **options)
+    with Image.open(io.BytesIO(data)) as image:
+        room = views.decoding_bytes(image)
+    assert peak_bytes(lambda: decode_rgb(data)) < room + 20e6, "the last: tiles"
+
+
+def test_many_threads_hold_no_more_images_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until their views are rendered; order and pixels do not depend on it."""
+    side, lock, held, most = 100, threading.Lock(), 0, 0
+    data = [saved(Image.new("RGB", (side, side), (i, 0, 0)), "PNG") for i in range(32)]
+
+    def rendered(one: bytes) -> int:
+        nonlocal held, most
+        with views.decoded(one) as image:
+            with lock:
+                held += 1
+                most = max(most, held)
+            time.sleep(0.002)
+            pixel = int(render(image, View(0, 0, side, side, False, side, side), RECIPE)[0, 0, 0])
+            with lock:
+                held -= 1
+        return pixel
+
+    monkeypatch.setattr(views, "DECODING", Room(35 * side**2))
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(rendered, data)) == list(range(32))
+        for damaged in (data[0][:-100], b"no image"):
+            with pytest.raises(BadImage):
+                pool.submit(rendered, damaged).result()
+    assert most == 3 and views.DECODING.free_bytes == 35 * side**2
+
+
+def test_tiles_and_their_edges_change_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = Image.fromarray(np.dstack([picture(), picture()[..., 0]]))
+    files = [saved(half, "PNG", icc_profile=swapped_profile()), saved(half.convert("RGB").quantize(16), "GIF"),
+             saved(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100, "TIFF"),
+             tiff({256: (3, 30), 257: (3, 20), 258: (3, 16), 259: (3, 1), 262: (3, 1), 277: (3, 1)},
+                  (np.arange(600) * 100).astype(">u2").tobytes(), ">"),
+             saved(Image.fromarray(picture()).convert("1"), "PNG"), saved(picture(), "JPEG", quality=100)]  # fmt: skip
+    whole = [decode_rgb(data) for data in files]
+    for tile in (1, 7, 30, 100):
+        monkeypatch.setattr(views, "TILE", tile)
+        assert all(np.array_equal(decode_rgb(data), image) for data, image in zip(files, whole))
 
 
 def test_drawn_views_are_golden() -> None:
