@@ -55,7 +55,7 @@ def commands(images: Path, cache: Path, damaged: Path) -> dict[str, Callable[[Pa
         "drop": lambda new: ["inspect-cache", "drop", copied(cache, new), "vit", "--yes"],
         "repair, nothing to do": lambda new: ["inspect-cache", "repair", whole],
         "repair --dry-run": lambda new: ["inspect-cache", "repair", str(damaged), "--dry-run"],
-        "repair": lambda new: ["inspect-cache", "repair", copied(damaged, new)],
+        "repair": lambda new: ["inspect-cache", "repair", copied(damaged, new), "--yes"],
         "extract-features --help": lambda new: ["extract-features", "--help"],
         "extract-features, nothing to do": lambda new: again,
         "extract-features --dry-run": lambda new: [*again[:2], str(new / "c"), *again[3:], "--dry-run"],

@@ -70,7 +70,7 @@ BASES = {  # options of the extraction that makes a cache, and what ends it befo
     "webdataset appended": [*VIT, "--format", "webdataset"],
 }
 COMMANDS = {  # how often
-    "show": 3, "show --json": 1, "verify": 3, "verify --full": 6, "repair --dry-run": 3, "repair": 5, "convert": 6, "drop": 4,
+    "show": 3, "show --json": 1, "verify": 3, "verify --full": 6, "repair --dry-run": 3, "repair --yes": 5, "convert": 6, "drop": 4,
     "stats": 3, "pictures": 3, "diff": 3, "train --dry-run": 3, "train": 3, "probe": 3, "extract": 5,
 }  # fmt: skip
 TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "--set",

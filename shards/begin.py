@@ -1,5 +1,6 @@
 """A cache is begun, or found to be the one that was begun with the same plan and images."""
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,11 @@ def refuse_other_folder(path: Path) -> None:
         raise ValueError(f"{path}: is a file; expected a new folder for the cache; choose another name")
     if not path.exists() or (path / "plan.json").exists():
         return
-    ours = {"samples.parquet", DIGESTS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
+    ours = {DIGESTS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
+    if (path / "samples.parquet").exists():
+        with contextlib.suppress(ValueError):  # a table of something else is not replaced
+            read_samples(path)
+            ours.add("samples.parquet")
     if others := sorted(file.name for file in path.iterdir() if file.name not in ours):
         raise ValueError(
             f"{path}: this folder is no cache (no plan.json) and holds {others[0]!r}; "

@@ -59,8 +59,8 @@ def convert(
     """
     for name, text in {"OUT": out, **about}.items():
         expect_utf8(text, name)
-    if out.resolve() == cache.path.resolve():
-        raise ValueError(f"{out}: is the cache to convert; expected another folder for the new one")
+    if cache.path.resolve() in [out.resolve(), *out.resolve().parents]:
+        raise ValueError(f"{out}: is, or lies in, the cache to convert; expected another folder for the new one")
     refuse_other_folder(out)
     with claims.alone(out):
         return converted(cache, out, wanted, about=about, progress=progress)

@@ -1,10 +1,8 @@
 """Links and special files have no place in a cache: what lies behind a link is not the cache's, and a FIFO never ends."""
 
-import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 
 from mrmae.shards.remote import RemotePath
@@ -21,23 +19,25 @@ def foreign_entries(path: Path) -> dict[str, str]:
     """
     if isinstance(path, RemotePath):
         return {}
-    here = {entry.name: entry for entry in entries(path)}
-    found = {name: what for name in FILES if name in here and (what := wrong_kind(here[name], folder=False))}
-    todo = [here[name] for name in FOLDERS if name in here]
-    found |= {entry.name: what for entry in todo if (what := wrong_kind(entry, folder=True))}
+    here = {entry.name: entry for entry in entries(path) if entry.name in FILES + FOLDERS}
+    found = {name: what for name, entry in here.items() if (what := wrong_kind(entry, folder=name in FOLDERS))}
+    todo = [here[name].path for name in FOLDERS if name in here and name not in found]
     while todo:
-        entry = todo.pop()
-        if what := wrong_kind(entry):
-            found.setdefault(Path(entry.path).relative_to(path).as_posix(), what)
-        elif entry.is_dir(follow_symlinks=False):
-            todo += entries(entry.path)
+        for entry in entries(todo.pop()):
+            if entry.is_dir(follow_symlinks=False):
+                todo.append(entry.path)
+            elif not entry.is_file(follow_symlinks=False) and (what := wrong_kind(entry)):
+                found[Path(entry.path).relative_to(path).as_posix()] = what
     return found
 
 
-def entries(folder: str | Path) -> Iterator["os.DirEntry[str]"]:
+def entries(folder: str | Path) -> list["os.DirEntry[str]"]:
     """What lies in a folder; nothing where it is not there (another process may have removed it) or may not be listed."""
-    with contextlib.suppress(OSError), os.scandir(folder) as found:
-        yield from found
+    try:
+        with os.scandir(folder) as found:
+            return list(found)
+    except OSError:
+        return []
 
 
 def wrong_kind(entry: "os.DirEntry[str]", *, folder: bool | None = None) -> str:

@@ -1,14 +1,16 @@
 """Commands that remove or replace something: only what they are for, said beforehand, and never unasked."""
 
+import io
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner
 
-from mrmae.extract.inspect import main
+from mrmae.extract.inspect import ask, main
 
 Make = Callable[..., Path]
 
@@ -77,6 +79,28 @@ def test_repair_says_what_goes_and_nothing_goes_unasked(cache: Path) -> None:
     assert contents(cache) == before
     code, text = inspect("repair", cache, "--yes")
     assert code == 0 and set(before) - set(contents(cache)) == {"manifest.json", "commits/0/pixels/000000.json"}
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_at_a_terminal_a_person_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    for answer in ("n\n", "\n", ""):
+        monkeypatch.setattr("sys.stdin", Terminal(answer))
+        with pytest.raises(click.Abort):
+            ask("Remove it?", False)
+    monkeypatch.setattr("sys.stdin", Terminal("y\n"))
+    ask("Remove it?", False)
+
+
+def test_a_cache_is_not_converted_into_itself(cache: Path) -> None:
+    before = contents(cache)
+    for out in (cache, cache / "views" / "new"):
+        code, text = inspect("convert", cache, out, "--dtype", "float16")
+        assert code == 1 and "lies in, the cache to convert" in text
+    assert contents(cache) == before
 
 
 def test_a_picture_takes_the_place_of_pictures_only(cache: Path, tmp_path: Path) -> None:

@@ -232,6 +232,10 @@ def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path)
     with pytest.raises(ValueError, match="no cache .* holds 'thesis.tex'"):
         make_cache(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / "samples.parquet")
+    with pytest.raises(ValueError, match="no cache .* holds 'samples.parquet'"):
+        make_cache(tmp_path, **SMALL)
+    assert (tmp_path / "samples.parquet").read_text() == "do not touch"
 
 
 def test_a_path_without_a_plan_is_named(tmp_path: Path) -> None:

@@ -188,7 +188,7 @@ def test_an_unfinished_source_another_target_and_the_source_itself_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="this cache is unfinished"):
         converted(make_cache(tmp_path / "half", finalise=False, **SMALL), tmp_path / "x")
-    with pytest.raises(ValueError, match="is the cache to convert"):
+    with pytest.raises(ValueError, match="is, or lies in, the cache to convert"):
         converted(source, source, format="webdataset")
     fp8 = converted(source, tmp_path / "fp8", dtype="fp8")
     before = contents(fp8)
