@@ -4,11 +4,12 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from io import RawIOBase
 from pathlib import Path
 
 from mrmae.common.progress import Progress
 from mrmae.extract.images import Sources, Stamp, Unreadable, read_image
-from mrmae.shards.write import publish, remove
+from mrmae.shards.write import explained, publish, remove
 
 Row = tuple[str, int, str]  # key, bytes, sha256 in hex
 Line = tuple[str, int, str, int, int]  # a row, and the time and place of the image that it was computed of
@@ -33,18 +34,19 @@ def digest_images(
     wanted = [i for i in order if not same_size(known.get(images[i].key), images[i].size_bytes)]
     if not wanted:
         return [known[images[i].key] for i in order]
-    with Progress("hashing", len(wanted)) as progress, ThreadPoolExecutor(workers) as pool, open(memory, "a") as out:
+    with (
+        Progress("hashing", len(wanted)) as progress,
+        ThreadPoolExecutor(workers) as pool,
+        open(memory, "ab", buffering=0) as out,
+    ):
         for start in range(0, len(wanted), CHUNK):
             part = wanted[start : start + CHUNK]
             for i, row in zip(part, pool.map(lambda i: digest(sources, i), part)):
                 known[row[0]] = row
                 if (stamp := sources.stamp(i)) is not None:
                     remembered[row[0]] = (*row, *stamp[1:])
-                    out.write(
-                        f"\n{json.dumps(remembered[row[0]])}"
-                    )  # first the newline: a kill may have cut the line before
+                    note(out, remembered[row[0]], memory)
                 progress.add()
-            out.flush()
     tidy(memory, remembered)
     return [known[images[i].key] for i in order]
 
@@ -56,6 +58,14 @@ def digest(sources: Sources, i: int) -> Row:
     except Unreadable:
         data = b""
     return sources.images[i].key, len(data), hashlib.sha256(data).hexdigest()
+
+
+def note(out: RawIOBase, line: Line, memory: Path) -> None:
+    """Write a line of the memory; the newline comes first, as a kill may have cut off the line before. OSError as in publish."""
+    try:
+        out.write(f"\n{json.dumps(line)}".encode())
+    except OSError as error:
+        raise explained(error, memory) from error
 
 
 def same_size(row: Row | None, size_bytes: int | None) -> bool:

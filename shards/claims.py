@@ -67,8 +67,9 @@ def take(file: Path, *, shared: bool = False) -> Claim | None:
                 os.close(descriptor)
                 return None
             if is_at(file, descriptor):
-                os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, who().encode(), 0)
+                with contextlib.suppress(OSError):  # a full disk: the lock is ours even so
+                    os.ftruncate(descriptor, 0)
+                    os.pwrite(descriptor, who().encode(), 0)
                 return Claim(file, descriptor)
         except BaseException:
             os.close(descriptor)

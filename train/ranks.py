@@ -21,6 +21,9 @@ from torch.nn.parallel import DistributedDataParallel
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT")
 REASONS = (*STOP_SIGNALS, "divergence")
 FAILED = "mrmae/failed"  # what the first rank to fail leaves in the store that torchrun keeps for all
+LONGEST_WAIT = timedelta(
+    minutes=30
+)  # of one rank for another; NCCL's own ten are too few for rank 0 to draw and save by itself
 LAST_WORDS = timedelta(seconds=5)
 BROKEN = ("connection", "socket", "timed out", "gloo", "nccl")  # in the text of an error that another rank's end causes
 
@@ -43,7 +46,8 @@ def join() -> Ranks:
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Ranks()
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, timeout=LONGEST_WAIT)
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from mrmae.extract import images as listing
 from mrmae.extract import run
-from mrmae.extract.digest import digest_images
+from mrmae.extract.digest import digest_images, note
 from mrmae.extract.images import Sources, list_sources
 from mrmae.shards.cache import open_cache
 from mrmae.shards.spec import ViewRecipe
@@ -204,3 +204,11 @@ def test_the_memory_is_no_content_of_the_cache(extract: Any, tmp_path: Path) -> 
     extract(images, cache, VIT)
     (cache / ".digests.jsonl").unlink()
     assert len(open_cache(cache).numbers) == 3
+
+
+def test_a_full_disk_while_hashing_is_told_with_what_to_do(tmp_path: Path) -> None:
+    with (
+        open("/dev/full", "wb", buffering=0) as full,
+        pytest.raises(OSError, match="m: could not be written: .*free some space"),
+    ):
+        note(full, ("a.png", 1, "00", 1, -1), tmp_path / "m")
