@@ -134,11 +134,10 @@ def edit(value: Any, outside: Path, rng: Rng) -> str:
         return f"{path} swapped with {other!r}"
     elif what == "delete":
         del holder[key]
-    elif what == "repeat" and isinstance(holder, list):
-        holder.insert(int(rng.integers(len(holder) + 1)), before)
+    elif isinstance(holder, list):
+        holder.insert(int(rng.integers(len(holder) + 1)), before if what == "repeat" else None)
     else:
-        new = pick(rng, list(WORDS))
-        holder[new] = before if isinstance(holder, dict) else None
+        holder[pick(rng, list(WORDS))] = before
         if what == "rename":
             del holder[key]
     return f"{path} {what}"
