@@ -14,10 +14,10 @@ import click
 
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
-from mrmae.shards.commit import commit_path, units
+from mrmae.shards.commit import commit_path, read_record, units
 from mrmae.shards.plan import Plan
 from mrmae.shards.remote import RemotePath
-from mrmae.shards.trust import Problem, read_record, trusted
+from mrmae.shards.trust import Problem, trusted
 
 Given = tuple[str, str]  # a command, and the folder it was given in
 RECORDED = {

@@ -1,16 +1,15 @@
 """What earlier commands wrote down about a cache's teachers: enough to leave alone those with nothing left to do."""
 
-import json
 import shlex
 from pathlib import Path
 
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import parse_teacher
-from mrmae.shards.commit import commit_path, units, valid_record
+from mrmae.shards.commit import commit_path, read_record, units, valid_record
 from mrmae.shards.plan import Plan, load_plan
 from mrmae.shards.spec import TeacherSpec
 from mrmae.shards.tail import tail_path
-from mrmae.shards.trust import read_record
+from mrmae.shards.verify import read_manifest
 
 
 def recorded_teachers(path: Path, column: str) -> list[str]:
@@ -74,9 +73,9 @@ def complete_teacher(options: Options, text: str) -> TeacherSpec | None:
 def complete(path: Path, plan: Plan, teacher: TeacherSpec) -> bool:
     """Whether every shard of a teacher's column is committed and its tail, if it has one, is there."""
     try:
-        columns = json.loads((path / "manifest.json").read_bytes())["columns"]
+        columns = read_manifest(path)["columns"]
         no_tail = any(c["name"] == teacher.column and c["tail"] is None for c in columns)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         no_tail = False
     mine = (unit for unit in units(plan) if unit[1] == teacher.column)
     return (no_tail or tail_path(path, teacher.name).exists()) and all(valid_record(path, plan, *u) for u in mine)

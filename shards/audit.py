@@ -19,6 +19,7 @@ from mrmae.shards.commit import (
     decoded_columns,
     manifest_body,
     pixels_of,
+    read_record,
     unit_files,
     units,
     valid_record,
@@ -31,7 +32,7 @@ from mrmae.shards.remote import pieces
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import compare_specs, plain
 from mrmae.shards.tail import tail_path
-from mrmae.shards.trust import Manifest, Problem, fields_of, read_record, reason, trusted
+from mrmae.shards.trust import Manifest, Problem, fields_of, reason, trusted
 from mrmae.shards.webdataset_io import parse_row, read_index
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
@@ -33,7 +32,7 @@ from mrmae.shards.reader import Damaged, read_members
 from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.samples import NO_IMAGE, read_samples
 from mrmae.shards.spec import TeacherSpec, content_id
-from mrmae.shards.tail import apply_tail, derived_specs, tail_path
+from mrmae.shards.tail import apply_tail, derived_specs, parse_tail, tail_path
 from mrmae.shards.views import BadImage, View, decode_jpeg
 from mrmae.shards.webdataset_io import parse_row
 
@@ -229,7 +228,11 @@ class Cache(StoredColumns):
             if told and told[0] and hashlib.sha256(data).hexdigest() != told[0]["sha256"]:
                 raise ValueError(f"{path}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, "
                                  "delete it and run the same extract-features command again")  # fmt: skip
-            self._tails[teacher] = safetensors.torch.load(data)
+            width = next(
+                (c.spec.width for c in self.columns.values() if (c.spec.name, c.spec.tap) == (teacher, "pre_tail")),
+                None,
+            )
+            self._tails[teacher] = parse_tail(path, data, width)
         return self._tails[teacher]
 
 

@@ -5,13 +5,12 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 """
 
 import hashlib
-import json
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
@@ -22,6 +21,7 @@ from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
 from mrmae.shards.remote import RemotePath
 from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
+from mrmae.shards.shape import parsed
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
 from mrmae.shards.tail import tail_path
 from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
@@ -37,6 +37,42 @@ REMOTE_RECORDS = 32  # asked for at a time
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
             "bad", "quality")  # fmt: skip
+
+
+class FileFields(TypedDict):
+    """What a commit record and the manifest say of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class QualityFields(TypedDict):
+    """What storing cost a column."""
+
+    snr_db: float
+    p999_one_minus_cos: float
+    zero_tokens: int
+
+
+class RecordFields(TypedDict):
+    """A commit record; heights, widths and bad are of the pixels, quality of columns. It may tell more."""
+
+    format_version: int
+    view: int
+    column: str
+    shard: int
+    id: str
+    files: dict[str, FileFields]
+    count: int
+    valid: int
+    record_id: str
+    heights: NotRequired[list[int]]
+    widths: NotRequired[list[int]]
+    bad: NotRequired[dict[str, str]]
+    quality: NotRequired[QualityFields | None]
+    command: NotRequired[str]
+    folder: NotRequired[str]
+    written: NotRequired[int]
 
 
 def units(plan: Plan) -> Iterator[Unit]:
@@ -180,45 +216,45 @@ def record_id(record: Mapping[str, Any]) -> str:
 def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
     """What a commit record says that the unit's own cannot; empty where nothing. Files are not looked at."""
     view, column, shard = unit
+    numbers = plan.ranges[shard]
     expected = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard,
-                "id": plan.shard_ids(shard)[column], "count": len(plan.ranges[shard])}  # fmt: skip
+                "id": plan.shard_ids(shard).get(column), "count": len(numbers)}  # fmt: skip
     for name, value in expected.items():
         if record.get(name) != value:
             return f"{name} is {record.get(name)!r}; expected {value!r}"
-    try:
-        whole = record["record_id"] == record_id(record) and all(map(describes_a_file, record["files"].values()))
-        counted = type(record["valid"]) is int and (column != PIXELS or counts_images(record, plan.ranges[shard]))
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return "it is not a record that mrmae writes, so it was edited or damaged"
-    if not whole:
+    if record["record_id"] != record_id(record):
         return "it does not match its own id, so it was edited or damaged"
+    counted = column != PIXELS or counts_images(record, numbers)
     return "" if counted else "its sizes and bad images are not those of its samples, so it was edited"
-
-
-def describes_a_file(about: Mapping[str, Any]) -> bool:
-    """Whether this is a file's size and sha256."""
-    return type(about["bytes"]) is int and isinstance(about["sha256"], str)
 
 
 def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
     """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
-    bad = {int(number) for number in record["bad"]}
-    sizes = [record["heights"], record["widths"]]
-    return (bad <= set(numbers) and record["valid"] == len(numbers) - len(bad)
-            and all(len(values) == len(numbers) and {type(value) for value in values} == {int} for values in sizes))  # fmt: skip
+    bad = record.get("bad", {"": ""})
+    return (set(bad) <= set(map(str, numbers)) and record["valid"] == len(numbers) - len(bad)
+            and all(len(record.get(name, ())) == len(numbers) for name in ("heights", "widths")))  # fmt: skip
 
 
 def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> dict[str, Any] | None:
     """A unit's commit record; None when it is absent, edited, of another plan, or a file is missing or resized."""
     try:
-        record: dict[str, Any] = json.loads(commit_path(path, view, column, shard).read_bytes())
-        if wrong_in_record(plan, (view, column, shard), record):
+        record = read_record(commit_path(path, view, column, shard))
+        if record is None or wrong_in_record(plan, (view, column, shard), record):
             return None
         files = {file.relative_to(path).as_posix(): file for file in unit_files(path, plan, view, column, shard)}
         told = record["files"]
         good = set(told) == set(files) and all(size_of(file) == told[name]["bytes"] for name, file in files.items())
         return record if good else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, KeyError):
+        return None
+
+
+def read_record(file: Path) -> dict[str, Any] | None:
+    """A commit record, None where it cannot be read or is none."""
+    try:
+        record: dict[str, Any] = parsed(file.read_bytes(), RecordFields)
+        return record
+    except (OSError, ValueError):
         return None
 
 

@@ -10,12 +10,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.links import size_of
 from mrmae.shards.quantize import DTYPES, Quantiser
 from mrmae.shards.samples import Source, read_samples
+from mrmae.shards.shape import expect_kind, parsed
 from mrmae.shards.spec import (
     FORMAT_VERSION,
     TeacherSpec,
@@ -49,6 +50,34 @@ class Part:
 
     numbers: range
     dataset_id: str
+
+
+class QuantiserFields(TypedDict):
+    """A quantiser in JSON."""
+
+    dtype: str
+    standardised: bool
+    channel_mean: list[float] | None
+    channel_std: list[float] | None
+    source: NotRequired[str]
+
+
+class PlanFields(TypedDict):
+    """plan.json."""
+
+    format_version: int
+    dataset_id: str
+    n_samples: int
+    recipe: ViewRecipe
+    grid: tuple[int, int]
+    n_views: int
+    shard_samples: int
+    dtype: str
+    columns: list[TeacherSpec]
+    quantisers: dict[str, QuantiserFields]
+    format: NotRequired[str]
+    appended: NotRequired[list[Appended]]
+    token_layout: NotRequired[BlockRule]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +215,7 @@ class Plan:
     def from_json(fields: Mapping[str, Any], where: str) -> "Plan":
         """The plan that `to_json` described. where: the file, for errors. ValueError where it is damaged."""
         try:
+            expect_kind(fields, PlanFields)
             plan = Plan(
                 **{
                     **{name: value for name, value in fields.items() if name != "format_version"},
@@ -197,8 +227,11 @@ class Plan:
                     "token_layout": BlockRule.from_json(fields.get("token_layout")),
                 }
             )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{where}: damaged ({error!r}); expected the fields of a plan; restore it, or where the cache "
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            what = str(error) if isinstance(error, ValueError) else repr(error)
+            if what.startswith(where):
+                raise
+            raise ValueError(f"{where}: damaged ({what}); expected the fields of a plan; restore it, or where the cache "
                              "was finished, run inspect-cache repair") from None  # fmt: skip
         if unknown := sorted(set(plan.quantisers) - {teacher.column for teacher in plan.columns}):
             raise ValueError(
@@ -231,14 +264,13 @@ def load_plan(path: Path) -> Plan:
     file = path / "plan.json"
     try:
         size_of(file)
-        fields = json.loads(file.read_bytes())
+        fields = parsed(file.read_bytes(), dict[str, Any])
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
                          "inspect-cache repair; otherwise extract anew") from None  # fmt: skip
-    if not isinstance(fields, dict) or fields.get("format_version") != FORMAT_VERSION:
-        version = fields.get("format_version") if isinstance(fields, dict) else None
+    if (version := fields.get("format_version")) != FORMAT_VERSION:
         raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
     return Plan.from_json(fields, str(file))
 

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mrmae.shards import claims
-from mrmae.shards.commit import commit_path, units
+from mrmae.shards.commit import commit_path, read_record, units
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, readable_json
-from mrmae.shards.trust import Problem, read_record, trusted
+from mrmae.shards.trust import Problem, trusted
 from mrmae.shards.write import publish, remove
 
 

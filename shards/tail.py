@@ -1,6 +1,7 @@
 """The tail of a teacher, its final norm and projection: the taps behind it follow from `pre_tail` and are never stored twice."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,37 @@ def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
 def read_tail(path: Path, teacher: str) -> dict[str, Tensor]:
     """A teacher's tail; empty where the cache has none."""
     file = tail_path(path, teacher)
-    return safetensors.torch.load(file.read_bytes()) if file.exists() else {}
+    return parse_tail(file, file.read_bytes()) if file.exists() else {}
+
+
+def parse_tail(file: Path, data: bytes, width: int | None = None) -> dict[str, Tensor]:
+    """The tensors that a tail's file holds. ValueError where it holds none, or such as no tail behind `width` channels has."""
+    todo = "delete it and run the same extract-features command again"
+    try:
+        tail: dict[str, Tensor] = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{file}: no tail of a teacher ({error}); {todo}") from None
+    if what := misshapen({name: tuple(tensor.shape) for name, tensor in tail.items()}, width):
+        raise ValueError(f"{file}: no tail of this teacher ({what}); {todo}")
+    return tail
+
+
+def misshapen(shapes: Mapping[str, tuple[int, ...]], width: int | None) -> str:
+    """Which tensor of a tail is missing or of a shape that no norm or projection of `width` channels has; empty for none."""
+    norm = "rms_norm" if "rms_norm.weight" in shapes else "layer_norm"
+    d = width or int(math.prod(shapes.get(f"{norm}.weight", (0,))))
+    out = shapes.get("proj.weight", (0,))[:1]
+    expected = {
+        f"{norm}.weight": (d,),
+        f"{norm}.bias": (d,),
+        f"{norm}.eps": (),
+        "proj.weight": (*out, d),
+        "proj.bias": out,
+    }
+    if f"{norm}.weight" in shapes and f"{norm}.eps" not in shapes:
+        return f"{norm}.eps is missing"
+    wrong = (name for name in expected if name in shapes and shapes[name] != expected[name])
+    return next((f"{name} is {list(shapes[name])}; expected {list(expected[name])}" for name in wrong), "")
 
 
 def tail_path(path: Path, teacher: str) -> Path:

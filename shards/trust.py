@@ -1,15 +1,15 @@
 """Which of a cache's own descriptions to believe: plan.json, manifest.json, commit records, columns' attributes."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mrmae.shards import verify
 from mrmae.shards.attributes import column_attributes
-from mrmae.shards.commit import Unit, commit_path, units
+from mrmae.shards.commit import Unit, commit_path, read_record, units
 from mrmae.shards.plan import Plan, load_plan
+from mrmae.shards.shape import parsed
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip
@@ -54,7 +54,7 @@ def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
         manifest, problems = None, [Problem("manifest.json", f"it is no manifest ({error}), so it was edited")]
     try:
         plan = load_plan(path)
-        fields = json.loads((path / "plan.json").read_bytes())
+        fields = parsed((path / "plan.json").read_bytes(), dict[str, Any])
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         if promised is None:
             raise ValueError(f"{path}: neither plan.json nor manifest.json can be read ({reason(error, path)}); this is "
@@ -94,20 +94,12 @@ def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def read_record(file: Path) -> dict[str, Any] | None:
-    """A commit record, None where it cannot be read."""
-    try:
-        record = json.loads(file.read_bytes())
-        return record if isinstance(record, dict) else None
-    except (OSError, ValueError):
-        return None
-
-
 def fields_of(content: bytes) -> dict[str, Any] | None:
     """What a column's metadata say of the data (other versions of zarr may add fields); None where they are not JSON."""
     try:
-        return {name: value for name, value in json.loads(content).items() if name in METADATA_FIELDS}
-    except (ValueError, AttributeError):
+        fields = parsed(content, dict[str, Any])
+        return {name: value for name, value in fields.items() if name in METADATA_FIELDS}
+    except ValueError:
         return None
 
 

@@ -1,19 +1,57 @@
 """What is wrong with a cache: checked when it is opened, every problem reported at once."""
 
 import itertools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from mrmae.shards.commit import Unit, describes_a_file, samples_id, unit_files, units
+from mrmae.shards.commit import FileFields, QualityFields, Unit, samples_id, unit_files, units
 from mrmae.shards.links import size_of
-from mrmae.shards.plan import PIXELS, Plan
+from mrmae.shards.plan import PIXELS, Plan, QuantiserFields
 from mrmae.shards.remote import RemotePath
-from mrmae.shards.spec import FORMAT_VERSION, content_id
+from mrmae.shards.shape import parsed
+from mrmae.shards.spec import FORMAT_VERSION, TeacherSpec, content_id
 from mrmae.shards.tail import tail_path
 
 SHOWN = 50  # problems in one message
+
+
+class TailFields(FileFields):
+    """A teacher's tail in the manifest."""
+
+    file: str
+
+
+class ColumnFields(TypedDict):
+    """A column in the manifest."""
+
+    name: str
+    id: str
+    teacher: TeacherSpec
+    quantiser: QuantiserFields
+    quality: QualityFields | None
+    tail: TailFields | None
+
+
+class ShardFields(TypedDict):
+    """A shard in the manifest."""
+
+    count: int
+    valid: int
+    record_id: str
+    files: dict[str, FileFields]
+
+
+class ManifestFields(TypedDict):
+    """manifest.json, beside the plan's fields."""
+
+    format_version: int
+    geometry_id: str
+    n_valid: int
+    samples_id: str
+    columns: list[ColumnFields]
+    shards: dict[str, dict[str, list[ShardFields]]]
+    manifest_id: str
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -21,38 +59,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     todo = "run the same extract-features command again to write it anew"
     try:
-        manifest: dict[str, Any] = json.loads(file.read_bytes())
+        manifest: dict[str, Any] = parsed(file.read_bytes(), ManifestFields)
         body = {name: value for name, value in manifest.items() if name != "manifest_id"}
         version, intact = manifest["format_version"], content_id(body) == manifest["manifest_id"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: damaged ({error!r}); {todo}") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); {todo}") from None
     if version != FORMAT_VERSION:
         raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
     if not intact:
         raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
-    try:
-        wrong = misshapen(manifest)
-    except (KeyError, TypeError, AttributeError) as error:
-        wrong = repr(error)
-    if wrong:
+    if wrong := misnamed(manifest):
         raise ValueError(f"{file}: it is no manifest that mrmae writes ({wrong}), so it was edited; {todo}")
     return manifest
 
 
-def misshapen(manifest: Mapping[str, Any]) -> str:
-    """Where a manifest is not made as `commit.manifest_body` makes it; empty where it is. KeyError, TypeError likewise."""
+def misnamed(manifest: Mapping[str, Any]) -> str:
+    """Which column or tail of a manifest has not the name that follows from its teacher; empty for none."""
     for column in manifest["columns"]:
         name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
         if column["name"] != f"{name}.{tap}":
             return f"column {column['name']!r} of teacher {name!r}"
-        if tail is not None and (tail["file"] != tail_path(Path(), name).as_posix() or not describes_a_file(tail)):
+        if tail is not None and tail["file"] != tail_path(Path(), name).as_posix():
             return f"the tail of {column['name']}"
-    for view, columns in manifest["shards"].items():
-        for column, entries in columns.items():
-            for shard, entry in enumerate(entries):
-                counts = {type(entry["count"]), type(entry["valid"])} == {int} and isinstance(entry["record_id"], str)
-                if not counts or not all(describes_a_file(about) for about in entry["files"].values()):
-                    return f"shard {shard} of {column}, view {view}"
     return ""
 
 

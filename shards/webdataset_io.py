@@ -7,17 +7,17 @@ are in column_tars.py.
 import dataclasses
 import functools
 import io
-import json
 import math
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import google_crc32c
 import numpy as np
 
+from mrmae.shards.shape import parsed
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json
 from mrmae.shards.views import View
 from mrmae.shards.write import Chunk, Published, publish
@@ -42,6 +42,27 @@ class PixelRow:
     view: View | None
     jpeg: bytes | None
     reason: str | None = None
+
+
+class IndexFields(TypedDict):
+    """What a sidecar tells beside the members' places."""
+
+    of: dict[str, Any]
+    keys: list[str]
+    extensions: list[str]
+
+
+class RowFields(TypedDict):
+    """A row's JSON; crop, flip and source where it is valid."""
+
+    number: int
+    key: str
+    label: str | None
+    valid: bool
+    reason: str | None
+    crop: NotRequired[tuple[int, int, int, int]]
+    flip: NotRequired[bool]
+    source: NotRequired[tuple[int, int]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,9 +182,9 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
         data = index_path(path).read_bytes()
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             refuse_larger(arrays.zip, len(data))
-            about, places = json.loads(arrays["about"].tobytes()), arrays["members"]
-        keys, columns = list(about["keys"]), about["extensions"]
-        if places.dtype != "<i8" or places.shape != (len(keys), len(columns), 3) or {*map(type, keys)} - {str}:
+            about, places = parsed(arrays["about"].tobytes(), IndexFields), arrays["members"]
+        keys, columns = about["keys"], about["extensions"]
+        if places.dtype != "<i8" or places.shape != (len(keys), len(columns), 3):
             raise ValueError("its keys and members do not fit")
         absent = np.full((len(keys), 3), -1)
         tables = {name: places[:, columns.index(name)] if name in columns else absent for name in extensions}
@@ -183,10 +204,12 @@ def refuse_larger(archive: zipfile.ZipFile, n_bytes: int) -> None:
 
 
 def parse_row(content: bytes) -> PixelRow:
-    """The row that a JSON member describes, without its JPEG."""
-    about = json.loads(content)
+    """The row that a JSON member describes, without its JPEG. ValueError where it describes none."""
+    about = parsed(content, RowFields)
     view = None
     if about["valid"]:
+        if missing := {"crop", "flip", "source"} - set(about):
+            raise ValueError(f"the row of {about['key']!r} has no {min(missing)}")
         (top, left, height, width), (source_height, source_width) = about["crop"], about["source"]
         view = View(top, left, height, width, about["flip"], source_height, source_width)
     return PixelRow(about["number"], about["key"], about["label"], view, None, about["reason"])

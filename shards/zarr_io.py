@@ -8,10 +8,9 @@ docs/format.md, "Columns".
 
 import dataclasses
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import google_crc32c
 import numpy as np
@@ -22,7 +21,8 @@ from zarr.storage import MemoryStore
 from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.reader import ABSENT, ShardFile
-from mrmae.shards.spec import canonical_json
+from mrmae.shards.shape import parsed
+from mrmae.shards.spec import canonical_json, expect
 from mrmae.shards.write import Published, publish
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
@@ -54,6 +54,9 @@ class Layout:
     has_attention: bool
     blocks: int = 1
 
+    def __post_init__(self) -> None:
+        expect(self.dtype in DTYPES, "layout.dtype", self.dtype, ", ".join(DTYPES))
+
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape of one sample, dtype) of every stored array, by name."""
         tokens = DTYPES[self.dtype]
@@ -77,6 +80,20 @@ class Layout:
     def count(self, shard: int) -> int:
         """How many samples the shard holds: shard_samples, fewer in the last."""
         return max(0, min(self.shard_samples, self.n - shard * self.shard_samples))
+
+
+class AttributeFields(TypedDict):
+    """What a column's attributes say of its shards."""
+
+    layout: Layout
+    column_id: NotRequired[str]
+    view: NotRequired[int]
+
+
+class MetadataFields(TypedDict):
+    """A file of metadata of a column, as far as we read it."""
+
+    attributes: AttributeFields
 
 
 def column_folder(path: Path, view: int, column: str) -> Path:
@@ -136,10 +153,10 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
 def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[str, Any]]:
     """The layout and all attributes of a column that create_column made; file: where in the folder they stand."""
     try:
-        attributes = json.loads((folder / file).read_bytes())["attributes"]
+        attributes = parsed((folder / file).read_bytes(), MetadataFields)["attributes"]
         return Layout(**attributes["layout"]), attributes
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: this is not a column of a cache ({error}); create it first") from None
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder}: {file}: this is not a column of a cache ({error}); create it first") from None
 
 
 def write_column_shard(

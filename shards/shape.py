@@ -1,0 +1,107 @@
+"""JSON of a cache as it must be: what is read has the types that its writer gave it, so that nothing behind has to ask.
+
+Types are annotations: int, float, bool, str, `T | None`, list, tuple, `dict[str, T]`, Any, dataclasses and typed dicts. Keys that a
+type does not know are left to who reads them.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+INTEGERS = range(-(2**63), 2**64)
+DEPTH = 50  # of lists and objects in each other; a cache's own have seven
+WORDS = {int: "an integer of 64 bits", float: "a finite number", bool: "true or false", str: "Unicode text"}
+
+
+def parsed(content: bytes, kind: Any) -> Any:
+    """The JSON value of type `kind` that the bytes hold. ValueError says where in it another one is."""
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("lists or objects lie too deep in each other") from None
+    expect_kind(value, kind)
+    return value
+
+
+def expect_kind(value: Any, kind: Any, at: str = "", depth: int = DEPTH) -> None:
+    """ValueError unless a JSON value is of the annotated type `kind`. at: its place, for the error."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return None if value is None else expect_kind(value, arguments[0], at, depth)
+    if depth == 0:
+        raise ValueError(f"{at}: lists or objects lie too deep in each other")
+    if kind is Any:
+        kind = plain_kind(value)
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+        expect_fields(value, kind, at, depth)
+    elif origin is dict:
+        expect(isinstance(value, dict), at, value, "an object")
+        for key, inner in value.items():
+            expect(is_text(key), at, key, "names in Unicode")
+            expect_kind(inner, arguments[1], f"{at}.{key}", depth - 1)
+    elif origin in (list, tuple):
+        expect(isinstance(value, list), at, value, "a list")
+        fixed = origin is tuple and arguments[-1] is not ...
+        expect(not fixed or len(value) == len(arguments), at, value, f"a list of {len(arguments)}")
+        for i, inner in enumerate(value):
+            expect_kind(inner, arguments[i] if fixed else arguments[0], f"{at}[{i}]", depth - 1)
+    else:
+        expect(is_plain(value, kind), at, value, WORDS.get(kind, "null"))
+
+
+def plain_kind(value: Any) -> Any:
+    """The type of any JSON value."""
+    return dict[str, Any] if isinstance(value, dict) else list[Any] if isinstance(value, list) else type(value)
+
+
+def is_plain(value: Any, kind: Any) -> bool:
+    """Whether a value is a number, text, truth or null of that type."""
+    if kind is float:
+        return type(value) in (int, float) and abs(value) < 2**1000 and math.isfinite(value)
+    if type(value) is not kind:
+        return False
+    return value in INTEGERS if kind is int else is_text(value) if kind is str else True
+
+
+def is_text(value: str) -> bool:
+    """Whether text is Unicode: JSON can hold halves of a character, which no file name and no hash can."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def expect(true: bool, at: str, value: Any, wanted: str) -> None:
+    """ValueError unless `true`."""
+    if not true:
+        text = ascii(value)
+        raise ValueError(
+            f"{at.lstrip('.') or 'the whole'} is {text if len(text) < 80 else text[:70] + '...'}; expected {wanted}"
+        )
+
+
+@functools.cache
+def hints(kind: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
+    """Types of the fields of a dataclass or typed dict, and the names that must be there."""
+    if typing.is_typeddict(kind):
+        return typing.get_type_hints(kind), kind.__required_keys__
+    must = (f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING)
+    return typing.get_type_hints(kind), frozenset(must)
+
+
+def expect_fields(value: Any, kind: Any, at: str, depth: int) -> None:
+    """ValueError unless the fields of a dataclass or typed dict are there and of their types."""
+    expect(isinstance(value, dict), at, value, "an object")
+    known, must = hints(kind)
+    for name in sorted(must - set(value)):
+        raise ValueError(f"{at.lstrip('.') or 'it'} has no {name!r}")
+    for name, inner in known.items():
+        if name in value:
+            expect_kind(value[name], inner, f"{at}.{name}", depth - 1)
