@@ -1,271 +1,503 @@
-"""Extractions killed at random moments, full disks and lost permissions: python benchmarks/soak_kills.py [--kills 100].
+"""Commands killed at random moments, and failing disks: python benchmarks/soak_kills.py [--kills 1000] [--only 'train*'].
 
-One and two ranks. Every run is a process forked from this one (imports done, one thread, teachers built), which then lists, hashes, plans, calibrates, extracts and
-finalises like extract-features. After each interruption every committed shard is verified in full; the same options
-then go on, and may be killed again; the finished cache must have the bytes of the uninterrupted one. Disks: faults injected at the write
-function, and, where this user may mount one, a real tmpfs that fills up and a real one that turns read-only in the middle.
-Appended to results/soak_kills.csv. Exit 1 where anything went wrong.
+Every scenario is an entry of SCENARIOS. Its command lines run as processes forked from this one (imports done, one
+thread), die by SIGKILL at a random moment or at a random one of their file operations, alone or together, and are given
+again until they finish. After every kill each committed shard is verified in full and compared with the uninterrupted
+cache, each checkpoint read back; at the end every byte of the cache, every loss and every weight must be those of the
+uninterrupted command. Disks: errors injected into file operations, and, where this user may mount one, a real tmpfs that
+fills up and a real one that turns read-only in the middle.
+
+A row of results/kills.csv per piece of ten kills; a stopped soak goes on after the last row of this commit. Exit 1 where
+anything went wrong; what was found then is kept.
 """
 
 import contextlib
+import csv
+import dataclasses
 import errno
+import fnmatch
+import gc
+import hashlib
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: its threads would not survive the fork
 
 import click
+import matplotlib.pyplot  # noqa: F401  what commands import late would be imported after every fork
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.utils.tensorboard  # noqa: F401
 from measure import ROOT, machine
 from PIL import Image
 from rows import append
 
-from mrmae.extract import run
-from mrmae.extract.options import Options
-from mrmae.extract.teachers import Teacher, build_teacher, parse_teacher
-from mrmae.shards import audit, write
+from mrmae.extract import cli as extract
+from mrmae.extract import inspect
+from mrmae.extract import run as extract_run  # noqa: F401
+from mrmae.shards import audit
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.commit import Unit
+from mrmae.train import cli as train
+from mrmae.train import loop  # noqa: F401
+from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
+from mrmae.train.log import read_rows
 
-TEACHERS = ("vit=timm:test_vit/random", "cnn=timm:test_efficientnet/random")
-Setup = Callable[[], None]  # what a child does before it extracts
+PROGRAMS = {"extract-features": extract.main, "inspect-cache": inspect.main, "train-mrmae": train.main}
+Stop = tuple[int, int]  # at which file operation, and with which error; 0 is a kill
+NEVER: Stop = (0, 0)
+MAKING = ("open", "os.mkdir", "os.link", "os.rename")  # names of audit events
+OPERATIONS = (*MAKING, "os.remove", "os.rmdir", "os.truncate")
+TORCHRUN = {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "soak", "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
+HANGS = 60.0  # seconds
+PIECE = 10  # kills per row, at most
+COLUMNS = ("events", "caches", "invalid", "finished", "equal", "refused")
+WRONG = ("invalid", "refused", "unfinished", "unequal", "untold")
 
 
-def photographs(folder: Path, n: int = 12) -> Path:
-    """A folder with n small random images, one of them broken."""
-    draw = np.random.default_rng(0)
-    folder.mkdir()
+@dataclasses.dataclass(frozen=True)
+class Scenario:
+    """What is killed: `commands` at once, in a folder with IMAGES and SOME of them; SOURCE is a finished cache of all.
+
+    ranks: processes of each, as torchrun starts them; where one dies, it stops the others. before: makes the OUT that is
+    there first. damaged: some of its shards are. last: finishes a cache after its parts.
+    """
+
+    commands: tuple[str, ...]
+    ranks: int = 1
+    before: str = ""
+    damaged: bool = False
+    last: str = ""
+
+
+VIT, CNN = "--teacher vit=timm:test_vit/random", "--teacher cnn=timm:test_efficientnet/random"
+SMALL = "--size 32 --grid 4 --batch-size 4 --workers 1 --shard-samples 4 --device cpu"
+BOTH = f"extract-features IMAGES OUT {VIT} {CNN} --views 2 {SMALL}"
+LESS = f"extract-features SOME OUT {VIT} {SMALL}"
+MORE = f"extract-features IMAGES OUT {VIT} {SMALL} --append"
+SOURCE = BOTH.replace("OUT", "SOURCE")
+TRAIN = ("train-mrmae SOURCE OUT --student test_vit --set student.decoder.depth=1 --set student.decoder.width=16"
+         " --set student.decoder.heads=2 --epochs 3 --batch-size 4 --blr 0.1 --warmup-epochs 1 --device cpu --workers 1"
+         " --save-minutes 0 --keep 2 --log-every 1 --panels-every 3")  # fmt: skip
+SCENARIOS = {
+    "extract zarr": Scenario((BOTH,)),
+    "extract webdataset": Scenario((f"{BOTH} --format webdataset",)),
+    "extract blocks in fp8": Scenario((f"{BOTH} --token-layout blocks --dtype fp8",)),
+    "extract with 2 ranks": Scenario((BOTH,), ranks=2),
+    "extract in 2 parts": Scenario((f"{BOTH} --shards 0/2", f"{BOTH} --shards 1/2"), last=BOTH),
+    "append": Scenario((MORE,), before=LESS),
+    "append with 2 ranks": Scenario((MORE,), before=LESS, ranks=2),
+    "another teacher": Scenario((f"extract-features SOME OUT {VIT} {CNN} {SMALL}",), before=LESS),
+    "another view": Scenario((f"{LESS} --views 2",), before=LESS),
+    "convert": Scenario(("inspect-cache convert SOURCE OUT --format webdataset",)),
+    "convert to fp8": Scenario(("inspect-cache convert SOURCE OUT --dtype fp8 --drop cnn",)),
+    "repair": Scenario(("inspect-cache repair OUT --run --yes",), before=BOTH, damaged=True),
+    "extract what was damaged": Scenario((BOTH,), before=BOTH, damaged=True),
+    "drop": Scenario(("inspect-cache drop OUT cnn --yes",), before=BOTH),
+    "train": Scenario((TRAIN,)),
+    "train with 2 ranks": Scenario((TRAIN,), ranks=2),
+}
+
+
+def photographs(folder: Path, n: int) -> None:
+    """A folder with n small random images and a broken one; the first are those of every other such folder."""
+    folder.mkdir(parents=True)
     for i in range(n):
+        draw = np.random.default_rng(i)
         Image.fromarray(draw.integers(0, 256, (40 + i, 60 - i, 3), np.uint8)).save(folder / f"{i:03d}.png")
     (folder / "broken.png").write_bytes(b"no image")
-    return folder
 
 
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+# --- a child
 
 
-# --- children
+def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Stop) -> int:
+    """The id of a child that runs a command line in the folder `work`.
 
-
-def start(images: Path, cache: Path, teachers: dict[str, Teacher], rank: int, ranks: int, setup: Setup) -> int:
-    """The id of a child that extracts as this rank of so many; it exits with 0, or with 3 after a told error."""
+    What it says goes to `said`, how many file operations it made to said.operations.
+    about: additions to its environment. stop: see watch.
+    """
     if pid := os.fork():
         return pid
-    code = 4
+    code = 70
     try:
-        with open(images.parent / f"said{rank}", "w") as said, contextlib.redirect_stderr(said):
-            os.environ |= {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(ranks),
-            }
-            options = Options([images], cache, ViewRecipe(32), TEACHERS, views=2, grid=4, batch_size=4, workers=1,
-                              shard_samples=4, device="cpu")  # fmt: skip
-            setup()
-            try:
-                with mock.patch.object(run, "build_teacher", lambda request, **_: teachers[request.name]):
-                    run.extract_features(options, say=lambda _: None)
-                code = 0
-            except (OSError, ValueError) as error:
-                print(error, file=sys.stderr)
-                code = 3
+        with open(said, "w") as file:
+            os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+        os.environ |= about
+        os.chdir(work)
+        seen = watch(work, *stop)
+        sys.argv = shlex.split(command)
+        try:
+            PROGRAMS[sys.argv[0]](sys.argv[1:])
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        sys.stdout.flush()
+        said.with_suffix(".operations").write_text(str(seen[0]))
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
     finally:
         os._exit(code)
 
 
-def finish(pids: list[int], seconds: float = 300) -> list[int]:
-    """Exit statuses; negative: killed by that signal. RuntimeError where a child hangs."""
-    end, codes = time.monotonic() + seconds, {}
-    while len(codes) < len(pids):
-        for pid in set(pids) - set(codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                codes[pid] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > end:
-            for pid in set(pids) - set(codes):
+def watch(work: Path, at: int, code: int) -> list[int]:
+    """[how many file operations of this process changed something in `work`, its current folder, so far].
+
+    SIGKILL before number `at` (from 1; 0: never); with an error's `code` that error there and ever after
+    instead, wherever something is made.
+    """
+    seen, below = [0], os.fspath(work) + os.sep
+
+    def hook(event: str, given: tuple[Any, ...]) -> None:
+        if event not in OPERATIONS or not isinstance(given[0], str | os.PathLike):
+            return
+        path = os.fspath(given[0])
+        if os.path.isabs(path) and not path.startswith(below):
+            return
+        if event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            return
+        seen[0] += 1
+        if seen[0] == at and not code:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if 0 < at <= seen[0] and code and event in MAKING:
+            raise OSError(code, os.strerror(code))
+
+    sys.addaudithook(hook)
+    return seen
+
+
+def ended(pids: Collection[int], seconds: float = HANGS, late: int = -signal.SIGXCPU) -> dict[int, int]:
+    """Exit statuses by id; negative: killed by that signal. What runs after so many seconds is killed, with `late`."""
+    end, codes = time.monotonic() + seconds, dict[int, int]()
+    while left := [pid for pid in pids if pid not in codes]:
+        is_late = time.monotonic() > end
+        for pid in left:
+            if is_late:
                 os.kill(pid, signal.SIGKILL)
-            raise RuntimeError("an extraction hangs")
+            done, status = os.waitpid(pid, 0 if is_late else os.WNOHANG)
+            if done:
+                codes[pid] = late if is_late else os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
-    return [codes[pid] for pid in pids]
+    return codes
+
+
+# --- what is right
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """What does not depend on interruptions: of a cache all files but the commit records, which tell the time; of a run
+    its student, its last state and every loss; nothing of nothing."""
+    if not (out / "log.jsonl").exists():
+        files = (file for file in out.rglob("*") if file.is_file() and "commits" not in file.parts)
+        return {file.relative_to(out).as_posix(): digest(file.read_bytes()) for file in files}
+    losses = [(row["kind"], row["step"], row["loss"], row["terms"]) for row in read_rows(out / "log.jsonl")]
+    state = read_checkpoint(list_checkpoints(out / "checkpoints")[-1])
+    moments = {f"{i}.{name}": x for i, slot in state["optimizer"]["state"].items() for name, x in slot.items()}
+    tensors = {name: digest(x.numpy().tobytes()) for name, x in {**state["model"], **moments}.items()}
+    student = {name: digest((out / "student" / name).read_bytes()) for name in ("config.json", "model.safetensors")}
+    return {
+        "losses": losses,
+        "step": state["step"],
+        "pictures": sorted(file.name for file in out.rglob("*.png")),
+        **tensors,
+        **student,
+    }
+
+
+def digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def wrong(out: Path, right: Mapping[str, Any], damaged: Collection[Unit]) -> list[str]:
+    """What is committed and damaged, or has other bytes than `right` says, but for shards that were damaged before;
+    checkpoints that cannot be read."""
+    found: list[str] = []
+    if (out / "plan.json").exists():
+        made = plans.load_plan(out)
+        done = [u for u in commits.units(made) if u not in damaged and commits.valid_record(out, made, *u)]
+        found += [str(problem) for problem in audit.find_problems(out, full=True) if problem.unit in done]
+        for file in (file for unit in done for file in commits.unit_files(out, made, *unit)):
+            if digest(file.read_bytes()) != right.get(file.relative_to(out).as_posix()):
+                found.append(f"{file}: other bytes")
+    for file in list_checkpoints(out / "checkpoints"):
+        try:
+            read_checkpoint(file)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def damage(out: Path) -> list[Unit]:
+    """The shards of which one file has another last byte now: every fourth."""
+    made = plans.load_plan(out)
+    chosen = list(commits.units(made))[::4]
+    for unit in chosen:
+        file = commits.unit_files(out, made, *unit)[0]
+        file.write_bytes(file.read_bytes()[:-1] + b"?")
+    return chosen
+
+
+# --- lives
 
 
 class Soak:
-    """Runs extractions of one set of images; `whole` is the uninterrupted cache, `seconds` what it took."""
+    """One scenario in a new folder `work`. whole: what its commands make uninterrupted; seconds, operations: how."""
 
-    def __init__(self, work: Path, rng: random.Random) -> None:
-        self.work, self.rng = work, rng
-        self.images = photographs(work / "images")
-        self.teachers = {}
-        for text in TEACHERS:
-            request = parse_teacher(text)
-            self.teachers[request.name] = build_teacher(request, grid=4, view_size=32, device="cpu", precision="fp32")
+    def __init__(self, work: Path, kind: str) -> None:
+        self.work, self.kind, self.scene = work, kind, SCENARIOS[kind]
+        self.out, self.counts, self.running, self.rng = work / "OUT", Counter[str](), dict[int, int](), random.Random()
+        self.jobs = set(range(len(self.scene.commands) * self.scene.ranks))
+        photographs(work / "SOME", 7)
+        photographs(work / "IMAGES", 12)
+        for command in [SOURCE] * ("SOURCE" in self.scene.commands[0]) + [self.scene.before] * bool(self.scene.before):
+            assert self.ends_well(command), self.said()
+        self.first = contents(self.out)
+        self.damaged = damage(self.out) if self.scene.damaged else []
+        if self.scene.before:
+            self.out.rename(work / "FIRST")
+        self.renew()
         began = time.monotonic()
-        assert self.go_on(work / "whole", 1) == [0], (work / "said0").read_text()
-        self.seconds, self.whole = time.monotonic() - began, contents(work / "whole")
+        assert self.finishes(self.jobs), self.said()
+        self.seconds, self.whole = time.monotonic() - began, contents(self.out)
+        self.operations = max(int((work / f"said{job}.operations").read_text()) for job in self.jobs)
 
-    def begin(self, cache: Path, ranks: int, setup: Setup = lambda: None) -> list[int]:
-        return [start(self.images, cache, self.teachers, rank, ranks, setup) for rank in range(ranks)]
+    def said(self) -> str:
+        """The last words of every process."""
+        return "\n".join(f"{file.name}: {file.read_text()[-1500:]}" for file in sorted(self.work.glob("said[0-9]")))
 
-    def go_on(self, cache: Path, ranks: int, setup: Setup = lambda: None) -> list[int]:
-        """Exit statuses of the same command, left alone."""
-        return finish(self.begin(cache, ranks, setup))
+    def renew(self) -> None:
+        """OUT as the commands find it first."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        if self.scene.before:
+            shutil.copytree(self.work / "FIRST", self.out)
 
-    def invalid_shards(self, cache: Path) -> int:
-        """Committed shards in which anything is wrong."""
-        if not (cache / "plan.json").exists():
-            return 0
-        made = plans.load_plan(cache)
-        found = [
-            p for p in audit.find_problems(cache, full=True) if p.unit and commits.valid_record(cache, made, *p.unit)
-        ]
-        return len(found)
+    def begin(self, jobs: Collection[int], stops: Mapping[int, Stop]) -> None:
+        """Start jobs: number i is rank i % ranks of command i // ranks."""
+        ranks = self.scene.ranks
+        self.store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
+        for job in jobs:
+            about = {"RANK": str(job % ranks), "LOCAL_RANK": str(job % ranks), "WORLD_SIZE": str(ranks),
+                     "LOCAL_WORLD_SIZE": str(ranks)}  # fmt: skip
+            if self.store:
+                about |= {**TORCHRUN, "MASTER_PORT": str(self.store.port)}
+            command, said = self.scene.commands[job // ranks], self.work / f"said{job}"
+            self.running[job] = start(command, self.work, said, about, stops.get(job, NEVER))
 
-    def killed(self, cache: Path, ranks: int) -> bool:
-        """Whether the extraction was killed before it had finished, all ranks within a few milliseconds."""
-        pids = self.begin(cache, ranks)
-        time.sleep(self.rng.uniform(0, 1.2 * self.seconds))
-        for pid in self.rng.sample(pids, len(pids)):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-            time.sleep(self.rng.choice((0, 0, 0.02)))
-        return any(code == -signal.SIGKILL for code in finish(pids))
+    def end(self, jobs: Collection[int], *patience: Any) -> dict[int, int]:
+        """Exit statuses of running jobs, by job. patience: see ended."""
+        pids = {self.running.pop(job): job for job in jobs}
+        return {pids[pid]: code for pid, code in ended(pids, *patience).items()}
 
-    def kills(self, ranks: int, wanted: int) -> Counter[str]:
-        """Kills until there were enough: a cache is killed one to four times, then left to finish by one or two ranks."""
-        counts: Counter[str] = Counter()
-        while counts["events"] < wanted:
-            cache = self.work / "c"
-            for _ in range(self.rng.randint(1, 4)):
-                counts["events"] += self.killed(cache, ranks)
-                counts["invalid"] += self.invalid_shards(cache)
-            self.check_end(cache, self.rng.choice((1, ranks)), counts)
-        return counts
+    def ends_well(self, command: str) -> bool:
+        """Whether a command line, left alone, ends with 0."""
+        pid = start(command, self.work, self.work / f"said{len(self.jobs)}", {}, NEVER)
+        return ended([pid]) == {pid: 0}
 
-    def check_end(self, cache: Path, ranks: int, counts: Counter[str]) -> None:
-        """Count whether the same command finishes, and whether with the same bytes; removes the cache."""
-        counts["caches"] += 1
-        counts["finished"] += set(self.go_on(cache, ranks)) == {0}
-        counts["equal"] += contents(cache) == self.whole
-        shutil.rmtree(cache)
+    def finishes(self, left: Collection[int]) -> bool:
+        """Whether the jobs left, and those that run, and then the last command, end with 0."""
+        self.begin(set(left) - self.running.keys(), {})
+        good = set(self.end(list(self.running)).values()) <= {0}
+        return good and (not self.scene.last or self.ends_well(self.scene.last))
 
-    def refused_writes(self, code: int, times: int) -> Counter[str]:
-        """Every write fails with this error from a random one on, until the command is run again."""
-        counts: Counter[str] = Counter()
+    def kill(self, left: set[int]) -> set[int]:
+        """The jobs still left after some of them, at least one, were killed; others may go on meanwhile."""
+        victims = self.rng.sample(sorted(left), self.rng.randint(1, len(left)))
+        new = left - self.running.keys()
+        stops = {
+            job: (self.rng.randint(1, self.operations), 0) for job in victims if job in new and self.rng.random() < 0.5
+        }
+        self.begin(new, stops)
+        for job in set(victims) - stops.keys():
+            time.sleep(self.rng.uniform(0, 1.1 * self.seconds / len(victims)))
+            os.kill(self.running[job], signal.SIGKILL)
+        codes = self.end(victims, 2 * self.seconds, -signal.SIGKILL)
+        killed = -signal.SIGKILL in codes.values()
+        self.counts["events"] += killed
+        if self.scene.ranks > 1:
+            for pid in self.running.values() if killed else ():
+                os.kill(pid, signal.SIGTERM)
+            codes |= self.end(list(self.running))
+        allowed = {0, -signal.SIGKILL} | (
+            {1, -signal.SIGTERM, 128 + signal.SIGTERM} if killed and self.scene.ranks > 1 else set()
+        )
+        if strange := {job: code for job, code in codes.items() if code not in allowed}:
+            self.complain("refused", f"ended by themselves, with {strange}")
+        done = {job for job, code in codes.items() if code == 0}
+        return left - done if self.scene.ranks == 1 or done == left else left
+
+    def life(self) -> None:
+        """OUT from its beginning: killed one to four times, then left to finish."""
+        self.renew()
+        left = set(self.jobs)
+        for _ in range(self.rng.randint(1, 4)):
+            left = self.kill(left) if left else left
+            if found := wrong(self.out, {**self.first, **self.whole}, self.damaged):
+                self.complain("invalid", "\n".join(found))
+        self.close(self.finishes(left))
+
+    def close(self, good: bool) -> None:
+        """Count whether the commands finished, and with the right contents."""
+        self.counts.update(caches=1, finished=good)
+        if not good:
+            self.complain("unfinished", "does not end with 0")
+        now = contents(self.out)
+        self.counts["equal"] += now == self.whole
+        if now != self.whole:
+            names = sorted(name for name in now.keys() | self.whole if now.get(name) != self.whole.get(name))
+            self.complain("unequal", f"differ: {names[:20]}")
+
+    def complain(self, what: str, text: str) -> None:
+        """Count something wrong, say it, and keep OUT as it is."""
+        self.counts[what] += 1
+        kept = self.work / f"kept{sum(self.counts.values())}"
+        if self.out.exists():
+            shutil.copytree(self.out, kept)
+        click.echo(f"WRONG: {self.kind}: {what}: {text}\n{self.said()}\n{kept}", err=True)
+
+    def piece(self, kills: int, seed: int) -> Counter[str]:
+        """What came of so many kills, or a few more."""
+        self.rng, self.counts = random.Random(f"{self.kind} {seed}"), Counter(events=0, invalid=0)
+        while self.counts["events"] < kills:
+            self.life()
+        return self.counts
+
+    # --- disks
+
+    def refused(self, code: int, times: int, seed: int) -> Counter[str]:
+        """Every making of a file fails with this error from a random one on, until the command is given again."""
+        self.rng, self.counts = random.Random(f"{code} {seed}"), Counter(told=0)
         for _ in range(times):
-            cache, failing = self.work / "c", failing_from(self.rng.randrange(60), code)
-            codes = self.go_on(cache, 1, partial(setattr, write, "write_durably", failing))
-            self.count_refusal(cache, codes, counts)
-            self.check_end(cache, 1, counts)
-        return counts
+            self.renew()
+            self.begin(self.jobs, {0: (self.rng.randint(1, self.operations), code)})
+            self.hear(self.end(self.jobs))
+            self.close(self.finishes(self.jobs))
+        return self.counts
 
-    def count_refusal(self, cache: Path, codes: list[int], counts: Counter[str]) -> None:
+    def hear(self, codes: Mapping[int, int]) -> None:
         """Count an interruption that must have been told, with what to do."""
         said = (self.work / "said0").read_text()
-        counts["events"] += 1
-        if codes != [3] or "run the same command again" not in said:
-            click.echo(f"not told: exit {codes}, {said[-400:]}", err=True)
-        counts["told"] += codes == [3] and "could not be written" in said and "run the same command again" in said
-        counts["invalid"] += self.invalid_shards(cache)
+        told = codes == {0: 1} and "could not be written" in said and "run the same command again" in said
+        self.counts.update(events=1, told=told)
+        if not told:
+            self.complain("untold", f"exit {codes}")
+        if found := wrong(self.out, self.whole, ()):
+            self.complain("invalid", "\n".join(found))
 
-    def mounts(self, times: int, *, read_only: bool) -> Counter[str]:
+    def mounts(self, times: int, seed: int, *, read_only: bool) -> Counter[str]:
         """A real tmpfs, too small or made read-only in the middle; then mended. Empty where this user may not mount."""
-        counts: Counter[str] = Counter()
+        self.rng, self.counts = random.Random(seed), Counter()
         for _ in range(times):
-            with mounted(self.work / "disk", "64m" if read_only else f"{self.rng.randrange(60, 300)}k") as disk:
-                if disk is None:
-                    return counts
-                pids = self.begin(disk / "c", 1)
+            self.renew()
+            with mounted(self.out, "64m" if read_only else f"{self.rng.randrange(60, 300)}k") as there:
+                if not there:
+                    return self.counts
+                self.begin(self.jobs, {})
                 if read_only:
                     time.sleep(self.rng.uniform(0.1, 0.9) * self.seconds)
-                    while subprocess.run(["mount", "-o", "remount,ro", disk], capture_output=True).returncode:
+                    while subprocess.run(["mount", "-o", "remount,ro", self.out], capture_output=True).returncode:
                         pass  # busy while a file is open for writing
-                codes = finish(pids)
-                if codes != [0]:  # else it had finished before the disk was taken away
-                    self.count_refusal(disk / "c", codes, counts)
-                subprocess.run(["mount", "-o", "remount,rw,size=64m", disk], check=True)
-                self.check_end(disk / "c", 1, counts)
-        return counts
-
-
-def failing_from(first: int, code: int) -> Callable[[Path, Any], tuple[int, str]]:
-    """The write function that fails with this error from its call number `first` on."""
-    calls, real = iter(range(10**6)), write.write_durably
-
-    def failing(path: Path, chunks: Any) -> tuple[int, str]:
-        if next(calls) >= first:
-            raise OSError(code, os.strerror(code))
-        return real(path, chunks)
-
-    return failing
+                codes = self.end(self.jobs)
+                if codes != {0: 0}:  # else it had finished before the disk was taken away
+                    self.hear(codes)
+                subprocess.run(["mount", "-o", "remount,rw,size=64m", self.out], check=True)
+                self.close(self.finishes(self.jobs))
+        return self.counts
 
 
 @contextlib.contextmanager
-def mounted(at: Path, size: str) -> Iterator[Path | None]:
-    """A small file system of its own; None where this user may not mount."""
-    at.mkdir(exist_ok=True)
+def mounted(at: Path, size: str) -> Iterator[bool]:
+    """Whether a small file system of its own lies there; not where this user may not mount."""
+    at.mkdir()
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", at], capture_output=True)
     try:
-        yield at if done.returncode == 0 else None
+        yield done.returncode == 0
     finally:
         if done.returncode == 0:
             subprocess.run(["umount", at], check=True)
 
 
+# --- rows
+
+
+def done_before(out: Path, commit: str) -> set[tuple[str, str]]:
+    """(kind, seed) that have a row of this commit."""
+    if not out.exists():
+        return set()
+    with open(out, newline="") as file:
+        return {(row["kind"], row["seed"]) for row in csv.DictReader(file) if row["commit"] == commit}
+
+
+DISKS: dict[str, Callable[[Soak, int, int], Counter[str]]] = {
+    "disk full, injected": lambda soak, times, seed: soak.refused(errno.ENOSPC, times, seed),
+    "no permission, injected": lambda soak, times, seed: soak.refused(errno.EACCES, times, seed),
+    "disk full, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed, read_only=False),
+    "read-only, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed, read_only=True),
+}
+
+
+def rows_wanted(kinds: Collection[str], kills: int, disks: int, seed: int) -> Iterator[tuple[str, int, int]]:
+    """(kind, seed, how many interruptions) of every row: scenarios in turns; who stops early has some of each."""
+    each = -(-kills // len(kinds))
+    for done in range(0, each, PIECE):
+        for kind in kinds:
+            yield kind, seed + done // PIECE, min(PIECE, each - done)
+    for kind in DISKS if disks else ():
+        yield kind, seed, disks
+
+
 @click.command()
-@click.option("--kills", default=100, type=click.IntRange(1), help="For one rank, and again for two.")
-@click.option("--disks", default=20, type=click.IntRange(0), help="Of every kind.")
-@click.option("--seed", default=0, type=int)
+@click.option("--kills", default=1000, type=click.IntRange(0), help="At least so many, shared by the scenarios.")
+@click.option("--only", default=("*",), multiple=True, metavar="GLOB", help="Scenarios by name; repeatable.")
+@click.option("--disks", default=20, type=click.IntRange(0), help="Failing disks, of every kind.")
+@click.option("--seed", default=0, type=int, help="Of the first piece; those that follow count on.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where caches lie for a while; default: the system's.")
-@click.option("--out", default=ROOT / "results" / "soak_kills.csv", type=click.Path(path_type=Path))
-def main(kills: int, disks: int, seed: int, folder: Path | None, out: Path) -> None:
-    """Interrupt extractions in every way and count what came of it."""
+@click.option("--out", default=ROOT / "results" / "kills.csv", type=click.Path(path_type=Path))
+def main(kills: int, only: tuple[str, ...], disks: int, seed: int, folder: Path | None, out: Path) -> None:
+    """Interrupt commands in every way and count what came of it."""
     torch.set_num_threads(1)
-    rows = []
-    with tempfile.TemporaryDirectory(dir=folder) as work:
-        soak = Soak(Path(work), random.Random(seed))
-        ways: dict[str, Callable[[], Counter[str]]] = {
-            "SIGKILL, 1 rank": lambda: soak.kills(1, kills),
-            "SIGKILL, 2 ranks": lambda: soak.kills(2, kills),
-            "disk full, injected": lambda: soak.refused_writes(errno.ENOSPC, disks),
-            "no permission, injected": lambda: soak.refused_writes(errno.EACCES, disks),
-            "disk full, a real tmpfs": lambda: soak.mounts(disks, read_only=False),
-            "read-only, a real tmpfs": lambda: soak.mounts(disks, read_only=True),
-        }
-        for kind, interrupt in ways.items():
-            counts = interrupt()
-            if not counts:
-                click.echo(f"{kind}: not run, this user may not mount")
-                continue
-            rows.append({"kind": kind, **{n: counts[n] for n in ("events", "caches", "invalid", "finished", "equal")},
-                         "told": counts["told"] if "told" in counts or "SIGKILL" not in kind else "", "seed": seed})  # fmt: skip
-            click.echo("  ".join(f"{k} {v}" for k, v in rows[-1].items()))
-    about = machine("cpu")
-    append(out, [row | {"commit": about["commit"], "date": about["date"]} for row in rows])
-    wrong = [
-        r
-        for r in rows
-        if r["invalid"] or not r["caches"] == r["finished"] == r["equal"] or r["told"] not in ("", r["events"])
-    ]
-    raise SystemExit(bool(wrong))
+    kinds = [kind for kind in SCENARIOS if any(fnmatch.fnmatch(kind, glob) for glob in only)]
+    if not kinds:
+        raise click.BadParameter(f"{only}: none of {', '.join(SCENARIOS)}", param_hint="--only")
+    about = {name: value for name, value in machine("cpu").items() if name in ("commit", "date", "torch")}
+    before, work, soaks, wrongs = (
+        done_before(out, about["commit"]),
+        Path(tempfile.mkdtemp(dir=folder)),
+        dict[str, Soak](),
+        0,
+    )
+    for kind, number, times in rows_wanted(kinds, kills, disks, seed):
+        if (kind, str(number)) in before:
+            continue
+        scene = "extract zarr" if kind in DISKS else kind
+        soak = soaks.get(scene) or soaks.setdefault(scene, Soak(work / scene, scene))
+        counts = (DISKS.get(kind) or Soak.piece)(soak, times, number)
+        if not counts["caches"]:
+            click.echo(f"{kind}: not run, this user may not mount")
+            continue
+        row = {"kind": kind, **{name: counts[name] for name in COLUMNS}, "told": counts.get("told", ""), "seed": number}
+        append(out, [row | about])
+        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+        wrongs += sum(counts[what] for what in WRONG)
+    if not wrongs:
+        shutil.rmtree(work)
+    raise SystemExit(bool(wrongs))
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what lies here is not walked by a child's collector, which would copy its pages
     main()

@@ -10,7 +10,7 @@ from mrmae.train import optim
 from mrmae.train.feed import Feed
 from mrmae.train.held_out import held_out_loss, knn_accuracy
 from mrmae.train.log import Readback, RunLog, Sums
-from mrmae.train.pictures import draw_run_panels
+from mrmae.train.pictures import draw_run_panels, panels_path
 from mrmae.train.ranks import StopRequest
 from mrmae.train.run import Run, save
 
@@ -119,9 +119,16 @@ def end_epoch(run: Run, live: Live) -> None:
         live.log.show_epoch(row)
     run.epoch, run.update, run.sums = done, 0, Sums()
     save_now(run, live)
-    every = live.habits.panels_every
-    if live.log is not None and due(done, epochs, math.ceil(epochs / 10) if every is None else every):
-        live.log.attempt("panels", lambda: draw_run_panels(run, done))
+    draw_due_panels(run, live)
+
+
+def draw_due_panels(run: Run, live: Live) -> None:
+    """Draw the panels of the epoch that has just ended where they are due and absent: a kill may come between state and picture."""
+    every, epochs = live.habits.panels_every, run.recipe.optim.epochs
+    if live.log is None or run.update > 0 or run.epoch == 0 or panels_path(run, run.epoch).exists():
+        return
+    if due(run.epoch, epochs, math.ceil(epochs / 10) if every is None else every):
+        live.log.attempt("panels", lambda: draw_run_panels(run, run.epoch))
 
 
 def looked_aside(run: Run, done: int) -> dict[str, Any]:

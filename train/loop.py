@@ -22,7 +22,7 @@ from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import checkpoint_path, list_checkpoints
 from mrmae.train.export import export_student
 from mrmae.train.feed import feed_of
-from mrmae.train.live import Habits, Live, end_epoch, save_now, take
+from mrmae.train.live import Habits, Live, draw_due_panels, end_epoch, save_now, take
 from mrmae.train.log import RunLog, read_rows, warn
 from mrmae.train.method import Recipe
 from mrmae.train.online import taught
@@ -143,6 +143,7 @@ def refuse_other_encodings(out: str | Path, setup: Setup, command: str = "") -> 
 
 def run_epochs(run: Run, live: Live, forward: Callable[..., Any]) -> None:
     """Train until the last epoch is done or a stop is asked for; the state is saved whenever this returns."""
+    draw_due_panels(run, live)
     while run.epoch < run.recipe.optim.epochs:
         optim.set_lr(run.optimizer, run.lr(run.step))
         values = step(run, live, forward)

@@ -57,6 +57,11 @@ def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, titl
 
 
 @torch.no_grad()
+def panels_path(run: Run, epoch: int) -> Path:
+    """Where the panels drawn after so many epochs lie."""
+    return run.out / "panels" / f"epoch-{epoch:04d}.png"
+
+
 def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
@@ -75,7 +80,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
         random = "\n(random weights)" if teacher in random_teachers(run) else ""
         columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid).numpy()
     columns["student"] = pca_rgb(student, run.info.grid).numpy()
-    path = run.out / "panels" / f"epoch-{epoch:04d}.png"
+    path = panels_path(run, epoch)
     note = "Colours of teachers and student: the three main directions of each model's own tokens over these images."
     if any(term.recipe.transform == "norm_pix" for term in run.model.terms):
         note += "\nPredicted patches take brightness and contrast from the true patch, as in MAE's figures."

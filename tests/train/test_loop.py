@@ -214,6 +214,18 @@ def test_a_finished_run_is_recognised_and_its_results_written_again(tiny_cache: 
     assert (tmp_path / "out" / "student" / "model.safetensors").exists()
 
 
+def test_a_picture_that_a_kill_after_the_save_prevented_is_drawn_by_the_next_start(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick("mae", "optim.epochs=2")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("mrmae.train.live.draw_run_panels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)
+    assert _state(tmp_path / "out")["step"] == 2 * UPDATES and not list((tmp_path / "out").glob("panels/*"))
+    assert _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)["finished"]
+    assert [file.name for file in (tmp_path / "out" / "panels").iterdir()] == ["epoch-0002.png"]
+
+
 def test_more_epochs_continue_and_the_change_of_schedule_is_said(tiny_cache: Path, tmp_path: Path) -> None:
     _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"))
     longer = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=3", "optim.warmup_epochs=2"))
