@@ -13,9 +13,8 @@ from mrmae.extract.teachers import Teacher
 from mrmae.train import batches, loop, optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
-from mrmae.train.live import Habits, Live
 from mrmae.train.method import build_model, needed_arrays
-from mrmae.train.online import online_info, only_needed, taught
+from mrmae.train.online import online_info, only_needed
 from mrmae.train.ranks import Ranks, StopRequest
 from mrmae.train.run import Run
 
@@ -66,14 +65,14 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
             for n, t in run.online.items()
         }
         run = replace(run, online=fast)
-    live = Live(feed, None, StopRequest(Ranks()), Habits(10, 1, 20, 0))
-    forward = loop.forward_of(run, compile=compile)
+    state = loop.Loop(feed, None, StopRequest(Ranks()))
+    forward = loop.forward_of(replace(run, setup=replace(run.setup, compile=compile)))
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)
     with counted() as counter:
-        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     flops = counter.get_total_flops() // len(whole[0].samples)
-    return Arm(name, lambda: loop.step(run, live, forward), lambda: run.model(*whole)[0], run.model, feed, flops)
+    return Arm(name, lambda: loop.step(run, state, forward), lambda: run.model(*whole)[0], run.model, feed, flops)
 
 
 def stock_arm(name: str, run: Run, feed: Feed, *, compile: bool, fused: bool) -> Arm:

@@ -32,9 +32,10 @@ from mrmae.train import optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.method import load_recipe
-from mrmae.train.online import taught
+from mrmae.train.online import with_targets
 from mrmae.train.ranks import Ranks
-from mrmae.train.run import Run, Setup, build
+from mrmae.train.run import Run, build_run
+from mrmae.train.setup import Setup
 
 COLUMNS = (
     "arm,part,student,batch,mode,precision,p20_ms,p50_ms,p80_ms,images_per_s,ratio,ratio_p20,ratio_p80,ratio_to,stall,"
@@ -126,7 +127,7 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
         marks = [settled(run.device, now)]
         loaded = next(feed)
         marks.append(settled(run.device, now))
-        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
         marks.append(settled(run.device, now))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             loss, _ = run.model(*whole)
@@ -236,7 +237,7 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
     with tempfile.TemporaryDirectory() as folder:
         n = max(64, 4 * batch_size)
         cache = write_cache(Path(folder) / "cache", [t.spec for t in teachers], n=n, size=size, grid=grid)
-        run = build(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
+        run = build_run(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
         live = online_run(run, teachers)
         common = {"student": student, "batch": batch_size, "precision": run.precision, "rounds": rounds}
         common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu")}

@@ -1,5 +1,6 @@
 """`train-mrmae CACHE OUT`: train a student on a cache of teacher features. The same command again continues."""
 
+import dataclasses
 import shlex
 import signal
 import sys
@@ -102,33 +103,32 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     """
     from mrmae.common.device import be_a_batch_job
     from mrmae.shards.remote import Unreachable, locate
-    from mrmae.train import loop, ranks, run  # torch takes seconds to import: --help need not wait
+    from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
     from mrmae.train.method import load_recipe
+    from mrmae.train.setup import Cadence, Setup
 
     be_a_batch_job(options["device"])
     given = {name: options.pop(name) for name in SHORTHANDS}
     try:
         place = locate(cache)
         resolved = load_recipe(recipe, [*overrides(given, sets), *sets])
+        setup = Setup(**of_kind(Setup, options), command=same_command())
+        cadence = Cadence(**of_kind(Cadence, options))
         if dry_run:
-            how = {
-                name: options[name]
-                for name in ("device", "kernels", "accum", "hold_out", "knn_every", "teachers", "allow_partial")
-            }
-            setup = run.Setup(
-                **how,
-                init=options["init"] and str(options["init"]),
-                online=options["online"] or bool(options["teachers"]),
-            )
-            for line in loop.dry_run(place, out, resolved, setup):
+            for line in loop.dry_run(place, out, resolved, setup, cadence):
                 click.echo(line)
             return
-        summary = loop.train(place, out, resolved, command=same_command(), **options)
+        summary = loop.train(place, out, resolved, setup, cadence)
     except (ValueError, OSError, Unreachable, loop.Diverged, ranks.OtherRankFailed) as error:
         raise click.ClickException(str(error)) from error  # a process group with a dead member is not taken leave of
-    ranks.leave()
+    ranks.leave_ranks()
     if not summary["finished"]:
         sys.exit(128 + signal.Signals[summary["stopped"]])
+
+
+def of_kind(kind: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """The options that are fields of this dataclass."""
+    return {field.name: options[field.name] for field in dataclasses.fields(kind) if field.name in options}
 
 
 def overrides(given: dict[str, Any], sets: tuple[str, ...]) -> list[str]:

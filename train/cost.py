@@ -12,7 +12,7 @@ from mrmae.common.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import Batch, Masks
-from mrmae.train.online import taught
+from mrmae.train.online import with_targets
 from mrmae.train.report import feature_bytes
 from mrmae.train.run import Run
 
@@ -43,7 +43,7 @@ def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
     loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
     with counted() as counter:
-        whole = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     return whole, int(counter.get_total_flops())
 
 

@@ -15,7 +15,7 @@ from mrmae.train import batches
 from mrmae.train.batches import Loaded, Numbers
 from mrmae.train.feed import Feed, load_masked
 from mrmae.train.method import evaluating
-from mrmae.train.online import taught
+from mrmae.train.online import with_targets
 from mrmae.train.ranks import gather
 from mrmae.train.run import Run
 
@@ -36,7 +36,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     total = torch.zeros(2 + len(run.model.terms), dtype=torch.float64)
     with evaluating(run.model):
         for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
-            whole = taught((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+            whole = with_targets((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 loss, terms = run.model(*whole)
             values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()

@@ -6,8 +6,10 @@ killed, on the CPU in fp32 to the same bits: order, views and masks are function
 
 import contextlib
 import functools
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +17,74 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mrmae.common.device import memory_mib
 from mrmae.common.progress import counted
 from mrmae.shards.remote import locate
 from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import checkpoint_path, list_checkpoints
 from mrmae.train.export import export_student
-from mrmae.train.feed import feed_of
-from mrmae.train.live import Habits, Live, draw_due_panels, end_epoch, save_now, take
-from mrmae.train.log import RunLog, read_rows, warn
+from mrmae.train.feed import Feed, feed_of
+from mrmae.train.held_out import held_out_loss, knn_accuracy
+from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe
-from mrmae.train.online import taught
-from mrmae.train.pictures import draw_curves
+from mrmae.train.online import with_targets
+from mrmae.train.pictures import draw_curves, draw_run_panels, panels_path
 from mrmae.train.published import export_published
-from mrmae.train.ranks import Ranks, agree_on, failing_together, join, mean_over_ranks, replicated, stop_requests
-from mrmae.train.run import Run, Setup, begin, build
+from mrmae.train.ranks import (
+    Ranks,
+    StopRequest,
+    agree_on,
+    failing_together,
+    join_ranks,
+    mean_over_ranks,
+    replicated,
+    stop_requests,
+)
+from mrmae.train.resume import begin_or_resume, save
+from mrmae.train.run import Run, build_run
+from mrmae.train.setup import CADENCE, SETUP, Cadence, Setup
+
+MAX_SKIPPED_IN_A_ROW = 3
+ROW_SECONDS = 10.0  # a log row comes at least this often, however slow the updates are
 
 
 class Diverged(RuntimeError):
     """Several updates in a row were not finite: which term, and where the state was saved."""
 
 
+@dataclass
+class Loop:
+    """The part of a run that ends with its process: feed, log (rank 0's only), clocks.
+
+    `row_*` begin anew with every log row.
+    """
+
+    feed: Feed
+    log: RunLog | None
+    stop: StopRequest
+    readback: Readback = field(default_factory=Readback)
+    started: float = field(default_factory=time.perf_counter)
+    row_at: float = field(default_factory=time.perf_counter)
+    saved_at: float = field(default_factory=time.perf_counter)
+    epoch_at: float = field(default_factory=time.perf_counter)
+    row_waited_s: float = 0.0
+    row_updates: int = 0
+    updates: int = 0
+
+
 def train(
     cache_path: str | Path,
     out: str | Path,
     recipe: Recipe,
-    *,
-    device: str = "auto",
-    compile: bool = False,
-    kernels: str = "auto",
-    workers: int | None = None,
-    accum: int = 1,
-    online: bool = False,
-    teachers: Sequence[str] = (),
-    hold_out: float = 0.0,
-    knn_every: int = 0,
-    init: str | Path | None = None,
-    allow_partial: bool = False,
-    export: str | None = None,
-    save_minutes: float = 10.0,
-    keep: int = 3,
-    log_every: int = 20,
-    panels_every: int | None = None,
-    tensorboard: bool = True,
-    wandb: str | None = None,
-    command: str | None = None,
+    setup: Setup = SETUP,
+    cadence: Cadence = CADENCE,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Train the student of `recipe` on a finished cache; returns a summary of the run.
 
     out: a new or empty folder, or one holding the same run, which then continues. Filled with checkpoints/, log.jsonl,
     tensorboard/, panels/, curves.png, student/ (for timm), recipe.yaml, run.json and README.md.
-    device: auto, cpu, cuda or cuda:N. compile: torch.compile the forward pass. kernels: auto, triton or torch.
-    workers: reading and decoding threads. accum: micro-batches per update in each process.
-    online: run the teachers in the step (`teachers` as for extract-features; none: the cache's own) instead of reading their
-    features. hold_out: share of the images not trained on; their loss is logged every epoch. knn_every: epochs per k-NN
-    accuracy of the images held out, 0 for none.
-    allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
-    init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student,
-    as their fine-tuning scripts load it.
-    save_minutes: at least this often, beside every epoch's end. keep: checkpoints kept. log_every: updates per log row.
-    panels_every: epochs per picture, 0 for none. wandb: a Weights & Biases project to log to. command: what to type to
-    continue, for the last line and for OUT.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
     seconds, images_per_s and stall (since this start), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
@@ -84,33 +92,31 @@ def train(
     after three updates in a row that were not finite, and again when such a run is continued; OtherRankFailed where another
     process of the run failed first.
     """
-    if export not in (None, "mae"):
-        raise ValueError(f"export: {export!r} is unknown; 'mae' was expected; correct it or leave it out")
-    ranks = join()
+    expect_utf8(out, "OUT")
+    ranks = join_ranks()
     talk = console or Console(highlight=False, soft_wrap=True, quiet=ranks.rank > 0)
-    setup = Setup(device, kernels, accum, workers, hold_out, knn_every, online or bool(teachers), tuple(teachers),
-                  None if init is None else str(init), allow_partial)  # fmt: skip
-    refuse_other_encodings(out, setup, command or "")
-    habits = Habits(save_minutes, keep, log_every, panels_every)
-    again = command or f'train("{cache_path}", "{out}", recipe)'
-
     with failing_together(ranks), contextlib.ExitStack() as stack:
-        run = begin(locate(cache_path), Path(out), recipe, ranks, setup, warn=functools.partial(warn, talk))
+        told = functools.partial(warn, talk)
+        run = begin_or_resume(locate(cache_path), Path(out), recipe, ranks, setup, cadence, warn=told)
         stack.enter_context(run.lock or contextlib.nullcontext())
         check_converges(run)
-        log = None
-        if ranks.rank == 0:
-            report.write_run_files(run, command=again, how={"compile": compile, "ranks": ranks.size})
-            for line in report.plan_lines(run):
-                talk.print(line, markup=False)
-            log = RunLog(run.out, step=run.step, total=run.total, console=talk, tensorboard=tensorboard, wandb=wandb)
-            stack.enter_context(log)
+        command = setup.command or f'train("{cache_path}", "{out}", recipe)'
+        log = stack.enter_context(begin_log(run, command, talk)) if ranks.rank == 0 else None
         stop = stack.enter_context(stop_requests(ranks))
         feed = stack.enter_context(feed_of(run))
-        live = Live(feed, log, stop, habits)
-        run_epochs(run, live, forward_of(run, compile=compile))
+        loop = Loop(feed, log, stop)
+        run_epochs(run, loop, forward_of(run))
         check_converges(run)
-        return finish(run, live, again, export=export)
+        return finish(run, loop, command)
+
+
+def begin_log(run: Run, command: str, console: Console) -> RunLog:
+    """The run's log, after the files that say what OUT is, and the plan, aloud."""
+    report.write_run_files(run, command=command, how={"compile": run.setup.compile, "ranks": run.ranks.size})
+    for line in report.plan_lines(run):
+        console.print(line, markup=False)
+    board, wandb = run.cadence.tensorboard, run.cadence.wandb
+    return RunLog(run.out, step=run.step, total=run.total, console=console, tensorboard=board, wandb=wandb)
 
 
 def check_converges(run: Run) -> None:
@@ -123,10 +129,12 @@ def check_converges(run: Run) -> None:
         )
 
 
-def dry_run(cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup) -> list[str]:
+def dry_run(
+    cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup = SETUP, cadence: Cadence = CADENCE
+) -> list[str]:
     """The resolved plan of `train` with these arguments, in lines; nothing is written. Raises ValueError like `train`."""
-    refuse_other_encodings(out, setup)
-    run = build(locate(cache_path), Path(out), recipe, Ranks(), setup)
+    expect_utf8(out, "OUT")
+    run = build_run(locate(cache_path), Path(out), recipe, Ranks(), setup, cadence)
     saved = list_checkpoints(run.out / "checkpoints")
     return [
         *report.plan_lines(run, cost.cost_facts(run)),
@@ -134,33 +142,26 @@ def dry_run(cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setu
     ]
 
 
-def refuse_other_encodings(out: str | Path, setup: Setup, command: str = "") -> None:
-    """ValueError where OUT, --init, a teacher's text or the command is not UTF-8: what a run writes down is."""
-    teachers = [("--teacher", text) for text in setup.teachers]
-    for name, text in [("OUT", out), ("--init", setup.init or ""), *teachers, ("the command", command)]:
-        expect_utf8(text, name)
-
-
-def run_epochs(run: Run, live: Live, forward: Callable[..., Any]) -> None:
+def run_epochs(run: Run, loop: Loop, forward: Callable[..., Any]) -> None:
     """Train until the last epoch is done or a stop is asked for; the state is saved whenever this returns."""
-    draw_due_panels(run, live)
+    draw_due_panels(run, loop)
     while run.epoch < run.recipe.optim.epochs:
         optim.set_lr(run.optimizer, run.lr(run.step))
-        values = step(run, live, forward)
+        values = step(run, loop, forward)
         run.update += 1
-        live.updates += 1
-        live.readback.push(run.step, values)
-        take(run, live)
-        stopping = live.stop.agreed()
+        loop.updates += 1
+        loop.readback.push(run.step, values)
+        take_losses(run, loop)
+        stopping = loop.stop.agreed()
         if run.update == run.updates:
-            end_epoch(run, live)
-        elif stopping or time.perf_counter() - live.saved_at > 60 * live.habits.save_minutes:
-            save_now(run, live)
+            end_epoch(run, loop)
+        elif stopping or time.perf_counter() - loop.saved_at > 60 * run.cadence.save_minutes:
+            save_state(run, loop)
         if stopping:
             return
 
 
-def step(run: Run, live: Live, forward: Callable[..., Any]) -> Tensor:
+def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
     """One update: forward and backward over its micro-batches, then AdamW. Nothing waits for the device.
 
     Returns the vector [loss, terms.., gradient norm, skipped, skipped in a row] on the device.
@@ -168,8 +169,8 @@ def step(run: Run, live: Live, forward: Callable[..., Any]) -> Tensor:
     run.optimizer.zero_grad(set_to_none=True)
     parts, bf16 = [], run.precision == "bf16"
     for micro in range(run.share.accum):
-        batch, masks = taught(
-            next(live.feed), run.online, run.needed, recipe=run.recipe, epoch=run.epoch, info=run.info
+        batch, masks = with_targets(
+            next(loop.feed), run.online, run.needed, recipe=run.recipe, epoch=run.epoch, info=run.info
         )
         last = micro == run.share.accum - 1
         with contextlib.nullcontext() if last else getattr(forward, "no_sync", contextlib.nullcontext)():
@@ -184,36 +185,146 @@ def step(run: Run, live: Live, forward: Callable[..., Any]) -> Tensor:
     return torch.cat([losses, torch.stack([norm, skipped, run.skipped_in_a_row]).to(losses.dtype)])
 
 
-def forward_of(run: Run, *, compile: bool) -> Callable[..., Any]:
+def forward_of(run: Run) -> Callable[..., Any]:
     """(batch, masks) -> (loss, terms): the model, data-parallel under several ranks, compiled if asked for."""
     model = replicated(run.model, run.ranks, run.device)
-    return torch.compile(model, dynamic=False) if compile else model
+    return torch.compile(model, dynamic=False) if run.setup.compile else model
 
 
-def finish(run: Run, live: Live, command: str, *, export: str | None) -> dict[str, Any]:
+def take_losses(run: Run, loop: Loop, *, wait: bool = False) -> None:
+    """Take in the losses that have arrived, all of them with `wait`; write a log row when one is due.
+
+    Asks for a stop, and marks the run as diverged, when too many updates in a row were skipped.
+    """
+    names = [term.name for term in run.model.terms]
+    for at, (loss, *rest) in loop.readback.ready(wait=wait):
+        terms, (norm, skipped, in_a_row) = dict(zip(names, rest)), rest[len(names) :]
+        run.sums.add({"loss": loss, **terms}, skipped=bool(skipped))
+        run.interval.add({"loss": loss, **terms, "grad_norm": norm}, skipped=bool(skipped))
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW and run.diverged is None:
+            loop.stop.received = "divergence"
+            run.diverged = (
+                f"update {at}: the last {MAX_SKIPPED_IN_A_ROW} updates were not finite and were skipped:"
+                f" {optim.culprit(terms)}"
+            )
+        slow = time.perf_counter() - loop.row_at > ROW_SECONDS
+        if at % run.cadence.log_every == 0 or slow or at == run.total:
+            write_row(run, loop, at)
+
+
+def write_row(run: Run, loop: Loop, at: int) -> None:
+    """One log row of the updates since the row before: losses, speed, stall, learning rate, memory, time left."""
+    now = time.perf_counter()
+    seconds, updates = max(now - loop.row_at, 1e-9), loop.updates - loop.row_updates
+    means = run.interval.means()
+    row = {
+        "kind": "step",
+        "epoch": (at - 1) // run.updates + 1,
+        "epochs": run.recipe.optim.epochs,
+        "step": at,
+        "loss": means.pop("loss"),
+        "grad_norm": means.pop("grad_norm", math.nan),
+        "terms": means,
+        "lr": run.lr(at - 1),
+        "images_per_s": updates * run.share.batch_size / seconds,
+        "stall": (loop.feed.waited_s - loop.row_waited_s) / seconds,
+        "memory_mib": memory_mib(run.device),
+        "skipped": run.interval.skipped,
+        "eta_s": (now - loop.started) / loop.updates * (run.total - at),
+        "time": time.time(),
+    }
+    if loop.log is not None:
+        loop.log.write(row)
+        loop.log.show(row, always=at == run.total)
+    run.interval, loop.row_at = Sums(), now
+    loop.row_updates, loop.row_waited_s = loop.updates, loop.feed.waited_s
+
+
+def end_epoch(run: Run, loop: Loop) -> None:
+    """Log the epoch's means and how the images held out do, save the beginning of the next epoch, draw panels when due."""
+    take_losses(run, loop, wait=True)
+    means, done, epochs = run.sums.means(), run.epoch + 1, run.recipe.optim.epochs
+    row: dict[str, Any] = {
+        "kind": "epoch",
+        "epoch": done,
+        "epochs": epochs,
+        "step": run.step,
+        "loss": means.pop("loss"),
+        "terms": means,
+        **held_out_row(run, done),
+        "lr": run.lr(run.step),
+        "skipped": run.sums.skipped,
+        "seconds": run.epoch_seconds + time.perf_counter() - loop.epoch_at,
+        "memory_mib": memory_mib(run.device),
+        "time": time.time(),
+    }
+    run.epoch_seconds, loop.epoch_at = 0.0, time.perf_counter()
+    if loop.log is not None:
+        loop.log.write(row)
+        loop.log.show_epoch(row)
+    run.epoch, run.update, run.sums = done, 0, Sums()
+    save_state(run, loop)
+    draw_due_panels(run, loop)
+
+
+def draw_due_panels(run: Run, loop: Loop) -> None:
+    """Draw the panels of the epoch that has just ended where they are due and absent: a kill may come between state and picture."""
+    every, epochs = run.cadence.panels_every, run.recipe.optim.epochs
+    if loop.log is None or run.update > 0 or run.epoch == 0 or panels_path(run, run.epoch).exists():
+        return
+    if due(run.epoch, epochs, math.ceil(epochs / 10) if every is None else every):
+        loop.log.attempt("panels", lambda: draw_run_panels(run, run.epoch))
+
+
+def held_out_row(run: Run, done: int) -> dict[str, Any]:
+    """What the images held out say after `done` epochs: losses, and k-NN accuracy when due; nothing where there are none."""
+    found: dict[str, Any] = {}
+    if len(run.held_out):
+        found["held_out"] = held_out_loss(run)
+    if due(done, run.recipe.optim.epochs, run.cadence.knn_every):
+        found["knn_top1"] = knn_accuracy(run)
+    return found
+
+
+def due(done: int, epochs: int, every: int) -> bool:
+    """Whether something done every so many epochs (0: never), and at the end, is due after `done` of them."""
+    return every > 0 and (done % every == 0 or done == epochs)
+
+
+def save_state(run: Run, loop: Loop) -> None:
+    """Save the state (rank 0), with every loss so far in its sums."""
+    take_losses(run, loop, wait=True)
+    now = time.perf_counter()
+    run.epoch_seconds, loop.epoch_at = run.epoch_seconds + now - loop.epoch_at, now
+    if loop.log is not None:
+        save(run)
+    loop.saved_at = time.perf_counter()
+
+
+def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
     """Export the student and draw the curves of a finished run, or say how to continue a stopped one; the summary."""
-    seconds = time.perf_counter() - live.started
+    seconds = time.perf_counter() - loop.started
     finished = run.epoch == run.recipe.optim.epochs
     summary: dict[str, Any] = {
         "out": str(run.out),
         "student": None,
         "finished": finished,
-        "stopped": None if finished else live.stop.received,
+        "stopped": None if finished else loop.stop.received,
         "epoch": run.epoch,
         "epochs": run.recipe.optim.epochs,
         "step": run.step,
         "seconds": seconds,
-        "images_per_s": live.updates * run.share.batch_size / seconds,
-        "stall": live.feed.waited_s / seconds,
+        "images_per_s": loop.updates * run.share.batch_size / seconds,
+        "stall": loop.feed.waited_s / seconds,
         "notes": run.notes,
     }
-    if (log := live.log) is not None:
+    if (log := loop.log) is not None:
         rows = read_rows(log.path)
         last = rows[-1] if rows else {}
         summary |= {"loss": last.get("loss"), "terms": last.get("terms")}
         log.close()
         if finished:
-            summary["student"] = str(write_results(run, export=export))
+            summary["student"] = str(write_results(run))
             log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
         for line in report.closing_lines(run, summary, command):
             log.say(line)
@@ -221,10 +332,10 @@ def finish(run: Run, live: Live, command: str, *, export: str | None) -> dict[st
     return result
 
 
-def write_results(run: Run, *, export: str | None) -> Path:
+def write_results(run: Run) -> Path:
     """Write OUT/student and, if asked for, OUT/published.pth; returns the student's folder."""
     export_student(run.model, run.out / "student", source=report.card_source(run))
-    if export == "mae":
+    if run.setup.export == "mae":
         export_published(run.model, run.out / "published.pth")
     return run.out / "student"
 

@@ -122,7 +122,7 @@ def teach(batch: Batch, teachers: Mapping[str, Teacher], needed: Mapping[str, se
     return replace(batch, targets=targets)
 
 
-def taught(
+def with_targets(
     loaded: tuple[Batch, Masks | None],
     teachers: Mapping[str, Teacher],
     needed: Mapping[str, set[str]],

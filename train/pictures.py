@@ -19,7 +19,7 @@ from mrmae.shards.write import publish_by
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import evaluating
-from mrmae.train.online import taught
+from mrmae.train.online import with_targets
 from mrmae.train.run import Run, random_teachers
 
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
@@ -56,17 +56,17 @@ def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, titl
         figure.subplots_adjust(**bounds, wspace=0.04, hspace=0.04)
 
 
-@torch.no_grad()
 def panels_path(run: Run, epoch: int) -> Path:
     """Where the panels drawn after so many epochs lie."""
     return run.out / "panels" / f"epoch-{epoch:04d}.png"
 
 
+@torch.no_grad()
 def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
     loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
-    there = taught(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+    there = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     batch, masks = there[0], there[1]
     columns = {
         "view": batch.pixels.cpu().numpy(),

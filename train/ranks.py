@@ -41,7 +41,7 @@ class Ranks:
     local: int = 0
 
 
-def join() -> Ranks:
+def join_ranks() -> Ranks:
     """Join the processes torchrun started (gloo on CPU, NCCL on GPU); one rank of one where it did not."""
     if not (dist.is_available() and dist.is_torchelastic_launched()):
         return Ranks()
@@ -51,8 +51,8 @@ def join() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
 
 
-def leave() -> None:
-    """Leave the processes `join` joined."""
+def leave_ranks() -> None:
+    """Leave the processes `join_ranks` joined."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from training import train_quietly
 
-from mrmae.train import loop
 from mrmae.train.method.recipe import load_recipe
 
 QUICK = (
@@ -52,5 +52,5 @@ def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """OUT of a student of 32 px trained on `tiny_cache` for two epochs. Probes may write OUT/probes."""
     out = tmp_path_factory.mktemp("runs") / "out"
     torch.manual_seed(0)
-    loop.train(tiny_cache, out, load_recipe("mr-mae", QUICK), device="cpu", panels_every=0, tensorboard=False)
+    train_quietly(tiny_cache, out, load_recipe("mr-mae", QUICK))
     return out

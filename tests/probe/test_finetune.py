@@ -11,6 +11,7 @@ import torch
 from click.testing import CliRunner
 from timm.layers.drop import DropPath
 from torch import Tensor
+from training import train_quietly
 
 from mrmae.probe import finetune as module
 from mrmae.probe.classifier import MaskedConvClassifier, trainable
@@ -19,7 +20,6 @@ from mrmae.probe.data import Data, open_data
 from mrmae.probe.finetune import build_optimizer, finetune, set_rates, soft, update_size
 from mrmae.probe.settings import Finetune, settings_from
 from mrmae.probe.sources import Source, open_source
-from mrmae.train import loop
 from mrmae.train.method.recipe import load_recipe
 
 QUICK = ("finetune.epochs=4", "finetune.warmup_epochs=1", "finetune.batch_size=12", "finetune.blr=0.05", "finetune.auto_augment=''",
@@ -176,7 +176,7 @@ def mcmae(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     cache = make_cache(root / "cache", n=8, grid=2, n_views=1, teachers={})
     recipe = load_recipe("mr-mcmae", ["student.model=test_mcmae", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
                                       "optim.epochs=2", "optim.warmup_epochs=1", "optim.batch_size=4", "terms.mimic=null"])  # fmt: skip
-    loop.train(cache, root / "out", recipe, device="cpu", panels_every=0, tensorboard=False)
+    train_quietly(cache, root / "out", recipe)
     return root / "out"
 
 

@@ -9,10 +9,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from training import train_quietly
 
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
-from mrmae.train import loop
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import load_mcmae
 from mrmae.train.method.recipe import load_recipe
@@ -122,7 +122,7 @@ def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[...
     )
     recipe = load_recipe("mr-mcmae", ["student.model=test_mcmae", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
                                       "optim.epochs=2", "optim.warmup_epochs=1", "optim.batch_size=4"])  # fmt: skip
-    loop.train(cache, tmp_path / "out", recipe, device="cpu", panels_every=0, tensorboard=False)
+    train_quietly(cache, tmp_path / "out", recipe)
     source = open_source(str(tmp_path / "out"))
     model, (mean, std) = (
         load_mcmae(tmp_path / "out" / "student"),

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from training import train_quietly
 
 from mrmae.shards.blocks import BlockRule
 from mrmae.train import batches, loop
@@ -22,7 +23,8 @@ from mrmae.train.method.recipe import MaskRecipe, Recipe
 from mrmae.train.method.targets import Batch
 from mrmae.train.ranks import Ranks
 from mrmae.train.report import feature_bytes, plan_lines
-from mrmae.train.run import Run, Setup
+from mrmae.train.run import Run
+from mrmae.train.setup import Setup
 
 Make = Callable[..., Path]
 BLOCK = "mask.sampler=block"
@@ -40,10 +42,12 @@ def blocked(make_cache: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build(tiny_recipe: Callable[..., Recipe], tmp_path: Path) -> Callable[..., Run]:
     """build(cache, recipe, *overrides): a run at its beginning."""
 
-    def build_run(cache: Path, name: str, *overrides: str) -> Run:
-        return runs.build(cache, tmp_path / "out", tiny_recipe(name, *SHORT, *overrides), ALONE, Setup(device="cpu"))
+    def build(cache: Path, name: str, *overrides: str) -> Run:
+        return runs.build_run(
+            cache, tmp_path / "out", tiny_recipe(name, *SHORT, *overrides), ALONE, Setup(device="cpu")
+        )
 
-    return build_run
+    return build
 
 
 @pytest.mark.parametrize(
@@ -167,14 +171,8 @@ def test_a_run_on_blocks_is_the_same_in_micro_batches_and_after_a_stop(
 
     def train(out: Path, epochs: int = 2, **options: Any) -> list[tuple[float, ...]]:
         recipe = tiny_recipe("mr-mae", BLOCK, *SHORT, f"optim.epochs={epochs}")
-        quiet: dict[str, Any] = {
-            "device": "cpu",
-            "panels_every": 2,
-            "tensorboard": False,
-            "log_every": 1,
-            "hold_out": 0.2,
-        }
-        loop.train(blocked, out, recipe, console=Console(file=io.StringIO()), **quiet | options)
+        quiet: dict[str, Any] = {"panels_every": 2, "log_every": 1, "hold_out": 0.2}
+        train_quietly(blocked, out, recipe, Console(file=io.StringIO()), **quiet | options)
         return [(row["loss"], *row["terms"].values()) for row in read_rows(out / "log.jsonl", "step")]
 
     whole = train(tmp_path / "whole", panels_every=2)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from training import train_quietly
 
 from mrmae.probe.cli import main as probe_command
 from mrmae.shards import commit
@@ -15,7 +16,7 @@ from mrmae.shards.append import append_rows
 from mrmae.shards.cache import open_cache
 from mrmae.shards.plan import load_plan
 from mrmae.shards.samples import Source
-from mrmae.train import checkpoint, loop
+from mrmae.train import checkpoint
 from mrmae.train.cli import main as train_command
 from mrmae.train.method.recipe import load_recipe
 
@@ -24,7 +25,7 @@ QUICK = ("student.model=test_vit", "student.decoder={depth: 1, width: 16, heads:
 
 
 def train(cache: Any, out: Path, name: str = "mr-mae", **options: Any) -> dict[str, Any]:
-    return loop.train(cache, out, load_recipe(name, QUICK), device="cpu", panels_every=0, tensorboard=False, **options)
+    return train_quietly(cache, out, load_recipe(name, QUICK), **options)
 
 
 def weights(out: Path) -> dict[str, Any]:

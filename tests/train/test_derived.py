@@ -19,7 +19,8 @@ from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.targets import CacheInfo, TeacherInfo
 from mrmae.train.online import online_info
 from mrmae.train.ranks import Ranks
-from mrmae.train.run import Run, Setup, build
+from mrmae.train.run import Run, build_run
+from mrmae.train.setup import Setup
 
 SHORT = ("optim.batch_size=8", "optim.warmup_epochs=0", "optim.epochs=1")
 ONLY = "terms.mimic.teachers=[a]"
@@ -38,7 +39,7 @@ def cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 def run_of(cache: Cache, recipe: Recipe, out: Path) -> Run:
-    return build(cache.path, out, recipe, Ranks(), Setup(device="cpu"))
+    return build_run(cache.path, out, recipe, Ranks(), Setup(device="cpu"))
 
 
 @pytest.mark.parametrize("tap, transform", [("post_ln", "ln0"), ("projected", "none"), ("post_ln", "channel")])

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from training import train_quietly
 
-from mrmae.train import held_out, live, loop, pictures
+from mrmae.train import held_out, loop, pictures
 from mrmae.train import run as runs
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.feed import load_masked
@@ -16,7 +17,8 @@ from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model, evaluating
 from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
-from mrmae.train.run import Setup, build
+from mrmae.train.run import build_run
+from mrmae.train.setup import Cadence, Setup
 
 QUICK = (
     "student.model=test_vit",
@@ -29,8 +31,7 @@ QUICK = (
 
 
 def _train(cache: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
-    quiet: dict[str, Any] = {"device": "cpu", "panels_every": 0, "tensorboard": False}
-    loop.train(cache, out, load_recipe("mr-mae", QUICK), **quiet | options)
+    train_quietly(cache, out, load_recipe("mr-mae", QUICK), **options)
     return read_rows(out / "log.jsonl", "epoch")
 
 
@@ -48,7 +49,7 @@ def test_every_epoch_tells_the_loss_of_what_is_held_out_and_it_falls(rows: list[
 
 
 def test_held_out_loss_is_the_mean_over_images_on_the_masks_of_epoch_0(tiny_cache: Path) -> None:
-    run = build(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu", hold_out=0.3))
+    run = build_run(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu", hold_out=0.3))
     assert len(run.held_out) % run.share.micro_size, "an uneven last piece is wanted here"
     run.epoch = 2
     batch, masks = load_masked(run, run.held_out, epoch=0)
@@ -63,7 +64,7 @@ def test_the_loss_of_what_is_held_out_is_that_of_evaluation_and_modes_come_back(
     tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = load_recipe("mr-mae", [*QUICK, "student.drop_path=0.5"])
-    run = build(tiny_cache, Path("out"), recipe, Ranks(), Setup("cpu", hold_out=0.3))
+    run = build_run(tiny_cache, Path("out"), recipe, Ranks(), Setup("cpu", hold_out=0.3))
     found = held_out.held_out_loss(run)["loss"]
     run.model.student.blocks[1].eval()
     modes = [module.training for module in run.model.modules()]
@@ -106,14 +107,13 @@ def test_a_run_that_looks_aside_trains_to_the_same_bits(
     monkeypatch.setattr(pictures, "draw_panels", lambda path, *_, **__: drawn.append(path))
     monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(loop, "export_student", lambda *_, **__: None)
-    quiet: dict[str, Any] = {"device": "cpu", "tensorboard": False, "hold_out": 0.3}
     recipe, states = load_recipe("mr-mae", [*QUICK, "student.drop_path=0.5"]), []
     for looks in (True, False):
         torch.manual_seed(0)
         if not looks:
-            monkeypatch.setattr(live, "looked_aside", lambda *_: {})
+            monkeypatch.setattr(loop, "held_out_row", lambda *_: {})
         out = tmp_path / str(looks)
-        loop.train(tiny_cache, out, recipe, **quiet, knn_every=1 * looks, panels_every=1 * looks)
+        train_quietly(tiny_cache, out, recipe, hold_out=0.3, knn_every=1 * looks, panels_every=1 * looks)
         states.append(read_checkpoint(list_checkpoints(out / "checkpoints")[-1])["model"])
     assert len(drawn) == 3
     assert "student.norm.norm.running_mean" in states[0]
@@ -139,7 +139,7 @@ def test_nearest_neighbours_vote_by_cosine_and_temperature() -> None:
 
 
 def test_features_come_back_in_order_whatever_the_pieces(tiny_cache: Path) -> None:
-    run = build(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu"))
+    run = build_run(tiny_cache, Path("out"), load_recipe("mr-mae", QUICK), Ranks(), Setup("cpu"))
     found = held_out.image_features(run, run.numbers[:7])
     alone = torch.cat([held_out.image_features(run, run.numbers[i : i + 1]) for i in range(7)])
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
@@ -147,6 +147,6 @@ def test_features_come_back_in_order_whatever_the_pieces(tiny_cache: Path) -> No
 
 def test_labels_are_needed_for_k_nn(make_cache: Any, tmp_path: Path) -> None:
     cache = make_cache(tmp_path / "cache", n=12, n_views=1, labels=False)
-    setup = Setup("cpu", hold_out=0.3, knn_every=1)
+    setup = Setup("cpu", hold_out=0.3)
     with pytest.raises(ValueError, match="has labels for 0 images"):
-        build(cache, tmp_path / "out", load_recipe("mr-mae", QUICK), Ranks(), setup)
+        build_run(cache, tmp_path / "out", load_recipe("mr-mae", QUICK), Ranks(), setup, Cadence(knn_every=1))

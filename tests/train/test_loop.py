@@ -18,11 +18,12 @@ import timm
 import torch
 from rich.console import Console
 from torch import Tensor
+from training import train_quietly
 
 from mrmae.extract.sheet import pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stream import view_of
-from mrmae.train import checkpoint, live, loop, optim, pictures
+from mrmae.train import checkpoint, loop, optim, pictures, resume
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model
@@ -41,6 +42,7 @@ UPDATES = 6  # of an epoch: the tiny cache has 24 images
 KILLED = """
 import os, signal, sys
 from mrmae.train import loop
+from mrmae.train.setup import Cadence, Setup
 from mrmae.train.method.recipe import load_recipe
 step = loop.step
 def dying(run, live, forward):
@@ -49,7 +51,8 @@ def dying(run, live, forward):
     live.saved_at -= 3600 if run.step == 7 else 0
     return step(run, live, forward)
 loop.step = dying
-loop.train(sys.argv[1], sys.argv[2], load_recipe("mr-mae", sys.argv[3:]), device="cpu", panels_every=0, tensorboard=False)
+recipe = load_recipe("mr-mae", sys.argv[3:])
+loop.train(sys.argv[1], sys.argv[2], recipe, Setup(device="cpu"), Cadence(panels_every=0, tensorboard=False))
 """
 
 
@@ -60,8 +63,7 @@ def quick(name: str = "mr-mae", *overrides: str) -> Recipe:
 
 def _train(cache: Path, out: Path, recipe: Recipe, **options: Any) -> dict[str, Any]:
     console = Console(file=io.StringIO(), width=250)
-    options = {"device": "cpu", "panels_every": 0, "tensorboard": False, "console": console} | options
-    return loop.train(cache, out, recipe, **options) | {"said": console.file.getvalue()}  # type: ignore[attr-defined]
+    return train_quietly(cache, out, recipe, console, **options) | {"said": console.file.getvalue()}  # type: ignore[attr-defined]
 
 
 def _state(out: Path) -> checkpoint.State:
@@ -219,7 +221,7 @@ def test_a_picture_that_a_kill_after_the_save_prevented_is_drawn_by_the_next_sta
 ) -> None:
     recipe = quick("mae", "optim.epochs=2")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("mrmae.train.live.draw_run_panels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("mrmae.train.loop.draw_run_panels", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)
     assert _state(tmp_path / "out")["step"] == 2 * UPDATES and not list((tmp_path / "out").glob("panels/*"))
     assert _train(tiny_cache, tmp_path / "out", recipe, panels_every=2)["finished"]
@@ -335,7 +337,7 @@ def test_a_picture_that_fails_is_one_warning_and_the_state_is_saved_before_it(
         saved.append(_state(tmp_path / "out")["step"])
         raise np.linalg.LinAlgError("no convergence\nat all")
 
-    monkeypatch.setattr(live, "draw_run_panels", fail)
+    monkeypatch.setattr(loop, "draw_run_panels", fail)
     monkeypatch.setattr(loop, "draw_curves", fail)
     summary = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), panels_every=1)
     assert summary["finished"] and (tmp_path / "out" / "student" / "model.safetensors").exists()
@@ -361,7 +363,7 @@ def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> N
 def test_every_update_sees_the_same_shapes_in_the_same_types(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original, seen = loop.taught, []
+    original, seen = loop.with_targets, []
 
     def noted(*args: Any, **options: Any) -> Any:
         batch, masks = original(*args, **options)
@@ -370,7 +372,7 @@ def test_every_update_sees_the_same_shapes_in_the_same_types(
         seen.append({name: (tuple(x.shape), x.dtype) for name, x in tensors.items()})
         return batch, masks
 
-    monkeypatch.setattr(loop, "taught", noted)
+    monkeypatch.setattr(loop, "with_targets", noted)
     summary = _train(tiny_cache, tmp_path / "out", quick("mr-mae", "optim.epochs=2", "optim.batch_size=5"))
     assert summary["finished"] and all(shapes == seen[0] for shapes in seen) and len(seen) == 2 * 4
     assert seen[0]["pixels"] == ((5, 32, 32, 3), torch.uint8) and seen[0]["a.tokens"] == ((5, 4, 8), torch.int8)
@@ -522,7 +524,7 @@ def test_an_out_that_cannot_be_written_is_refused(tiny_cache: Path, tmp_path: Pa
 
 
 def test_two_processes_cannot_train_into_one_out(tiny_cache: Path, tmp_path: Path) -> None:
-    with runs.claim(tmp_path / "out"):
+    with resume.claim_out(tmp_path / "out"):
         _refuse(tiny_cache, tmp_path / "out", quick(), "another process is training into it")
 
 

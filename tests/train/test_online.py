@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 import torch
+from training import train_quietly
 
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import open_cache
 from mrmae.shards.spec import ViewRecipe
 from mrmae.shards.stats import compute_stats, write_stats
-from mrmae.train import cost, loop, online
+from mrmae.train import cost, online
 from mrmae.train.log import read_rows
 from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
-from mrmae.train.run import Setup, build
+from mrmae.train.run import build_run
+from mrmae.train.setup import Setup
 
 QUICK = (
     "student.model=test_vit",
@@ -44,8 +46,7 @@ def caches(tiny_images: dict[str, bytes], tmp_path_factory: pytest.TempPathFacto
 def _losses(
     cache: Path, out: Path, recipe: str = "mr-mae", sets: Sequence[str] = (), **options: Any
 ) -> list[dict[str, float]]:
-    quiet: dict[str, Any] = {"device": "cpu", "panels_every": 0, "tensorboard": False, "log_every": 1}
-    loop.train(cache, out, load_recipe(recipe, [*QUICK, *sets]), **quiet | options)
+    train_quietly(cache, out, load_recipe(recipe, [*QUICK, *sets]), log_every=1, **options)
     return [{**row["terms"], "loss": row["loss"]} for row in read_rows(out / "log.jsonl", "step")]
 
 
@@ -114,15 +115,15 @@ def test_a_teacher_from_a_file_must_be_given_again(caches: dict[str, Path]) -> N
 
 def test_attention_is_computed_only_where_it_is_read(caches: dict[str, Path]) -> None:
     for recipe, wanted in (("mr-mae", False), ("mr-mae-focused", True)):
-        run = build(caches["int8"], Path("out"), load_recipe(recipe, QUICK), Ranks(), Setup("cpu", online=True))
+        run = build_run(caches["int8"], Path("out"), load_recipe(recipe, QUICK), Ranks(), Setup("cpu", online=True))
         assert (run.online["vit"].tower.attention_row is not None) == wanted
-    mae = build(caches["int8"], Path("out"), load_recipe("mae", QUICK), Ranks(), Setup("cpu", online=True))
+    mae = build_run(caches["int8"], Path("out"), load_recipe("mae", QUICK), Ranks(), Setup("cpu", online=True))
     assert mae.online == {}
 
 
 def test_the_plan_counts_operations_bytes_and_memory(caches: dict[str, Path]) -> None:
     recipe = load_recipe("mr-mae", [*QUICK, "student.decoder=null", "terms.pixels=null", "terms.mimic.teachers=[vit]"])
-    run = build(caches["int8"], Path("out"), recipe, Ranks(), Setup("cpu"))
+    run = build_run(caches["int8"], Path("out"), recipe, Ranks(), Setup("cpu"))
     whole, teachers = cost.teacher_flops(run)
     d, n, hidden = 64, 5, 192  # test_vit on four visible patches and CLS
     block = 2 * n * (4 * d * d + 2 * d * hidden) + 4 * n * n * d
@@ -132,5 +133,5 @@ def test_the_plan_counts_operations_bytes_and_memory(caches: dict[str, Path]) ->
     assert cost.saved_bytes(run, *whole) > 10 * n * d * 4
     facts = cost.cost_facts(run)
     assert "GFLOP per image and step" in facts["operations"] and "features 1.06 kB" in facts["bytes read"]
-    live = build(caches["int8"], Path("out"), recipe, Ranks(), Setup("cpu", online=True))
+    live = build_run(caches["int8"], Path("out"), recipe, Ranks(), Setup("cpu", online=True))
     assert cost.teacher_flops(live)[1] > 0 and "teachers" in cost.cost_facts(live)["operations"]

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from training import train_quietly
 
-from mrmae.train import loop, ranks
+from mrmae.train import ranks
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model
@@ -39,13 +40,14 @@ import torch
 torch.set_num_threads(1)
 from pathlib import Path
 from mrmae.train import loop, ranks, run
+from mrmae.train.setup import Cadence, Setup
 from mrmae.train.method.recipe import load_recipe
 run.build_model = functools.partial(run.build_model, dtype=torch.float64)
-step, taught = loop.step, loop.taught
+step, with_targets = loop.step, loop.with_targets
 seen = open(Path(folder) / f"seen-{rank}-of-{size}.jsonl", "a")
 at = [0]
 def note(loaded, *args, **options):
-    batch, masks = whole = taught(loaded, *args, **options)
+    batch, masks = whole = with_targets(loaded, *args, **options)
     for i, sample in enumerate(batch.samples.tolist()):
         view = hashlib.sha256(batch.pixels[i].numpy().tobytes()).hexdigest()
         seen.write(json.dumps([at[0], sample, view, masks.ids_keep[i].tolist(), masks.ids_predict[i].tolist()]) + "\\n")
@@ -64,9 +66,12 @@ def eventful(current, live, forward):
             loss, terms = real(batch, masks)
             return loss * float("nan"), terms
     return step(current, live, forward)
-loop.step, loop.taught = eventful, note
+loop.step, loop.with_targets = eventful, note
 try:
-    loop.train(cache, out, load_recipe("mr-mae", recipe), device="cpu", panels_every=0, tensorboard=False, log_every=1, **options)
+    knn = options.pop("knn_every", 0)
+    setup = Setup(device="cpu", **options)
+    cadence = Cadence(panels_every=0, tensorboard=False, log_every=1, knn_every=knn)
+    loop.train(cache, out, load_recipe("mr-mae", recipe), setup, cadence)
 except BaseException as error:
     (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
     raise SystemExit(1)
@@ -111,8 +116,7 @@ def alone(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("alone") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
-        options: dict[str, Any] = {"device": "cpu", "panels_every": 0, "tensorboard": False, "log_every": 1}
-        loop.train(tiny_cache, out, load_recipe("mr-mae", QUICK), hold_out=0.0, **options)
+        train_quietly(tiny_cache, out, load_recipe("mr-mae", QUICK), log_every=1)
     return out
 
 
@@ -162,8 +166,7 @@ def test_the_first_update_in_fp32_has_the_same_loss(
     one = _losses(alone)[0]
     out = tmp_path / "fp32"
     cache = json.loads((alone / "run.json").read_text())["cache"]
-    loop.train(cache, out, load_recipe("mr-mae", [*QUICK, "optim.epochs=2"]), device="cpu", panels_every=0,
-               tensorboard=False, log_every=1)  # fmt: skip
+    train_quietly(cache, out, load_recipe("mr-mae", [*QUICK, "optim.epochs=2"]), log_every=1)
     assert _losses(out)[0] == pytest.approx(one, rel=1e-6)
 
 
@@ -211,7 +214,7 @@ def test_gradients_live_in_the_buckets_that_are_reduced() -> None:
         wrapped(torch.ones(1, 4)).sum().backward()
         storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
     finally:
-        ranks.leave()
+        ranks.leave_ranks()
     assert len(storages) == 1
 
 

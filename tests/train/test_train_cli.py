@@ -1,6 +1,7 @@
 """The command: its shorthands, its plan, its exit status, and one clear line for everything it refuses."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from click.testing import CliRunner, Result
 
 from mrmae.train import cli, loop
 from mrmae.train.method.recipe import load_recipe
+from mrmae.train.setup import Cadence, Setup
 
 SMALL = ["--student", "test_vit", "--set", "student.decoder={depth: 1, width: 16, heads: 2}", "--device", "cpu"]
 
@@ -23,8 +25,8 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """The arguments of every call of `loop.train`, which trains nothing here."""
     calls: list[dict[str, Any]] = []
 
-    def train(cache: Path, out: Path, recipe: Any, **options: Any) -> dict[str, Any]:
-        calls.append({"cache": cache, "out": out, "recipe": recipe, **options})
+    def train(cache: Path, out: Path, recipe: Any, setup: Setup, cadence: Cadence) -> dict[str, Any]:
+        calls.append({"cache": cache, "out": out, "recipe": recipe, "setup": setup, "cadence": cadence})
         return {"finished": True}
 
     monkeypatch.setattr(loop, "train", train)
@@ -48,14 +50,15 @@ def test_shorthands_set_the_recipe_and_the_rest_says_how_to_run(captured: list[d
         "seed=7", "optim.precision=fp32", "optim.weight_decay=0.1",
     ])  # fmt: skip
     assert call.pop("recipe") == wanted
-    assert call.pop("command").startswith("train-mrmae ")
-    assert call == {
-        "cache": Path("CACHE"), "out": Path("OUT"), "compile": True, "kernels": "torch", "workers": 3, "accum": 2,
-        "save_minutes": 5.0, "keep": 2, "log_every": 9, "panels_every": 4, "device": "cpu",
-        "online": True, "teachers": ("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"),
-        "hold_out": 0.01, "knn_every": 10, "wandb": "project", "init": Path("mae.pth"), "export": "mae",
-        "allow_partial": False,
-    }  # fmt: skip
+    assert (call["cache"], call["out"]) == (Path("CACHE"), Path("OUT"))
+    assert (call["setup"].command or "").startswith("train-mrmae ")
+    assert replace(call["setup"], command=None) == Setup(
+        device="cpu", compile=True, kernels="torch", workers=3, accum=2, online=True, hold_out=0.01, init=Path("mae.pth"),
+        teachers=("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"), export="mae",
+    )  # fmt: skip
+    assert call["cadence"] == Cadence(
+        save_minutes=5.0, keep=2, log_every=9, panels_every=4, knn_every=10, wandb="project"
+    )
 
 
 def test_nothing_given_is_the_shipped_recipe(captured: list[dict[str, Any]]) -> None:

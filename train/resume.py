@@ -1,0 +1,150 @@
+"""A run continues: which state it is brought back to, and why it may go on from there."""
+
+import fcntl
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from mrmae.common.versions import versions
+from mrmae.train import checkpoint
+from mrmae.train.log import Sums
+from mrmae.train.method import Recipe, difference, from_dict, to_dict
+from mrmae.train.published import init_from
+from mrmae.train.ranks import Ranks, agree_on
+from mrmae.train.run import Run, build_run, cache_ids
+from mrmae.train.setup import Cadence, Setup
+
+OURS = {"recipe.yaml", "run.json", "README.md", "log.jsonl", "tensorboard", "wandb", "panels", "curves.png", "student",
+        "published.pth", "checkpoints", ".lock"}  # fmt: skip
+
+
+def begin_or_resume(
+    cache_path: Path,
+    out: Path,
+    recipe: Recipe,
+    ranks: Ranks,
+    setup: Setup,
+    cadence: Cadence,
+    *,
+    warn: Callable[[str], None],
+) -> Run:
+    """A run ready for its next update: from the beginning, or from the newest checkpoint in `out`, which is now this process's.
+
+    Raises ValueError for anything that does not fit: cache, recipe, batch, device, or what `out` holds.
+    """
+    run = build_run(cache_path, out, recipe, ranks, setup, cadence)
+    run.lock = claim_out(out) if ranks.rank == 0 else None
+    try:
+        state = newest_state(out, ranks, warn)
+        if state is not None:
+            run.notes += check_continues(state, run)
+            restore_run(run, state)
+        elif setup.init is not None:
+            run.notes += init_from(run.model, setup.init)
+    except BaseException:
+        if run.lock is not None:
+            run.lock.close()
+        raise
+    return run
+
+
+def claim_out(out: Path) -> IO[bytes]:
+    """Make `out` this process's own until the returned lock is closed (or the process is gone).
+
+    Raises ValueError where `out` holds something other than a run, cannot be written, or another process trains into it.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        strangers = sorted(p.name for p in out.iterdir() if p.name not in OURS and not p.name.startswith("."))
+        if strangers and not (out / "run.json").exists():
+            raise ValueError(
+                f"{out}: is not a run of train-mrmae and not empty (it holds {strangers[0]}); give a new folder"
+            )
+        lock = open(out / ".lock", "ab")  # noqa: SIM115 (held as long as the run)
+    except OSError as error:
+        raise ValueError(f"{out}: cannot be written ({error.strerror}); give a folder that can") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"{out}: another process is training into it; wait for it, or give a new folder") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def newest_state(out: Path, ranks: Ranks, warn: Callable[[str], None]) -> checkpoint.State | None:
+    """The checkpoint to continue from, the same on every rank; rank 0 decides which one can be read."""
+    folder = out / "checkpoints"
+    state = checkpoint.latest_checkpoint(folder, warn=warn) if ranks.rank == 0 else None
+    step = agree_on(None if state is None else state["step"], ranks)
+    return (
+        state
+        if ranks.rank == 0 or step is None
+        else checkpoint.read_checkpoint(checkpoint.checkpoint_path(folder, step))
+    )
+
+
+def check_continues(state: checkpoint.State, run: Run) -> list[str]:
+    """What the user should hear about continuing `state`. Raises ValueError for another cache or another recipe.
+
+    More epochs may be asked for, with another warm-up: the schedule is a function of both, so from here on the learning rate
+    follows the longer curve, and the run is not the one that was planned longer from its beginning.
+    """
+    old = from_dict(state["recipe"])
+    longer = run.recipe.optim.epochs > old.optim.epochs
+
+    def may_change(field: str, *_: Any) -> bool:
+        return longer and field in ("optim.epochs", "optim.warmup_epochs")
+
+    if old.name != run.recipe.name:
+        raise ValueError(
+            f"{run.out}: another recipe: name was {old.name} and is now {run.recipe.name}; the same one was expected; give"
+            f" --recipe {old.name}, or a new OUT"
+        )
+    differences = difference(old, run.recipe)
+    changed = checkpoint.check_same_recipe(differences, where=str(run.out), may_change=may_change)
+    parts = [part.dataset_id for part in run.cache.plan.parts]
+    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out), parts=parts)
+    held = state.get("hold_out", 0.0)
+    if held != run.setup.hold_out:
+        raise ValueError(
+            f"{run.out}: this run holds out {held:g} of the images and --hold-out is now {run.setup.hold_out:g}; the same"
+            f" share was expected; give --hold-out {held:g}, or a new OUT"
+        )
+    told = ", ".join(f"{field} {was} -> {now}" for field, was, now in changed)
+    return [f"longer run: {told}; from here the learning rate follows the longer schedule"] if changed else []
+
+
+def save(run: Run) -> Path:
+    """Write the run's state to `checkpoints/`."""
+    state = {
+        "model": run.model.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+        "epoch": run.epoch,
+        "update": run.update,
+        "step": run.step,
+        "updates_per_epoch": run.updates,
+        "sums": run.sums.state(),
+        "interval": run.interval.state(),
+        "epoch_seconds": run.epoch_seconds,
+        "skipped_in_a_row": int(run.skipped_in_a_row),
+        "diverged": run.diverged,
+        "recipe": to_dict(run.recipe),
+        "cache": cache_ids(run),
+        "hold_out": run.setup.hold_out,
+        "versions": versions(),
+    }
+    return checkpoint.save_checkpoint(run.out / "checkpoints", state, step=run.step, keep=run.cadence.keep)
+
+
+def restore_run(run: Run, state: checkpoint.State) -> None:
+    """Bring `run` to where `state` was saved."""
+    run.model.load_state_dict(state["model"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.epoch, run.update = state["epoch"], state["update"]
+    run.sums, run.interval, run.epoch_seconds = Sums(**state["sums"]), Sums(**state["interval"]), state["epoch_seconds"]
+    run.skipped_in_a_row = torch.tensor(float(state["skipped_in_a_row"]), device=run.device)
+    run.diverged = state["diverged"]

@@ -1,0 +1,110 @@
+"""Where and how a run computes and what it does beside training, and whether that fits the recipe and the cache."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mrmae.common.progress import counted
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.remote import RemotePath
+from mrmae.shards.spec import expect_utf8
+from mrmae.train import batches, optim
+from mrmae.train.batches import Share
+from mrmae.train.method import CacheInfo, Optim, Recipe, counts, needed_arrays
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Where and how a run computes: what is not part of its recipe.
+
+    device: auto, cpu, cuda or cuda:N. kernels: auto, triton or torch. compile: torch.compile the forward pass. accum:
+    micro-batches per update in each process. workers: reading and decoding threads, None chooses.
+    hold_out: share of the images not trained on; their loss is logged every epoch.
+    online: run the teachers in the step instead of reading their features; `teachers`, as for extract-features, says which
+    (and that they do), none: the cache's own.
+    init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student.
+    allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
+    command: what to type to continue, for the last line and for OUT.
+    Raises ValueError for an unknown export, and for text that is not UTF-8: what a run writes down is.
+    """
+
+    device: str = "auto"
+    kernels: str = "auto"
+    compile: bool = False
+    accum: int = 1
+    workers: int | None = None
+    hold_out: float = 0.0
+    online: bool = False
+    teachers: tuple[str, ...] = ()
+    init: str | Path | None = None
+    export: str | None = None
+    allow_partial: bool = False
+    command: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.export not in (None, "mae"):
+            raise ValueError(f"export: {self.export!r} is unknown; 'mae' was expected; correct it or leave it out")
+        object.__setattr__(self, "teachers", tuple(self.teachers))
+        object.__setattr__(self, "init", None if self.init is None else str(self.init))
+        object.__setattr__(self, "online", self.online or bool(self.teachers))
+        teachers = [("--teacher", text) for text in self.teachers]
+        for name, text in [("--init", self.init or ""), *teachers, ("the command", self.command or "")]:
+            expect_utf8(text, name)
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """What a run does beside training, and how often.
+
+    save_minutes: at least this often, beside every epoch's end. keep: checkpoints kept. log_every: updates per log row.
+    panels_every: epochs per picture, 0 for none, None for ten per run. knn_every: epochs per k-NN accuracy of the images held
+    out, 0 for none. tensorboard: write OUT/tensorboard. wandb: a Weights & Biases project to log to.
+    """
+
+    save_minutes: float = 10.0
+    keep: int = 3
+    log_every: int = 20
+    panels_every: int | None = None
+    knn_every: int = 0
+    tensorboard: bool = True
+    wandb: str | None = None
+
+
+SETUP, CADENCE = Setup(), Cadence()  # what is not said
+
+
+def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
+    """The cache; with allow_partial an unfinished one too, with the samples that are committed in all that the recipe reads."""
+    threads = setup.workers or (None if isinstance(path, RemotePath) else batches.default_workers())
+    cache = open_cache(path, allow_partial=setup.allow_partial, threads=threads)
+    if cache.unfinished is None:
+        return cache
+    info = batches.cache_info(cache)
+    needed = () if setup.online else needed_arrays(recipe, info)
+    columns = [info.teachers[teacher].column for teacher in needed]
+    cache = open_cache(path, allow_partial=True, columns=columns, threads=threads)
+    if cache.unfinished is not None and not len(cache.numbers):
+        raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'};"
+                         " at least one was expected; let extract-features run on")  # fmt: skip
+    return cache
+
+
+def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
+    """Raise ValueError where mask, batch or schedule do not fit, before any teacher is built."""
+    counts(recipe.mask, info.n_patches)
+    batches.check_share(share, n_samples)
+    check_schedule(recipe.optim)
+
+
+def check_schedule(o: Optim) -> None:
+    """Raise ValueError where a run would never reach its peak learning rate, or would rise from there to its end."""
+    if o.warmup_epochs >= o.epochs:
+        raise ValueError(
+            f"optim.warmup_epochs: is {o.warmup_epochs:g} in a run of {counted(o.epochs, 'epoch')}, which would never reach its learning"
+            f" rate; less than optim.epochs was expected; set optim.warmup_epochs={optim.usual_warmup(o.epochs)}"
+        )
+    peak = optim.base_lr(o.lr_per_256, o.batch_size)
+    if o.min_lr > peak:
+        raise ValueError(
+            f"optim.min_lr: is {o.min_lr:g}, above the peak learning rate {peak:.3g} = {o.lr_per_256:g} x {o.batch_size} / 256; at"
+            " most that was expected; give a larger batch, a higher --blr, or --set optim.min_lr=0"
+        )
