@@ -14,9 +14,9 @@ import click
 
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
+from mrmae.shards.backend import Url
 from mrmae.shards.commit import commit_path, read_record, units
 from mrmae.shards.plan import Plan
-from mrmae.shards.remote import RemotePath
 from mrmae.shards.trust import Problem, trusted
 
 Given = tuple[str, str]  # a command, and the folder it was given in
@@ -90,7 +90,7 @@ def from_folder(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The parameters of a command with every relative path counted from `folder`."""
     params = dict(found)
     for name in {"cache", "out"} & set(params):
-        params[name] = params[name] if isinstance(params[name], RemotePath) else folder / params[name]
+        params[name] = params[name] if isinstance(params[name], Url) else folder / params[name]
     if "images" in params:
         params["images"] = tuple(str(folder / image) for image in params["images"])
         params["teachers"] = tuple(with_folder(text, folder) for text in params["teachers"])

@@ -11,6 +11,7 @@ from rich.table import Table
 from mrmae.common.progress import human_bytes
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.shards import commit as commits
+from mrmae.shards.backend import exists
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import PIXELS, Plan, load_plan
 from mrmae.shards.samples import read_samples
@@ -27,7 +28,7 @@ def description(path: Path) -> dict[str, Any]:
     """Everything that `show` shows, as JSON. Also of an unfinished cache. ValueError where there is none."""
     refuse_foreign_entries(path)
     plan = load_plan(path)
-    finished = (path / "manifest.json").exists()
+    finished = exists(path / "manifest.json")
     if finished:
         read_manifest(path)
     records = commits.valid_records(path, plan, commits.units(plan))
@@ -96,7 +97,7 @@ def column_description(
         "standardised": quantiser.standardised if quantiser else None,
         "source": quantiser.source if quantiser else None,
         "quality": commits.worst_quality(mine),
-        "stats": stats_path(path, name).exists(),
+        "stats": exists(stats_path(path, name)),
     }
 
 
@@ -151,7 +152,7 @@ def differences(a: Path, b: Path) -> Iterator[tuple[str, Any, Any]]:
     Finished caches are compared by their manifests, else both by their plans. Columns are compared by name, shards by
     the sha256 of their files, one line per column and view.
     """
-    both = [comparable(path, finished=all((p / "manifest.json").exists() for p in (a, b))) for path in (a, b)]
+    both = [comparable(path, finished=all(exists(p / "manifest.json") for p in (a, b))) for path in (a, b)]
     for field in [*both[0], *(name for name in both[1] if name not in both[0])]:
         if both[0].get(field) != both[1].get(field):
             yield field, both[0].get(field), both[1].get(field)

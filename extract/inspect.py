@@ -17,6 +17,7 @@ from mrmae.extract.cli import main as extract_command
 from mrmae.extract.describe import description, difference_line, differences
 from mrmae.extract.describe import show as show_description
 from mrmae.shards import audit
+from mrmae.shards.backend import Unreachable, Url, exists, locate
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
@@ -24,7 +25,6 @@ from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import drop_column, files_of_column
 from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
-from mrmae.shards.remote import RemotePath, Unreachable, locate
 from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
 from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import compute_stats, write_stats
@@ -220,11 +220,11 @@ def diff(a: Path, b: Path) -> None:
 def stats(cache: Path, columns: tuple[str, ...]) -> None:
     """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
     with one_line_errors():
-        if isinstance(cache, RemotePath):
+        if isinstance(cache, Url):
             raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
                              "local copy, and upload that")  # fmt: skip
         load_plan(cache)
-        if not (cache / "manifest.json").exists():
+        if not exists(cache / "manifest.json"):
             raise ValueError(
                 f"{cache}: is not finished, and moments are of all its images; run extract-features to its end first"
             )

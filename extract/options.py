@@ -9,8 +9,8 @@ from pathlib import Path
 from mrmae.common.device import resolve_device
 from mrmae.extract.ranks import Part, local_rank, part_of
 from mrmae.extract.teachers import DEFAULT_TEACHERS
+from mrmae.shards.backend import Url, locate
 from mrmae.shards.blocks import BlockRule
-from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.spec import ViewRecipe, expect_utf8
 from mrmae.shards.views import MAX_PIXELS
 
@@ -56,7 +56,7 @@ class Options:
         given += [("--teacher", teacher) for teacher in self.teachers]
         for name, text in [*given, ("the working folder", os.getcwd())]:
             expect_utf8(text, name)
-        if isinstance(locate(self.cache), RemotePath):
+        if isinstance(locate(self.cache), Url):
             raise ValueError(f"{locate(self.cache)}: extract-features writes to folders; expected one; extract there, then copy "
                              "it to the URL, manifest.json last")  # fmt: skip
         if self.recipe.size % self.grid:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import parse_teacher
+from mrmae.shards.backend import exists
 from mrmae.shards.commit import commit_path, read_record, units, valid_record
 from mrmae.shards.plan import Plan, load_plan
 from mrmae.shards.spec import TeacherSpec
@@ -78,4 +79,4 @@ def complete(path: Path, plan: Plan, teacher: TeacherSpec) -> bool:
     except (OSError, ValueError):
         no_tail = False
     mine = (unit for unit in units(plan) if unit[1] == teacher.column)
-    return (no_tail or tail_path(path, teacher.name).exists()) and all(valid_record(path, plan, *u) for u in mine)
+    return (no_tail or exists(tail_path(path, teacher.name))) and all(valid_record(path, plan, *u) for u in mine)

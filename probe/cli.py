@@ -49,7 +49,7 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     from mrmae.common.device import be_a_batch_job
     from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
-    from mrmae.shards.remote import Unreachable
+    from mrmae.shards.backend import Unreachable
 
     be_a_batch_job(options["device"])
     try:

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mrmae.extract.digest import digest_images
 from mrmae.extract.images import Sources, list_sources, matches
+from mrmae.shards.backend import exists, locate
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.plan import read_sources
-from mrmae.shards.remote import locate
 from mrmae.shards.samples import Source as Row
 from mrmae.shards.spec import content_id, dataset_id
 from mrmae.shards.views import FILTERS, BadImage, Pixels, decoded
@@ -97,7 +97,7 @@ def open_data(
 def open_part(
     name: str, path: str, include: Sequence[str], home: Path, workers: int, partial: Sequence[str] | None
 ) -> Part:
-    if (locate(path) / "plan.json").exists():
+    if exists(locate(path) / "plan.json"):
         return cache_part(name, path, include, partial)
     try:
         sources = list_sources([path], include)

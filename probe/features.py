@@ -19,6 +19,7 @@ from torch import Tensor
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.probe.data import Part, shown, view_of
 from mrmae.probe.sources import Source, column_features
+from mrmae.shards.backend import absolute
 from mrmae.shards.spec import content_id
 from mrmae.shards.write import publish
 
@@ -156,7 +157,7 @@ class Features:
 
 def refuse_foreign_column(source: Source, part: Part) -> None:
     """ValueError where a cache column should give features of images that are not its own."""
-    if source.column and (part.cache is None or part.cache.path.resolve() != source.column[0].path.resolve()):
+    if source.column and (part.cache is None or absolute(part.cache.path) != absolute(source.column[0].path)):
         path = source.column[0].path
         raise ValueError(f"SOURCE {source.name}: a column has features of its own cache's views only; expected DATA {path}; "
                          "give the cache as DATA, or the model itself as timm:NAME")  # fmt: skip

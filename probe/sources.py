@@ -17,8 +17,8 @@ from mrmae.extract.request import parse_teacher
 from mrmae.extract.teachers import Teacher, build_teacher, make_spec
 from mrmae.extract.timm_teacher import find_config
 from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
+from mrmae.shards.backend import locate
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.remote import locate
 from mrmae.shards.spec import NOT_HASHED, TeacherSpec
 from mrmae.shards.tail import has_norm
 

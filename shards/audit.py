@@ -12,6 +12,7 @@ import numpy as np
 
 from mrmae.shards import verify
 from mrmae.shards.attributes import column_attributes
+from mrmae.shards.backend import exists, pieces, read_bytes, size_of
 from mrmae.shards.commit import (
     Unit,
     bad_images,
@@ -25,10 +26,9 @@ from mrmae.shards.commit import (
     valid_record,
     wrong_in_record,
 )
-from mrmae.shards.links import foreign_entries, size_of
+from mrmae.shards.links import foreign_entries
 from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.remote import pieces
 from mrmae.shards.samples import read_samples
 from mrmae.shards.spec import compare_specs, plain
 from mrmae.shards.tail import tail_path
@@ -225,9 +225,9 @@ def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem
             expected = plan.storage.metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
             for file in plan.storage.metadata_paths(folder, layout):
                 name = file.relative_to(folder).as_posix()
-                if not file.exists():
+                if not exists(file):
                     yield Problem(relative(path, file), "missing metadata of a column")
-                elif full and fields_of(file.read_bytes()) != fields_of(expected[name]):
+                elif full and fields_of(read_bytes(file)) != fields_of(expected[name]):
                     yield Problem(relative(path, file), "it is not what was written")
 
 

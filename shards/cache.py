@@ -22,6 +22,7 @@ from torch import Tensor
 
 from mrmae.common.suggest import nearest
 from mrmae.shards import verify
+from mrmae.shards.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
 from mrmae.shards.links import refuse_foreign_entries
@@ -29,7 +30,6 @@ from mrmae.shards.opened import Column, Indices, Numbers
 from mrmae.shards.plan import PIXELS, Plan, load_plan, tar_path
 from mrmae.shards.quantize import dequantise
 from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.remote import RemotePath, locate
 from mrmae.shards.samples import NO_IMAGE, read_samples
 from mrmae.shards.spec import TeacherSpec, content_id
 from mrmae.shards.tail import apply_tail, derived_specs, parse_tail, tail_path
@@ -162,7 +162,7 @@ class Cache(StoredColumns):
                 except (BadImage, ValueError) as error:
                     raise Damaged(path, row, str(error)) from None
 
-        self.run(PIXELS, read, at, of, at_once=REMOTE_PIXELS if isinstance(self.path, RemotePath) else PIXELS_AT_ONCE)
+        self.run(PIXELS, read, at, of, at_once=REMOTE_PIXELS if isinstance(self.path, Url) else PIXELS_AT_ONCE)
         return out
 
     def read_crop(self, number: int, view: int) -> View:
@@ -204,7 +204,7 @@ class Cache(StoredColumns):
     def derived(self) -> dict[str, Derived]:
         """The columns that follow from stored ones and their teachers' tails, by name, but for those that are stored."""
         specs = [column.spec for column in self.columns.values()]
-        found = derived_specs(specs, lambda name: self.tail(name) if tail_path(self.path, name).exists() else {})
+        found = derived_specs(specs, lambda name: self.tail(name) if exists(tail_path(self.path, name)) else {})
         return {name: Derived(spec, source, content_id({"column": self.columns[source].id, "tap": spec.tap}))
                 for name, (spec, source) in found.items()}  # fmt: skip
 
@@ -218,10 +218,10 @@ class Cache(StoredColumns):
     def tail(self, teacher: str) -> dict[str, Tensor]:
         """A teacher's final norm and projection, by tensor name, whose bytes are those of the manifest."""
         path = tail_path(self.path, teacher)
-        if not path.exists():
+        if not exists(path):
             raise ValueError(f"{path}: this cache stores no tail for teacher {teacher}; taps after it need one")
         if teacher not in self._tails:
-            data = path.read_bytes()
+            data = read_bytes(path)
             told = [
                 column["tail"] for column in self.manifest.get("columns", []) if column["teacher"]["name"] == teacher
             ]
@@ -253,13 +253,13 @@ def open_cache(
     answer.
     """
     path = locate(path)
-    if isinstance(path, RemotePath):
-        path.refresh()
+    if isinstance(path, Url):
+        refresh(path)
         threads = threads or REMOTE_THREADS
     refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
     table = read_samples(path, plan.n_rows)
-    if not (path / "manifest.json").exists():
+    if not exists(path / "manifest.json"):
         done = committed(path, plan)
         if not allow_partial:
             verify.refuse_unfinished(path, plan, len(done))

@@ -15,11 +15,10 @@ from typing import Any, NotRequired, TypedDict
 import numpy as np
 
 from mrmae.shards.attributes import column_attributes
+from mrmae.shards.backend import Url, exists, read_bytes, size_of
 from mrmae.shards.blocks import IN_BLOCKS, in_blocks
 from mrmae.shards.claims import remove_locks
-from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
-from mrmae.shards.remote import RemotePath
 from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
 from mrmae.shards.shape import parsed
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
@@ -252,7 +251,7 @@ def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> 
 def read_record(file: Path) -> dict[str, Any] | None:
     """A commit record, None where it cannot be read or is none."""
     try:
-        record: dict[str, Any] = parsed(file.read_bytes(), RecordFields)
+        record: dict[str, Any] = parsed(read_bytes(file), RecordFields)
         return record
     except (OSError, ValueError):
         return None
@@ -262,7 +261,7 @@ def valid_records(path: Path, plan: Plan, which: Iterable[Unit]) -> dict[Unit, d
     """The valid commit records among these units; at a URL many are asked for side by side."""
     which = list(which)
     with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
-        ask = pool.map if isinstance(path, RemotePath) else map
+        ask = pool.map if isinstance(path, Url) else map
         found = list(ask(lambda unit: valid_record(path, plan, *unit), which))
     return {unit: record for unit, record in zip(which, found) if record is not None}
 
@@ -362,13 +361,13 @@ def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, M
         "teacher": plain(teacher),
         "quantiser": plan.quantisers[column].to_json(),
         "quality": worst_quality([record for unit, record in records.items() if unit[1] == column]),
-        "tail": file_summary(path, tail) if tail.exists() else None,
+        "tail": file_summary(path, tail) if exists(tail) else None,
     }
 
 
 def file_summary(path: Path, file: Path) -> dict[str, Any]:
     """Name, size and sha256 of a small file."""
-    data = file.read_bytes()
+    data = read_bytes(file)
     return {"file": file.relative_to(path).as_posix(), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

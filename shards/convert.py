@@ -17,6 +17,7 @@ import torch
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.backend import absolute, exists, pieces, read_bytes
 from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
 from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
@@ -25,7 +26,6 @@ from mrmae.shards.plan import PIXELS, Plan
 from mrmae.shards.quality import added_quality, measure, summarise
 from mrmae.shards.quantize import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
 from mrmae.shards.reader import Damaged
-from mrmae.shards.remote import pieces
 from mrmae.shards.spec import expect_utf8
 from mrmae.shards.stats import stats_path
 from mrmae.shards.tail import tail_path, write_tail
@@ -59,7 +59,7 @@ def convert(
     """
     for name, text in {"OUT": out, **about}.items():
         expect_utf8(text, name)
-    if cache.path.resolve() in [out.resolve(), *out.resolve().parents]:
+    if absolute(cache.path) in [absolute(out), *absolute(out).parents]:
         raise ValueError(f"{out}: is, or lies in, the cache to convert; expected another folder for the new one")
     refuse_other_folder(out)
     with claims.alone(out):
@@ -74,14 +74,14 @@ def converted(
     plan = plans.freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
     for name in {teacher.name for teacher in plan.columns}:
-        if tail_path(cache.path, name).exists() and not tail_path(out, name).exists():
+        if exists(tail_path(cache.path, name)) and not exists(tail_path(out, name)):
             write_tail(out, name, cache.tail(name))
     for unit in commits.units(plan):
         done = commits.valid_record(out, plan, *unit) is not None
         progress(0 if done else convert_unit(cache, out, plan, unit, about))
     for column, id in plan.ids.items():
-        if cache.ids.get(column) == id and (moments := stats_path(cache.path, column)).exists():
-            publish(stats_path(out, column), moments.read_bytes(), replace=True)
+        if cache.ids.get(column) == id and exists(moments := stats_path(cache.path, column)):
+            publish(stats_path(out, column), read_bytes(moments), replace=True)
     return commits.finalise(out, plan)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
+from mrmae.shards.backend import refuse_url
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import PIXELS, Plan, load_plan, readable_json
 from mrmae.shards.spec import NAME, compare_specs
@@ -93,6 +94,7 @@ def files_of_column(path: Path, column: str) -> list[Path]:
     column: of the plan, or what a killed drop has left. ValueError where there is no such column, and where something of the
     cache is a link.
     """
+    refuse_url(path)
     refuse_foreign_entries(path)
     plan = load_plan(path)
     teacher, dot, tap = column.partition(".")

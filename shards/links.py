@@ -1,11 +1,9 @@
 """Links and special files have no place in a cache: what lies behind a link is not the cache's, and a FIFO never ends."""
 
-import errno
 import os
-import stat
 from pathlib import Path
 
-from mrmae.shards.remote import RemotePath
+from mrmae.shards.backend import Url
 
 FILES = ("plan.json", "samples.parquet", "manifest.json")
 FOLDERS = ("tail", "stats", "views", "commits")
@@ -17,7 +15,7 @@ def foreign_entries(path: Path) -> dict[str, str]:
     One pass over the folders, without following a link; `path` itself may be one. What else a person keeps beside a cache's
     files is left alone. Empty where there is no cache, and at a URL, whose objects are neither.
     """
-    if isinstance(path, RemotePath):
+    if isinstance(path, Url):
         return {}
     here = {entry.name: entry for entry in entries(path) if entry.name in FILES + FOLDERS}
     found = {name: what for name, entry in here.items() if (what := wrong_kind(entry, folder=name in FOLDERS))}
@@ -59,11 +57,3 @@ def refuse_foreign_entries(path: Path) -> None:
         more = f" ({len(found) - 1} more such)" if len(found) > 1 else ""
         raise ValueError(f"{path / name}: {found[name]}{more}; a cache holds files and folders of its own; put what it stands "
                          "for in its place, or remove it (nothing was changed)")  # fmt: skip
-
-
-def size_of(file: Path) -> int:
-    """Bytes of a regular file. OSError for what is none: a link, a folder, a device."""
-    about = file.lstat()
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError(errno.EINVAL, "is no regular file", str(file))
-    return about.st_size

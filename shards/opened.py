@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from mrmae.shards.backend import Unreachable, Url
 from mrmae.shards.commit import commit_path, pixels_of
 from mrmae.shards.plan import PIXELS, Plan, tar_path
 from mrmae.shards.quantize import Quantiser
 from mrmae.shards.reader import Damaged
-from mrmae.shards.remote import RemotePath, Unreachable
 from mrmae.shards.spec import TeacherSpec
 from mrmae.shards.storage import Shard
 from mrmae.shards.webdataset_io import TarIndex, read_index
@@ -98,7 +98,7 @@ class OpenedFiles:
 
         parts = list(shard_parts(numbers // self.shard_samples, views, at_once))
         # A call costs more than a local read: one per thread. At a URL a call waits: one per request.
-        n = len(parts) if isinstance(self.path, RemotePath) else min(self.threads, len(parts))
+        n = len(parts) if isinstance(self.path, Url) else min(self.threads, len(parts))
         if n <= 1:
             all_explained(parts)
             return
@@ -111,7 +111,7 @@ class OpenedFiles:
         """What is damaged, whose sample it is, and how to repair it."""
         number = shard * self.shard_samples + (error.row or 0)
         whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
-        if isinstance(error.path, RemotePath):
+        if isinstance(error.path, Url):
             return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; upload this file again from the "
                     "folder that the cache was extracted to (inspect-cache verify --full there says whether it is whole)")  # fmt: skip
         made = self.plan.quantisers.get(column)

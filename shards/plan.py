@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
+from mrmae.shards.backend import read_bytes, size_of
 from mrmae.shards.blocks import BlockRule
-from mrmae.shards.links import size_of
 from mrmae.shards.quantize import DTYPES, Quantiser
 from mrmae.shards.samples import Source, read_samples
 from mrmae.shards.shape import expect_kind, parsed
@@ -264,7 +264,7 @@ def load_plan(path: Path) -> Plan:
     file = path / "plan.json"
     try:
         size_of(file)
-        fields = parsed(file.read_bytes(), dict[str, Any])
+        fields = parsed(read_bytes(file), dict[str, Any])
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 It reads the same spec-valid files that any zarr v3 client reads. Files are opened per call (about 10 us), so there is
 no descriptor to share, to run out of, or to lose at a fork. Objects at URLs are read the same way, all chunks of a call
-in as few range requests as their places allow (remote.py).
+in as few range requests as their places allow (backend.py).
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from mrmae.shards.remote import RemoteFile, RemotePath
+from mrmae.shards.backend import RemoteFile, Url
 
 ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
 NOT_WAITING: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: a read that fails where it would wait for the disk
@@ -174,7 +174,7 @@ def read_members(path: Path, rows: Sequence[int], table: Array) -> Iterator[byte
 def opened(path: Path) -> Iterator[File]:
     """A file to read from. Raises Damaged when it cannot be opened or read; Unreachable where a URL does not answer."""
     try:
-        file = RemoteFile(path) if isinstance(path, RemotePath) else LocalFile(path)
+        file = RemoteFile(path) if isinstance(path, Url) else LocalFile(path)
     except OSError as error:
         raise Damaged(path, None, f"cannot be opened ({error.strerror})") from None
     try:

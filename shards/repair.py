@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mrmae.shards import claims
+from mrmae.shards.backend import exists
 from mrmae.shards.commit import commit_path, read_record, units
 from mrmae.shards.links import refuse_foreign_entries
 from mrmae.shards.plan import Plan, readable_json
@@ -44,7 +45,7 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
     ]
     if doomed:
         doomed.append(path / "manifest.json")
-    return [file for file in dict.fromkeys(doomed) if file.exists()]
+    return [file for file in dict.fromkeys(doomed) if exists(file)]
 
 
 def refuse_foreign_plan(path: Path, plan: Plan) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mrmae.shards.backend import read_bytes
 from mrmae.shards.spec import canonical_order
 from mrmae.shards.write import publish
 
@@ -77,7 +78,7 @@ def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
     """
     file = path / "samples.parquet"
     try:
-        table = read_table(file.read_bytes())
+        table = read_table(read_bytes(file))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
     numbers = table["number"].to_pylist() if table.schema.equals(SAMPLES) else []

@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float64
 from torch import Tensor
 
+from mrmae.shards.backend import read_bytes
 from mrmae.shards.cache import Cache
 from mrmae.shards.opened import Numbers
 from mrmae.shards.spec import FORMAT_VERSION, content_id
@@ -98,7 +99,7 @@ def read_stats(cache: Cache, column: str) -> Stats:
     path = stats_path(cache.path, column)
     todo = f"run inspect-cache stats {cache.path}"
     try:
-        data = path.read_bytes()
+        data = read_bytes(path)
         about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
         stored = safetensors.torch.load(data)
         tensors = {name: stored[name] for name in ("mean", "variance", "covariance")}

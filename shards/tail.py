@@ -10,6 +10,7 @@ import safetensors.torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mrmae.shards.backend import exists, read_bytes
 from mrmae.shards.spec import TeacherSpec
 from mrmae.shards.write import publish
 
@@ -71,7 +72,7 @@ def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
 def read_tail(path: Path, teacher: str) -> dict[str, Tensor]:
     """A teacher's tail; empty where the cache has none."""
     file = tail_path(path, teacher)
-    return parse_tail(file, file.read_bytes()) if file.exists() else {}
+    return parse_tail(file, read_bytes(file)) if exists(file) else {}
 
 
 def parse_tail(file: Path, data: bytes, width: int | None = None) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from mrmae.shards import verify
 from mrmae.shards.attributes import column_attributes
+from mrmae.shards.backend import exists, read_bytes
 from mrmae.shards.commit import Unit, commit_path, read_record, units
 from mrmae.shards.plan import Plan, load_plan
 from mrmae.shards.shape import parsed
@@ -32,7 +33,7 @@ class Problem:
 
 def manifest_of(path: Path) -> tuple[Manifest | None, list[Problem]]:
     """The manifest, None where it is absent or cannot be trusted."""
-    if not (path / "manifest.json").exists():
+    if not exists(path / "manifest.json"):
         return None, []
     try:
         return verify.read_manifest(path), []
@@ -54,7 +55,7 @@ def trusted(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
         manifest, problems = None, [Problem("manifest.json", f"it is no manifest ({error}), so it was edited")]
     try:
         plan = load_plan(path)
-        fields = parsed((path / "plan.json").read_bytes(), dict[str, Any])
+        fields = parsed(read_bytes(path / "plan.json"), dict[str, Any])
     except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
         if promised is None:
             raise ValueError(f"{path}: neither plan.json nor manifest.json can be read ({reason(error, path)}); this is "

@@ -5,10 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from mrmae.shards.backend import Url, exists, read_bytes, size_of
 from mrmae.shards.commit import FileFields, QualityFields, Unit, samples_id, unit_files, units
-from mrmae.shards.links import size_of
 from mrmae.shards.plan import PIXELS, Plan, QuantiserFields
-from mrmae.shards.remote import RemotePath
 from mrmae.shards.shape import parsed
 from mrmae.shards.spec import FORMAT_VERSION, TeacherSpec, content_id
 from mrmae.shards.tail import tail_path
@@ -59,7 +58,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     todo = "run the same extract-features command again to write it anew"
     try:
-        manifest: dict[str, Any] = parsed(file.read_bytes(), ManifestFields)
+        manifest: dict[str, Any] = parsed(read_bytes(file), ManifestFields)
         body = {name: value for name, value in manifest.items() if name != "manifest_id"}
         version, intact = manifest["format_version"], content_id(body) == manifest["manifest_id"]
     except ValueError as error:
@@ -89,7 +88,7 @@ def refuse_problems(path: Path, plan: Plan, manifest: Mapping[str, Any], table: 
     found = [*id_problems(plan, manifest, table), *file_problems(path, plan, manifest)]
     if found:
         more = [f"... and {len(found) - SHOWN} more"] if len(found) > SHOWN else []
-        todo = ("upload these files again from the folder it was extracted to" if isinstance(path, RemotePath) else
+        todo = ("upload these files again from the folder it was extracted to" if isinstance(path, Url) else
                 "run the same extract-features command again, it rewrites what is missing")  # fmt: skip
         raise ValueError(f"{path}: {len(found)} problems; the cache cannot be trusted; {todo}:\n  "
                          + "\n  ".join(found[:SHOWN] + more))  # fmt: skip
@@ -123,7 +122,7 @@ def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterat
     for view, teacher in itertools.product(range(plan.n_views), plan.columns):
         folder = plan.column_folder(path, view, teacher.column)
         for file in plan.storage.metadata_paths(folder, plan.layout(teacher.column)):
-            if not file.exists():
+            if not exists(file):
                 yield f"{file.relative_to(path)}: missing metadata of a column"
 
 

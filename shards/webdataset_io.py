@@ -17,6 +17,7 @@ from typing import Any, NotRequired, TypedDict
 import google_crc32c
 import numpy as np
 
+from mrmae.shards.backend import read_bytes
 from mrmae.shards.shape import parsed
 from mrmae.shards.spec import FORMAT_VERSION, canonical_json
 from mrmae.shards.views import View
@@ -179,7 +180,7 @@ def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any]) ->
 def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIndex:
     """The sidecar index of a tar whose members have these extensions. Raises ValueError when it is missing or damaged."""
     try:
-        data = index_path(path).read_bytes()
+        data = read_bytes(index_path(path))
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             refuse_larger(arrays.zip, len(data))
             about, places = parsed(arrays["about"].tobytes(), IndexFields), arrays["members"]

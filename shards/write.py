@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mrmae.shards.remote import RemotePath
+from mrmae.shards.backend import refuse_url
 
 Chunk = Any  # anything with a buffer: bytes, memoryview, numpy array
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
@@ -119,8 +119,7 @@ def link_exclusively(temporary: Path, path: Path) -> None:
 
 def make_folder(path: Path) -> None:
     """Create the folder and its parents, durably. ValueError for one at a URL."""
-    if isinstance(path, RemotePath):
-        path.mkdir()
+    refuse_url(path)
     if path.is_dir():
         return
     missing = [folder for folder in [path, *path.parents] if not folder.exists()]
@@ -158,6 +157,7 @@ def explained(error: OSError, path: Path) -> OSError:
 
 def remove(path: Path) -> None:
     """Remove a file of the cache, if it is there. OSError as in publish; a read-only disk refuses even what is not there."""
+    refuse_url(path)
     try:
         path.unlink()
     except FileNotFoundError:

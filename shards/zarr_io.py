@@ -18,6 +18,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
+from mrmae.shards.backend import read_bytes
 from mrmae.shards.blocks import IN_BLOCKS
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.reader import ABSENT, ShardFile
@@ -153,7 +154,7 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
 def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[str, Any]]:
     """The layout and all attributes of a column that create_column made; file: where in the folder they stand."""
     try:
-        attributes = parsed((folder / file).read_bytes(), MetadataFields)["attributes"]
+        attributes = parsed(read_bytes(folder / file), MetadataFields)["attributes"]
         return Layout(**attributes["layout"]), attributes
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: {file}: this is not a column of a cache ({error}); create it first") from None

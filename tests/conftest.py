@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import begin, commit, plan, quantize, reader, remote, samples, views
+from mrmae.shards import backend, begin, commit, plan, quantize, reader, samples, views
 from mrmae.shards.blocks import BlockRule
 from mrmae.shards.calibrate import calibrate
 from mrmae.shards.plan import Plan
@@ -177,10 +177,10 @@ def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    remote.bucket_of.cache_clear()
+    backend.bucket_of.cache_clear()
     yield s3_server
     s3_server.proxy.cuts = 0
-    remote.bucket_of.cache_clear()
+    backend.bucket_of.cache_clear()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

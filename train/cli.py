@@ -102,7 +102,7 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     CACHE OUT.
     """
     from mrmae.common.device import be_a_batch_job
-    from mrmae.shards.remote import Unreachable, locate
+    from mrmae.shards.backend import Unreachable, locate
     from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
     from mrmae.train.method import load_recipe
     from mrmae.train.setup import Cadence, Setup

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mrmae.common.device import memory_mib
 from mrmae.common.progress import counted
-from mrmae.shards.remote import locate
+from mrmae.shards.backend import locate
 from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import checkpoint_path, list_checkpoints

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae.common.progress import counted
+from mrmae.shards.backend import Url
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.remote import RemotePath
 from mrmae.shards.spec import expect_utf8
 from mrmae.train import batches, optim
 from mrmae.train.batches import Share
@@ -74,7 +74,7 @@ SETUP, CADENCE = Setup(), Cadence()  # what is not said
 
 def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
     """The cache; with allow_partial an unfinished one too, with the samples that are committed in all that the recipe reads."""
-    threads = setup.workers or (None if isinstance(path, RemotePath) else batches.default_workers())
+    threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
     cache = open_cache(path, allow_partial=setup.allow_partial, threads=threads)
     if cache.unfinished is None:
         return cache
