@@ -22,7 +22,7 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
-from mrmae.shards.extend import drop_column, files_of_column
+from mrmae.shards.extend import columns_called, drop_column, files_of_column
 from mrmae.shards.plan import load_plan
 from mrmae.shards.quantize import DTYPES
 from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
@@ -248,7 +248,7 @@ def drop(cache: Path, column: str, yes: bool) -> None:
     """Remove a teacher's column from CACHE; everything else stays as it is."""
     with one_line_errors():
         plan = load_plan(cache)
-        named = [teacher.column for teacher in plan.columns if column in (teacher.name, teacher.column)]
+        named = columns_called(cache, column)
         if len(named) > 1:
             raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
         column = named[0] if named else column

@@ -80,11 +80,18 @@ def dropped(path: Path, column: str) -> list[str]:
     publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
     for file in files:
         remove(file)
-    for folder in column_folders(path, plan, column):
-        remove_empty(folder)
     if not commits.missing(path, plan):
         commits.finalise(path, plan)
+    for folder in reversed(column_folders(path, plan, column)):  # as long as there is one, the same call goes on
+        remove_empty(folder)
     return [teacher.column for teacher in kept]
+
+
+def columns_called(path: Path, name: str) -> list[str]:
+    """The columns of that name, or of the teacher of that name: of the plan, and what a killed drop has left."""
+    left = [folder.name for folder in (path / "commits" / "0").glob("*.*") if folder.is_dir()]
+    every = dict.fromkeys([*(spec.column for spec in load_plan(path).columns), *sorted(left)])
+    return [column for column in every if name in (column, column.partition(".")[0])]
 
 
 def files_of_column(path: Path, column: str) -> list[Path]:

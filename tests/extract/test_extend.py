@@ -119,6 +119,22 @@ def test_a_dropped_column_leaves_the_cache_as_without_it(extract: Any, photo_fol
     assert runner.invoke(main, ["verify", str(tmp_path / "both"), "--full"]).exit_code == 0
 
 
+@pytest.mark.parametrize("at", ["publish", "commits.finalise", "remove_empty"])
+def test_a_drop_killed_anywhere_goes_on_with_the_same_words(
+    make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """Also where the plan knows the teacher's name no more."""
+    whole, cache = (make_cache(tmp_path / name, n=4) for name in ("whole", "killed"))
+    assert CliRunner().invoke(main, ["drop", str(whole), "b", "--yes"]).exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(f"mrmae.shards.extend.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert CliRunner().invoke(main, ["drop", str(cache), "b", "--yes"]).exit_code == 1
+    assert contents(cache) != contents(whole) or at == "remove_empty"
+    done = CliRunner().invoke(main, ["drop", str(cache), "b", "--yes"])
+    assert done.exit_code == 0 and contents(cache) == contents(whole), done.output
+    assert not list(cache.rglob("b.*"))
+
+
 def test_dropping_from_an_unfinished_cache_keeps_it_unfinished(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", n=6, n_views=1, shard_samples=3, finalise=False)
     (path / "commits/0/a.pre_tail/000001.json").unlink()
