@@ -51,6 +51,7 @@ from mrmae.extract import run as extract_run  # noqa: F401
 from mrmae.shards import audit
 from mrmae.shards import commit as commits
 from mrmae.shards import plan as plans
+from mrmae.shards.begin import DIGESTS
 from mrmae.shards.commit import Unit
 from mrmae.train import cli as train
 from mrmae.train import loop  # noqa: F401
@@ -202,11 +203,12 @@ def ended(pids: Collection[int], seconds: float = HANGS, late: int = -signal.SIG
 
 
 def contents(out: Path) -> dict[str, Any]:
-    """What does not depend on interruptions: of a cache all files but commit records, which tell the time, and locks; of a run
-    its student, its last state and every loss; nothing of nothing."""
+    """What does not depend on interruptions: of a cache all files but commit records, which tell the time, locks, and what is
+    remembered of images; of a run its student, its last state and every loss; nothing of nothing."""
     if not (out / "log.jsonl").exists():
-        files = (file for file in out.rglob("*") if file.is_file() and "commits" not in file.parts)
-        return {file.relative_to(out).as_posix(): digest(file.read_bytes()) for file in files if file.suffix != ".lock"}
+        files = {file.relative_to(out).as_posix(): file for file in out.rglob("*") if file.is_file()}
+        told = {name for name in files if name.startswith("commits/") or name.endswith(".lock") or name == DIGESTS}
+        return {name: digest(file.read_bytes()) for name, file in files.items() if name not in told}
     losses = [(row["kind"], row["step"], row["loss"], row["terms"]) for row in read_rows(out / "log.jsonl")]
     state = read_checkpoint(list_checkpoints(out / "checkpoints")[-1])
     moments = {f"{i}.{name}": x for i, slot in state["optimizer"]["state"].items() for name, x in slot.items()}
