@@ -370,7 +370,7 @@ class Soak:
     def complain(self, what: str, text: str) -> None:
         """Count something wrong, say it, and keep OUT as it is."""
         self.counts[what] += 1
-        kept = self.work / f"kept{sum(self.counts.values())}"
+        kept = self.work / f"kept{len(list(self.work.glob('kept*')))}"
         if self.out.exists():
             shutil.copytree(self.out, kept)
         click.echo(f"WRONG: {self.kind}: {what}: {text}\n{self.said()}\n{kept}", err=True)
