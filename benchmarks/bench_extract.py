@@ -33,7 +33,7 @@ from measure import ROOT, machine
 from rows import append
 from torch import Tensor
 
-from mrmae.common.device import be_a_batch_job
+from mrmae.common.device import keep_memory
 from mrmae.common.progress import Progress
 from mrmae.extract import run
 from mrmae.extract.forecast import one_view
@@ -257,7 +257,7 @@ def main(data_root: Path, cases: tuple[str, ...], images: int, vit_images: int, 
     cores = sorted(os.sched_getaffinity(0))[-threads:]
     os.sched_setaffinity(0, cores)
     torch.set_num_threads(len(cores))
-    be_a_batch_job("cpu")  # as the command does; the parts alone have it too
+    keep_memory("cpu")  # as the command does; the parts alone have it too
     rows = []
     for case in cases or CASES:
         with tempfile.TemporaryDirectory() as work:

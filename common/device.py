@@ -1,8 +1,6 @@
 """Which device and precision a name means on this machine, and how a process behaves there, for extraction, training and probes alike."""
 
-import contextlib
 import ctypes
-import os
 import platform
 import resource
 import sys
@@ -46,13 +44,11 @@ def memory_mib(device: torch.device) -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def be_a_batch_job(device: str) -> None:
-    """Where the work is a CPU's, tell Linux and glibc that this process computes for long and waits for nobody.
+def keep_memory(device: str) -> None:
+    """Where the work is a CPU's, have glibc's malloc keep what tensors leave behind, up to 1 GiB per arena.
 
-    malloc keeps what tensors leave behind, up to 1 GiB per arena; by default glibc gives larger ones back to the system, page by
-    page, and asks for them again at the next step. SCHED_BATCH, for this thread and those it starts from now on: one that wakes
-    up interrupts the others less often, so that threads that share a core take each other's caches less often.
-    Not beside a GPU, whose host must answer at once. device: as in resolve_device.
+    By default it gives larger ones back to the system, page by page, and asks for them again at the next step: a forward then
+    takes 20 to 30 % more CPU time (benchmarks/results/malloc.csv). device: as in resolve_device.
     """
     if device != "cpu" and (device != "auto" or torch.cuda.is_available()):
         return
@@ -60,6 +56,3 @@ def be_a_batch_job(device: str) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
-    if sys.platform == "linux" and os.sched_getscheduler(0) == os.SCHED_OTHER:
-        with contextlib.suppress(OSError):  # some containers forbid it
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))

@@ -89,11 +89,11 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:
-        from mrmae.common.device import be_a_batch_job
+        from mrmae.common.device import keep_memory
         from mrmae.extract.run import Options, extract_features
         from mrmae.shards.spec import ViewRecipe
 
-        be_a_batch_job(options["device"])
+        keep_memory(options["device"])
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
         extract_features(chosen, dry_run=dry_run, say=click.echo)
     except (ValueError, OSError) as error:
