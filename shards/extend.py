@@ -89,6 +89,7 @@ def dropped(path: Path, column: str) -> list[str]:
 
 def columns_called(path: Path, name: str) -> list[str]:
     """The columns of that name, or of the teacher of that name: of the plan, and what a killed drop has left."""
+    refuse_url(path)
     left = [folder.name for folder in (path / "commits" / "0").glob("*.*") if folder.is_dir()]
     every = dict.fromkeys([*(spec.column for spec in load_plan(path).columns), *sorted(left)])
     return [column for column in every if name in (column, column.partition(".")[0])]
