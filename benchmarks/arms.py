@@ -9,12 +9,12 @@ import torch
 from stock_mae import StockMAE
 from torch import Tensor, nn
 
-from mrmae.extract.teachers import Teacher
+from mrmae.extract.teachers.teacher import Teacher
 from mrmae.train import batches, loop, optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.method import build_model, needed_arrays
-from mrmae.train.online import online_info, only_needed
+from mrmae.train.online import online_info, only_needed, with_targets
 from mrmae.train.ranks import Ranks, StopRequest
 from mrmae.train.run import Run
 

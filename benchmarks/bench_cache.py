@@ -30,8 +30,8 @@ from rows import append
 from synthetic import SHARD, write_cache
 
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.spec import TeacherSpec
-from mrmae.shards.stream import epoch_order, view_of
+from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.order import epoch_order, view_of
 
 GRID, WIDTH = 14, 768
 GOALS = {"random": 30, "epoch": 25}  # per cent of a memcpy with as many threads

@@ -15,8 +15,8 @@ import numpy as np
 from mrmae.shards import audit, commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import Unit
-from mrmae.shards.plan import PIXELS, Plan
-from mrmae.shards.spec import content_id
+from mrmae.shards.format.plan import PIXELS, Plan
+from mrmae.shards.format.spec import content_id
 
 Rng = np.random.Generator
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from mrmae.shards.cache import open_cache
+from mrmae.shards.store.storage import column_folder
 
 BATCH = 64
 COLUMN = "t.pre_tail"
@@ -25,7 +26,7 @@ def readers_of(paths: Mapping[str, Path], work: Path, threads: int) -> dict[str,
     found |= {f"mrmae {format}": ours(path, threads) for format, path in paths.items()}
     found["np.memmap"] = mapped(rows, work, threads)
     if "zarr" in paths:
-        folder = open_cache(paths["zarr"]).plan.column_folder(paths["zarr"], 0, COLUMN)
+        folder = column_folder(paths["zarr"], open_cache(paths["zarr"]).plan, 0, COLUMN)
         found |= {"zarr-python": zarr_python(folder, threads), "tensorstore": tensorstore(folder, threads)}
     found["webdataset"] = webdataset(rows, work)
     check = np.arange(BATCH)

@@ -18,8 +18,8 @@ from faults import KINDS, harmless, noticed_by, try_fault, well_told
 from measure import machine
 from rows import append
 
-from mrmae.shards import plan
-from mrmae.shards.storage import FORMATS
+from mrmae.shards.format import plan
+from mrmae.shards.store.storage import STORAGES
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
@@ -59,7 +59,7 @@ def done_before(out: Path, commit: str, seed: int) -> set[tuple[str, str]]:
 
 @click.command()
 @click.option("--faults", default=10_000, type=click.IntRange(1), help="How many, shared by formats and kinds.")
-@click.option("--format", "formats", multiple=True, default=tuple(FORMATS), type=click.Choice(list(FORMATS)))
+@click.option("--format", "formats", multiple=True, default=tuple(STORAGES), type=click.Choice(list(STORAGES)))
 @click.option("--seed", default=0, type=click.IntRange(0))
 @click.option("--folder", type=click.Path(path_type=Path), help="Where caches lie for a while; default: the system's.")
 @click.option("--out", default=ROOT / "results" / "soak_cache.csv", type=click.Path(path_type=Path))

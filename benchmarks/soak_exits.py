@@ -26,9 +26,9 @@ from PIL import Image
 from rows import append
 
 from mrmae.shards.commit import commit_path
-from mrmae.shards.plan import load_plan
+from mrmae.shards.format.plan import load_plan
 
-MODULES = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect",
+MODULES = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect.cli",
            "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli"}  # fmt: skip
 SMALL = ["--size", "32", "--grid", "4", "--views", "2", "--shard-samples", "16", "--device", "cpu"]
 TEACHER = ["--teacher", "vit=timm:test_vit/random"]

@@ -41,7 +41,7 @@ from PIL import Image
 from rows import append
 
 from mrmae.extract.cli import main as extract_features
-from mrmae.extract.inspect import main as inspect_cache
+from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.probe.cli import main as probe_features
 from mrmae.train.cli import main as train_mrmae
 

@@ -46,13 +46,13 @@ from PIL import Image
 from rows import append
 
 from mrmae.extract import cli as extract
-from mrmae.extract import inspect
 from mrmae.extract import run as extract_run  # noqa: F401
+from mrmae.extract.inspect.cli import cli as inspect
 from mrmae.shards import audit
 from mrmae.shards import commit as commits
-from mrmae.shards import plan as plans
 from mrmae.shards.begin import DIGESTS
 from mrmae.shards.commit import Unit
+from mrmae.shards.format import plan as plans
 from mrmae.train import cli as train
 from mrmae.train import loop  # noqa: F401
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint

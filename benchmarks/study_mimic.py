@@ -32,7 +32,7 @@ import study_report
 from study_arms import ARMS, CACHES, Arm
 
 RESULTS = Path(__file__).parent / "results"
-MODULES = {"extract-features": "mrmae.extract.cli", "train-mrmae": "mrmae.train.cli", "inspect-cache": "mrmae.extract.inspect"}  # fmt: skip
+MODULES = {"extract-features": "mrmae.extract.cli", "train-mrmae": "mrmae.train.cli", "inspect-cache": "mrmae.extract.inspect.cli"}  # fmt: skip
 KEY = ("arm", "probe", "epoch")
 
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mrmae.shards import begin, commit, plan, samples, views
-from mrmae.shards.plan import Plan
-from mrmae.shards.quantize import Quantiser
-from mrmae.shards.samples import Source
-from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
-from mrmae.shards.webdataset_io import PixelRow
+from mrmae.shards import begin, commit
+from mrmae.shards.format import plan, samples, views
+from mrmae.shards.format.plan import Plan
+from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.store.tar import PixelRow
 
 SHARD = 32
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from mrmae.common.progress import Progress
-from mrmae.extract.decode import Prepared, prepared_batches
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
-from mrmae.extract.teachers import Features
-from mrmae.shards import plan as plans
-from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate, first_rows
-from mrmae.shards.quality import measure
-from mrmae.shards.quantize import Quantiser, quantise
+from mrmae.extract.prepare import Prepared, prepared_batches
+from mrmae.extract.teachers.teacher import Features
+from mrmae.shards.format import plan as plans
+from mrmae.shards.format.calibrate import CALIBRATION_SAMPLES, calibrate, first_rows
+from mrmae.shards.format.quality import measure
+from mrmae.shards.format.quantise import Quantiser, quantise
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae.common.progress import human_bytes
-from mrmae.shards.blocks import BlockRule
-from mrmae.shards.quantize import DTYPES
-from mrmae.shards.spec import TeacherSpec, ViewRecipe
-from mrmae.shards.storage import FORMATS
+from mrmae.shards.format.blocks import BlockRule
+from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe
+from mrmae.shards.store.storage import STORAGES
 
 # Measured on photographs of people, clothes and streets: quality 95, 4:4:4, 224 px. Busy textures take twice as much.
 JPEG_BYTES_PER_PIXEL = 0.75
@@ -21,7 +21,7 @@ def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1)
     parts = [l * teacher.width * stored.bytes, 2 * l]
     parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
     chunks = len(parts) + (blocks - 1) * (1 + stored.scaled)
-    return sum(parts) + FORMATS[format].OVERHEAD_BYTES * chunks
+    return sum(parts) + STORAGES[format].OVERHEAD_BYTES * chunks
 
 
 def jpeg_bytes(recipe: ViewRecipe) -> int:

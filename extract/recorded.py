@@ -3,13 +3,13 @@
 import shlex
 from pathlib import Path
 
+from mrmae.common.backend import exists
 from mrmae.extract.options import Options
-from mrmae.extract.teachers import parse_teacher
-from mrmae.shards.backend import exists
+from mrmae.extract.teachers.teacher import parse_teacher
 from mrmae.shards.commit import commit_path, read_record, units, valid_record
-from mrmae.shards.plan import Plan, load_plan
-from mrmae.shards.spec import TeacherSpec
-from mrmae.shards.tail import tail_path
+from mrmae.shards.format.plan import Plan, load_plan
+from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.format.tail import tail_path
 from mrmae.shards.verify import read_manifest
 
 

@@ -7,31 +7,31 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mrmae.common.files import make_folder, remove
 from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.calibration import KeptBatches, calibrated
-from mrmae.extract.decode import Images
-from mrmae.extract.digest import digest_images
-from mrmae.extract.engine import extract_missing
-from mrmae.extract.forecast import forecast, measure_rates
-from mrmae.extract.images import Sources, list_sources
+from mrmae.extract.estimate import forecast, measure_rates
+from mrmae.extract.images.digest import digest_images
+from mrmae.extract.images.list import Sources, list_sources
 from mrmae.extract.job import Job
 from mrmae.extract.options import Options
+from mrmae.extract.pipeline import extract_missing
 from mrmae.extract.plan import choices, describe
-from mrmae.extract.ranks import take_the_plan, wait_for_plan, wait_for_shards
+from mrmae.extract.prepare import Images
 from mrmae.extract.recorded import complete_teacher
-from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
+from mrmae.extract.teachers.teacher import Teacher, TeacherRequest, build_teacher, parse_teacher
+from mrmae.extract.workers import take_the_plan, wait_for_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards import plan as plans
 from mrmae.shards.append import admit, is_grown
 from mrmae.shards.begin import DIGESTS, refuse_other_folder, refuse_other_images, start_plan
 from mrmae.shards.extend import extend_plan, extended
-from mrmae.shards.plan import Plan
-from mrmae.shards.quantize import DTYPES
-from mrmae.shards.samples import Source
-from mrmae.shards.spec import TeacherSpec, canonical_order, dataset_id, plain
-from mrmae.shards.tail import BEHIND, read_tail, tail_path, taps_behind, write_tail
-from mrmae.shards.write import make_folder, remove
+from mrmae.shards.format import plan as plans
+from mrmae.shards.format.plan import Plan
+from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import TeacherSpec, canonical_order, dataset_id, plain
+from mrmae.shards.format.tail import BEHIND, read_tail, tail_path, taps_behind, write_tail
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-STREAMS = {"order": 0, "gumbel": 1, "block": 3}  # 2 cuts the blocks of a cache: shards/blocks.py
+STREAMS = {"order": 0, "gumbel": 1, "block": 3}  # 2 cuts the blocks of a cache: shards/format/blocks.py
 
 
 def signed(word: int) -> int:

@@ -46,10 +46,10 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views). Features are computed once and kept;
     results are in OUT/results (JSON) and OUT/results.md.
     """
+    from mrmae.common.backend import Unreachable
     from mrmae.common.device import keep_memory
     from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
-    from mrmae.shards.backend import Unreachable
 
     keep_memory(options["device"])
     try:

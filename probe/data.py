@@ -15,15 +15,16 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 from torch import Tensor
 
-from mrmae.extract.digest import digest_images
-from mrmae.extract.images import Sources, list_sources, matches
-from mrmae.shards.backend import exists, locate
+from mrmae.common.backend import exists, locate
+from mrmae.common.files import make_folder
+from mrmae.extract.images.decode import decoded
+from mrmae.extract.images.digest import digest_images
+from mrmae.extract.images.list import Sources, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.plan import read_sources
-from mrmae.shards.samples import Source as Row
-from mrmae.shards.spec import content_id, dataset_id
-from mrmae.shards.views import FILTERS, BadImage, Pixels, decoded
-from mrmae.shards.write import make_folder
+from mrmae.shards.format.plan import read_sources
+from mrmae.shards.format.samples import Source as Row
+from mrmae.shards.format.spec import content_id, dataset_id
+from mrmae.shards.format.views import FILTERS, BadImage, Pixels
 
 TRAIN, TEST = ("train/*",), ("test/*",)
 

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mrmae.common.backend import absolute
+from mrmae.common.files import publish
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.probe.data import Part, shown, view_of
 from mrmae.probe.sources import Source, column_features
-from mrmae.shards.backend import absolute
-from mrmae.shards.spec import content_id
-from mrmae.shards.write import publish
+from mrmae.shards.format.spec import content_id
 
 VERSION = 1  # raise it when the numbers of a source or a view change
 CHUNK = 512  # images per file

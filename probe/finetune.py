@@ -23,13 +23,13 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from mrmae.common.files import publish
 from mrmae.common.progress import Progress
-from mrmae.extract.teachers import normalise
+from mrmae.extract.teachers.teacher import normalise
 from mrmae.probe.classifier import trainable
 from mrmae.probe.data import Data, Part, shown
 from mrmae.probe.settings import Finetune
 from mrmae.probe.sources import Source
-from mrmae.shards.write import publish
 from mrmae.train.checkpoint import latest_checkpoint, save_checkpoint
 from mrmae.train.optim import base_lr, lr_at
 

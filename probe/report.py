@@ -11,7 +11,7 @@ import safetensors.torch
 from jaxtyping import Bool, Int64
 from torch import Tensor
 
-from mrmae.shards.write import publish
+from mrmae.common.files import publish
 
 RESAMPLES = 2000
 LEVEL = 0.95

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrmae.common.backend import expect_utf8
 from mrmae.common.progress import counted
 from mrmae.common.versions import versions
 from mrmae.extract.options import Options as ExtractOptions
@@ -20,8 +21,8 @@ from mrmae.probe.data import Data, open_data, shared_with, shown
 from mrmae.probe.features import Features, refuse_foreign_column
 from mrmae.probe.settings import Settings
 from mrmae.probe.sources import Source, open_source
-from mrmae.shards.plan import load_plan
-from mrmae.shards.spec import content_id, expect_utf8
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.spec import content_id
 
 VERSION = 1  # raise it when the same features and settings give another result
 

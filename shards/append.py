@@ -8,13 +8,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from mrmae.common.files import publish, remove
 from mrmae.shards.begin import refuse_other_images
 from mrmae.shards.extend import extend_plan
-from mrmae.shards.plan import Appended, Plan, dataset_ids, load_plan, read_sources, readable_json, tar_path
-from mrmae.shards.samples import SAMPLES, Source, canonical_sources, read_samples, write_samples, write_sources
-from mrmae.shards.spec import grown_dataset_id
-from mrmae.shards.webdataset_io import read_index
-from mrmae.shards.write import publish, remove
+from mrmae.shards.format.plan import Appended, Plan, dataset_ids, load_plan, read_sources, readable_json, tar_path
+from mrmae.shards.format.samples import SAMPLES, Source, canonical_sources, read_samples, write_samples, write_sources
+from mrmae.shards.format.spec import grown_dataset_id
+from mrmae.shards.store.tar import read_index
 
 
 def is_grown(path: Path) -> bool:

@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from mrmae.common.backend import exists, pieces, read_bytes, size_of
 from mrmae.shards import verify
-from mrmae.shards.attributes import column_attributes
-from mrmae.shards.backend import exists, pieces, read_bytes, size_of
 from mrmae.shards.commit import (
     Unit,
     bad_images,
@@ -26,14 +25,16 @@ from mrmae.shards.commit import (
     valid_record,
     wrong_in_record,
 )
-from mrmae.shards.links import foreign_entries
-from mrmae.shards.plan import PIXELS, Plan
-from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.samples import read_samples
-from mrmae.shards.spec import compare_specs, plain
-from mrmae.shards.tail import tail_path
+from mrmae.shards.format.attributes import column_attributes
+from mrmae.shards.format.plan import PIXELS, Plan
+from mrmae.shards.format.samples import read_samples
+from mrmae.shards.format.spec import compare_specs, plain
+from mrmae.shards.format.tail import tail_path
+from mrmae.shards.store.links import foreign_entries
+from mrmae.shards.store.reader import Damaged, read_members
+from mrmae.shards.store.storage import column_folder, storage_of
+from mrmae.shards.store.tar import parse_row, read_index
 from mrmae.shards.trust import Manifest, Problem, fields_of, reason, trusted
-from mrmae.shards.webdataset_io import parse_row, read_index
 
 
 def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
@@ -188,9 +189,9 @@ def checksum_problems(
         if column == PIXELS:
             check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)
             return
-        folder, layout = plan.column_folder(path, view, column), plan.layout(column)
+        folder, layout = column_folder(path, plan, view, column), plan.layout(column)
         mine = None if keys is None else keys[numbers.start : numbers.stop]
-        plan.storage.open_shard(folder, layout, plan.shard_ids(shard)[column], view, shard, mine).check(rows)
+        storage_of(plan).open_shard(folder, layout, plan.shard_ids(shard)[column], view, shard, mine).check(rows)
     except Damaged as error:
         yield Problem(relative(path, error.path), error.what + where_row(error.row, numbers), unit)
     except ValueError as error:
@@ -221,9 +222,9 @@ def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem
         for teacher in plan.columns:
             if teacher.column not in plan.quantisers:
                 continue
-            folder, layout = plan.column_folder(path, view, teacher.column), plan.layout(teacher.column)
-            expected = plan.storage.metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
-            for file in plan.storage.metadata_paths(folder, layout):
+            folder, layout = column_folder(path, plan, view, teacher.column), plan.layout(teacher.column)
+            expected = storage_of(plan).metadata(layout, column_attributes(plan, view, teacher.column)) if full else {}
+            for file in storage_of(plan).metadata_paths(folder, layout):
                 name = file.relative_to(folder).as_posix()
                 if not exists(file):
                     yield Problem(relative(path, file), "missing metadata of a column")

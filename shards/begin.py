@@ -5,12 +5,12 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
+from mrmae.common.files import TEMPORARY, publish
 from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
-from mrmae.shards.links import refuse_foreign_entries
-from mrmae.shards.plan import Plan, dataset_ids, load_plan, readable_json
-from mrmae.shards.samples import Source, read_samples, write_sources
-from mrmae.shards.spec import compare_specs
-from mrmae.shards.write import TEMPORARY, publish
+from mrmae.shards.format.plan import Plan, dataset_ids, load_plan, readable_json
+from mrmae.shards.format.samples import Source, read_samples, write_sources
+from mrmae.shards.format.spec import compare_specs
+from mrmae.shards.store.links import refuse_foreign_entries
 
 DIGESTS = ".digests.jsonl"  # which images were hashed when: what extract-features begins with
 

@@ -20,21 +20,21 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
 from mrmae.shards import verify
-from mrmae.shards.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
-from mrmae.shards.links import refuse_foreign_entries
+from mrmae.shards.format.plan import PIXELS, Plan, load_plan, tar_path
+from mrmae.shards.format.quantise import dequantise
+from mrmae.shards.format.samples import NO_IMAGE, read_samples
+from mrmae.shards.format.spec import TeacherSpec, content_id
+from mrmae.shards.format.tail import apply_tail, derived_specs, parse_tail, tail_path
+from mrmae.shards.format.views import BadImage, View, decode_jpeg
 from mrmae.shards.opened import Column, Indices, Numbers
-from mrmae.shards.plan import PIXELS, Plan, load_plan, tar_path
-from mrmae.shards.quantize import dequantise
-from mrmae.shards.reader import Damaged, read_members
-from mrmae.shards.samples import NO_IMAGE, read_samples
-from mrmae.shards.spec import TeacherSpec, content_id
-from mrmae.shards.tail import apply_tail, derived_specs, parse_tail, tail_path
-from mrmae.shards.views import BadImage, View, decode_jpeg
-from mrmae.shards.webdataset_io import parse_row
+from mrmae.shards.store.links import refuse_foreign_entries
+from mrmae.shards.store.reader import Damaged, read_members
+from mrmae.shards.store.tar import parse_row
 
 REMOTE_THREADS = 16
 NEIGHBOURS = 500  # keys compared with one that is not there

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from mrmae.shards.write import explained, make_folder
+from mrmae.common.files import explained, make_folder
 
 CACHE_LOCK, PLAN_LOCK = ".lock", ".planning.lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # the file system has none

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mrmae.shards.blocks import IN_BLOCKS, BlockRule
+from mrmae.shards.format.blocks import IN_BLOCKS, BlockRule
+from mrmae.shards.format.spec import signed_hashes
 from mrmae.shards.opened import Indices, Numbers, OpenedFiles
-from mrmae.shards.spec import signed_hashes
 
 
 class StoredColumns(OpenedFiles):

@@ -14,18 +14,19 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mrmae.shards.attributes import column_attributes
-from mrmae.shards.backend import Url, exists, read_bytes, size_of
-from mrmae.shards.blocks import IN_BLOCKS, in_blocks
+from mrmae.common.backend import Url, exists, read_bytes, size_of
+from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
-from mrmae.shards.plan import PIXELS, Plan, readable_json, tar_path
-from mrmae.shards.samples import NO_IMAGE, read_samples, write_samples
-from mrmae.shards.shape import parsed
-from mrmae.shards.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
-from mrmae.shards.tail import tail_path
-from mrmae.shards.webdataset_io import PixelRow, index_path, read_index, write_pixel_tar
-from mrmae.shards.write import is_still, publish, remove, remove_leftovers
-from mrmae.shards.zarr_io import Array
+from mrmae.shards.format.attributes import column_attributes
+from mrmae.shards.format.blocks import IN_BLOCKS, in_blocks
+from mrmae.shards.format.plan import PIXELS, Plan, readable_json, tar_path
+from mrmae.shards.format.samples import NO_IMAGE, read_samples, write_samples
+from mrmae.shards.format.shape import parsed
+from mrmae.shards.format.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
+from mrmae.shards.format.tail import tail_path
+from mrmae.shards.store.storage import column_folder, storage_of
+from mrmae.shards.store.tar import PixelRow, index_path, read_index, write_pixel_tar
+from mrmae.shards.store.zarr import Array
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 ATTEMPTS, WAIT_SECONDS = (
@@ -87,7 +88,7 @@ def unit_files(path: Path, plan: Plan, view: int, column: str, shard: int) -> li
     if column == PIXELS:
         tar = tar_path(path, view, shard)
         return [tar, index_path(tar)]
-    return plan.storage.shard_files(plan.column_folder(path, view, column), plan.layout(column), shard)
+    return storage_of(plan).shard_files(column_folder(path, plan, view, column), plan.layout(column), shard)
 
 
 def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
@@ -121,8 +122,8 @@ def store_column(
     arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. about: more for the record,
     `quality` among it.
     """
-    folder, layout = plan.column_folder(path, view, column), plan.layout(column)
-    plan.storage.create_column(folder, layout, column_attributes(plan, view, column))
+    folder, layout = column_folder(path, plan, view, column), plan.layout(column)
+    storage_of(plan).create_column(folder, layout, column_attributes(plan, view, column))
     keys, id, count = (
         read_index(tar_path(path, view, shard)).keys,
         plan.shard_ids(shard)[column],
@@ -130,7 +131,7 @@ def store_column(
     )
     arrays = stored_order(plan, view, arrays, keys)
     store(path, plan, (view, column, shard), about,
-          lambda: plan.storage.write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count))  # fmt: skip
+          lambda: storage_of(plan).write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count))  # fmt: skip
 
 
 def store(
@@ -177,11 +178,11 @@ def create_columns(path: Path, plan: Plan) -> None:
     for view in range(plan.n_views):
         for column in plan.quantisers:
             attributes = column_attributes(plan, view, column)
-            folder, layout = plan.column_folder(path, view, column), plan.layout(column)
-            plan.storage.create_column(folder, layout, attributes)
-            if plan.storage.read_attributes(folder)[0].n != layout.n:
-                contents = plan.storage.metadata(layout, attributes)
-                for file in reversed(plan.storage.metadata_paths(folder, layout)):  # the one that tells n last
+            folder, layout = column_folder(path, plan, view, column), plan.layout(column)
+            storage_of(plan).create_column(folder, layout, attributes)
+            if storage_of(plan).read_attributes(folder)[0].n != layout.n:
+                contents = storage_of(plan).metadata(layout, attributes)
+                for file in reversed(storage_of(plan).metadata_paths(folder, layout)):  # the one that tells n last
                     publish(file, contents[file.relative_to(folder).as_posix()], replace=True)
 
 

@@ -14,23 +14,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from mrmae.common.backend import absolute, exists, expect_utf8, pieces, read_bytes
+from mrmae.common.files import Published, publish
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards import plan as plans
-from mrmae.shards.backend import absolute, exists, pieces, read_bytes
 from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
-from mrmae.shards.calibrate import CALIBRATION_SAMPLES, calibrate
 from mrmae.shards.commit import Unit, commit_path, unit_files
-from mrmae.shards.plan import PIXELS, Plan
-from mrmae.shards.quality import added_quality, measure, summarise
-from mrmae.shards.quantize import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
-from mrmae.shards.reader import Damaged
-from mrmae.shards.spec import expect_utf8
+from mrmae.shards.format import plan as plans
+from mrmae.shards.format.calibrate import CALIBRATION_SAMPLES, calibrate
+from mrmae.shards.format.plan import PIXELS, Plan
+from mrmae.shards.format.quality import added_quality, measure, summarise
+from mrmae.shards.format.quantise import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
+from mrmae.shards.format.tail import tail_path, write_tail
 from mrmae.shards.stats import stats_path
-from mrmae.shards.tail import tail_path, write_tail
+from mrmae.shards.store.reader import Damaged
 from mrmae.shards.verify import promised
-from mrmae.shards.write import Published, publish
 
 BLOCK_BYTES = 1 << 20
 NOT_COPIED = ("files", "quality", "seconds", "command", "folder", "written", "versions", "device")

@@ -7,15 +7,16 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from mrmae.common.backend import refuse_url
+from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.backend import refuse_url
-from mrmae.shards.links import refuse_foreign_entries
-from mrmae.shards.plan import PIXELS, Plan, load_plan, readable_json
-from mrmae.shards.spec import NAME, compare_specs
+from mrmae.shards.format.plan import PIXELS, Plan, load_plan, readable_json
+from mrmae.shards.format.spec import NAME, compare_specs
+from mrmae.shards.format.tail import tail_path
 from mrmae.shards.stats import stats_path
-from mrmae.shards.tail import tail_path
-from mrmae.shards.write import publish, remove
+from mrmae.shards.store.links import refuse_foreign_entries
+from mrmae.shards.store.storage import column_folder
 
 
 def extend_plan(path: Path, wanted: Plan) -> Plan:
@@ -121,7 +122,7 @@ def column_folders(path: Path, plan: Plan, column: str) -> list[Path]:
     """The folders of a column's records and shards, in every view."""
     views = range(plan.n_views)
     records = [commits.commit_path(path, view, column, 0).parent for view in views]
-    return records + [plan.column_folder(path, view, column) for view in views]
+    return records + [column_folder(path, plan, view, column) for view in views]
 
 
 def remove_empty(folder: Path) -> None:

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mrmae.shards.backend import Unreachable, Url
+from mrmae.common.backend import Unreachable, Url
 from mrmae.shards.commit import commit_path, pixels_of
-from mrmae.shards.plan import PIXELS, Plan, tar_path
-from mrmae.shards.quantize import Quantiser
-from mrmae.shards.reader import Damaged
-from mrmae.shards.spec import TeacherSpec
-from mrmae.shards.storage import Shard
-from mrmae.shards.webdataset_io import TarIndex, read_index
-from mrmae.shards.zarr_io import Layout
+from mrmae.shards.format.layout import Layout
+from mrmae.shards.format.plan import PIXELS, Plan, tar_path
+from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.store.reader import Damaged
+from mrmae.shards.store.storage import Shard, column_folder, storage_of
+from mrmae.shards.store.tar import TarIndex, read_index
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Indices = Sequence[int] | Numbers | Tensor
@@ -124,9 +124,9 @@ class OpenedFiles:
         """The opened shard of a column."""
         opened: Shard | None = self._opened.get((column, view, shard))
         if opened is None:
-            folder, layout = self.plan.column_folder(self.path, view, column), self.columns[column].layout
+            folder, layout = column_folder(self.path, self.plan, view, column), self.columns[column].layout
             args = folder, layout, self.plan.shard_ids(shard)[column], view, shard, self.shard_keys(shard)
-            opened = self._opened.setdefault((column, view, shard), self.plan.storage.open_shard(*args))
+            opened = self._opened.setdefault((column, view, shard), storage_of(self.plan).open_shard(*args))
         return opened
 
     def shard_keys(self, shard: int) -> list[str]:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from mrmae.common.backend import exists
+from mrmae.common.files import publish, remove
 from mrmae.shards import claims
-from mrmae.shards.backend import exists
 from mrmae.shards.commit import commit_path, read_record, units
-from mrmae.shards.links import refuse_foreign_entries
-from mrmae.shards.plan import Plan, readable_json
+from mrmae.shards.format.plan import Plan, readable_json
+from mrmae.shards.store.links import refuse_foreign_entries
 from mrmae.shards.trust import Problem, trusted
-from mrmae.shards.write import publish, remove
 
 
 def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:

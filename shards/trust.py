@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mrmae.common.backend import exists, read_bytes
 from mrmae.shards import verify
-from mrmae.shards.attributes import column_attributes
-from mrmae.shards.backend import exists, read_bytes
 from mrmae.shards.commit import Unit, commit_path, read_record, units
-from mrmae.shards.plan import Plan, load_plan
-from mrmae.shards.shape import parsed
+from mrmae.shards.format.attributes import column_attributes
+from mrmae.shards.format.plan import Plan, load_plan
+from mrmae.shards.format.shape import parsed
+from mrmae.shards.store.storage import column_folder, storage_of
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip
@@ -77,7 +78,7 @@ def agreement(path: Path, plan: Plan) -> int:
         found += record is not None and record.get("id") == plan.shard_ids(shard).get(column)
     for teacher in plan.columns:
         try:
-            attributes = plan.storage.read_attributes(plan.column_folder(path, 0, teacher.column))[1]
+            attributes = storage_of(plan).read_attributes(column_folder(path, plan, 0, teacher.column))[1]
         except ValueError:
             continue
         expected = column_attributes(plan, 0, teacher.column) if teacher.column in plan.quantisers else None

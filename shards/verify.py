@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from mrmae.shards.backend import Url, exists, read_bytes, size_of
+from mrmae.common.backend import Url, exists, read_bytes, size_of
 from mrmae.shards.commit import FileFields, QualityFields, Unit, samples_id, unit_files, units
-from mrmae.shards.plan import PIXELS, Plan, QuantiserFields
-from mrmae.shards.shape import parsed
-from mrmae.shards.spec import FORMAT_VERSION, TeacherSpec, content_id
-from mrmae.shards.tail import tail_path
+from mrmae.shards.format.plan import PIXELS, Plan, QuantiserFields
+from mrmae.shards.format.shape import parsed
+from mrmae.shards.format.spec import FORMAT_VERSION, TeacherSpec, content_id
+from mrmae.shards.format.tail import tail_path
+from mrmae.shards.store.storage import column_folder, storage_of
 
 SHOWN = 50  # problems in one message
 
@@ -120,8 +121,8 @@ def file_problems(path: Path, plan: Plan, manifest: Mapping[str, Any]) -> Iterat
         if size != n_bytes:
             yield f"{name}: {size} bytes; the manifest says {n_bytes}"
     for view, teacher in itertools.product(range(plan.n_views), plan.columns):
-        folder = plan.column_folder(path, view, teacher.column)
-        for file in plan.storage.metadata_paths(folder, plan.layout(teacher.column)):
+        folder = column_folder(path, plan, view, teacher.column)
+        for file in storage_of(plan).metadata_paths(folder, plan.layout(teacher.column)):
             if not exists(file):
                 yield f"{file.relative_to(path)}: missing metadata of a column"
 

@@ -14,15 +14,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.shards import backend, begin, commit, plan, quantize, reader, samples, views
-from mrmae.shards.blocks import BlockRule
-from mrmae.shards.calibrate import calibrate
-from mrmae.shards.plan import Plan
-from mrmae.shards.quality import quality as quality_of
-from mrmae.shards.samples import Source
-from mrmae.shards.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
-from mrmae.shards.tail import write_tail
-from mrmae.shards.webdataset_io import PixelRow
+from mrmae.common import backend
+from mrmae.extract.images import decode
+from mrmae.shards import begin, commit
+from mrmae.shards.format import plan, samples, views
+from mrmae.shards.format import quantise as quantize
+from mrmae.shards.format.blocks import BlockRule
+from mrmae.shards.format.calibrate import calibrate
+from mrmae.shards.format.plan import Plan
+from mrmae.shards.format.quality import quality as quality_of
+from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.format.tail import write_tail
+from mrmae.shards.store import reader
+from mrmae.shards.store.tar import PixelRow
 
 TEACHERS: Mapping[str, Mapping[str, Any]] = {
     "a": {"width": 8, "has_cls": True, "has_attention": True},
@@ -102,7 +107,7 @@ def smooth_images(n: int, seed: int, labels: bool) -> dict[str, bytes]:
 def pixel_row(number: int, source: Source, data: bytes, view: int, recipe: ViewRecipe) -> PixelRow:
     """The stored view of one image, or its reason."""
     try:
-        image = views.decode_rgb(data)
+        image = decode.decode_rgb(data)
     except views.BadImage as error:
         return PixelRow(number, source.key, source.label, None, None, error.reason)
     drawn = views.draw_view(key_hash(source.key), view, *image.shape[:2], recipe)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from mrmae.shards.cache import Cache
+from mrmae.shards.order import epoch_order, view_of
 from mrmae.shards.stats import read_stats
-from mrmae.shards.stream import epoch_order, view_of
 from mrmae.train.method import (
     ADD,
     NEEDS_STATISTICS,

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from mrmae.extract.weights import first_line
-from mrmae.extract.weights_file import kind_of
-from mrmae.shards.write import TEMPORARY, publish_by
+from mrmae.common.files import TEMPORARY, publish_by
+from mrmae.extract.teachers.weights import first_line
+from mrmae.extract.teachers.weights_file import kind_of
 
 FORMAT = 2
 _PREFIX, _SUFFIX = "step-", ".pt"

@@ -101,8 +101,8 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """
+    from mrmae.common.backend import Unreachable, locate
     from mrmae.common.device import keep_memory
-    from mrmae.shards.backend import Unreachable, locate
     from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
     from mrmae.train.method import load_recipe
     from mrmae.train.setup import Cadence, Setup

@@ -17,8 +17,8 @@ import yaml
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from mrmae.extract.weights import fit_weights, load_weights
-from mrmae.shards.write import publish
+from mrmae.common.files import publish
+from mrmae.extract.teachers.weights import fit_weights, load_weights
 from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
+from mrmae.common.files import explained, publish
 from mrmae.common.progress import PLAIN_LINE_SECONDS, human_time
-from mrmae.shards.write import explained, publish
 
 BOARD, WANDB = "TensorBoard", "Weights & Biases"
 T = TypeVar("T")

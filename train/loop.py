@@ -17,20 +17,19 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from mrmae.common.backend import expect_utf8, locate
 from mrmae.common.device import memory_mib
 from mrmae.common.progress import counted
-from mrmae.shards.backend import locate
-from mrmae.shards.spec import expect_utf8
 from mrmae.train import cost, optim, report
 from mrmae.train.checkpoint import checkpoint_path, list_checkpoints
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
+from mrmae.train.foreign import export_published
 from mrmae.train.held_out import held_out_loss, knn_accuracy
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe
 from mrmae.train.online import with_targets
 from mrmae.train.pictures import draw_curves, draw_run_panels, panels_path
-from mrmae.train.published import export_published
 from mrmae.train.ranks import (
     Ranks,
     StopRequest,

@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-from mrmae.extract.sheet import pca_rgb
-from mrmae.shards.write import publish_by
+from mrmae.common.files import publish_by
+from mrmae.extract.inspect.pictures import pca_rgb
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import evaluating

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
+from mrmae.common.files import publish
 from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
-from mrmae.shards.write import publish
 from mrmae.train import optim
 from mrmae.train.method import MaskedConvViT, to_dict
 from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs

@@ -9,9 +9,9 @@ import torch
 
 from mrmae.common.versions import versions
 from mrmae.train import checkpoint
+from mrmae.train.foreign import init_from
 from mrmae.train.log import Sums
 from mrmae.train.method import Recipe, difference, from_dict, to_dict
-from mrmae.train.published import init_from
 from mrmae.train.ranks import Ranks, agree_on
 from mrmae.train.run import Run, build_run, cache_ids
 from mrmae.train.setup import Cadence, Setup

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from mrmae.common.backend import Url, expect_utf8
 from mrmae.common.progress import counted
-from mrmae.shards.backend import Url
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.spec import expect_utf8
 from mrmae.train import batches, optim
 from mrmae.train.batches import Share
 from mrmae.train.method import CacheInfo, Optim, Recipe, counts, needed_arrays

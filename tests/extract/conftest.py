@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from mrmae.extract.run import Options, extract_features
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.format.spec import ViewRecipe
 
 VIT = "vit=timm:test_vit/random"
 CNN = "cnn=timm:test_efficientnet/random"

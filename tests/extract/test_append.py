@@ -13,10 +13,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.extract import run
-from mrmae.extract.inspect import main
+from mrmae.extract.inspect.cli import main
 from mrmae.shards.cache import open_cache
-from mrmae.shards.plan import load_plan
-from mrmae.shards.spec import canonical_order
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.spec import canonical_order
 
 VIT, CNN = "vit=timm:test_vit/random", "cnn=timm:test_efficientnet/random"
 

@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 
 from mrmae.extract.cli import main
-from mrmae.extract.inspect import main as inspect_cache
+from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.options import Options
 from mrmae.shards.cache import open_cache
 

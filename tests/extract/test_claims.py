@@ -18,11 +18,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mrmae.extract import engine, ranks, run
-from mrmae.extract.inspect import main
+from mrmae.extract import pipeline as engine
+from mrmae.extract import run
+from mrmae.extract import workers as ranks
+from mrmae.extract.inspect.cli import main
 from mrmae.shards import audit, claims
 from mrmae.shards import commit as commits
-from mrmae.shards.plan import load_plan
+from mrmae.shards.format.plan import load_plan
 from mrmae.shards.repair import prepare_repair
 from mrmae.shards.trust import Problem
 

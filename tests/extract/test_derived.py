@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor
 
-from mrmae.extract.inspect import main as inspect_cache
+from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.format.spec import ViewRecipe
 
 Extract = Callable[..., dict[str, Any]]
 SIZE, GRID = 64, 4

@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mrmae.extract.inspect import ask, main
+from mrmae.extract.inspect.cli import ask, main
 
 Make = Callable[..., Path]
 

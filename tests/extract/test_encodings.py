@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mrmae.extract.cli import main as extract_cli
-from mrmae.extract.inspect import main as inspect_cli
+from mrmae.extract.inspect.cli import main as inspect_cli
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_cli
 from mrmae.probe.run import Options as ProbeOptions

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from mrmae.extract import run
-from mrmae.extract.inspect import main
+from mrmae.extract.inspect.cli import main
 from mrmae.shards.cache import open_cache
 
 Make = Callable[..., Path]

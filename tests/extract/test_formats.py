@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from mrmae.extract import engine
+from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main as extract_features
-from mrmae.extract.inspect import main
+from mrmae.extract.inspect.cli import main
 from mrmae.shards.begin import DIGESTS
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stats import read_stats

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from mrmae.extract.images.decode import decode_rgb
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.spec import ViewRecipe
-from mrmae.shards.views import decode_rgb, encode_jpeg, render
+from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.format.views import encode_jpeg, render
 
 GRID, SIZE = 4, 64
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}

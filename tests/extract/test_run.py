@@ -19,17 +19,18 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
-from mrmae.extract import calibration, engine, run
+from mrmae.extract import calibration, run
 from mrmae.extract import cli as command
+from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main
-from mrmae.extract.decode import Images
 from mrmae.extract.job import Job
+from mrmae.extract.prepare import Images
 from mrmae.extract.run import Options, TooManyBad, extract_features
-from mrmae.extract.teachers import DEFAULT_TEACHERS, Teacher
+from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Teacher
 from mrmae.shards.cache import open_cache
-from mrmae.shards.quantize import DTYPES, dequantise
-from mrmae.shards.spec import ViewRecipe
-from mrmae.shards.storage import FORMATS
+from mrmae.shards.format.quantise import DTYPES, dequantise
+from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.store.storage import STORAGES
 
 VIT = "vit=timm:test_vit/random"
 CNN = "cnn=timm:test_efficientnet/random"
@@ -305,7 +306,7 @@ def test_one_hopeless_teacher_does_not_cost_the_others_their_shard(folder: Path,
 
 def test_the_command_s_choices_are_those_that_there_are() -> None:
     """The command names them itself, so that --help need not wait for torch."""
-    assert list(command.DTYPES) == list(DTYPES) and list(command.FORMATS) == list(FORMATS)
+    assert list(command.DTYPES) == list(DTYPES) and list(command.FORMATS) == list(STORAGES)
     assert command.DEFAULT_TEACHERS == DEFAULT_TEACHERS == Options.teachers
     loaded = "import sys; from mrmae.extract import cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae.extract.live import compare_live
+from mrmae.extract.inspect.compare import compare_live
 from mrmae.extract.options import one_per_tap
 from mrmae.shards.cache import open_cache
 

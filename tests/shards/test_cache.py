@@ -16,12 +16,15 @@ import pytest
 import torch
 import zarr
 
-from mrmae.shards import commit, plan, reader
+from mrmae.extract.images.decode import decode_rgb
+from mrmae.shards import commit
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.quantize import Quantiser
-from mrmae.shards.spec import key_hash
-from mrmae.shards.stream import view_of
-from mrmae.shards.views import decode_rgb, draw_view, encode_jpeg, render
+from mrmae.shards.format import plan
+from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.spec import key_hash
+from mrmae.shards.format.views import draw_view, encode_jpeg, render
+from mrmae.shards.order import view_of
+from mrmae.shards.store import reader
 
 Make = Callable[..., Path]
 

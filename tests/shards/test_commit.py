@@ -14,11 +14,13 @@ from typing import Any
 
 import pytest
 
-from mrmae.shards import begin, commit, plan, samples, write
+from mrmae.common import files as write
+from mrmae.shards import begin, commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.quantize import Quantiser
-from mrmae.shards.samples import Source
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.format import plan, samples
+from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import ViewRecipe
 
 Make = Callable[..., Path]
 SMALL = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 4, "bad": (2,)}
@@ -78,7 +80,7 @@ def test_sigkill_leaves_a_state_that_continues(make_cache: Make, uninterrupted: 
 import os, signal, sys
 sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 import conftest
-from mrmae.shards import write
+from mrmae.common import files as write
 calls, real = iter(range(1000)), write.link_exclusively
 def killing(*names):
     if next(calls) == 9:
@@ -164,10 +166,10 @@ def test_a_file_that_another_writer_replaced_is_not_committed_but_written_again(
     make_cache: Make, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(commit, "WAIT_SECONDS", 0.0)
-    monkeypatch.setattr("mrmae.shards.webdataset_io.publish", other_writer(tmp_path / "c", write.publish, 2))
+    monkeypatch.setattr("mrmae.shards.store.tar.publish", other_writer(tmp_path / "c", write.publish, 2))
     make_cache(tmp_path / "c", **SMALL)
     assert contents(tmp_path / "c") == contents(uninterrupted)
-    monkeypatch.setattr("mrmae.shards.webdataset_io.publish", other_writer(tmp_path / "d", write.publish, 99))
+    monkeypatch.setattr("mrmae.shards.store.tar.publish", other_writer(tmp_path / "d", write.publish, 99))
     with pytest.raises(
         FileExistsError, match="000000.tar: another process wrote this file, too; each shard has one writer"
     ):

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from mrmae.shards import audit, convert, write
+from mrmae.common import files as write
+from mrmae.shards import audit, convert
 from mrmae.shards.cache import open_cache
 from mrmae.shards.extend import extend_plan
-from mrmae.shards.plan import load_plan
-from mrmae.shards.quality import measure, summarise
-from mrmae.shards.quantize import Quantiser, quantise
-from mrmae.shards.reader import Damaged
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.quality import measure, summarise
+from mrmae.shards.format.quantise import Quantiser, quantise
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
+from mrmae.shards.store.reader import Damaged
 
 Make = Callable[..., Path]
 SMALL: dict[str, Any] = {"n": 10, "size": 16, "grid": 2, "shard_samples": 4, "bad": (5,)}

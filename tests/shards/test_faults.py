@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mrmae.shards import audit, plan
+from mrmae.shards import audit
 from mrmae.shards.cache import open_cache
+from mrmae.shards.format import plan
+from mrmae.shards.format.spec import content_id
 from mrmae.shards.repair import prepare_repair
-from mrmae.shards.spec import content_id
 
 Make = Callable[..., Path]
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"

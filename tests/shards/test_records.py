@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from mrmae.shards import audit, commit, convert, plan
+from mrmae.shards import audit, commit, convert
 from mrmae.shards.cache import open_cache
+from mrmae.shards.format import plan
 
 Make = Callable[..., Path]
 SMALL: dict[str, Any] = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 3, "bad": (2,)}

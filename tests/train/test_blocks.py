@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from training import train_quietly
 
-from mrmae.shards.blocks import BlockRule
+from mrmae.shards.format.blocks import BlockRule
 from mrmae.train import batches, loop
 from mrmae.train import run as runs
 from mrmae.train.feed import load_masked

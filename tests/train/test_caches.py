@@ -14,8 +14,8 @@ from mrmae.probe.cli import main as probe_command
 from mrmae.shards import commit
 from mrmae.shards.append import append_rows
 from mrmae.shards.cache import open_cache
-from mrmae.shards.plan import load_plan
-from mrmae.shards.samples import Source
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.samples import Source
 from mrmae.train import checkpoint
 from mrmae.train.cli import main as train_command
 from mrmae.train.method.recipe import load_recipe

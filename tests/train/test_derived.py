@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrmae.shards import commit, plan
-from mrmae.shards import tail as tail_files
+from mrmae.shards import commit
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.format import plan
+from mrmae.shards.format import tail as tail_files
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import batches
 from mrmae.train.feed import load_masked

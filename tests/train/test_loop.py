@@ -20,9 +20,9 @@ from rich.console import Console
 from torch import Tensor
 from training import train_quietly
 
-from mrmae.extract.sheet import pca_rgb
+from mrmae.extract.inspect.pictures import pca_rgb
 from mrmae.shards.cache import open_cache
-from mrmae.shards.stream import view_of
+from mrmae.shards.order import view_of
 from mrmae.train import checkpoint, loop, optim, pictures, resume
 from mrmae.train import run as runs
 from mrmae.train.log import read_rows

@@ -11,7 +11,7 @@ from training import train_quietly
 
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import open_cache
-from mrmae.shards.spec import ViewRecipe
+from mrmae.shards.format.spec import ViewRecipe
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import cost, online
 from mrmae.train.log import read_rows

@@ -9,8 +9,8 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from mrmae.kernels import reference
-from mrmae.shards.blocks import BlockRule
-from mrmae.shards.tail import apply_tail
+from mrmae.shards.format.blocks import BlockRule
+from mrmae.shards.format.tail import apply_tail
 from mrmae.train.method.phi_s import phi_s
 from mrmae.train.method.recipe import TermRecipe, Transform
 
@@ -26,7 +26,7 @@ class TeacherInfo:
 
     column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
     source, tail: where nothing is stored of this tap, the target whose stored tokens are read, and what makes of them this one's
-    (shards/tail.py); channel_mean and channel_std are the source's then.
+    (shards/format/tail.py); channel_mean and channel_std are the source's then.
     stat_mean, stat_std, stat_covariance: exact statistics of the values, for the transforms `channel` and `phi_s`; stat_id:
     what they are statistics of. online: whether the teacher runs in the step.
     """

@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mrmae.train.foreign import published_weights
 from mrmae.train.method.masks import Draw, Masks, draw_masks
 from mrmae.train.method.mcmae import SIZES, MaskedConvViT, Size, build_mcmae, encode
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import initialise, sincos_positions
 from mrmae.train.method.targets import Batch, CacheInfo
-from mrmae.train.published import published_weights
 
 SCALE, SHIFT = torch.tensor([0.02, 0.01, 0.015]).double(), torch.tensor([-1.0, -2.0, -1.5]).double()
 TINY = SIZES["test_mcmae"]

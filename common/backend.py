@@ -1,0 +1,262 @@
+"""Where a cache's files are read: folders of this machine, and object stores (s3://, gs://, az://) through obstore.
+
+A Url is the name of an object and reads nothing: what reads asks here, and gets the same of both. obstore asks again where a
+connection is lost, and joins neighbouring ranges. Credentials come from the environment (AWS_..., GOOGLE_..., AZURE_...) and
+appear in no message. Nothing is written to a URL.
+"""
+
+import contextlib
+import errno
+import functools
+import os
+import re
+import stat
+import urllib.parse
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+import numpy as np
+
+SCHEMES = ("s3", "gs", "az")
+EXTRA = "pip install 'mrmae[s3]'"
+RETRIES: Any = {"max_retries": 4}
+CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
+SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
+# Where a machine's own role is asked for last.
+METADATA = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
+Place = tuple[int, int]  # offset, bytes
+Answer = TypeVar("Answer")
+
+
+class Unreachable(Exception):
+    """A URL that cannot be read now: connection lost, access refused, no credentials. Says what to do."""
+
+
+class Url(PurePosixPath):
+    """The name of an object, or of a cache's folder, at a URL."""
+
+    def __str__(self) -> str:
+        return re.sub(rf"^({'|'.join(SCHEMES)}):/", r"\1://", super().__str__())
+
+    @property
+    def bucket(self) -> "Bucket":
+        """Who answers for this object."""
+        return bucket_of(f"{self.parts[0]}//{self.parts[1]}")
+
+    @property
+    def key(self) -> str:
+        """The object's name in its bucket."""
+        return "/".join(self.parts[2:])
+
+
+def expect_utf8(path: str | os.PathLike[str], what: str) -> None:
+    """ValueError, naming `what` and showing the bytes, where a path or text from the command line is not UTF-8."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{what} {os.fsencode(path)!r}: these bytes are not UTF-8, as everything is that a cache or a run "
+                         "records; expected a path in UTF-8; rename that file or folder, or make a link to it")  from None  # fmt: skip
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The path of a cache: local, or a Url. ValueError for a URL with a user, password or query, and where it is not UTF-8.
+
+    A Url is called a Path here: it has a Path's names, and to read is the backend's.
+    """
+    text = os.fspath(path)
+    expect_utf8(text, "CACHE")
+    found = re.match(rf"({'|'.join(SCHEMES)}):/+([^/]*)(.*)", text, re.DOTALL)
+    if not found:
+        if unknown := re.match(r"([a-z][a-z0-9+.-]+)://", text):
+            raise ValueError(f"{unknown[0]}...: caches are read from local folders and {', '.join(SCHEMES)} URLs; "
+                             "copy this one to either")  # fmt: skip
+        return Path(path)
+    scheme, bucket, key = found.groups()
+    if "@" in bucket or "?" in bucket + key:
+        raise ValueError(f"{scheme}://...: this URL holds a user, a password or a query; expected {scheme}://BUCKET/PATH, "
+                         "and credentials in the environment; take them out of the URL")  # fmt: skip
+    if not bucket:
+        raise ValueError(f"{scheme}://: has no bucket; expected {scheme}://BUCKET/PATH; correct the URL")
+    return Url(f"{scheme}://{bucket}{key}")  # type: ignore[return-value]
+
+
+def read_bytes(path: Path) -> bytes:
+    """All of a file. FileNotFoundError, other OSErrors, or Unreachable."""
+    if not isinstance(path, Url):
+        return path.read_bytes()
+    bucket, key = path.bucket, path.key
+    return bucket.ask(key, lambda: bytes(bucket.obstore.get(bucket.store, key).bytes()))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a regular file, at a URL by the newest listing. OSError for what is none: a link, a folder, a device."""
+    if isinstance(path, Url):
+        return path.bucket.size(path.key)
+    about = path.lstat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "is no regular file", str(path))
+    return about.st_size
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file."""
+    if not isinstance(path, Url):
+        return path.exists()
+    with contextlib.suppress(FileNotFoundError):
+        return path.bucket.size(path.key) >= 0
+    return False
+
+
+def refresh(path: Path) -> None:
+    """At a URL, list what lies below, now: sizes go by the newest listing."""
+    if isinstance(path, Url):
+        path.bucket.refresh(path.key)
+
+
+def absolute(path: Path) -> Path:
+    """The path with every link and `..` resolved."""
+    return path if isinstance(path, Url) else path.resolve()
+
+
+def refuse_url(path: Path) -> None:
+    """ValueError before something is written to a URL."""
+    if isinstance(path, Url):
+        raise ValueError(f"{path}: a cache at a URL can only be read; do this with a local copy, and upload that")
+
+
+class Bucket:
+    """The objects of one bucket. Thread-safe."""
+
+    def __init__(self, root: str) -> None:
+        try:
+            import obstore
+            from obstore.store import from_url
+        except ImportError:
+            raise ValueError(f"{root}: caches at URLs are read with obstore, which is not installed; {EXTRA}") from None
+        self.root, self.obstore = root, obstore
+        self._listings: dict[str, dict[str, int]] = {}
+        options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
+        self.store: Any = self.ask("", lambda: from_url(root, client_options=options, retry_config=RETRIES))
+
+    def ranges(self, key: str, places: Sequence[Place]) -> list[memoryview]:
+        """The bytes at each (offset, bytes) of an object, shorter where it ends."""
+        starts, ends = [a for a, _ in places], [a + n for a, n in places]
+        parts = self.ask(key, lambda: self.obstore.get_ranges(self.store, key, starts=starts, ends=ends))
+        return [memoryview(part) for part in parts]
+
+    def size(self, key: str) -> int:
+        """Bytes of an object."""
+        for folder, sizes in list(self._listings.items()):
+            if not folder or key.startswith(f"{folder}/"):  # "": a cache at the bucket's root
+                if key not in sizes:
+                    raise self.missing(key)
+                return sizes[key]
+        return int(self.ask(key, lambda: self.obstore.head(self.store, key))["size"])
+
+    def refresh(self, folder: str) -> None:
+        """List every object below `folder` with its size, as of now."""
+
+        def listed() -> dict[str, int]:
+            return {o["path"]: o["size"] for page in self.obstore.list(self.store, folder) for o in page}
+
+        self._listings[folder] = self.ask(folder, listed)
+
+    def ask(self, key: str, what: Callable[[], Answer]) -> Answer:
+        """What the store answers. FileNotFoundError, OSError for bytes that the object does not have, or Unreachable."""
+        where = f"{self.root}/{key}".rstrip("/")
+        try:
+            return what()
+        except FileNotFoundError:
+            raise self.missing(key) from None
+        except (self.obstore.exceptions.BaseError, OSError) as error:
+            said = cause(error)
+            if "status code: 416" not in said:
+                raise Unreachable(f"{where}: cannot be read: {said}; {advice(said)}") from None
+        except (ValueError, OverflowError) as error:
+            raise OSError(errno.EINVAL, str(error), where) from None
+        except BaseException as error:  # obstore panics where one of two joined ranges begins behind the end
+            if not str(error).startswith("range start"):
+                raise
+        raise OSError(errno.EIO, "the object is shorter than it was", where)
+
+    def missing(self, key: str) -> FileNotFoundError:
+        """The error for an object that is not there."""
+        return FileNotFoundError(errno.ENOENT, "no such object", f"{self.root}/{key}")
+
+
+@functools.lru_cache
+def bucket_of(root: str) -> Bucket:
+    """The bucket at `scheme://bucket`, one per process."""
+    return Bucket(root)
+
+
+def cause(error: Exception) -> str:
+    """The first line of an error, without queries and without the values of secret environment variables."""
+    line = str(error).partition("\n")[0] or type(error).__name__
+    for name, value in os.environ.items():
+        if SECRET.search(name.upper()) and len(value) >= 4:
+            for form in {value, urllib.parse.quote(value, safe="")}:
+                line = line.replace(form, "***")
+    return re.sub(r"(https?://)[^/\s]*@", r"\1", re.sub(r"\?[^\s\"')]*", "?...", line))
+
+
+def advice(said: str) -> str:
+    """What to do about an error."""
+    if METADATA.search(said):
+        return ("there are no credentials in the environment; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public "
+                "bucket AWS_SKIP_SIGNATURE=true), then run the same command again")  # fmt: skip
+    if re.search(r"status code: 40[13]", said):
+        return "the credentials in the environment may not read this; correct them, then run the same command again"
+    if "status code: 404" in said:
+        return "is the URL right? correct it"
+    return "check the network, the endpoint and the URL, then run the same command again, or copy the cache to a local folder"
+
+
+def plain_http_endpoint() -> bool:
+    """Whether the environment names an endpoint without encryption, such as a server on this machine."""
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+    return endpoint.startswith("http://")
+
+
+class RemoteFile:
+    """An open object: what was announced with `expect` is read at once, in few requests."""
+
+    def __init__(self, path: Url) -> None:
+        self.path = path
+        self._read: dict[Place, memoryview] = {}
+
+    def size(self) -> int:
+        return self.path.bucket.size(self.path.key)
+
+    def expect(self, places: Sequence[Place]) -> None:
+        """Fetch these (offset, bytes) now, neighbours in one request; `read` and `read_into` then take them from memory."""
+        self._read = dict(zip(places, self.path.bucket.ranges(self.path.key, places)))
+
+    def read(self, n_bytes: int, offset: int) -> bytes:
+        """n_bytes at offset, fewer where the object ends."""
+        if (offset, n_bytes) not in self._read:
+            self.expect([(offset, n_bytes)])
+        return bytes(self._read[offset, n_bytes])
+
+    def read_into(self, buffers: Sequence[Any], offset: int) -> int:
+        """Fill the buffers from offset; how many bytes there were."""
+        flat = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
+        data, at = np.frombuffer(self.read(sum(len(buffer) for buffer in flat), offset), np.uint8), 0
+        for buffer in flat:
+            part = data[at : at + len(buffer)]
+            buffer[: len(part)] = part
+            at += len(buffer)
+        return len(data)
+
+
+def pieces(path: Path, at_once: int = 1 << 24) -> Iterator[bytes]:
+    """The content of a local file or of an object, in order."""
+    if not isinstance(path, Url):
+        with open(path, "rb") as file:
+            while piece := file.read(at_once):
+                yield piece
+        return
+    size = size_of(path)
+    for offset in range(0, size, at_once):
+        yield bytes(path.bucket.ranges(path.key, [(offset, min(at_once, size - offset))])[0])

@@ -1,0 +1,1 @@
+"""Images as they are given: listed, read, hashed and decoded."""

@@ -1,0 +1,399 @@
+"""Where the images are: folders, tars and lists become one list of (key, label), read as encoded bytes from any thread.
+
+Nothing is decoded and nothing is extracted to disk here: a tar is indexed once, then its members are read by offset.
+"""
+
+import dataclasses
+import errno
+import fnmatch
+import os
+import stat
+import tarfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+from braceexpand import braceexpand
+
+from mrmae.extract.images.tars import cls_texts, file_member, read_headers, read_range
+
+SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
+            ".pgm", ".pbm", ".pnm")  # fmt: skip
+FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
+SHOWN = 3  # names in a note
+# What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
+FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
+WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the third time
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SourceImage:
+    """One image. key: path below the root (or the tar member's name), POSIX separators, with extension."""
+
+    key: str
+    label: str | None
+    size_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where an image's bytes are: a whole file (offset None), or a part of a tar."""
+
+    path: str
+    offset: int | None
+    mtime_ns: int | None = None  # of the file or the tar, when it was listed
+
+
+Found = tuple[SourceImage, Place]
+Stamp = tuple[
+    int, int, int
+]  # size, time and offset (-1: a whole file) of an image; as long as they stay, so do its bytes
+
+
+class Unreadable(OSError):
+    """An image that is not there, that this user may not read, or that is no regular file."""
+
+
+@dataclasses.dataclass
+class LeftOut:
+    """What lies among the images and is not used, or not as one may think.
+
+    suffixes: files that are no images, by suffix. special: FIFOs, sockets and devices with an image's name, never opened.
+    Of tars: labels that no image takes, images without one, with several that differ, and with one that others take too.
+    """
+
+    suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
+    special: list[str] = dataclasses.field(default_factory=list)
+    labels: list[str] = dataclasses.field(default_factory=list)
+    unlabelled: list[str] = dataclasses.field(default_factory=list)
+    unclear: list[str] = dataclasses.field(default_factory=list)
+    shared: list[str] = dataclasses.field(default_factory=list)
+
+    def note_labels(self, labels: Sequence[str], texts: Mapping[str, Mapping[str, str]]) -> None:
+        """Keep what is odd about a tar's `.cls` members. texts: by image, those that fit its name, the taken one first."""
+        taken = {name: next(iter(fit)) for name, fit in texts.items() if fit}
+        users = Counter(taken.values())
+        fitting = {cls for fit in texts.values() for cls in fit}
+        self.labels += [name for name in labels if name not in fitting]
+        self.unlabelled += [name for name in texts if labels and name not in taken]
+        self.unclear += [name for name, fit in texts.items() if len(set(fit.values())) > 1]
+        self.shared += [name for name, cls in taken.items() if users[cls] > 1]
+
+    def notes(self) -> list[str]:
+        """What a person should hear about it, line by line."""
+        kinds = f"files that are no images were passed over ({' '.join(sorted(self.suffixes))})"
+        notes = [f"{self.suffixes.total()} {kinds}"] if self.suffixes else []
+        said = {
+            "names of images that are no regular files were passed over, unopened": self.special,
+            "labels (.cls) are empty or belong to no image of their tar": self.labels,
+            "images have no label (.cls) in a tar that has some; their folder's name is taken, where there is one": self.unlabelled,
+            "images have several labels (.cls) that differ; that of the longest name is taken": self.unclear,
+            "images share their label (.cls) with another image, as webdataset groups names at the first dot": self.shared,
+        }
+        return notes + [f"{len(names)} {what}: {some(names)}" for what, names in said.items() if names]
+
+
+class Sources:
+    """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread.
+
+    notes: what a person should hear about the listing.
+    """
+
+    def __init__(self, found: Iterable[Found], notes: Sequence[str] = ()) -> None:
+        self.notes = tuple(notes)
+        ordered = sorted(found, key=lambda pair: pair[0].key)
+        self.images = [image for image, _ in ordered]
+        self._places = [place for _, place in ordered]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> SourceImage:
+        return self.images[i]
+
+    def __iter__(self) -> Iterator[SourceImage]:
+        return iter(self.images)
+
+    def where(self, i: int) -> str:
+        """A person's name for the place of image i: its file, or its tar and member."""
+        place = self._places[i]
+        return place.path if place.offset is None else f"{place.path}: {self.images[i].key}"
+
+    def stamp(self, i: int) -> Stamp | None:
+        """Size, time of the last change and offset of image i when it was listed; None where it could not be looked at."""
+        place, size_bytes = self._places[i], self.images[i].size_bytes
+        if size_bytes is None or place.mtime_ns is None:
+            return None
+        return size_bytes, place.mtime_ns, -1 if place.offset is None else place.offset
+
+    def read(self, i: int) -> bytes:
+        """Encoded bytes of image i. OSError where the file is gone, no regular file any more or shorter than when it was listed."""
+        place, image = self._places[i], self.images[i]
+        # A descriptor per read: no shared file position, no limit on the number of tars, and the object can be pickled.
+        with open(place.path, "rb", buffering=0, opener=open_regular) as file:
+            if place.offset is None:
+                return file.readall()
+            assert image.size_bytes is not None
+            return read_range(file.fileno(), place.offset, image.size_bytes, where=self.where(i))
+
+
+def read_image(sources: Sources, i: int) -> bytes:
+    """Encoded bytes of image i, read again where the disk or the network stumbled.
+
+    Raises Unreadable where it is not there or may not be read; OSError, naming it, for an error that stays.
+    """
+    for wait in (*WAITS_SECONDS, None):
+        try:
+            return sources.read(i)
+        except Unreadable:
+            raise
+        except OSError as error:
+            if error.errno in FACTS:
+                raise Unreadable(*error.args, error.filename) from None
+            if wait is None:
+                raise could_not_read(sources.where(i), error) from error
+            time.sleep(wait)
+    raise AssertionError("the last try returns or raises")
+
+
+def could_not_read(where: str, error: OSError) -> OSError:
+    """The same kind of error, saying which image could not be read and what to do."""
+    return type(error)(error.errno, f"{where}: could not be read, {1 + len(WAITS_SECONDS)} times: {error.strerror or error}; everything done so "
+                       "far is kept; check the disk or the network, then run the same command again")  # fmt: skip
+
+
+def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str] = ()) -> Sources:
+    """Every image of the given folders, tars, brace patterns and lists, sorted by key.
+
+    images: a folder (searched recursively), a `.tar` (plain or webdataset: the label of `a.b.jpg` is in
+    `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, or a text file with one path per line
+    (relative to the text file).
+    include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
+    The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
+    tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
+    Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
+    """
+    left_out = LeftOut()
+    found = [image for root in expand(images) for image in list_one(root, left_out)]
+    if not found:
+        there = "".join(f"\n  {note}" for note in left_out.notes())
+        raise ValueError(
+            f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path{there}"
+        )
+    chosen = [pair for pair in found if matches(pair[0].key, include)]
+    if not chosen:
+        raise ValueError(
+            f"--include {' '.join(include)}: matches none of the {len(found)} images; "
+            f"keys look like {found[0][0].key!r}; correct the pattern"
+        )
+    refuse_duplicates(chosen)
+    return Sources(chosen, [*left_out.notes(), *notes_on_frames(chosen)])
+
+
+def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
+    """The paths themselves, brace patterns expanded. An existing path is never taken for a pattern."""
+    paths: list[Path] = []
+    for image in images:
+        text = os.fspath(image)
+        paths += [Path(text)] if os.path.exists(text) else [Path(p) for p in braceexpand(text)]
+    for path in paths:
+        if not path.exists():
+            raise ValueError(f"{path}: does not exist; expected a folder, a .tar or a text file of paths; check IMAGES")
+    return paths
+
+
+def list_one(root: Path, left_out: LeftOut) -> list[Found]:
+    if root.is_dir():
+        return list(walk(root, left_out))
+    if kind := special(root.stat().st_mode):
+        raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
+    with open(root, "rb") as file:
+        head = file.read(8)
+    for magic, name in COMPRESSED.items():
+        if head.startswith(magic):
+            raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
+    if head and tarfile.is_tarfile(root):
+        return index_tar(root, left_out)
+    return list(read_list(root))
+
+
+def matches(key: str, include: Sequence[str]) -> bool:
+    return not include or any(fnmatch.fnmatchcase(key, pattern) for pattern in include)
+
+
+def visible(key: str) -> bool:
+    """False for hidden files and folders (.DS_Store, ._photo.jpg, .git/…) and macOS's resource copies."""
+    hidden = (part.startswith(".") and part not in (".", "..") for part in key.split("/"))
+    return not any(hidden) and "__MACOSX" not in key.split("/")
+
+
+def is_image(key: str) -> bool:
+    return key.lower().endswith(SUFFIXES)
+
+
+def special(mode: int) -> str | None:
+    """What a file is that is neither a regular file nor a folder, for a person; None for these two."""
+    kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
+    return kinds.get(stat.S_IFMT(mode))
+
+
+def open_regular(path: str, flags: int) -> int:
+    """A descriptor of a regular file, for `open(opener=)`; Unreadable for anything else, without waiting for a FIFO's writer."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+    if kind := special(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable(errno.EINVAL, f"is {kind} and was a regular file when it was listed", path)
+    return descriptor
+
+
+def notes_on_frames(found: Sequence[Found]) -> list[str]:
+    """That only first frames are taken, where there may be more."""
+    kinds = Counter(PurePosixPath(image.key).suffix.lower() for image, _ in found)
+    several = [f"{kinds[suffix]} {suffix}" for suffix in FRAMES if kinds[suffix]]
+    return [f"of files with several frames or pages the first is taken ({', '.join(several)})"] if several else []
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def parent_label(key: str) -> str | None:
+    return PurePosixPath(key).parent.name or None
+
+
+def refuse_duplicates(found: Sequence[Found]) -> None:
+    seen: dict[str, Place] = {}
+    for image, place in found:
+        first = seen.setdefault(image.key, place)
+        if first is not place:
+            raise ValueError(
+                f"{image.key!r}: two images have this key, in {first.path} and {place.path}; keys must be unique "
+                "(a key is the path below the root); give one common parent folder, or rename"
+            )
+
+
+def checked_key(key: str, where: object) -> str:
+    try:
+        key.encode()
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"{where}: the name {os.fsencode(key)!r} is not valid UTF-8; keys are UTF-8; rename the file"
+        ) from None
+    return key
+
+
+# --- folders
+
+
+def walk(root: Path, left_out: LeftOut) -> Iterator[Found]:
+    """Images below `root`; other files are noted in `left_out`.
+
+    Links to files and folders are followed, except into one of their own ancestors (a loop). A dangling link stays in
+    the list: reading it fails, and the caller reports it like any unreadable image.
+    """
+    stack = [(str(root), "", frozenset([identity(os.stat(root))]))]
+    while stack:
+        folder, prefix, ancestors = stack.pop()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                key = prefix + entry.name
+                if not visible(entry.name):
+                    continue
+                if is_folder(entry):
+                    inside = identity(entry.stat())
+                    if inside not in ancestors:
+                        stack.append((entry.path, key + "/", ancestors | {inside}))
+                elif not is_image(entry.name):
+                    left_out.suffixes[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
+                elif (status := status_of(entry)) and (kind := special(status.st_mode)):
+                    left_out.special.append(f"{key} ({kind})")
+                else:
+                    image = SourceImage(checked_key(key, root), parent_label(key), status.st_size if status else None)
+                    yield image, Place(entry.path, None, status.st_mtime_ns if status else None)
+
+
+def identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        if error.errno not in FACTS:
+            raise
+        return False
+
+
+def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
+    """What a link leads to, or the file itself; None for a link that leads nowhere or may not be followed."""
+    try:
+        return entry.stat()
+    except OSError as error:
+        if error.errno not in FACTS:
+            raise
+        return None
+
+
+# --- lists
+
+
+def read_list(path: Path) -> Iterator[Found]:
+    """Images named in a text file. Keys are relative to the file's folder, or to the images' common folder outside it."""
+    try:
+        lines = [line.strip("\r\n") for line in path.read_text(encoding="utf-8").splitlines()]
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}: is neither a folder, a tar nor a UTF-8 text file of paths; to use one image, give its folder "
+            "and --include"
+        ) from None
+    base = os.path.abspath(path.parent)
+    files = [os.path.normpath(os.path.join(base, line)) for line in lines if line.strip()]
+    missing = [file for file in files if not os.path.isfile(file)]
+    if missing:
+        what = "are no regular files" if os.path.exists(missing[0]) else "do not exist"
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(files)} listed files {what}, first {missing[0]}; "
+            f"paths are relative to {base}; correct the list"
+        )
+    if not all(file.startswith(base + os.sep) for file in files):
+        base = os.path.commonpath([os.path.dirname(file) for file in files])
+    for file in files:
+        key = checked_key(os.path.relpath(file, base).replace(os.sep, "/"), path)
+        status = os.stat(file)
+        yield SourceImage(key, parent_label(key), status.st_size), Place(file, None, status.st_mtime_ns)
+
+
+# --- tars
+
+
+def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
+    """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
+
+    ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
+    """
+    mtime_ns = path.stat().st_mtime_ns
+    members = read_headers(path)
+    found, texts = [], {}
+    with open(path, "rb", buffering=0) as file:
+        for name in members:
+            if not (is_image(name) and visible(name)):
+                continue
+            data = file_member(members, name, path)
+            if data.special:
+                left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
+                continue
+            texts[name] = cls_texts(members, name, file.fileno(), path)
+            label = next(iter(texts[name].values()), None) or parent_label(name)
+            image = SourceImage(checked_key(name, path), label, data.size_bytes)
+            found.append((image, Place(str(path), data.offset, mtime_ns)))
+    left_out.note_labels([name for name in members if name.lower().endswith(".cls") and visible(name)], texts)
+    return found
+
+
+def join(images: Sequence[str | os.PathLike[str]]) -> str:
+    return " ".join(os.fspath(image) for image in images) or "IMAGES"

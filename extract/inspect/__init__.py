@@ -1,0 +1,1 @@
+"""inspect-cache: look into a cache, check it, repair it, compare it."""

@@ -1,0 +1,307 @@
+"""inspect-cache: look into a cache, check it, repair it, compare it with another."""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
+from mrmae.common.progress import Progress, human_bytes
+from mrmae.extract.cli import main as extract_command
+from mrmae.extract.inspect.rerun import Given, commands_of, refuse_commands, run_again
+from mrmae.extract.inspect.show import description, difference_line, differences
+from mrmae.extract.inspect.show import show as show_description
+from mrmae.shards import audit
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.commit import units
+from mrmae.shards.convert import convert as convert_cache
+from mrmae.shards.convert import converted_plan
+from mrmae.shards.extend import columns_called, drop_column, files_of_column
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
+from mrmae.shards.stats import compute_stats, write_stats
+from mrmae.shards.store.storage import STORAGES
+from mrmae.shards.trust import Problem, trusted
+
+
+def folder_or_url(text: str) -> Path:
+    """The path of a cache on the command line."""
+    try:
+        return locate(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+CACHE = click.argument("cache", type=folder_or_url, metavar="CACHE")
+YES = click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
+SHOWN_PROBLEMS = 100
+
+
+@click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Look into a cache that extract-features wrote, check it, repair it, compare it with another."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can mend is said in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, Unreachable) as error:
+        raise click.ClickException(str(error)) from None
+
+
+@main.command()
+@CACHE
+@click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
+def show(cache: Path, as_json: bool) -> None:
+    """Print what CACHE holds: images, views, columns, their quality and size."""
+    with one_line_errors():
+        found = description(cache)
+        if as_json:
+            click.echo(json.dumps(found, indent=1, ensure_ascii=False))
+            return
+        wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
+        show_description(found, load_plan(cache), wide)
+
+
+@main.command()
+@CACHE
+@click.option("--full", is_flag=True, help="Also hash every file and check every checksum.")
+@click.option("--live", default=0, type=click.IntRange(0), help="Compute so many samples again with the teachers.")
+@click.option("--mirror", is_flag=True, help="With --live, a control: teachers see mirrored views; this must fail.")
+@click.option("--teacher", "teachers", multiple=True, metavar="NAME=LIBRARY:MODEL[/TAG][@FILE]",
+              help="With --live: where a teacher's weights are, if not where they were.")  # fmt: skip
+@click.option("--device", default="cpu", help="With --live: cpu, cuda, ...")
+@click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
+def verify(
+    cache: Path, full: bool, live: int, mirror: bool, teachers: tuple[str, ...], device: str, allow_torchscript: bool
+) -> None:
+    """Check CACHE; exit 1 and list every problem if something is wrong."""
+    with one_line_errors():
+        if (mirror or teachers) and not live:
+            raise ValueError("--mirror and --teacher belong to --live N; say how many samples to compute again")
+        problems = audit.find_problems(cache, full=full)
+        report(cache, problems)
+        if problems:
+            raise SystemExit(1)
+        checked = "sizes, sha256, checksums and metadata" if full else "names, sizes and ids (--full also reads all)"
+        click.echo(f"{cache}: {checked} are as they were written")
+        if live and not verified_live(open_cache(cache), live, teachers, device, mirror, allow_torchscript):
+            raise SystemExit(1)
+
+
+def report(cache: Path, problems: list[Problem]) -> None:
+    """Print the problems and how to repair them."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        click.echo(str(problem))
+    if len(problems) > SHOWN_PROBLEMS:
+        click.echo(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+    if problems:
+        click.echo(f"{cache}: {len(problems)} problems; to repair: inspect-cache repair {shlex.quote(str(cache))}")
+
+
+def verified_live(
+    cache: Cache, n: int, teachers: tuple[str, ...], device: str, mirror: bool, allow_torchscript: bool
+) -> bool:
+    """Print the comparison with live teachers; True where every column is within its limit."""
+    from mrmae.extract.inspect.compare import compare_live  # imports the teachers' libraries
+
+    found = compare_live(cache, n, texts=teachers, device=device, mirror=mirror, allow_torchscript=allow_torchscript)
+    for column in found:
+        extra = "".join(f", {name} {value:.6f}" for name in ("cls", "attention")
+                        if (value := getattr(column, name)) is not None)  # fmt: skip
+        click.echo(f"{column.column}: {column.samples} samples, cosine {column.cosine:.6f} (lowest {column.lowest:.6f})"
+                   f", SNR {column.snr_db:.1f} dB{extra}: {'good' if column.good else 'FAILS'}, {column.limit}")  # fmt: skip
+    if mirror:
+        click.echo("the teachers saw mirrored views: " + ("this failed, as it must" if not any(c.good for c in found)
+                   else "a column PASSED: it cannot tell left from right, so its comparison proves nothing"))  # fmt: skip
+    return all(column.good for column in found)
+
+
+@main.command()
+@CACHE
+@click.option("--run", is_flag=True, help="Also run the recorded command, in this process.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be removed.")
+@YES
+def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
+    """Find everything that is wrong in CACHE, remove the commit records of damaged shards, print what writes them anew."""
+    with one_line_errors():
+        problems = audit.find_problems(cache, full=True)
+        if not problems:
+            click.echo(f"{cache}: nothing to repair")
+            return
+        doomed = files_to_remove(cache, problems)
+        report_damage(cache, problems)
+        click.echo(f"to be removed: {in_words(doomed)}: records of damaged shards, and what is written again from others"
+                   + (", and plan.json is written anew from manifest.json" * any(p.file == "plan.json" for p in problems)))  # fmt: skip
+        commands = commands_of(cache, problems)
+        if run:
+            refuse_commands(commands, programs())
+            click.echo(f"then to be run:{in_lines(commands)}")
+        if not dry_run:
+            ask(f"Remove this from {cache}{' and run that' * run}?", yes)
+            click.echo(f"removed {len(prepare_repair(cache, problems))} files")
+        if not run:
+            click.echo("to write them anew, run" + (f":{in_lines(commands)}" if commands else
+                       " the extract-features command that made this cache"))  # fmt: skip
+        elif not dry_run:
+            run_again(commands, programs())
+            left = audit.find_problems(cache, full=True)
+            report(cache, left)
+            raise SystemExit(1 if left else 0)
+
+
+def programs() -> dict[str, click.Command]:
+    """What a recorded command may be of, by its first word."""
+    return {"extract-features": extract_command, "inspect-cache": convert}
+
+
+def in_lines(commands: Sequence[Given]) -> str:
+    """Commands to be copied, each with the folder it was given in."""
+    return "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
+
+
+def ask(question: str, yes: bool) -> None:
+    """Go on only where a person, or --yes, says so. ValueError where there is nobody to ask."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise ValueError("there is no terminal to ask at; --yes was expected; look at what is said above, then add it (nothing "
+                         "was changed)")  # fmt: skip
+    click.confirm(question, abort=True)
+
+
+def in_words(files: Sequence[Path]) -> str:
+    """How many files, and how large."""
+    return f"{len(files)} file{'s' * (len(files) != 1)}, {human_bytes(sum(file.lstat().st_size for file in files))}"
+
+
+def report_damage(cache: Path, problems: list[Problem]) -> None:
+    """Print every problem and, per column, the shards to be written again."""
+    for problem in problems[:SHOWN_PROBLEMS]:
+        click.echo(str(problem))
+    plan = trusted(cache)[0]
+    for column, shards in shards_of(plan, problems).items():
+        click.echo(f"{column}: shards {', '.join(map(str, shards))}")
+
+
+@main.command()
+@click.argument("a", type=folder_or_url, metavar="A")
+@click.argument("b", type=folder_or_url, metavar="B")
+def diff(a: Path, b: Path) -> None:
+    """List every field by which caches A and B differ; exit 1 where there is one."""
+    with one_line_errors():
+        found = list(differences(a, b))
+    for field, ours, theirs in found:
+        click.echo(difference_line(field, ours, theirs))
+    if found:
+        raise SystemExit(1)
+    click.echo(f"{a} and {b} hold the same")
+
+
+@main.command()
+@CACHE
+@click.option(
+    "--column",
+    "columns",
+    multiple=True,
+    metavar="TEACHER.TAP",
+    help="Only these, also TEACHER.post_ln and .projected; default: all stored.",
+)
+def stats(cache: Path, columns: tuple[str, ...]) -> None:
+    """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
+    with one_line_errors():
+        if isinstance(cache, Url):
+            raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
+                             "local copy, and upload that")  # fmt: skip
+        load_plan(cache)
+        if not exists(cache / "manifest.json"):
+            raise ValueError(
+                f"{cache}: is not finished, and moments are of all its images; run extract-features to its end first"
+            )
+        opened = open_cache(cache)
+        if unknown := sorted(set(columns) - {*opened.columns, *opened.derived}):
+            raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}, and from "
+                             f"their tails follow {sorted(opened.derived)}")  # fmt: skip
+        for name in columns or tuple(opened.columns):
+            with Progress(name, len(opened.numbers) * opened.n_views, "views") as progress:
+                moments = compute_stats(opened, name, progress=progress.add)
+            path = write_stats(opened, name, moments)
+            click.echo(f"{name}: {moments.n} tokens, |mean| {moments.mean.norm():.4g}, std per channel "
+                       f"{moments.variance.min().sqrt():.3g} to {moments.variance.max().sqrt():.3g}; {path} ({moments.id[:19]})")  # fmt: skip
+
+
+@main.command()
+@CACHE
+@click.argument("column", metavar="TEACHER.TAP")
+@YES
+def drop(cache: Path, column: str, yes: bool) -> None:
+    """Remove a teacher's column from CACHE; everything else stays as it is."""
+    with one_line_errors():
+        plan = load_plan(cache)
+        named = columns_called(cache, column)
+        if len(named) > 1:
+            raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
+        column = named[0] if named else column
+        click.echo(f"{cache}: {column} in {plan.n_views} view(s) is {in_words(files_of_column(cache, column))}, which go; "
+                   "plan.json and manifest.json are written anew; only the teacher can compute it again")  # fmt: skip
+        ask(f"Remove {column}?", yes)
+        left = drop_column(cache, column)
+    click.echo(f"{cache}: {column} is gone; it holds {', '.join(left) or 'no teacher'}")
+
+
+@main.command()
+@CACHE
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--format", type=click.Choice(list(STORAGES)), help="How columns are stored; default: as in CACHE.")
+@click.option(
+    "--dtype", type=click.Choice(list(DTYPES)), help="Quantise the stored values again; default: as in CACHE."
+)
+@click.option("--drop", multiple=True, metavar="TEACHER[.TAP]", help="Leave a teacher or one of its columns out.")
+def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop: tuple[str, ...]) -> None:
+    """Write finished CACHE to OUT in another format or dtype, or without some teachers; the same command continues."""
+    words = ["inspect-cache", "convert", os.fspath(cache), os.fspath(out)]
+    words += [w for name, value in (("--format", format), ("--dtype", dtype)) if value for w in (name, value)]
+    about = {"command": shlex.join(words + [w for name in drop for w in ("--drop", name)]), "folder": os.getcwd()}
+    with one_line_errors():
+        opened = open_cache(cache)
+        wanted = converted_plan(opened, format=format, dtype=dtype, drop=drop)
+        total = sum(1 for _ in units(wanted))
+        with Progress("converting", total, "shards") as progress:
+            manifest = convert_cache(opened, out, wanted, about=about, progress=lambda n: progress.add(1, bytes=n))
+    click.echo(f"{out}: {manifest['n_valid']} images, {', '.join(c['name'] for c in manifest['columns']) or 'no teacher'}, "
+               f"{wanted.dtype} in {wanted.format}")  # fmt: skip
+    for column in manifest["columns"]:
+        if source := column["quantiser"].get("source"):
+            click.echo(f"  {column['name']}: requantised from {source[:19]}, SNR at least {column['quality']['snr_db']:.1f} dB "
+                       "in the worst shard, counted from the teacher")  # fmt: skip
+
+
+@main.command()
+@CACHE
+@click.option("--out", type=click.Path(path_type=Path), help="The PNG; default: CACHE/pictures.png.")
+@click.option("--samples", default=8, type=click.IntRange(1), help="Rows of the sheet.")
+@click.option("--view", default=0, type=click.IntRange(0), help="Which view.")
+def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
+    """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms."""
+    from mrmae.extract.inspect.pictures import write_sheet
+
+    with one_line_errors():
+        expect_utf8(out or "", "--out")
+        opened = open_cache(cache, allow_partial=True)
+        if view >= opened.n_views:
+            raise ValueError(f"--view {view}: this cache has {opened.n_views} views, numbered from 0")
+        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view)
+    click.echo(f"{os.fspath(path)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""From encoded images to the views that students and teachers see, decoded ahead of use in a pool of threads."""
+
+import dataclasses
+import hashlib
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+from mrmae.extract.images.decode import decoded
+from mrmae.extract.images.list import Sources, Unreadable, read_image
+from mrmae.shards.format.plan import Plan, tar_path
+from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import ViewRecipe, key_hash
+from mrmae.shards.format.views import BadImage, Pixels, decode_jpeg, draw_view, encode_jpeg, render
+from mrmae.shards.store.reader import read_members
+from mrmae.shards.store.tar import PixelRow, parse_row, read_index
+
+AHEAD = 3  # batches decoded or being decoded while one is with the teachers
+AT_ONCE = 64  # samples decoded together where that and the teachers take turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`, -1 for not given."""
+
+    sources: Sources
+    rows: Sequence[Source]
+    order: Sequence[int]
+    max_pixels: int
+
+    def decoded(self, number: int) -> AbstractContextManager[Pixels]:
+        """The image, uint8 [height, width, 3], as long as it is needed. BadImage where it does not decode.
+
+        ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
+        """
+        row, position = self.rows[number], self.order[number]
+        if position < 0:
+            raise ValueError(f"{row.key}: this image is not among IMAGES and something of it is missing in the cache; expected "
+                             "all images that are not committed yet; give their folder too")  # fmt: skip
+        try:
+            data = read_image(self.sources, position)
+        except Unreadable as error:
+            if row.bytes == 0:  # it could not be read when the plan was made either
+                raise BadImage(f"cannot be read: {error.strerror or error}") from None
+            raise
+        if hashlib.sha256(data).hexdigest() != row.sha256:
+            raise ValueError(
+                f"{self.sources.where(position)}: its bytes changed since the plan was made ({row.bytes} bytes then, "
+                f"{len(data)} now); expected the same image; restore it, or write to a new cache"
+            )
+        return decoded(data, max_pixels=self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One sample's views as stored (`rows`) and as pixels; a bad image has rows with a reason and no pixels.
+
+    seconds: that a thread spent on it.
+    """
+
+    number: int
+    rows: Mapping[int, PixelRow]
+    pixels: Mapping[int, Pixels]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A fixed part of a shard. views: the views that something is still to be done for."""
+
+    shard: int
+    numbers: range
+    views: tuple[int, ...]
+
+
+StoredRows = dict[int, dict[int, PixelRow]]  # by view, then number
+Begun = tuple[Batch, Sequence[Prepared | Future[Prepared]]]
+
+
+def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows) -> Prepared:
+    """The sample's views: those in `stored` as they are, the others drawn, rendered and encoded.
+
+    Pixels are always those of the decoded JPEG: what the student will see is what the teachers see.
+    """
+    began = time.perf_counter()
+    rows = {view: stored[view][number] for view in views if view in stored}
+    if len(rows) < len(views):
+        source = images.rows[number]
+        try:
+            with images.decoded(number) as image:
+                for view in set(views) - set(rows):
+                    crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
+                    jpeg = encode_jpeg(render(image, crop, recipe))
+                    rows[view] = PixelRow(number, source.key, source.label, crop, jpeg)
+        except BadImage as error:
+            for view in set(views) - set(rows):
+                rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
+    pixels = {view: decode_jpeg(row.jpeg) for view, row in rows.items() if row.jpeg is not None}
+    return Prepared(number, rows, pixels, time.perf_counter() - began)
+
+
+def prepared_batches(
+    images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int,
+    in_turns: bool, ready: dict[tuple[int, int], list[Prepared]] | None = None,
+) -> Generator[tuple[Batch, list[Prepared]], None, None]:  # fmt: skip
+    """Every batch with its prepared samples, in order, a few batches ahead of use.
+
+    stored: gives the views of a shard whose pixels are committed already; called once per run of its batches.
+    in_turns: decode some batches, and nothing while they are in use: on a CPU both would take each other's cores and caches.
+    ready: batches that are prepared already, by shard and first number; emptied as they are used.
+    """
+    pool = ThreadPoolExecutor(workers, "decode")
+    begun = begun_batches(pool, images, recipe, batches, stored, ready or {})
+    try:
+        if in_turns:
+            for first in begun:
+                several = max(1, AT_ONCE // max(len(first[0].numbers), 1))
+                yield from [finished(*one) for one in [first, *itertools.islice(begun, several - 1)]]
+            return
+        ahead: deque[Begun] = deque()
+        for one in begun:
+            ahead.append(one)
+            if len(ahead) > AHEAD:
+                yield finished(*ahead.popleft())
+        while ahead:
+            yield finished(*ahead.popleft())
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def begun_batches(
+    pool: ThreadPoolExecutor, images: Images, recipe: ViewRecipe, batches: Iterable[Batch],
+    stored: Callable[[int], StoredRows], ready: dict[tuple[int, int], list[Prepared]],
+) -> Iterator[Begun]:  # fmt: skip
+    """Every batch, handed to the pool as it is asked for."""
+    shard, known = -1, StoredRows()
+    for batch in batches:
+        if (there := ready.pop((batch.shard, batch.numbers.start), None)) is not None:
+            yield batch, there
+            continue
+        if batch.shard != shard:
+            shard, known = batch.shard, stored(batch.shard)
+        yield batch, [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
+
+
+def finished(batch: Batch, samples: Sequence[Prepared | Future[Prepared]]) -> tuple[Batch, list[Prepared]]:
+    """The batch once its samples are prepared."""
+    return batch, [sample if isinstance(sample, Prepared) else sample.result() for sample in samples]
+
+
+def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:
+    """The rows of a committed pixel tar, with their JPEGs, by sample number, every byte verified."""
+    tar = tar_path(path, view, shard)
+    index, numbers = read_index(tar), plan.ranges[shard]
+    abouts = read_members(tar, range(len(numbers)), index.tables["json"])
+    rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
+    good = [i for i, number in enumerate(numbers) if rows[number].view is not None]
+    for i, jpeg in zip(good, read_members(tar, good, index.tables["jpg"])):
+        rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], jpeg=jpeg)
+    return rows

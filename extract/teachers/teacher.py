@@ -1,0 +1,164 @@
+"""Frozen teachers: uint8 views in, patch tokens, CLS, attention and token norms out, with a spec that says exactly how."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
+from mrmae.extract.teachers.tower import StateDict, Tower
+from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.format.tail import apply_tail
+
+__all__ = ["DEFAULT_TEACHERS", "Features", "Teacher", "TeacherRequest", "apply_tail", "build_teacher", "parse_teacher"]
+
+DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """What a teacher makes of a batch of views, all fp32 on its device; l patches in raster order, without prefix tokens.
+
+    attention: last block, from CLS, mean over heads, softmax over all tokens, patches kept (sums to less than 1).
+    norm: length of each token.
+    """
+
+    tokens: Float[Tensor, "b l d"]
+    cls: Float[Tensor, "b d"] | None
+    attention: Float[Tensor, "b l"] | None
+    norm: Float[Tensor, "b l"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """A frozen image tower on a device. tail: its final norm and projection, for `apply_tail` (fp32, CPU)."""
+
+    spec: TeacherSpec
+    tail: StateDict
+    tower: Tower
+    device: torch.device
+
+    @torch.no_grad()  # not inference_mode: online training keeps these tensors for its backward
+    def forward(self, pixels: UInt8[Tensor, "b h w 3"]) -> Features:
+        """Features of uint8 RGB views of any one size; resized and normalised here, in fp32, as `spec` says."""
+        spec = self.spec
+        image = normalise(pixels.to(self.device, non_blocking=True), spec)
+        if self.tower.patch is None:
+            image = image.contiguous(memory_format=torch.channels_last)
+        with computing(self.device, spec.precision):
+            found, cls = self.tower.features(image)
+            row = self.tower.attention_row() if self.tower.attention_row else None
+        height, width = found.shape[-2:]
+        tokens = to_grid(found.float(), spec.grid).flatten(2).transpose(1, 2).contiguous()
+        if row is not None:
+            row = row[:, spec.prefix_tokens :].reshape(-1, 1, height, width)
+            # Resampling keeps the mean; the sum over patches is what must stay.
+            row = to_grid(row, spec.grid).flatten(1) * (height * width / (spec.grid[0] * spec.grid[1]))
+        return Features(tokens, None if cls is None else cls.float(), row, tokens.norm(dim=-1))
+
+
+def build_teacher(
+    request: TeacherRequest, *, grid: int, view_size: int, device: str | torch.device, precision: str,
+    allow_torchscript: bool = False,
+) -> Teacher:  # fmt: skip
+    """The asked-for teacher on `device`, for views of `view_size` px and a grid x grid student.
+
+    ViTs get an input of grid x patch pixels; other maps are resampled bilinearly to the grid. precision: fp32, or bf16 or
+    fp16 by autocast; the outputs are fp32. Raises ValueError with the reason and what to change.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision {precision!r} is unknown; expected {', '.join(PRECISIONS)}; correct --precision")
+    if request.library == "timm":
+        from mrmae.extract.teachers.timm import build_timm as build  # each library takes seconds to import
+    else:
+        from mrmae.extract.teachers.open_clip import build_open_clip as build
+    tower = build(request, grid=grid, allow_torchscript=allow_torchscript)
+    with torch.no_grad():
+        found, cls = tower.features(torch.zeros(1, 3, *tower.input_size))
+    target = torch.device(device)
+    tower.module.to(target)
+    if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
+        tower.module.to(memory_format=torch.channels_last)
+    return Teacher(make_spec(request, tower, found, cls is not None, grid, precision), tower.tail, tower, target)
+
+
+def make_spec(
+    request: TeacherRequest, tower: Tower, found: Tensor, has_cls: bool, grid: int, precision: str
+) -> TeacherSpec:
+    native_grid = (int(found.shape[-2]), int(found.shape[-1]))
+    seen = tower.origin.preprocessing
+    return TeacherSpec(
+        name=request.name,
+        library=request.library,
+        model=request.model,
+        weights=request.weights,
+        tag=tower.origin.tag,
+        weights_sha256=tower.origin.weights_sha256,
+        activation=tower.activation,
+        input_size=tower.input_size,
+        mean=seen.mean,
+        std=seen.std,
+        interpolation=seen.interpolation,
+        antialias=seen.interpolation != "nearest",
+        tap=tower.tap,
+        prefix_tokens=tower.prefix_tokens,
+        native_grid=native_grid,
+        grid=(grid, grid),
+        resample="none" if native_grid == (grid, grid) else "bilinear",
+        width=int(found.shape[1]),
+        has_cls=has_cls,
+        has_attention=tower.attention_row is not None,
+        precision=precision,
+        attention_backend=tower.attention_backend,
+        model_options=plain_options(request),
+    )
+
+
+def plain_options(request: TeacherRequest) -> dict[str, object]:
+    """The constructor's options as JSON has them."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in request.options.items()}
+
+
+def normalise(pixels: UInt8[Tensor, "b h w 3"], spec: TeacherSpec) -> Float[Tensor, "b 3 height width"]:
+    """The views at the teacher's input size, (x / 255 - mean) / std.
+
+    Resized in fp32 with PIL's kernels (antialiased) and clamped to 0..255 as a decoder would, but not rounded.
+    """
+    image = pixels.float().permute(0, 3, 1, 2)
+    height, width = spec.input_size
+    if tuple(image.shape[-2:]) != (height, width):
+        mode = "nearest-exact" if spec.interpolation == "nearest" else spec.interpolation
+        image = F.interpolate(image, spec.input_size, mode=mode, antialias=spec.antialias).clamp(0, 255)
+    # By whole rows: constants of three values make loops of three on a CPU, many times as slow.
+    rows = image.permute(0, 2, 3, 1).reshape(len(pixels), height, width * 3)
+    mean, std = (torch.tensor(v, device=rows.device).repeat(width) for v in (spec.mean, spec.std))
+    return rows.div_(255).sub_(mean).div_(std).view(-1, height, width, 3).permute(0, 3, 1, 2)
+
+
+def to_grid(found: Float[Tensor, "b d gh gw"], grid: tuple[int, int]) -> Float[Tensor, "b d h w"]:
+    """A map resampled to the grid: bilinear, corners not aligned, antialiased where it shrinks; as it is where it fits."""
+    height, width = found.shape[-2:]
+    if (height, width) == grid:
+        return found
+    shrinks = (
+        height > grid[0] or width > grid[1]
+    )  # where it grows, antialiasing changes nothing and takes 20 times as long
+    return F.interpolate(found, grid, mode="bilinear", align_corners=False, antialias=shrinks)
+
+
+@contextlib.contextmanager
+def computing(device: torch.device, precision: str) -> Iterator[None]:
+    """The teacher's arithmetic: autocast, or true fp32 (cuDNN would use TF32 for the patch embedding: 1e-3 off)."""
+    dtype = PRECISIONS[precision]
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before

@@ -1,0 +1,302 @@
+"""Any timm model as an image tower: a plain ViT at grid x patch, or a feature map at the model's own size."""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import timm
+import timm.models
+import torch
+from torch import Tensor, nn
+
+from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
+from mrmae.extract.teachers.attention import checked_attention
+from mrmae.extract.teachers.hub import fetch_weights
+from mrmae.extract.teachers.tower import (
+    Features,
+    ImageSize,
+    Origin,
+    Preprocessing,
+    StateDict,
+    Tower,
+    activation_of,
+    norm_tail,
+    tap_index,
+    with_tail,
+)
+from mrmae.extract.teachers.weights import first_line, fit_weights, hinted, load_weights, weights_sha256
+
+HUB_FILES = ("model.safetensors", "pytorch_model.bin")
+# timm's own note on weights that its default GELU does not reproduce.
+QUICKGELU_NOTE = "natively QuickGELU"
+
+
+def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -> Tower:
+    """The asked-for timm model, on the CPU, in evaluation mode.
+
+    A plain ViT is built at grid x patch (or `input_size`) and timm's own loader resamples its position embeddings;
+    other models keep their configured size. ValueError names what does not fit.
+    """
+    config = find_config(request)
+    weights = read_weights(request, config, allow_torchscript=allow_torchscript)
+    native = build_loaded(request, config, weights, {})
+    sha256 = weights_sha256(native.state_dict(), classifier=classifier_names(config))
+    check_activation(request, config, native)
+    patch, native_size = patch_of(native), size_of(native, config)
+    size = wanted_size(request, patch, native_size, grid)
+    model = native
+    if size != native_size and config.fixed_input_size:
+        model = build_sized(request, config, native, size, native_size)
+    tag = request.tag or (config.tag if request.weights == "hub" else None)
+    origin = Origin(request.where, tag, preprocessing(request, config), sha256)
+    return as_tower(model, origin, request.tap, patch, size, norm_tail_of(model) if patch else {})
+
+
+# --- configuration
+
+
+def find_config(request: TeacherRequest) -> Any:
+    """timm's configuration (a PretrainedCfg) of the model and tag. ValueError with the nearest names."""
+    if not timm.is_model(request.model):
+        raise ValueError(
+            f"{request.where}: timm has no model {request.model!r}{hinted(request.model, timm.list_models())}; "
+            "correct the name (tags follow a dot)"
+        )
+    tags = [name.partition(".")[2] for name in timm.models.get_arch_pretrained_cfgs(request.model)]
+    if request.tag and request.tag not in tags:
+        raise ValueError(
+            f"{request.where}: {request.model} has no tag {request.tag!r}; it has {', '.join(filter(None, tags)) or 'none'}"
+        )
+    name = f"{request.model}.{request.tag}" if request.tag else request.model
+    return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
+
+
+def preprocessing(request: TeacherRequest, config: Any) -> Preprocessing:
+    chosen = request.interpolation or config.interpolation
+    if chosen not in INTERPOLATIONS:
+        raise ValueError(
+            f"{request.where}: the configured interpolation {chosen!r} is not available; "
+            f"expected {', '.join(INTERPOLATIONS)}; choose with ?interpolation="
+        )
+    return Preprocessing(request.mean or tuple(config.mean), request.std or tuple(config.std), chosen)
+
+
+def classifier_names(config: Any) -> set[str]:
+    heads = config.classifier or ()
+    return {f"{head}.{part}" for head in ([heads] if isinstance(heads, str) else heads) for part in ("weight", "bias")}
+
+
+def check_activation(request: TeacherRequest, config: Any, model: nn.Module) -> None:
+    """ValueError where weights of a known tag were trained with QuickGELU and the model has GELU, or the reverse."""
+    if request.weights == "random" or (request.weights == "file" and not request.tag):
+        return
+    trained = any(QUICKGELU_NOTE in note for note in config.notes or ()) or "quickgelu" in request.model
+    built = activation_of(model)
+    if trained != (built == "quickgelu"):
+        other = request.model.replace("_clip_", "_clip_quickgelu_")
+        better = f"ask for {other}.{config.tag}" if trained and timm.is_model(other) else "correct ?activation="
+        raise ValueError(
+            f"{request.where}: the weights were trained with {'QuickGELU' if trained else 'another activation'}, "
+            f"the model has {built}; features would be wrong; {better}"
+        )
+
+
+# --- weights and construction
+
+
+def read_weights(request: TeacherRequest, config: Any, *, allow_torchscript: bool) -> StateDict | None:
+    """The tensors as timm's files name them; None for random weights."""
+    if request.weights == "random":
+        return None
+    if request.file:
+        return load_weights(request.file, allow_torchscript=allow_torchscript)
+    if not config.has_weights:
+        known = [name for name in timm.list_pretrained(f"{request.model}.*")]
+        raise ValueError(
+            f"{request.where}: timm knows no weights for it; expected one of {', '.join(known) or 'none'}, "
+            f"a file ({request.where}@FILE), or {request.name}=timm:{request.model}/random"
+        )
+    names = (config.hf_hub_filename,) if config.hf_hub_filename else HUB_FILES
+    url = config.url if isinstance(config.url, str) and config.url else None
+    hint = f"{request.name}=timm:{request.model}.{config.tag or ''}@FILE".replace(".@", "@")
+    path = fetch_weights(request.where, repository=config.hf_hub_id or None, names=names, url=url, local_hint=hint)
+    return load_weights(path)
+
+
+def build_loaded(
+    request: TeacherRequest, config: Any, weights: Mapping[str, Tensor] | None, size: Mapping[str, ImageSize]
+) -> nn.Module:
+    """The model in evaluation mode with `weights` (None: random, the same ones every time), at `size` if one is given."""
+    options: dict[str, Any] = request.options | dict(size)
+    if "img_size" in request.options:
+        raise ValueError(f"{request.where}: ?img_size= follows from the grid; use ?input_size= to choose it yourself")
+    if request.activation:
+        options["act_layer"] = {"quickgelu": "quick_gelu"}.get(request.activation, request.activation)
+    with torch.random.fork_rng(devices=[]), timm_loader_recorded() as recorded:
+        torch.manual_seed(0)
+        try:
+            model = timm.create_model(
+                f"{request.model}.{request.tag}" if request.tag else request.model, pretrained=True, **options
+            )
+        except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+            raise ValueError(
+                f"{request.where}: timm cannot build it with {options or 'its defaults'} ({error}); correct the options"
+            ) from None
+    if weights is not None:
+        names = classifier_names(config)
+        converted = converted_weights(weights, model, recorded["filter_fn"], where=request.where, classifier=names)
+        fit_weights(model, converted, where=request.where, classifier=names)
+    return model.eval().requires_grad_(False)
+
+
+def build_sized(
+    request: TeacherRequest, config: Any, native: nn.Module, size: ImageSize, native_size: ImageSize
+) -> nn.Module:
+    """The model at another input size, with the weights of `native`. ValueError where timm cannot resize it."""
+    try:
+        return build_loaded(request, config, native.state_dict(), {"img_size": size})
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{request.where}: ").partition(";")[0]
+        raise ValueError(
+            f"{request.where}: cannot run at {size[0]} px, which the grid asks for ({reason}); "
+            f"run it at its own size with ?input_size={native_size[0]} (its map is then resampled to the grid)"
+        ) from None
+
+
+@contextlib.contextmanager
+def timm_loader_recorded() -> Iterator[dict[str, Any]]:
+    """Inside, `create_model(pretrained=True)` loads nothing; what it would have loaded with is in the dict.
+
+    Only so can a model's own checkpoint conversion (`filter_fn`: names, position embeddings) be had without timm's
+    downloads, and without its loading that is not strict once a head differs.
+    """
+    recorded: dict[str, Any] = {"filter_fn": None}
+    with mock.patch("timm.models._builder.load_pretrained", lambda _model, **how: recorded.update(how)):
+        yield recorded
+
+
+def converted_weights(
+    weights: Mapping[str, Tensor],
+    model: nn.Module,
+    filter_fn: Callable[..., StateDict] | None,
+    *,
+    where: str,
+    classifier: Collection[str],
+) -> Mapping[str, Tensor]:
+    """`weights` under the names and shapes of `model`, by timm's own conversion for it. ValueError where it cannot."""
+    if filter_fn is None:
+        return weights
+    given = (dict(weights), model) if len(inspect.signature(filter_fn).parameters) > 1 else (dict(weights),)
+    try:
+        return filter_fn(*given)
+    except Exception as error:  # made for the right weights, timm's conversions fail anyhow on others
+        fit_weights(model, weights, where=where, classifier=classifier)  # says which tensor does not fit
+        raise ValueError(
+            f"{where}: timm cannot convert the weights ({first_line(error)}); choose the model they were made for"
+        ) from None
+
+
+# --- geometry
+
+
+def patch_of(model: nn.Module) -> int | None:
+    """Pixels per token side of a plain ViT (one resolution throughout); None for any other model."""
+    embed = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
+    reductions = {stage["reduction"] for stage in getattr(model, "feature_info", None) or ()}
+    if len(reductions) != 1 or not (hasattr(embed, "grid_size") or hasattr(model, "num_prefix_tokens")):
+        return None
+    if hasattr(embed, "grid_size"):
+        return int(embed.img_size[0] // embed.grid_size[0])  # type: ignore[union-attr]
+    return int(reductions.pop())
+
+
+def size_of(model: nn.Module, config: Any) -> ImageSize:
+    """(height, width) in pixels that the model was built for."""
+    embed = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
+    size = getattr(embed, "img_size", None) or config.input_size[1:]
+    return int(size[0]), int(size[1])
+
+
+def wanted_size(request: TeacherRequest, patch: int | None, native: ImageSize, grid: int) -> ImageSize:
+    side = request.input_size or (grid * patch if patch else None)
+    if patch and side and side % patch:
+        raise ValueError(f"{request.where}: ?input_size={side} is no multiple of the model's patch of {patch} px")
+    return (side, side) if side else native
+
+
+# --- features
+
+
+def as_tower(
+    model: nn.Module, origin: Origin, tap: str | None, patch: int | None, size: ImageSize, tail: StateDict
+) -> Tower:
+    """A timm model (alone, or as another tower's trunk) as a Tower."""
+    tap = tap or ("pre_tail" if patch else "last")
+    block = model.blocks[-1] if patch and has_cls(model) and hasattr(model, "blocks") else None  # type: ignore[index]
+    features = features_at(model, tap, patch, where=origin.where, whole=block is not None)
+    row = checked_attention(getattr(block, "attn", None), features, size)
+    features = with_tail(features, tail, tap, where=origin.where)
+    return Tower(
+        module=model,
+        features=features,
+        attention_row=row,
+        patch=patch,
+        input_size=size,
+        origin=origin,
+        activation=activation_of(model),
+        prefix_tokens=prefix_tokens_of(model),
+        tap=tap,
+        tail=tail,
+        attention_backend=attention_backend(model),
+    )
+
+
+def features_at(model: nn.Module, tap: str, patch: int | None, *, where: str, whole: bool) -> Features:
+    """Normalised image -> (map, CLS) at the tap. whole: always run every block (the last one's attention is wanted)."""
+    stages = len(getattr(model, "feature_info", None) or ())
+    if tap == "head" and not patch:
+        return lambda x: (to_map(model, model.forward_features(x)), None)  # type: ignore[operator]
+    if tap in (("pre_tail", "post_ln", "projected") if patch else ("last",)):
+        index: int | list[int] = 1  # the last one
+    else:
+        kind = "block" if patch else "stage"
+        others = ("pre_tail", "post_ln") if patch else ("last", "head")
+        index = [tap_index(tap, prefix=kind, count=stages, where=where, others=others)]
+    how: dict[str, Any] = {"indices": index, "norm": False, "stop_early": not whole, "intermediates_only": True}
+    if has_cls(model) or prefix_tokens_of(model):
+        how["return_prefix_tokens"] = True
+    accepted = inspect.signature(model.forward_intermediates).parameters  # type: ignore[arg-type]
+    how = {key: value for key, value in how.items() if key in accepted}
+
+    def features(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = model.forward_intermediates(x, output_fmt="NCHW", **how)[0]  # type: ignore[operator]
+        tokens, prefix = out if isinstance(out, tuple) else (out, None)
+        return tokens, prefix[:, 0] if prefix is not None and has_cls(model) else None
+
+    return features
+
+
+def has_cls(model: nn.Module) -> bool:
+    return getattr(model, "cls_token", None) is not None
+
+
+def prefix_tokens_of(model: nn.Module) -> int:
+    return int(getattr(model, "num_prefix_tokens", 0) or 0)
+
+
+def to_map(model: nn.Module, out: Tensor) -> Tensor:
+    """[b, d, h, w] from what forward_features gives: NCHW, or NHWC where the model says so."""
+    return out.permute(0, 3, 1, 2) if str(getattr(model, "output_fmt", "NCHW")).endswith("NHWC") else out
+
+
+def norm_tail_of(model: nn.Module) -> StateDict:
+    """Final norm: `norm`, or `fc_norm` in models that pool before it."""
+    return norm_tail(getattr(model, "norm", None)) or norm_tail(getattr(model, "fc_norm", None))
+
+
+def attention_backend(model: nn.Module) -> str:
+    """`sdpa` (PyTorch's fused attention), `explicit` (products and softmax) or `none` (no attention)."""
+    fused = [bool(module.fused_attn) for module in model.modules() if hasattr(module, "fused_attn")]
+    return "sdpa" if any(fused) else "explicit" if any("attn" in name for name, _ in model.named_modules()) else "none"

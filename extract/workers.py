@@ -1,0 +1,185 @@
+"""Several processes, one extraction: who does which shards, and how the others wait for the one that plans.
+
+A shard belongs to one process, by its number alone, and what is computed for it does not depend on how many there are.
+Processes see each other only through the cache's folder, so they may run on different machines, or one after another.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from mrmae.common.progress import human_time
+from mrmae.shards import claims
+from mrmae.shards import commit as commits
+from mrmae.shards.claims import Claim
+from mrmae.shards.commit import Unit
+from mrmae.shards.extend import in_order_of
+from mrmae.shards.format import plan as plans
+from mrmae.shards.format.plan import Plan
+from mrmae.shards.format.samples import read_samples
+from mrmae.shards.format.spec import compare_specs
+
+POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
+GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
+LONGEST_SECONDS = 86_400.0  # even for one who lives: hashing ten million images, or a shard on a CPU, takes hours
+SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 10.0, 60.0
+SHOWN_UNITS = 5
+Units = Sequence[tuple[int, str]]  # (view, column) of a shard
+Found = TypeVar("Found")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """This process's share: shards whose number is `index` modulo `of`. Number 0 plans and calibrates for all."""
+
+    index: int = 0
+    of: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process plans and calibrates."""
+        return self.index == 0
+
+    def owns(self, shard: int) -> bool:
+        """Whether the shard is this process's work."""
+        return shard % self.of == self.index
+
+    def __str__(self) -> str:
+        return f"{self.index}/{self.of}"
+
+
+def part_of(shards: str, environment: Mapping[str, str] = os.environ) -> Part:
+    """This process's part: rank RANK of WORLD_SIZE (torchrun sets both) within part i of n, for `shards` = 'i/n'.
+
+    Raises ValueError for anything else than 0 <= i < n.
+    """
+    rank, world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+    match = re.fullmatch(r"(\d+)/(\d+)", shards or "0/1")
+    index, of = (int(match[1]), int(match[2])) if match else (1, 0)
+    if not index < of:
+        raise ValueError(f"--shards {shards}: is no part; expected i/n with 0 <= i < n, e.g. "
+                         "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT with --array=0-7")  # fmt: skip
+    return Part(index * world + rank, of * world)
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """(number of this process on its machine, how many there are), as torchrun says."""
+    return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> Plan:
+    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and has these images.
+
+    ValueError, saying what it lacks, where nobody is making such a plan.
+    """
+    why = ["there is none yet"]
+
+    def ready() -> Plan | None:
+        if not (job_path / "plan.json").exists():
+            return None
+        found = plans.load_plan(job_path)
+        same = dataclasses.replace(in_order_of(found, wanted), quantisers=found.quantisers, dataset_id=found.dataset_id,
+                                   n_samples=found.n_samples, appended=found.appended)  # fmt: skip
+        try:
+            compare_specs(found.to_json(), same.to_json(), "the plan there")
+        except ValueError as error:
+            why[0] = str(error)
+            return None
+        if set(found.quantisers) != {teacher.column for teacher in found.columns}:
+            why[0] = "it is not calibrated yet"
+            return None
+        if not keys <= set(read_samples(job_path, found.n_rows)["key"]):
+            why[0] = f"part {part} sees other images than the plan's; the same IMAGES are expected everywhere"
+            return None
+        return found
+
+    return wait(
+        ready,
+        lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}",
+        lambda: claims.held_by(job_path / claims.PLAN_LOCK),
+        "start part 0 (--shards 0/N, or rank 0), then this command again",
+    )
+
+
+def take_the_plan(path: Path) -> Claim:
+    """The lock of who plans, calibrates and finalises, once nobody else does."""
+    lock = path / claims.PLAN_LOCK
+    return wait(
+        lambda: claims.take(lock),
+        lambda: f"{path}: waiting for another process that plans or finishes this cache",
+        lambda: claims.held_by(lock),
+        "stop that process, then run this command again",
+    )
+
+
+def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dict[int, Units]:
+    """Those of the shards that others had claimed which they let go of unfinished; as soon as there is one, or all are finished."""
+    left = dict(others)
+
+    def ready() -> dict[int, Units] | None:
+        free = {shard: left[shard] for shard in left if claims.held_by(claims.shard_lock(path, shard)) is None}
+        for shard, units in list(free.items()):
+            if all(commits.valid_record(path, plan, *unit, shard) for unit in units):
+                del free[shard], left[shard]
+        return free if free or not left else None
+
+    return wait(
+        ready,
+        lambda: f"{path}: waiting for the writers of {len(left)} shards, the first is shard {min(left)}",
+        lambda: next((who for shard in left if (who := claims.held_by(claims.shard_lock(path, shard)))), None),
+        "stop them, then run this command again",
+    )
+
+
+def wait_for_shards(path: Path, plan: Plan) -> None:
+    """Return when every shard is committed, by whomever. ValueError, naming them, for those that nobody commits."""
+    left: list[Unit] = commits.missing(path, plan)
+    counts: list[int] = [len(left)]
+
+    def ready() -> bool | None:
+        left[:] = [unit for unit in left if commits.valid_record(path, plan, *unit) is None]
+        return not left or None
+
+    def living() -> str | None:
+        counts.append(len(left))
+        return "some are committed" if counts[-1] < counts.pop(0) else next(claims.writers(path), None)
+
+    wait(
+        ready,
+        lambda: f"{path}: waiting for other processes: {len(left)} shards are not committed yet: {in_words(left)}",
+        living,
+        "run the same command again, it does them",
+    )
+
+
+def in_words(units: Sequence[Unit]) -> str:
+    """The first few units."""
+    named = [f"shard {shard} of {column}, view {view}" for view, column, shard in units[:SHOWN_UNITS]]
+    return "; ".join(named) + f" and {len(units) - SHOWN_UNITS} more" * (len(units) > SHOWN_UNITS)
+
+
+def wait(
+    ready: Callable[[], Found | None], what: Callable[[], str], living: Callable[[], str | None], todo: str
+) -> Found:
+    """What `ready` returns, once it is not None; says now and then on stderr what it waits for, for whom and since when.
+
+    living: who is at work on it, None where nobody is. ValueError, ending with `todo`, when nobody was for GRACE_SECONDS.
+    """
+    began = seen = time.monotonic()
+    since, said = time.strftime("%H:%M:%S"), began - SAY_EVERY_SECONDS + SAY_AFTER_SECONDS
+    while (found := ready()) is None:
+        now, who = time.monotonic(), living()
+        seen = now if who else seen
+        text = f"{what()}, since {since}; {who or 'nobody'} is at work on it"
+        if now - seen > GRACE_SECONDS or now - began > LONGEST_SECONDS:
+            raise ValueError(f"{text}, and this has waited for {human_time(now - began)}; {todo}")
+        if now - said >= SAY_EVERY_SECONDS:
+            said = now
+            print(text, file=sys.stderr, flush=True)
+        time.sleep(min(POLL_SECONDS + (now - began) / 100, LONGEST_POLL_SECONDS))
+    return found

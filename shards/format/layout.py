@@ -1,0 +1,52 @@
+"""The arrays of a column: which there are, their shapes, dtypes and shards."""
+
+import dataclasses
+from typing import Any
+
+from mrmae.shards.format.blocks import IN_BLOCKS
+from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.format.spec import expect
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of DTYPES).
+
+    blocks: chunks per sample of the arrays that are stored block by block (1: raster order).
+    """
+
+    n: int
+    l: int
+    d: int
+    shard_samples: int
+    dtype: str
+    has_cls: bool
+    has_attention: bool
+    blocks: int = 1
+
+    def __post_init__(self) -> None:
+        expect(self.dtype in DTYPES, "layout.dtype", self.dtype, ", ".join(DTYPES))
+
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """(shape of one sample, dtype) of every stored array, by name."""
+        tokens = DTYPES[self.dtype]
+        stored = {
+            "tokens": ((self.l, self.d), tokens.array),
+            "scale": ((self.l,), "float16") if tokens.scaled else None,
+            "cls": ((self.d,), "float16") if self.has_cls else None,
+            "attention": ((self.l,), "float16") if self.has_attention else None,
+            "norm": ((self.l,), "float16"),
+        }
+        return {name: array for name, array in stored.items() if array is not None}
+
+    def blocks_of(self, name: str) -> int:
+        """Chunks per sample of an array."""
+        return self.blocks if name in IN_BLOCKS else 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The layout as attributes hold it; one block goes without saying."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("blocks", 1)}
+
+    def count(self, shard: int) -> int:
+        """How many samples the shard holds: shard_samples, fewer in the last."""
+        return max(0, min(self.shard_samples, self.n - shard * self.shard_samples))

@@ -1,0 +1,306 @@
+"""The plan of a cache (plan.json): what will be written, under which names, and what proves it.
+
+The plan is written first and never changes, except that calibration freezes the quantisers in it, once.
+docs/format.md, "Plan". Commit records, resume and the manifest are in commit.py.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+from mrmae.common.backend import read_bytes, size_of
+from mrmae.common.files import publish
+from mrmae.shards.format.blocks import BlockRule
+from mrmae.shards.format.layout import Layout
+from mrmae.shards.format.quantise import DTYPES, Quantiser
+from mrmae.shards.format.samples import Source, read_samples
+from mrmae.shards.format.shape import expect_kind, parsed
+from mrmae.shards.format.spec import (
+    FORMAT_VERSION,
+    TeacherSpec,
+    ViewRecipe,
+    column_id,
+    compare_specs,
+    dataset_id,
+    from_json,
+    geometry_id,
+    grown_dataset_id,
+    plain,
+)
+
+FORMATS = ("zarr", "webdataset")  # how columns can be stored
+PIXELS = "pixels"  # the column that every cache has
+
+
+@dataclasses.dataclass(frozen=True)
+class Appended:
+    """Images appended to a cache: how many, and the id of the data set with them."""
+
+    dataset_id: str
+    n_samples: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Consecutive samples that came together, the first images or an appended part, and the id of the data set up to them."""
+
+    numbers: range
+    dataset_id: str
+
+
+class QuantiserFields(TypedDict):
+    """A quantiser in JSON."""
+
+    dtype: str
+    standardised: bool
+    channel_mean: list[float] | None
+    channel_std: list[float] | None
+    source: NotRequired[str]
+
+
+class PlanFields(TypedDict):
+    """plan.json."""
+
+    format_version: int
+    dataset_id: str
+    n_samples: int
+    recipe: ViewRecipe
+    grid: tuple[int, int]
+    n_views: int
+    shard_samples: int
+    dtype: str
+    columns: list[TeacherSpec]
+    quantisers: dict[str, QuantiserFields]
+    format: NotRequired[str]
+    appended: NotRequired[list[Appended]]
+    token_layout: NotRequired[BlockRule]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Everything needed to resume, and to refuse a command with other options.
+
+    dataset_id, n_samples: of the images the cache was made for; appended: those that came later, in turn.
+    quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids.
+    token_layout: the rule of the blocks, None for raster order. Ids and names follow from the fields.
+    """
+
+    dataset_id: str
+    n_samples: int
+    recipe: ViewRecipe
+    grid: tuple[int, int]
+    n_views: int
+    shard_samples: int
+    dtype: str
+    columns: tuple[TeacherSpec, ...]
+    quantisers: Mapping[str, Quantiser] = dataclasses.field(default_factory=dict)
+    format: str = "zarr"
+    appended: tuple[Appended, ...] = ()
+    token_layout: BlockRule | None = None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"plan: dtype {self.dtype!r} is not known; expected {', '.join(DTYPES)}; choose one")
+        names = [teacher.column for teacher in self.columns]
+        if len(set(names)) < len(names):
+            raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")
+        weights = {teacher.name: teacher.weights_sha256 for teacher in self.columns}
+        for teacher in self.columns:
+            if weights[teacher.name] != teacher.weights_sha256:
+                raise ValueError(f"plan: two models are named {teacher.name}; expected one name per model, with one or "
+                                 "several taps; rename one")  # fmt: skip
+        for teacher in self.columns:
+            if teacher.grid != self.grid:
+                raise ValueError(f"plan: teacher {teacher.name} has grid {teacher.grid}; the cache has {self.grid}; "
+                                 "all teachers of a cache share one grid")  # fmt: skip
+        if min(self.n_views, self.shard_samples, self.n_samples) < 1:
+            raise ValueError(f"plan: {self.n_samples} samples, {self.n_views} views, shards of {self.shard_samples}; "
+                             "expected at least one of each")  # fmt: skip
+        if self.token_layout is not None:
+            self.token_layout.rows(self.grid[0] * self.grid[1])
+
+    @functools.cached_property
+    def parts(self) -> list[Part]:
+        """The first images, then every appended part, which begins with a shard of its own."""
+        parts = [Part(range(self.n_samples), self.dataset_id)]
+        for more in self.appended:
+            start = -(-parts[-1].numbers.stop // self.shard_samples) * self.shard_samples
+            parts.append(Part(range(start, start + more.n_samples), more.dataset_id))
+        return parts
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of every array: the last sample's number, and one."""
+        return self.parts[-1].numbers.stop
+
+    @property
+    def n_images(self) -> int:
+        """Images, without the empty rows before an appended part."""
+        return sum(len(part.numbers) for part in self.parts)
+
+    @functools.cached_property
+    def ranges(self) -> list[range]:
+        """The sample numbers of every shard; the last of each part may be shorter."""
+        return [range(part.numbers.start + at.start, part.numbers.start + at.stop)
+                for part in self.parts for at in shard_ranges(len(part.numbers), self.shard_samples)]  # fmt: skip
+
+    @property
+    def geometry_id(self) -> str:
+        """Id of the views that all columns share (of the first images)."""
+        return self.ids[PIXELS]
+
+    @property
+    def ids(self) -> dict[str, str]:
+        """Id of the numbers of every column that has a quantiser, by name; for the pixels, of the views (of the first images)."""
+        return self.part_ids[0]
+
+    @functools.cached_property
+    def part_ids(self) -> list[dict[str, str]]:
+        """The same for every part: an appended one has ids of its own, from the data set up to it."""
+        found, blocks = [], None if self.token_layout is None else plain(self.token_layout)
+        for part in self.parts:
+            geometry = geometry_id(part.dataset_id, self.recipe)
+            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json(), blocks)
+                     for t in self.columns if t.column in self.quantisers}  # fmt: skip
+            found.append({PIXELS: geometry, **named})
+        return found
+
+    def shard_ids(self, shard: int) -> dict[str, str]:
+        """Ids of the pixels and of every column with a quantiser, as a shard's records and seals hold them."""
+        first = self.ranges[shard].start
+        return next(ids for part, ids in zip(self.parts, self.part_ids) if first in part.numbers)
+
+    @property
+    def n_shards(self) -> int:
+        """Shards per view and column."""
+        return len(self.ranges)
+
+    def teacher(self, column: str) -> TeacherSpec:
+        """The teacher of a column."""
+        return next(teacher for teacher in self.columns if teacher.column == column)
+
+    def layout(self, column: str) -> Layout:
+        """The arrays of a teacher's column."""
+        teacher, (h, w) = self.teacher(column), self.grid
+        return Layout(self.n_rows, h * w, teacher.width, self.shard_samples, self.dtype,
+                      teacher.has_cls, teacher.has_attention,
+                      1 if self.token_layout is None else self.token_layout.blocks)  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plan.json holds it; raster order goes without saying."""
+        fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
+        fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        if not self.appended:
+            del fields["appended"]
+        if self.token_layout is None:
+            del fields["token_layout"]
+        return fields | {"quantisers": {name: q.to_json() for name, q in self.quantisers.items()}}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any], where: str) -> "Plan":
+        """The plan that `to_json` described. where: the file, for errors. ValueError where it is damaged."""
+        try:
+            expect_kind(fields, PlanFields)
+            plan = Plan(
+                **{
+                    **{name: value for name, value in fields.items() if name != "format_version"},
+                    "recipe": from_json(ViewRecipe, fields["recipe"], where),
+                    "grid": tuple(fields["grid"]),
+                    "columns": tuple(from_json(TeacherSpec, column, where) for column in fields["columns"]),
+                    "quantisers": {name: Quantiser.from_json(q) for name, q in fields["quantisers"].items()},
+                    "appended": tuple(Appended(**part) for part in fields.get("appended", ())),
+                    "token_layout": BlockRule.from_json(fields.get("token_layout")),
+                }
+            )
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            what = str(error) if isinstance(error, ValueError) else repr(error)
+            if what.startswith(where):
+                raise
+            raise ValueError(f"{where}: damaged ({what}); expected the fields of a plan; restore it, or where the cache "
+                             "was finished, run inspect-cache repair") from None  # fmt: skip
+        if unknown := sorted(set(plan.quantisers) - {teacher.column for teacher in plan.columns}):
+            raise ValueError(
+                f"{where}: a quantiser is of {unknown[0]!r}, which is no column; expected the plan's columns; restore it"
+            )
+        return plan
+
+
+def shard_ranges(n: int, shard_samples: int) -> list[range]:
+    """The sample numbers of every shard: consecutive ranges, the last may be shorter."""
+    return [range(start, min(start + shard_samples, n)) for start in range(0, n, shard_samples)]
+
+
+def default_shard_samples(n: int, token_bytes: int) -> int:
+    """Samples per shard: the smaller of 512 MB of tokens and n / 64, at least 64. token_bytes: of one sample."""
+    return max(64, min(512 * 10**6 // max(token_bytes, 1), n // 64))
+
+
+def dataset_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:
+    """Id of the data set up to and with every part of the plan, computed from the images by number."""
+    ids: list[str] = []
+    for part in plan.parts:
+        leaves = [(row.key, row.bytes, row.sha256) for row in rows[part.numbers.start : part.numbers.stop]]
+        ids.append(grown_dataset_id(ids[-1], leaves) if ids else dataset_id(leaves))
+    return ids
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan of the cache at `path`. ValueError when there is none or it is of another format version."""
+    file = path / "plan.json"
+    try:
+        size_of(file)
+        fields = parsed(read_bytes(file), dict[str, Any])
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
+                         "inspect-cache repair; otherwise extract anew") from None  # fmt: skip
+    if (version := fields.get("format_version")) != FORMAT_VERSION:
+        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
+    return Plan.from_json(fields, str(file))
+
+
+def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser]) -> Plan:
+    """The plan with its columns' quantisers, on disk too. ValueError when others were frozen before."""
+    frozen = dataclasses.replace(plan, quantisers=dict(quantisers))
+    if set(quantisers) != {teacher.column for teacher in plan.columns}:
+        raise ValueError(f"{path}: quantisers for {sorted(quantisers)}; expected one for every column of the plan")
+    before = {name: q.to_json() for name, q in load_plan(path).quantisers.items()}
+    now = {name: frozen.quantisers[name].to_json() for name in before}
+    compare_specs({"quantisers": before}, {"quantisers": now}, str(path / "plan.json"))
+    if len(before) == len(quantisers):
+        return load_plan(path)
+    if others := {q.dtype for q in quantisers.values()} - {plan.dtype}:
+        raise ValueError(
+            f"{path}: a quantiser is of {others.pop()}; the cache has {plan.dtype}; its columns share one dtype"
+        )
+    publish(path / "plan.json", readable_json(frozen.to_json()), replace=True)
+    return frozen
+
+
+def read_sources(path: Path) -> list[Source]:
+    """The images of the cache at `path` by number, as they were when the plan was made; key "" where a row holds none."""
+    table = read_samples(path, load_plan(path).n_rows)
+    return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
+
+
+def tar_path(path: Path, view: int, shard: int) -> Path:
+    """The pixel tar of a shard."""
+    return path / "views" / str(view) / PIXELS / f"{shard:06d}.tar"
+
+
+def readable_json(value: Any) -> bytes:
+    """Indented JSON with sorted keys, lists of numbers on one line."""
+    text = json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False)
+    one_line = re.sub(
+        r"\[[\s\d.,eE+-]*\]",
+        lambda found: re.sub(r"\s+(?=\])|(?<=\[)\s+", "", re.sub(r"\s+", " ", found.group())),
+        text,
+    )
+    return (one_line + "\n").encode()

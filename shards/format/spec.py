@@ -1,0 +1,237 @@
+"""What a cache holds, and the ids that prove it: hashes of canonical JSON, never of pickles, paths, hosts or times.
+
+docs/format.md, "Identity", is the normative text; golden values stand in tests/shards/format/test_spec.py.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+FORMAT_VERSION = 2
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# Where weights came from and how they were called does not change a number; their sha256 does.
+NOT_HASHED = ("name", "weights", "tag")
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewRecipe:
+    """How views are drawn and stored: RandomResizedCrop's parameters, flip probability, seed, encoding.
+
+    size: pixels per side of the square view. crop_scale: share of the image's area. crop_ratio: width / height.
+    """
+
+    size: int
+    crop_scale: tuple[float, float] = (0.4, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    seed: int = 0
+    interpolation: str = "bicubic"
+    encoding: str = "jpeg95"
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio"):
+            object.__setattr__(self, name, floats(getattr(self, name)))
+        object.__setattr__(self, "flip", float(self.flip))
+        low, high = self.crop_scale
+        expect(self.size > 0, "size", self.size, "a positive number of pixels")
+        expect(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
+        expect(0 < self.crop_ratio[0] <= self.crop_ratio[1], "crop_ratio", self.crop_ratio, "0 < low <= high")
+        expect(0 <= self.flip <= 1, "flip", self.flip, "a probability")
+        expect(0 <= self.seed < 2**64, "seed", self.seed, "0 <= seed < 2**64")
+        expect(self.interpolation in ("bilinear", "bicubic", "lanczos"), "interpolation", self.interpolation,
+               "bilinear, bicubic or lanczos")  # fmt: skip
+        expect(self.encoding == "jpeg95", "encoding", self.encoding, "jpeg95")
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherSpec:
+    """Everything about a teacher that changes its numbers, and three fields that do not (name, weights, tag).
+
+    input_size, native_grid, grid: (height, width). weights_sha256: of the visual tower's state dict as fp32.
+    """
+
+    name: str
+    library: str
+    model: str
+    weights: str
+    tag: str | None
+    weights_sha256: str
+    activation: str | None
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    antialias: bool
+    tap: str
+    prefix_tokens: int
+    native_grid: tuple[int, int]
+    grid: tuple[int, int]
+    resample: str
+    width: int
+    has_cls: bool
+    has_attention: bool
+    precision: str
+    attention_backend: str
+    model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, floats(getattr(self, name)))
+        for name in ("input_size", "native_grid", "grid"):
+            object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
+        object.__setattr__(self, "model_options", dict(self.model_options))
+        expect(bool(NAME.fullmatch(self.name)) and self.name != "pixels", "teacher name", self.name,
+               "1 to 64 letters, digits, - or _, starting with a letter or digit, and not 'pixels'")  # fmt: skip
+        expect(bool(NAME.fullmatch(self.tap)), "tap", self.tap, "letters, digits, - or _")
+        expect(self.weights in ("hub", "file", "random"), "weights", self.weights, "hub, file or random")
+        expect(self.resample in ("none", "bilinear"), "resample", self.resample, "none or bilinear")
+        expect(self.width > 0, "width", self.width, "a positive number of channels")
+
+    @property
+    def column(self) -> str:
+        """Name of this teacher's column: `<teacher>.<tap>`."""
+        return f"{self.name}.{self.tap}"
+
+
+Spec = TypeVar("Spec", ViewRecipe, TeacherSpec)
+
+
+def expect(true: bool, field: str, value: object, wanted: str) -> None:
+    """Raise ValueError naming `field`, its value and what was wanted, unless `true`."""
+    if not true:
+        raise ValueError(f"{field}: {value!r} cannot be used; expected {wanted}; correct this option")
+
+
+def floats(values: Iterable[float]) -> tuple[float, ...]:
+    """The values as Python floats, so that 1 and 1.0 have one id."""
+    return tuple(float(value) for value in values)
+
+
+def from_json(kind: type[Spec], fields: Mapping[str, Any], where: str) -> Spec:
+    """`kind` built from a JSON object; ValueError where a field is missing or unknown."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    if wrong := sorted(known ^ set(fields)):
+        raise ValueError(f"{where}: fields {wrong} are missing or unknown; expected {sorted(known)}; "
+                         "read it with the version of mrmae that wrote it")  # fmt: skip
+    return kind(**fields)
+
+
+def key_hash(key: str) -> int:
+    """First 8 bytes of sha256 of the key's UTF-8, little-endian, unsigned. ValueError for text that is not Unicode."""
+    try:
+        data = key.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{key!r}: this name is not valid Unicode; keys are UTF-8; rename the file") from None
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
+
+
+def signed_hashes(keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The keys' hashes reinterpreted as int64, the only 64-bit integer torch computes with."""
+    return np.array([key_hash(key) for key in keys], np.uint64).view(np.int64)
+
+
+def canonical_order(keys: Sequence[str]) -> list[int]:
+    """Positions that sort the keys by (hash, key): any prefix is a random sample of the data set.
+
+    ValueError names duplicate keys.
+    """
+    order = sorted(range(len(keys)), key=lambda i: (key_hash(keys[i]), keys[i]))
+    twice = [keys[a] for a, b in itertools.pairwise(order) if keys[a] == keys[b]]
+    if twice:
+        raise ValueError(f"{twice[0]!r}: this key occurs twice ({len(twice)} such keys); a key names one image; "
+                         "rename one, or choose with --include")  # fmt: skip
+    return order
+
+
+def canonical_json(value: Any) -> bytes:
+    """UTF-8 JSON with sorted keys, no spaces, floats as their shortest repr. ValueError for NaN and infinities."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def content_id(value: Any) -> str:
+    """`sha256:` and the hex digest of the value's canonical JSON."""
+    return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def dataset_id(rows: Iterable[tuple[str, int, str]]) -> str:
+    """Merkle root over (key, encoded bytes, their sha256 in hex), whatever order the rows come in.
+
+    Leaf: sha256(0x00 + canonical JSON of the row); node: sha256(0x01 + left + right); an odd last node moves up.
+    """
+    rows = list(rows)
+    rows = [rows[i] for i in canonical_order([row[0] for row in rows])]
+    level = [hashlib.sha256(b"\x00" + canonical_json(list(row))).digest() for row in rows]
+    if not level:
+        raise ValueError("dataset id: there are no images; expected at least one; check the path and --include")
+    while len(level) > 1:
+        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2])]
+        level = pairs + level[len(level) - len(level) % 2 :]
+    return "sha256:" + level[0].hex()
+
+
+def grown_dataset_id(before: str, appended: Iterable[tuple[str, int, str]]) -> str:
+    """Id of a data set with images appended. before: its id until then; appended: rows as for dataset_id."""
+    rows = dataset_id(appended)
+    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": rows})
+
+
+def geometry_id(dataset_id: str, recipe: ViewRecipe) -> str:
+    """Id of a data set's views. Not of their number: views may be added later."""
+    return content_id({"format_version": FORMAT_VERSION, "dataset": dataset_id, "recipe": dataclasses.asdict(recipe)})
+
+
+def column_id(
+    teacher: TeacherSpec, geometry_id: str, quantiser: Mapping[str, Any], token_layout: Mapping[str, Any] | None = None
+) -> str:
+    """Id of one column's numbers: teacher, geometry and quantiser (`Quantiser.to_json()`, calibration included).
+
+    token_layout: the rule of the blocks; raster order, None, is no part of the id.
+    """
+    fields = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in NOT_HASHED}
+    content = {
+        "format_version": FORMAT_VERSION,
+        "teacher": fields,
+        "geometry": geometry_id,
+        "quantiser": dict(quantiser),
+    }
+    return content_id(content if token_layout is None else {**content, "token_layout": dict(token_layout)})
+
+
+def compare_specs(old: Any, new: Any, where: str, *, field: str = "") -> None:
+    """Return silently when both are the same; ValueError names the first differing field and both values.
+
+    old, new: dataclasses, or JSON values. where: what holds `old`, e.g. the path of plan.json.
+    """
+    old, new = plain(old), plain(new)
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            inner = f"{field}.{name}" if field else name
+            compare_specs(old.get(name, "(absent)"), new.get(name, "(absent)"), where, field=inner)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for i, (a, b) in enumerate(zip(old, new)):
+            compare_specs(a, b, where, field=f"{field}[{i}]")
+    elif old != new:
+        raise ValueError(f"{where}: {field} is {shown(old)} there and {shown(new)} in this command; both must agree; "
+                         "repeat the first command's options, or write to a new folder (nothing was changed)")  # fmt: skip
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON would give it back: dataclasses become dicts, tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def shown(value: Any) -> str:
+    """The value's repr, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."

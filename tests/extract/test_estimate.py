@@ -1,0 +1,66 @@
+"""The dry run's forecast: measured rates, the slowest stage, the time, the verdict."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrmae.extract import estimate as forecast
+from mrmae.extract.estimate import Rates
+from mrmae.extract.options import Options
+from mrmae.extract.run import extract_features
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe
+
+VIT = "vit=timm:test_vit/random"
+SPEC = TeacherSpec(
+    name="vit", library="timm", model="test_vit", weights="random", tag=None, weights_sha256="0", activation="gelu",
+    input_size=(32, 32), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", antialias=True,
+    tap="pre_tail", prefix_tokens=1, native_grid=(4, 4), grid=(4, 4), resample="none", width=64, has_cls=True,
+    has_attention=True, precision="fp32", attention_backend="sdpa",
+)  # fmt: skip
+
+
+def options(images: Path, cache: Path) -> Options:
+    return Options(images=[images], cache=cache, teachers=(VIT,), recipe=ViewRecipe(32), grid=4, batch_size=4,
+                   device="cpu", workers=2)  # fmt: skip
+
+
+def test_a_dry_run_measures_every_stage_and_leaves_nothing(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "PROBE_BYTES", 1 << 20)
+    said: list[str] = []
+    assert extract_features(options(photo_folder, tmp_path / "c"), dry_run=True, say=said.append) == {}
+    for word in ("decoding", "vit.pre_tail", "disk", "estimate:", "20 views, limited by", "verdict:"):
+        assert word in said[-1], word
+    assert "1.06 kB per image of int8 tokens, and 264 B with --token-layout blocks" in "\n".join(said)  # 16 x (64 + 2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "limit", "time", "verdict"),
+    [(Rates(0.01, {"vit.pre_tail": 0.09}, 1e9), "the teachers", "1 min 40 s", "worth it for more than one epoch"),
+     (Rates(0.01, {"vit.pre_tail": 0.001}, 1e3), "the disk", "1 h", "DO NOT CACHE here"),
+     (Rates(0.1, {}, 1e9), "decoding", "1 min 40 s", "complete already")],
+)  # fmt: skip
+def test_the_slowest_stage_decides(tmp_path: Path, rates: Rates, limit: str, time: str, verdict: str) -> None:
+    """1,000 views; on a CPU decoding and teachers add up."""
+    text = forecast.forecast(rates, [SPEC], options(tmp_path, tmp_path / "c").resolved(), 1000)
+    assert f"limited by {limit}" in text and verdict in text and (time in text or limit == "the disk")
+
+
+def test_unreadable_images_are_said_so(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the first 32 images can be read"):
+        extract_features(options(tmp_path, tmp_path / "c"), dry_run=True, say=lambda line: None)
+
+
+def test_the_probe_is_removed_when_the_disk_is_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, chunks: Any) -> Any:
+        path.write_bytes(b"x")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(forecast, "write_durably", full)
+    with pytest.raises(OSError, match="No space"):
+        forecast.write_rate(tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []

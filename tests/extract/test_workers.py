@@ -1,0 +1,148 @@
+"""Several processes make the cache that one makes, in any number, one after another or at once, killed or not."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrmae.extract import workers as ranks
+from mrmae.extract.options import Options
+from mrmae.extract.workers import Part, part_of
+from mrmae.shards.cache import open_cache
+from mrmae.shards.format.spec import ViewRecipe
+
+VIT, CNN = "vit=timm:test_vit/random", "cnn=timm:test_efficientnet/random"
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files but the commit records, which tell the time."""
+    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+def test_a_part_is_a_rank_within_a_part() -> None:
+    assert part_of("", {}) == Part(0, 1) and part_of("2/3", {}) == Part(2, 3)
+    assert part_of("", {"RANK": "1", "WORLD_SIZE": "4"}) == Part(1, 4)
+    parts = [part_of(f"{i}/3", {"RANK": str(r), "WORLD_SIZE": "2"}) for i in range(3) for r in range(2)]
+    assert [p.index for p in parts] == list(range(6)) and {p.of for p in parts} == {6}
+    assert all(sum(p.owns(shard) for p in parts) == 1 for shard in range(20))
+    for text in ("3/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(ValueError, match=f"--shards {text}: is no part; expected i/n"):
+            part_of(text, {})
+
+
+def test_ranks_share_the_cores_and_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    options = Options(images=[tmp_path], cache=tmp_path / "c", recipe=ViewRecipe(32), grid=4, device="cpu")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    assert options.resolved().workers == 1 and options.resolved().device == "cpu"
+
+
+def test_parts_one_after_another_make_the_same_cache(
+    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    options = {"views": 2, "shard_samples": 8, "say": said.append}
+    for part in ("0/3", "2/3"):
+        assert extract(photo_folder, tmp_path / "c", VIT, CNN, shards=part, **options) == {}
+    assert "part 2/3 is committed; when all are, the same command without --shards finishes" in said[-1]
+    with pytest.raises(ValueError, match="12 of 18 shards are committed"):
+        open_cache(tmp_path / "c")
+    extract(photo_folder, tmp_path / "c", VIT, CNN, shards="1/2", **options)  # another number of parts continues
+    extract(photo_folder, tmp_path / "c", VIT, CNN, **options)
+    assert "nothing was left to do" not in said[-1]
+    assert contents(tmp_path / "c") == contents(extracted)
+
+
+def test_a_part_waits_for_the_plan_and_the_leader_for_the_shards(
+    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Two ranks at once, as threads: the second starts first."""
+    monkeypatch.setattr(ranks, "SAY_AFTER_SECONDS", 0.0)
+    results: dict[str, Any] = {}
+
+    def second() -> None:
+        results["second"] = extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8, shards="1/2")
+
+    thread = threading.Thread(target=second)
+    thread.start()
+    said, deadline = "", time.monotonic() + 60
+    while "waiting for part 0 (rank 0) to plan: there is none yet" not in said and time.monotonic() < deadline:
+        time.sleep(0.05)
+        said += capsys.readouterr().err
+    assert "there is none yet" in said and not (tmp_path / "c").exists(), "it waits"
+    monkeypatch.setattr(Options, "resolved", leading(Options.resolved))
+    results["first"] = extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8)
+    thread.join(60)
+    assert results["second"] == {} and results["first"]["n_valid"] == 20
+    assert contents(tmp_path / "c") == contents(extracted)
+
+
+def leading(resolved: Any) -> Any:
+    """Options.resolved as in rank 0 of 2."""
+    import dataclasses
+
+    return lambda options: dataclasses.replace(resolved(options), part=Part(0, 2))
+
+
+def test_a_part_with_another_plan_or_other_images_is_refused(
+    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
+    with pytest.raises(ValueError, match="n_views is 2 there and 3"):
+        extract(photo_folder, extracted, VIT, CNN, views=3, shard_samples=8, shards="1/2")
+    for i in range(20):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / f"other/{i}.png").write_bytes(b"")
+    with pytest.raises(ValueError, match="part 1/2 sees other images than the plan's"):
+        extract(tmp_path / "other", extracted, VIT, CNN, views=2, shard_samples=8, shards="1/2")
+
+
+def command(folder: Path, cache: Path) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mrmae.extract.cli", str(folder),
+            str(cache), "--teacher", VIT, "--teacher", CNN, "--size", "32", "--grid", "4", "--views", "2",
+            "--batch-size", "4", "--shard-samples", "8", "--device", "cpu"]  # fmt: skip
+
+
+def children(parent: int) -> list[int]:
+    """Ids of a process's children, from /proc."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):  # processes end while one looks
+            if entry.name.isdecimal() and int((entry / "stat").read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(entry.name))
+    return found
+
+
+@pytest.mark.soak
+def test_torchrun_killed_and_continued_makes_the_same_cache(
+    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path
+) -> None:
+    """Two real ranks; killed at the first commit, continued by one process."""
+    cache = tmp_path / "c"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command(photo_folder, cache), env=environment, start_new_session=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    deadline = time.monotonic() + 120
+    while process.poll() is None and not list(cache.glob("commits/*/*/*.json")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert list(cache.glob("commits/*/*/*.json")), process.communicate()[0]
+    for pid in [*children(process.pid), process.pid]:  # torchrun's workers have sessions of their own
+        os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    extract(photo_folder, cache, VIT, CNN, views=2, shard_samples=8)
+    assert contents(cache) == contents(extracted)
+
+
+@pytest.mark.soak
+def test_torchrun_makes_the_same_cache(photo_folder: Path, extracted: Path, tmp_path: Path) -> None:
+    done = subprocess.run(command(photo_folder, tmp_path / "c"), capture_output=True, text=True, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "part 1/2 is committed" in done.stdout and contents(tmp_path / "c") == contents(extracted)

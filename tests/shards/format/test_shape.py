@@ -1,0 +1,127 @@
+"""JSON of another shape than its writer's is a damaged file, never an error of Python."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae.shards import audit
+from mrmae.shards.cache import open_cache
+from mrmae.shards.commit import RecordFields, committed, read_record
+from mrmae.shards.format import tail
+from mrmae.shards.format.plan import PlanFields, load_plan
+from mrmae.shards.format.shape import expect_kind, parsed
+from mrmae.shards.format.spec import content_id
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (int, 5, True),
+        (int, 2**64 - 1, 2**64),
+        (int, 1, 1.0),
+        (float, 1, "1"),
+        (float, 0.5, float("nan")),
+        (float, 0, 10**400),
+        (bool, True, 1),
+        (str, "é", "\ud800"),
+        (str | None, None, 0),
+        (list[int], [], {}),
+        (tuple[int, int], [1, 2], [1, 2, 3]),
+        (dict[str, int], {"a": 1}, {"a": [1]}),
+        (Any, {"a": [1, None, "x"]}, {"a": ["\udfff"]}),
+        (RecordFields, None, {"files": {}}),
+    ],
+)
+def test_a_value_of_another_type_is_refused(kind: Any, good: Any, bad: Any) -> None:
+    if kind is not RecordFields:
+        expect_kind(good, kind)
+    with pytest.raises(ValueError, match="expected|has no"):
+        expect_kind(bad, kind)
+
+
+@pytest.mark.parametrize("depth", [60, 100_000])
+def test_lists_in_lists_are_refused_before_they_fill_the_stack(depth: int) -> None:
+    with pytest.raises(ValueError, match="too deep"):
+        parsed(b"[" * depth + b"]" * depth, Any)
+
+
+def test_a_plan_says_which_field_is_of_another_type(tiny_cache: Path) -> None:
+    fields = load_plan(tiny_cache).to_json()
+    expect_kind(fields, PlanFields)
+    fields["columns"][1]["width"] = "6"
+    with pytest.raises(ValueError, match=r"^columns\[1\].width is '6'; expected an integer"):
+        expect_kind(fields, PlanFields)
+
+
+def altered(tiny_cache: Path, to: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
+    """A copy of the cache with a JSON file changed; the manifest's id fits."""
+    shutil.copytree(tiny_cache, to)
+    value = json.loads((to / file).read_bytes())
+    change(value)
+    if file == "manifest.json":
+        value["manifest_id"] = content_id({name: inner for name, inner in value.items() if name != "manifest_id"})
+    (to / file).write_text(json.dumps(value))
+    return to
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["shards"]["0"]["pixels"][0].update(files=[[]]),
+        lambda manifest: manifest.update(shards=[]),
+        lambda manifest: manifest["columns"][0].update(tail="tail/a.safetensors"),
+        lambda manifest: manifest["columns"][0]["teacher"].pop("width"),
+    ],
+)
+def test_a_manifest_of_another_shape_is_damaged(
+    tiny_cache: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = altered(tiny_cache, tmp_path / "c", change, "manifest.json")
+    with pytest.raises(ValueError, match=r"manifest.json: damaged \((shards|columns)"):
+        open_cache(path)
+    assert [problem.file for problem in audit.find_problems(path)] == ["manifest.json"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(heights=[40.5] * 8),
+        lambda record: record.update(heights=[40]),
+        lambda record: record.update(bad={"x": "broken"}),
+        lambda record: record.update(bad={"99": "broken"}),
+        lambda record: record.update(count=3),
+        lambda record: record["files"].update(x=None),
+    ],
+)
+def test_a_commit_record_of_another_shape_commits_nothing(
+    tiny_cache: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = altered(tiny_cache, tmp_path / "c", change, "commits/0/pixels/000001.json")
+    assert (0, "pixels", 1) not in committed(path, load_plan(path))
+    (path / "manifest.json").unlink()
+    assert open_cache(path, allow_partial=True).numbers.tolist() == [*range(8), *range(16, 24)]
+    assert read_record(tiny_cache / "commits/0/pixels/000001.json") is not None
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"layer_norm.weight": torch.ones(4)},
+        {"layer_norm.weight": torch.ones(4), "layer_norm.eps": torch.ones(2)},
+        {"layer_norm.weight": torch.ones(2, 2), "layer_norm.eps": torch.tensor(1e-6)},
+        {"layer_norm.weight": torch.ones(4), "layer_norm.eps": torch.tensor(1e-6), "proj.weight": torch.ones(3, 5)},
+        {},
+    ],
+)
+def test_a_tail_that_no_teacher_has_is_refused(tmp_path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    tail.write_tail(tmp_path, "a", tensors)
+    file = tail.tail_path(tmp_path, "a")
+    if not tensors:
+        file.write_bytes(file.read_bytes() + b"more")
+    with pytest.raises(ValueError, match="a.safetensors: no tail of .*run the same extract-features command"):
+        tail.read_tail(tmp_path, "a")
