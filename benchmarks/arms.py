@@ -9,7 +9,7 @@ import torch
 from stock_mae import StockMAE
 from torch import Tensor, nn
 
-from mrmae.extract.teachers.teacher import Teacher
+from mrmae.extract.teachers import Teacher
 from mrmae.train import batches, loop, optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of

@@ -30,7 +30,7 @@ from rows import append
 from synthetic import SHARD, write_cache
 
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.format import TeacherSpec
 from mrmae.shards.order import epoch_order, view_of
 
 GRID, WIDTH = 14, 768

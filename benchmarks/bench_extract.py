@@ -37,10 +37,10 @@ from mrmae.common.device import keep_memory
 from mrmae.common.progress import Progress
 from mrmae.extract import run
 from mrmae.extract.estimate import one_view
-from mrmae.extract.images.list import Sources, list_sources
+from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
-from mrmae.extract.teachers.teacher import Features, Teacher, build_teacher, normalise, parse_teacher
-from mrmae.shards.format.spec import canonical_order
+from mrmae.extract.teachers import Features, Teacher, build_teacher, normalise, parse_teacher
+from mrmae.shards.format import canonical_order
 
 CASES = {
     "cnn": "cnn=timm:mobilenetv2_100@{root}/weights/mobilenetv2_100_imagenet1k.safetensors"

@@ -16,12 +16,10 @@ from bench_extract import decode, images_of
 from measure import ROOT, machine
 from rows import append
 
-from mrmae.extract.images.list import list_sources
+from mrmae.extract.images import list_sources
 from mrmae.extract.options import Options
-from mrmae.extract.teachers.teacher import build_teacher, parse_teacher
-from mrmae.shards.format.calibrate import calibrate
-from mrmae.shards.format.quality import quality
-from mrmae.shards.format.quantise import DTYPES, quantise
+from mrmae.extract.teachers import build_teacher, parse_teacher
+from mrmae.shards.format import DTYPES, calibrate, quality, quantise
 
 CNN = "timm:mobilenetv2_100@{root}/weights/mobilenetv2_100_imagenet1k.safetensors?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear"
 TEACHERS = (

@@ -27,7 +27,7 @@ from measure import ROOT, append, clock, machine, memory_mark, memory_peak
 from synthetic import write_cache
 from torch import Tensor, nn
 
-from mrmae.extract.teachers.teacher import build_teacher, parse_teacher
+from mrmae.extract.teachers import build_teacher, parse_teacher
 from mrmae.train import optim
 from mrmae.train.cost import counted
 from mrmae.train.feed import Feed, feed_of

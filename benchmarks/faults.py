@@ -15,8 +15,7 @@ import numpy as np
 from mrmae.shards import audit, commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import Unit
-from mrmae.shards.format.plan import PIXELS, Plan
-from mrmae.shards.format.spec import content_id
+from mrmae.shards.format import PIXELS, Plan, content_id
 
 Rng = np.random.Generator
 

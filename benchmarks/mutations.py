@@ -23,8 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mrmae.shards.commit import record_id, samples_id
-from mrmae.shards.format.samples import read_samples
-from mrmae.shards.format.spec import content_id
+from mrmae.shards.format import content_id, read_samples
 
 Rng = np.random.Generator
 FILES = {  # which files, how often

@@ -8,12 +8,8 @@ from typing import Any
 
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import plan, samples
-from mrmae.shards.format.plan import PIXELS, Plan
-from mrmae.shards.format.quantise import Quantiser
-from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, content_id
-from mrmae.shards.format.views import View
-from mrmae.shards.store.tar import PixelRow, index_path, read_index, write_pixel_tar
+from mrmae.shards.format import PIXELS, Plan, Quantiser, TeacherSpec, View, ViewRecipe, content_id, plan, samples
+from mrmae.shards.store import PixelRow, index_path, read_index, write_pixel_tar
 
 SHARDS = 1000
 

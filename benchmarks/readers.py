@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from mrmae.shards.cache import open_cache
-from mrmae.shards.store.storage import column_folder
+from mrmae.shards.store import column_folder
 
 BATCH = 64
 COLUMN = "t.pre_tail"

@@ -19,7 +19,7 @@ from measure import machine
 from rows import append
 
 from mrmae.shards.format import plan
-from mrmae.shards.store.storage import STORAGES
+from mrmae.shards.store import STORAGES
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))

@@ -26,7 +26,7 @@ from PIL import Image
 from rows import append
 
 from mrmae.shards.commit import commit_path
-from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format import load_plan
 
 MODULES = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect.cli",
            "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli"}  # fmt: skip

@@ -47,7 +47,7 @@ from rows import append
 
 from mrmae.extract import cli as extract
 from mrmae.extract import run as extract_run  # noqa: F401
-from mrmae.extract.inspect.cli import cli as inspect
+from mrmae.extract.inspect import cli as inspect
 from mrmae.shards import audit
 from mrmae.shards import commit as commits
 from mrmae.shards.begin import DIGESTS

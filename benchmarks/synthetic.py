@@ -6,12 +6,19 @@ from pathlib import Path
 import numpy as np
 
 from mrmae.shards import begin, commit
-from mrmae.shards.format import plan, samples, views
-from mrmae.shards.format.plan import Plan
-from mrmae.shards.format.quantise import Quantiser
-from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
-from mrmae.shards.store.tar import PixelRow
+from mrmae.shards.format import (
+    Plan,
+    Quantiser,
+    Source,
+    TeacherSpec,
+    ViewRecipe,
+    dataset_id,
+    key_hash,
+    plan,
+    samples,
+    views,
+)
+from mrmae.shards.store import PixelRow
 
 SHARD = 32
 

@@ -61,7 +61,7 @@ def must(command: list[str]) -> None:
 
 def choose_teachers(remembered: Path) -> tuple[str, ...]:
     """CLIP and DINO where their weights are at hand or the hub answers, else random ones, said loudly; kept for next time."""
-    from mrmae.extract.teachers.teacher import build_teacher, parse_teacher
+    from mrmae.extract.teachers import build_teacher, parse_teacher
 
     reason = "as found the first time"
     if not remembered.exists():

@@ -10,11 +10,16 @@ from torch import Tensor
 from mrmae.common.progress import Progress
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.prepare import Prepared, prepared_batches
-from mrmae.extract.teachers.teacher import Features
-from mrmae.shards.format import plan as plans
-from mrmae.shards.format.calibrate import CALIBRATION_SAMPLES, calibrate, first_rows
-from mrmae.shards.format.quality import measure
-from mrmae.shards.format.quantise import Quantiser, quantise
+from mrmae.extract.teachers import Features
+from mrmae.shards.format import (
+    CALIBRATION_SAMPLES,
+    Quantiser,
+    calibrate,
+    first_rows,
+    freeze_quantisers,
+    measure,
+    quantise,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +51,7 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
     else:
         kept = calibration_batches(dataclasses.replace(job, teachers=pending))
         found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) for column in pending}
-    plan = plans.freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
+    plan = freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
 

@@ -91,7 +91,7 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     try:
         from mrmae.common.device import keep_memory
         from mrmae.extract.run import Options, extract_features
-        from mrmae.shards.format.spec import ViewRecipe
+        from mrmae.shards.format import ViewRecipe
 
         keep_memory(options["device"])
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)

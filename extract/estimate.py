@@ -12,13 +12,21 @@ import torch
 
 from mrmae.common.files import write_durably
 from mrmae.common.progress import human_bytes, human_time
-from mrmae.extract.images.decode import decoded
-from mrmae.extract.images.list import Sources, read_image
+from mrmae.extract.images import Sources, decoded, read_image
 from mrmae.extract.options import Options
 from mrmae.extract.plan import jpeg_bytes, sample_bytes
-from mrmae.extract.teachers.teacher import Teacher
-from mrmae.shards.format.spec import TeacherSpec, canonical_order, key_hash
-from mrmae.shards.format.views import BadImage, Pixels, decode_jpeg, draw_view, encode_jpeg, render
+from mrmae.extract.teachers import Teacher
+from mrmae.shards.format import (
+    BadImage,
+    Pixels,
+    TeacherSpec,
+    canonical_order,
+    decode_jpeg,
+    draw_view,
+    encode_jpeg,
+    key_hash,
+    render,
+)
 
 PROBE_BYTES = 64 << 20
 IMAGES = 32  # decoded for the forecast, and shown to the teachers in batches

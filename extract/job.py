@@ -12,10 +12,10 @@ from torch import Tensor
 from mrmae.common.progress import Pace
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import Batch, Images, Prepared, StoredRows, stored_rows
-from mrmae.extract.teachers.teacher import Teacher
+from mrmae.extract.teachers import Teacher
 from mrmae.extract.workers import Units
 from mrmae.shards import commit as commits
-from mrmae.shards.format.plan import PIXELS, Plan
+from mrmae.shards.format import PIXELS, Plan
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 
 from mrmae.common.backend import Url, expect_utf8, locate
 from mrmae.common.device import resolve_device
-from mrmae.extract.images.decode import MAX_PIXELS
-from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS
+from mrmae.extract.images import MAX_PIXELS
+from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.extract.workers import Part, local_rank, part_of
-from mrmae.shards.format.blocks import BlockRule
-from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.format import BlockRule, ViewRecipe
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
         "max_pixels")  # fmt: skip

@@ -23,15 +23,13 @@ from mrmae.extract.calibration import KeptBatches
 from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import Batch, Prepared, prepared_batches
-from mrmae.extract.teachers.teacher import Features
+from mrmae.extract.teachers import Features
 from mrmae.extract.workers import Units, wait_for_writers
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
-from mrmae.shards.format.plan import PIXELS
-from mrmae.shards.format.quality import Measured, measure, summarise
-from mrmae.shards.format.quantise import quantise
-from mrmae.shards.store.tar import PixelRow
+from mrmae.shards.format import PIXELS, Measured, measure, quantise, summarise
+from mrmae.shards.store import PixelRow
 
 
 class HopelessQuality(ValueError):

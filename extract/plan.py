@@ -5,10 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae.common.progress import human_bytes
-from mrmae.shards.format.blocks import BlockRule
-from mrmae.shards.format.quantise import DTYPES
-from mrmae.shards.format.spec import TeacherSpec, ViewRecipe
-from mrmae.shards.store.storage import STORAGES
+from mrmae.shards.format import DTYPES, BlockRule, TeacherSpec, ViewRecipe
+from mrmae.shards.store import STORAGES
 
 # Measured on photographs of people, clothes and streets: quality 95, 4:4:4, 224 px. Busy textures take twice as much.
 JPEG_BYTES_PER_PIXEL = 0.75

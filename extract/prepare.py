@@ -10,14 +10,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mrmae.extract.images.decode import decoded
-from mrmae.extract.images.list import Sources, Unreadable, read_image
-from mrmae.shards.format.plan import Plan, tar_path
-from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import ViewRecipe, key_hash
-from mrmae.shards.format.views import BadImage, Pixels, decode_jpeg, draw_view, encode_jpeg, render
-from mrmae.shards.store.reader import read_members
-from mrmae.shards.store.tar import PixelRow, parse_row, read_index
+from mrmae.extract.images import Sources, Unreadable, decoded, read_image
+from mrmae.shards.format import (
+    BadImage,
+    Pixels,
+    Plan,
+    Source,
+    ViewRecipe,
+    decode_jpeg,
+    draw_view,
+    encode_jpeg,
+    key_hash,
+    render,
+    tar_path,
+)
+from mrmae.shards.store import PixelRow, parse_row, read_index, read_members
 
 AHEAD = 3  # batches decoded or being decoded while one is with the teachers
 AT_ONCE = 64  # samples decoded together where that and the teachers take turns

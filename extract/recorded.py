@@ -5,11 +5,9 @@ from pathlib import Path
 
 from mrmae.common.backend import exists
 from mrmae.extract.options import Options
-from mrmae.extract.teachers.teacher import parse_teacher
+from mrmae.extract.teachers import parse_teacher
 from mrmae.shards.commit import commit_path, read_record, units, valid_record
-from mrmae.shards.format.plan import Plan, load_plan
-from mrmae.shards.format.spec import TeacherSpec
-from mrmae.shards.format.tail import tail_path
+from mrmae.shards.format import Plan, TeacherSpec, load_plan, tail_path
 from mrmae.shards.verify import read_manifest
 
 

@@ -11,27 +11,37 @@ from mrmae.common.files import make_folder, remove
 from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.calibration import KeptBatches, calibrated
 from mrmae.extract.estimate import forecast, measure_rates
-from mrmae.extract.images.digest import digest_images
-from mrmae.extract.images.list import Sources, list_sources
+from mrmae.extract.images import Sources, digest_images, list_sources
 from mrmae.extract.job import Job
 from mrmae.extract.options import Options
 from mrmae.extract.pipeline import extract_missing
 from mrmae.extract.plan import choices, describe
 from mrmae.extract.prepare import Images
 from mrmae.extract.recorded import complete_teacher
-from mrmae.extract.teachers.teacher import Teacher, TeacherRequest, build_teacher, parse_teacher
+from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.extract.workers import take_the_plan, wait_for_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.append import admit, is_grown
 from mrmae.shards.begin import DIGESTS, refuse_other_folder, refuse_other_images, start_plan
 from mrmae.shards.extend import extend_plan, extended
-from mrmae.shards.format import plan as plans
-from mrmae.shards.format.plan import Plan
-from mrmae.shards.format.quantise import DTYPES
-from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import TeacherSpec, canonical_order, dataset_id, plain
-from mrmae.shards.format.tail import BEHIND, read_tail, tail_path, taps_behind, write_tail
+from mrmae.shards.format import (
+    BEHIND,
+    DTYPES,
+    Plan,
+    Source,
+    TeacherSpec,
+    canonical_order,
+    dataset_id,
+    default_shard_samples,
+    load_plan,
+    plain,
+    read_sources,
+    read_tail,
+    tail_path,
+    taps_behind,
+    write_tail,
+)
 
 __all__ = ["Options", "TooManyBad", "extract_features"]
 
@@ -130,7 +140,7 @@ def follows(
     source, column = f"{request.name}.pre_tail", f"{request.name}.{request.tap}"
     if source not in [spec.column for spec in specs]:
         return False
-    if (options.cache / "plan.json").exists() and column in {t.column for t in plans.load_plan(options.cache).columns}:
+    if (options.cache / "plan.json").exists() and column in {t.column for t in load_plan(options.cache).columns}:
         return False
     tail = built[source].tail if source in built else read_tail(options.cache, request.name)
     return request.tap in taps_behind(tail)
@@ -139,10 +149,10 @@ def follows(
 def usual_shard_samples(n: int, teachers: Sequence[TeacherSpec], options: Options) -> int:
     """Samples per shard: as the cache has it already, else from the bytes of one sample's tokens in the widest column."""
     if (options.cache / "plan.json").exists():
-        return plans.load_plan(options.cache).shard_samples
+        return load_plan(options.cache).shard_samples
     width = max((teacher.width for teacher in teachers), default=1)
     token_bytes = options.grid**2 * width * DTYPES[options.dtype].bytes
-    return plans.default_shard_samples(n, token_bytes)
+    return default_shard_samples(n, token_bytes)
 
 
 def refuse_nothing_to_append_to(options: Options) -> None:
@@ -157,7 +167,7 @@ def refuse_other_options(options: Options) -> None:
     """ValueError where the cache was begun with options that no command can change, whatever its teachers and images."""
     if not (options.cache / "plan.json").exists():
         return
-    old = plans.load_plan(options.cache)
+    old = load_plan(options.cache)
     shard_samples = options.shard_samples or old.shard_samples
     wanted = planned(options, "", old.n_samples, Teachers(old.columns, {}), shard_samples)
     extended(old, of_the_images_of(old, wanted), str(options.cache / "plan.json"))
@@ -171,7 +181,7 @@ def refuse_other_plan(options: Options, sources: Sources, wanted: Plan) -> None:
     path = options.cache
     if not (path / "plan.json").exists():
         return
-    old = plans.load_plan(path)
+    old = load_plan(path)
     extended(old, of_the_images_of(old, wanted), str(path / "plan.json"))
     there = {key: (size, sha) for key, size, sha in known_digests(path)}
     if there and not options.append and there.keys() != {image.key for image in sources}:
@@ -220,7 +230,7 @@ def start(
         plan, rows = admit(path, plan, rows, append=options.append, say=say)
         order = positions(sources, rows)
     else:
-        if (path / "plan.json").exists() and plans.load_plan(path).dataset_id == plan.dataset_id:
+        if (path / "plan.json").exists() and load_plan(path).dataset_id == plan.dataset_id:
             plan = extend_plan(path, plan)
         plan = start_plan(path, plan, rows)
     for teacher in teachers.built.values():
@@ -241,7 +251,7 @@ def join(
     keys = {image.key for image in sources}
     plan = wait_for_plan(options.cache, planned(options, "", len(keys), teachers, shard_samples), keys, options.part)
     held.enter_context(claims.at_work(options.cache))
-    rows = plans.read_sources(options.cache)
+    rows = read_sources(options.cache)
     order = positions(sources, rows)
     missing = not options.append and any(at < 0 and row.key for at, row in zip(order, rows))
     if missing or keys - {row.key for row in rows}:
@@ -255,7 +265,7 @@ def join(
 
 def refuse_changed_plan(job: Job) -> None:
     """ValueError where another command changed the plan on disk since this process read it."""
-    if plain(plans.load_plan(job.path).to_json()) != plain(job.plan.to_json()):
+    if plain(load_plan(job.path).to_json()) != plain(job.plan.to_json()):
         raise ValueError(f"{job.path}: another command has extended or changed this cache meanwhile; everything committed so far "
                          "stays valid; run the newest command again, it finishes")  # fmt: skip
 
@@ -280,7 +290,7 @@ def known_digests(path: Path) -> list[tuple[str, int, str]]:
     """The digests of an existing plan: images of the same key and size are checked when they are decoded."""
     if not ((path / "plan.json").exists() and (path / "samples.parquet").exists()):
         return []
-    return [(row.key, row.bytes, row.sha256) for row in plans.read_sources(path) if row.key]
+    return [(row.key, row.bytes, row.sha256) for row in read_sources(path) if row.key]
 
 
 def refuse_too_many_bad(job: Job) -> None:

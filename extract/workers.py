@@ -19,10 +19,7 @@ from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
 from mrmae.shards.commit import Unit
 from mrmae.shards.extend import in_order_of
-from mrmae.shards.format import plan as plans
-from mrmae.shards.format.plan import Plan
-from mrmae.shards.format.samples import read_samples
-from mrmae.shards.format.spec import compare_specs
+from mrmae.shards.format import Plan, compare_specs, load_plan, read_samples
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
 GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
@@ -82,7 +79,7 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> P
     def ready() -> Plan | None:
         if not (job_path / "plan.json").exists():
             return None
-        found = plans.load_plan(job_path)
+        found = load_plan(job_path)
         same = dataclasses.replace(in_order_of(found, wanted), quantisers=found.quantisers, dataset_id=found.dataset_id,
                                    n_samples=found.n_samples, appended=found.appended)  # fmt: skip
         try:

@@ -10,9 +10,8 @@ from timm.layers.drop import DropPath
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
+from mrmae.extract.teachers import TeacherRequest, fit_weights, parse_teacher
 from mrmae.extract.teachers.timm import classifier_names, find_config, read_weights
-from mrmae.extract.teachers.weights import fit_weights
 from mrmae.probe.sources import Source
 from mrmae.train.method import LN_EPS, MaskedConvViT
 

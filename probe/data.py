@@ -17,14 +17,10 @@ from torch import Tensor
 
 from mrmae.common.backend import exists, locate
 from mrmae.common.files import make_folder
-from mrmae.extract.images.decode import decoded
-from mrmae.extract.images.digest import digest_images
-from mrmae.extract.images.list import Sources, list_sources, matches
+from mrmae.extract.images import Sources, decoded, digest_images, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format.plan import read_sources
-from mrmae.shards.format.samples import Source as Row
-from mrmae.shards.format.spec import content_id, dataset_id
-from mrmae.shards.format.views import FILTERS, BadImage, Pixels
+from mrmae.shards.format import FILTERS, BadImage, Pixels, content_id, dataset_id, read_sources
+from mrmae.shards.format import Source as Row
 
 TRAIN, TEST = ("train/*",), ("test/*",)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 from torch import Tensor
 
-from mrmae.extract.inspect.pictures import pca_rgb
+from mrmae.common.pictures import pca_rgb
 from mrmae.train.pictures import draw_panels
 
 ITERATIONS = 50

@@ -21,7 +21,7 @@ from mrmae.common.files import publish
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.probe.data import Part, shown, view_of
 from mrmae.probe.sources import Source, column_features
-from mrmae.shards.format.spec import content_id
+from mrmae.shards.format import content_id
 
 VERSION = 1  # raise it when the numbers of a source or a view change
 CHUNK = 512  # images per file

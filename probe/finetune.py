@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mrmae.common.files import publish
 from mrmae.common.progress import Progress
-from mrmae.extract.teachers.teacher import normalise
+from mrmae.extract.teachers import normalise
 from mrmae.probe.classifier import trainable
 from mrmae.probe.data import Data, Part, shown
 from mrmae.probe.settings import Finetune

@@ -21,8 +21,7 @@ from mrmae.probe.data import Data, open_data, shared_with, shown
 from mrmae.probe.features import Features, refuse_foreign_column
 from mrmae.probe.settings import Settings
 from mrmae.probe.sources import Source, open_source
-from mrmae.shards.format.plan import load_plan
-from mrmae.shards.format.spec import content_id
+from mrmae.shards.format import content_id, load_plan
 
 VERSION = 1  # raise it when the same features and settings give another result
 

@@ -14,13 +14,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.common.backend import locate
-from mrmae.extract.teachers.address import parse_teacher
-from mrmae.extract.teachers.teacher import Teacher, build_teacher, make_spec
+from mrmae.extract.teachers import Teacher, build_teacher, make_spec, parse_teacher
 from mrmae.extract.teachers.timm import find_config
 from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format.spec import NOT_HASHED, TeacherSpec
-from mrmae.shards.format.tail import has_norm
+from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,8 @@ from typing import Any
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from mrmae.extract.teachers import Origin, Preprocessing, Tower, activation_of, fit_weights, weights_sha256
 from mrmae.extract.teachers.timm import as_tower, attention_backend, norm_tail_of
-from mrmae.extract.teachers.tower import Origin, Preprocessing, Tower, activation_of
-from mrmae.extract.teachers.weights import fit_weights, weights_sha256
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
 from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict

@@ -11,10 +11,23 @@ from pathlib import Path
 from mrmae.common.files import publish, remove
 from mrmae.shards.begin import refuse_other_images
 from mrmae.shards.extend import extend_plan
-from mrmae.shards.format.plan import Appended, Plan, dataset_ids, load_plan, read_sources, readable_json, tar_path
-from mrmae.shards.format.samples import SAMPLES, Source, canonical_sources, read_samples, write_samples, write_sources
-from mrmae.shards.format.spec import grown_dataset_id
-from mrmae.shards.store.tar import read_index
+from mrmae.shards.format import (
+    SAMPLES,
+    Appended,
+    Plan,
+    Source,
+    canonical_sources,
+    dataset_ids,
+    grown_dataset_id,
+    load_plan,
+    read_samples,
+    read_sources,
+    readable_json,
+    tar_path,
+    write_samples,
+    write_sources,
+)
+from mrmae.shards.store import read_index
 
 
 def is_grown(path: Path) -> bool:

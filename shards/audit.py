@@ -25,15 +25,8 @@ from mrmae.shards.commit import (
     valid_record,
     wrong_in_record,
 )
-from mrmae.shards.format.attributes import column_attributes
-from mrmae.shards.format.plan import PIXELS, Plan
-from mrmae.shards.format.samples import read_samples
-from mrmae.shards.format.spec import compare_specs, plain
-from mrmae.shards.format.tail import tail_path
-from mrmae.shards.store.links import foreign_entries
-from mrmae.shards.store.reader import Damaged, read_members
-from mrmae.shards.store.storage import column_folder, storage_of
-from mrmae.shards.store.tar import parse_row, read_index
+from mrmae.shards.format import PIXELS, Plan, column_attributes, compare_specs, plain, read_samples, tail_path
+from mrmae.shards.store import Damaged, column_folder, foreign_entries, parse_row, read_index, read_members, storage_of
 from mrmae.shards.trust import Manifest, Problem, fields_of, reason, trusted
 
 

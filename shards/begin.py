@@ -7,10 +7,17 @@ from pathlib import Path
 
 from mrmae.common.files import TEMPORARY, publish
 from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
-from mrmae.shards.format.plan import Plan, dataset_ids, load_plan, readable_json
-from mrmae.shards.format.samples import Source, read_samples, write_sources
-from mrmae.shards.format.spec import compare_specs
-from mrmae.shards.store.links import refuse_foreign_entries
+from mrmae.shards.format import (
+    Plan,
+    Source,
+    compare_specs,
+    dataset_ids,
+    load_plan,
+    read_samples,
+    readable_json,
+    write_sources,
+)
+from mrmae.shards.store import refuse_foreign_entries
 
 DIGESTS = ".digests.jsonl"  # which images were hashed when: what extract-features begins with
 

@@ -25,16 +25,26 @@ from mrmae.common.suggest import nearest
 from mrmae.shards import verify
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import Unit, bad_images, committed, units
-from mrmae.shards.format.plan import PIXELS, Plan, load_plan, tar_path
-from mrmae.shards.format.quantise import dequantise
-from mrmae.shards.format.samples import NO_IMAGE, read_samples
-from mrmae.shards.format.spec import TeacherSpec, content_id
-from mrmae.shards.format.tail import apply_tail, derived_specs, parse_tail, tail_path
-from mrmae.shards.format.views import BadImage, View, decode_jpeg
+from mrmae.shards.format import (
+    NO_IMAGE,
+    PIXELS,
+    BadImage,
+    Plan,
+    TeacherSpec,
+    View,
+    apply_tail,
+    content_id,
+    decode_jpeg,
+    dequantise,
+    derived_specs,
+    load_plan,
+    parse_tail,
+    read_samples,
+    tail_path,
+    tar_path,
+)
 from mrmae.shards.opened import Column, Indices, Numbers
-from mrmae.shards.store.links import refuse_foreign_entries
-from mrmae.shards.store.reader import Damaged, read_members
-from mrmae.shards.store.tar import parse_row
+from mrmae.shards.store import Damaged, parse_row, read_members, refuse_foreign_entries
 
 REMOTE_THREADS = 16
 NEIGHBOURS = 500  # keys compared with one that is not there

@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from mrmae.shards.format.blocks import IN_BLOCKS, BlockRule
-from mrmae.shards.format.spec import signed_hashes
+from mrmae.shards.format import IN_BLOCKS, BlockRule, signed_hashes
 from mrmae.shards.opened import Indices, Numbers, OpenedFiles
 
 

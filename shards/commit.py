@@ -17,16 +17,26 @@ import numpy as np
 from mrmae.common.backend import Url, exists, read_bytes, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
-from mrmae.shards.format.attributes import column_attributes
-from mrmae.shards.format.blocks import IN_BLOCKS, in_blocks
-from mrmae.shards.format.plan import PIXELS, Plan, readable_json, tar_path
-from mrmae.shards.format.samples import NO_IMAGE, read_samples, write_samples
-from mrmae.shards.format.shape import parsed
-from mrmae.shards.format.spec import FORMAT_VERSION, canonical_json, content_id, plain, signed_hashes
-from mrmae.shards.format.tail import tail_path
-from mrmae.shards.store.storage import column_folder, storage_of
-from mrmae.shards.store.tar import PixelRow, index_path, read_index, write_pixel_tar
-from mrmae.shards.store.zarr import Array
+from mrmae.shards.format import (
+    FORMAT_VERSION,
+    IN_BLOCKS,
+    NO_IMAGE,
+    PIXELS,
+    Plan,
+    canonical_json,
+    column_attributes,
+    content_id,
+    in_blocks,
+    parsed,
+    plain,
+    read_samples,
+    readable_json,
+    signed_hashes,
+    tail_path,
+    tar_path,
+    write_samples,
+)
+from mrmae.shards.store import Array, PixelRow, column_folder, index_path, read_index, storage_of, write_pixel_tar
 
 Unit = tuple[int, str, int]  # view, column, shard: the unit of work
 ATTEMPTS, WAIT_SECONDS = (

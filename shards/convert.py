@@ -21,14 +21,25 @@ from mrmae.shards import commit as commits
 from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
 from mrmae.shards.commit import Unit, commit_path, unit_files
-from mrmae.shards.format import plan as plans
-from mrmae.shards.format.calibrate import CALIBRATION_SAMPLES, calibrate
-from mrmae.shards.format.plan import PIXELS, Plan
-from mrmae.shards.format.quality import added_quality, measure, summarise
-from mrmae.shards.format.quantise import SAMPLES_AT_ONCE, Quantiser, dequantise, quantise
-from mrmae.shards.format.tail import tail_path, write_tail
+from mrmae.shards.format import (
+    CALIBRATION_SAMPLES,
+    PIXELS,
+    SAMPLES_AT_ONCE,
+    Plan,
+    Quantiser,
+    added_quality,
+    calibrate,
+    dequantise,
+    freeze_quantisers,
+    measure,
+    quantise,
+    read_sources,
+    summarise,
+    tail_path,
+    write_tail,
+)
 from mrmae.shards.stats import stats_path
-from mrmae.shards.store.reader import Damaged
+from mrmae.shards.store import Damaged
 from mrmae.shards.verify import promised
 
 BLOCK_BYTES = 1 << 20
@@ -69,8 +80,8 @@ def converted(
     cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """The same, while nobody else is at work at `out`."""
-    plan = start_plan(out, wanted, plans.read_sources(cache.path))
-    plan = plans.freeze_quantisers(out, plan, converted_quantisers(cache, plan))
+    plan = start_plan(out, wanted, read_sources(cache.path))
+    plan = freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
     for name in {teacher.name for teacher in plan.columns}:
         if exists(tail_path(cache.path, name)) and not exists(tail_path(out, name)):

@@ -11,12 +11,9 @@ from mrmae.common.backend import refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format.plan import PIXELS, Plan, load_plan, readable_json
-from mrmae.shards.format.spec import NAME, compare_specs
-from mrmae.shards.format.tail import tail_path
+from mrmae.shards.format import NAME, PIXELS, Plan, compare_specs, load_plan, readable_json, tail_path
 from mrmae.shards.stats import stats_path
-from mrmae.shards.store.links import refuse_foreign_entries
-from mrmae.shards.store.storage import column_folder
+from mrmae.shards.store import column_folder, refuse_foreign_entries
 
 
 def extend_plan(path: Path, wanted: Plan) -> Plan:

@@ -12,13 +12,8 @@ from torch import Tensor
 
 from mrmae.common.backend import Unreachable, Url
 from mrmae.shards.commit import commit_path, pixels_of
-from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.plan import PIXELS, Plan, tar_path
-from mrmae.shards.format.quantise import Quantiser
-from mrmae.shards.format.spec import TeacherSpec
-from mrmae.shards.store.reader import Damaged
-from mrmae.shards.store.storage import Shard, column_folder, storage_of
-from mrmae.shards.store.tar import TarIndex, read_index
+from mrmae.shards.format import PIXELS, Layout, Plan, Quantiser, TeacherSpec, tar_path
+from mrmae.shards.store import Damaged, Shard, TarIndex, column_folder, read_index, storage_of
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Indices = Sequence[int] | Numbers | Tensor

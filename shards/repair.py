@@ -7,8 +7,8 @@ from mrmae.common.backend import exists
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards.commit import commit_path, read_record, units
-from mrmae.shards.format.plan import Plan, readable_json
-from mrmae.shards.store.links import refuse_foreign_entries
+from mrmae.shards.format import Plan, readable_json
+from mrmae.shards.store import refuse_foreign_entries
 from mrmae.shards.trust import Problem, trusted
 
 

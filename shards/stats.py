@@ -19,7 +19,7 @@ from torch import Tensor
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import publish
 from mrmae.shards.cache import Cache
-from mrmae.shards.format.spec import FORMAT_VERSION, content_id
+from mrmae.shards.format import FORMAT_VERSION, content_id
 from mrmae.shards.opened import Numbers
 
 DEAD = 1e-6  # of the largest standard deviation: below it is rounding

@@ -8,10 +8,8 @@ from typing import Any
 from mrmae.common.backend import exists, read_bytes
 from mrmae.shards import verify
 from mrmae.shards.commit import Unit, commit_path, read_record, units
-from mrmae.shards.format.attributes import column_attributes
-from mrmae.shards.format.plan import Plan, load_plan
-from mrmae.shards.format.shape import parsed
-from mrmae.shards.store.storage import column_folder, storage_of
+from mrmae.shards.format import Plan, column_attributes, load_plan, parsed
+from mrmae.shards.store import column_folder, storage_of
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip

@@ -7,11 +7,17 @@ from typing import Any, TypedDict
 
 from mrmae.common.backend import Url, exists, read_bytes, size_of
 from mrmae.shards.commit import FileFields, QualityFields, Unit, samples_id, unit_files, units
-from mrmae.shards.format.plan import PIXELS, Plan, QuantiserFields
-from mrmae.shards.format.shape import parsed
-from mrmae.shards.format.spec import FORMAT_VERSION, TeacherSpec, content_id
-from mrmae.shards.format.tail import tail_path
-from mrmae.shards.store.storage import column_folder, storage_of
+from mrmae.shards.format import (
+    FORMAT_VERSION,
+    PIXELS,
+    Plan,
+    QuantiserFields,
+    TeacherSpec,
+    content_id,
+    parsed,
+    tail_path,
+)
+from mrmae.shards.store import column_folder, storage_of
 
 SHOWN = 50  # problems in one message
 

@@ -18,11 +18,10 @@ from mrmae.common import backend
 from mrmae.extract.images import decode
 from mrmae.shards import begin, commit
 from mrmae.shards.format import plan, samples, views
-from mrmae.shards.format import quantise as quantize
 from mrmae.shards.format.blocks import BlockRule
-from mrmae.shards.format.calibrate import calibrate
 from mrmae.shards.format.plan import Plan
-from mrmae.shards.format.quality import quality as quality_of
+from mrmae.shards.format.quantiser import calibrate, quantise
+from mrmae.shards.format.quantiser import quality as quality_of
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.format.tail import write_tail
@@ -82,7 +81,7 @@ def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows:
     keep, quantiser = torch.tensor([row.jpeg is not None for row in rows]), made.quantisers[column]
     arrays = features(rows, made.teacher(column))
     tokens = arrays.pop("tokens")
-    codes, scale = quantize.quantise(tokens, quantiser)
+    codes, scale = quantise(tokens, quantiser)
     arrays |= {} if scale is None else {"scale": scale}
     stored = {"tokens": codes.numpy(), **{name: array.half().numpy() for name, array in arrays.items()}}
     kept = None if scale is None else scale[keep]

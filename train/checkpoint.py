@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from mrmae.common.files import TEMPORARY, publish_by
-from mrmae.extract.teachers.weights import first_line
-from mrmae.extract.teachers.weights_file import kind_of
+from mrmae.extract.teachers import first_line, kind_of
 
 FORMAT = 2
 _PREFIX, _SUFFIX = "step-", ".pt"

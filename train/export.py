@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.common.files import publish
-from mrmae.extract.teachers.weights import fit_weights, load_weights
+from mrmae.extract.teachers import fit_weights, load_weights
 from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"

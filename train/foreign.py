@@ -13,7 +13,7 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from mrmae.extract.teachers.weights import listed, load_weights
+from mrmae.extract.teachers import listed, load_weights
 from mrmae.train.checkpoint import save_tensors
 from mrmae.train.method import MaskedConvViT, Pretrainer, sincos_positions
 

@@ -10,10 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mrmae.extract.teachers.address import TeacherRequest
-from mrmae.extract.teachers.teacher import Teacher, build_teacher, parse_teacher
+from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
-from mrmae.shards.format.spec import TeacherSpec, column_id, compare_specs
+from mrmae.shards.format import TeacherSpec, column_id, compare_specs
 from mrmae.train.method import Batch, CacheInfo, Masks, Recipe, TeacherInfo, draw_masks, draw_of
 
 NOT_COMPARED = ("weights", "tag", "precision", "attention_backend")  # where weights come from and how they are computed

@@ -15,7 +15,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from mrmae.common.files import publish_by
-from mrmae.extract.inspect.pictures import pca_rgb
+from mrmae.common.pictures import pca_rgb
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import evaluating

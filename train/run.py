@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mrmae.common.device import resolve_device, resolve_precision
-from mrmae.extract.teachers.teacher import Teacher
+from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache
-from mrmae.shards.format.spec import TeacherSpec
+from mrmae.shards.format import TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, features
 
 from mrmae.extract.images.room import Room
 from mrmae.extract.images.tiff import BITS, PHOTOMETRIC, tiff_defect, tiff_in_words, unopened_tiff
-from mrmae.shards.format.views import BadImage, Pixels
+from mrmae.shards.format import BadImage, Pixels
 
 # A closed list: Pillow's other plugins include one that starts Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")

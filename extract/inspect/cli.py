@@ -23,11 +23,10 @@ from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import columns_called, drop_column, files_of_column
-from mrmae.shards.format.plan import load_plan
-from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.format import DTYPES, load_plan
 from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
-from mrmae.shards.store.storage import STORAGES
+from mrmae.shards.store import STORAGES
 from mrmae.shards.trust import Problem, trusted
 
 

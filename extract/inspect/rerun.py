@@ -16,7 +16,7 @@ from mrmae.common.backend import Url
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
 from mrmae.shards.commit import commit_path, read_record, units
-from mrmae.shards.format.plan import Plan
+from mrmae.shards.format import Plan
 from mrmae.shards.trust import Problem, trusted
 
 Given = tuple[str, str]  # a command, and the folder it was given in

@@ -12,12 +12,9 @@ from mrmae.common.backend import exists
 from mrmae.common.progress import human_bytes
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.shards import commit as commits
-from mrmae.shards.format.plan import PIXELS, Plan, load_plan
-from mrmae.shards.format.samples import read_samples
-from mrmae.shards.format.spec import plain
-from mrmae.shards.format.tail import derived_specs, read_tail
+from mrmae.shards.format import PIXELS, Plan, derived_specs, load_plan, plain, read_samples, read_tail
 from mrmae.shards.stats import stats_path
-from mrmae.shards.store.links import refuse_foreign_entries
+from mrmae.shards.store import refuse_foreign_entries
 from mrmae.shards.verify import read_manifest
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences

@@ -5,7 +5,7 @@ import dataclasses
 from typing import Any
 from urllib.parse import unquote
 
-from mrmae.shards.format.spec import NAME
+from mrmae.shards.format import NAME
 
 LIBRARIES = ("open_clip", "timm")
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")

@@ -9,12 +9,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
+from mrmae.extract.teachers.address import TeacherRequest
 from mrmae.extract.teachers.tower import StateDict, Tower
-from mrmae.shards.format.spec import TeacherSpec
-from mrmae.shards.format.tail import apply_tail
-
-__all__ = ["DEFAULT_TEACHERS", "Features", "Teacher", "TeacherRequest", "apply_tail", "build_teacher", "parse_teacher"]
+from mrmae.shards.format import TeacherSpec
 
 DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

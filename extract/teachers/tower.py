@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mrmae.shards.format.tail import BEHIND, apply_tail, taps_behind
+from mrmae.shards.format import BEHIND, apply_tail, taps_behind
 
 StateDict = dict[str, Tensor]
 ImageSize = tuple[int, int]  # height, width

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from mrmae.shards.format.blocks import IN_BLOCKS
-from mrmae.shards.format.quantise import DTYPES
+from mrmae.shards.format.quantiser import DTYPES
 from mrmae.shards.format.spec import expect
 
 

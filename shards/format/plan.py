@@ -16,7 +16,7 @@ from mrmae.common.backend import read_bytes, size_of
 from mrmae.common.files import publish
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.quantise import DTYPES, Quantiser
+from mrmae.shards.format.quantiser import DTYPES, Quantiser
 from mrmae.shards.format.samples import Source, read_samples
 from mrmae.shards.format.shape import expect_kind, parsed
 from mrmae.shards.format.spec import (

@@ -1,1 +1,25 @@
 """How a cache's columns and views lie in files: zarr v3 and webdataset tars behind one protocol, read at the speed of the disk."""
+
+from mrmae.shards.store.links import foreign_entries, refuse_foreign_entries
+from mrmae.shards.store.reader import Damaged, read_members
+from mrmae.shards.store.storage import STORAGES, Shard, column_folder, storage_of
+from mrmae.shards.store.tar import PixelRow, TarIndex, index_path, parse_row, read_index, write_pixel_tar
+from mrmae.shards.store.zarr import Array
+
+__all__ = [
+    "Array",
+    "Damaged",
+    "PixelRow",
+    "STORAGES",
+    "Shard",
+    "TarIndex",
+    "column_folder",
+    "foreign_entries",
+    "index_path",
+    "parse_row",
+    "read_index",
+    "read_members",
+    "refuse_foreign_entries",
+    "storage_of",
+    "write_pixel_tar",
+]

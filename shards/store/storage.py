@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.plan import Plan
+from mrmae.shards.format import Layout, Plan
 from mrmae.shards.store import tar_columns, zarr
 from mrmae.shards.store.zarr import Array
 

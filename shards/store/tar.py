@@ -19,9 +19,7 @@ import numpy as np
 
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import Chunk, Published, publish
-from mrmae.shards.format.shape import parsed
-from mrmae.shards.format.spec import FORMAT_VERSION, canonical_json
-from mrmae.shards.format.views import View
+from mrmae.shards.format import FORMAT_VERSION, View, canonical_json, parsed
 
 BLOCK = 512
 REGULAR = tarfile.TarInfo()  # mtime, uid and gid are 0, user and group empty

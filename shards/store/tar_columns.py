@@ -15,8 +15,7 @@ import google_crc32c
 import numpy as np
 
 from mrmae.common.files import publish
-from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.spec import canonical_json, plain
+from mrmae.shards.format import Layout, canonical_json, plain
 from mrmae.shards.store import zarr
 from mrmae.shards.store.reader import Damaged, File, opened, read_members
 from mrmae.shards.store.tar import Member, TarIndex, index_path, member_name, read_index, write_tar

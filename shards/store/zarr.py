@@ -19,11 +19,7 @@ from zarr.storage import MemoryStore
 
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import Published, publish
-from mrmae.shards.format.blocks import IN_BLOCKS
-from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.quantise import DTYPES
-from mrmae.shards.format.shape import parsed
-from mrmae.shards.format.spec import canonical_json
+from mrmae.shards.format import DTYPES, IN_BLOCKS, Layout, canonical_json, parsed
 from mrmae.shards.store.reader import ABSENT, ShardFile
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry

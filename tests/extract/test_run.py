@@ -28,7 +28,7 @@ from mrmae.extract.prepare import Images
 from mrmae.extract.run import Options, TooManyBad, extract_features
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Teacher
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format.quantise import DTYPES, dequantise
+from mrmae.shards.format.quantiser import DTYPES, dequantise
 from mrmae.shards.format.spec import ViewRecipe
 from mrmae.shards.store.storage import STORAGES
 

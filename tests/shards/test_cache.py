@@ -20,7 +20,7 @@ from mrmae.extract.images.decode import decode_rgb
 from mrmae.shards import commit
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import plan
-from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.views import draw_view, encode_jpeg, render
 from mrmae.shards.order import view_of

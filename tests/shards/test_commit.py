@@ -18,7 +18,7 @@ from mrmae.common import files as write
 from mrmae.shards import begin, commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import plan, samples
-from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import ViewRecipe
 

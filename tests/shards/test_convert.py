@@ -16,8 +16,7 @@ from mrmae.shards import audit, convert
 from mrmae.shards.cache import open_cache
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.format.plan import load_plan
-from mrmae.shards.format.quality import measure, summarise
-from mrmae.shards.format.quantise import Quantiser, quantise
+from mrmae.shards.format.quantiser import Quantiser, measure, quantise, summarise
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
 from mrmae.shards.store.reader import Damaged
 

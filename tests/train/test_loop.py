@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from training import train_quietly
 
-from mrmae.extract.inspect.pictures import pca_rgb
+from mrmae.common.pictures import pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.order import view_of
 from mrmae.train import checkpoint, loop, optim, pictures, resume

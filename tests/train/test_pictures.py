@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mrmae.extract.inspect.pictures import pca_rgb
+from mrmae.common.pictures import pca_rgb
 from mrmae.train import pictures
 
 GRID = (4, 3)

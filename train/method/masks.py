@@ -13,7 +13,7 @@ from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from mrmae.kernels import ids
-from mrmae.shards.format.blocks import BlockRule
+from mrmae.shards.format import BlockRule
 from mrmae.shards.order import view_of
 from mrmae.train.method.recipe import MaskRecipe, Recipe
 from mrmae.train.method.targets import ADD, Batch, CacheInfo

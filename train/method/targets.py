@@ -9,8 +9,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from mrmae.kernels import reference
-from mrmae.shards.format.blocks import BlockRule
-from mrmae.shards.format.tail import apply_tail
+from mrmae.shards.format import BlockRule, apply_tail
 from mrmae.train.method.phi_s import phi_s
 from mrmae.train.method.recipe import TermRecipe, Transform
 

@@ -15,10 +15,10 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
+from mrmae.common.pictures import heat, pca_rgb
 from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect.cli import main
 from mrmae.extract.inspect.compare import compare_live
-from mrmae.extract.inspect.pictures import heat, pca_rgb
 from mrmae.shards.cache import open_cache
 from mrmae.shards.stats import read_stats
 

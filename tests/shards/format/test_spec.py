@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mrmae.shards.format import spec
-from mrmae.shards.format.quantise import Quantiser
+from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe
 
 TEACHER = TeacherSpec(

@@ -7,9 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.shards.format.calibrate import calibrate, first_rows
-from mrmae.shards.format.quality import measure, quality, summarise
-from mrmae.shards.format.quantise import Quantiser, dequantise, quantise
+from mrmae.shards.format.quantiser import (
+    Quantiser,
+    calibrate,
+    dequantise,
+    first_rows,
+    measure,
+    quality,
+    quantise,
+    summarise,
+)
 
 
 def vit_like(n: int = 8, l: int = 16, d: int = 32, *, massive: float = 0.0) -> Tensor:
