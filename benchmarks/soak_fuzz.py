@@ -52,11 +52,11 @@ EXTRACT = ["--size", "32", "--grid", "4", "--views", "2", "--shard-samples", "4"
            "--device", "cpu"]  # fmt: skip
 VIT, CNN = ["--teacher", "vit=timm:test_vit/random"], ["--teacher", "cnn=timm:test_efficientnet/random"]
 for module in (
-    "extract.live",
-    "extract.open_clip_teacher",
+    "extract.inspect.compare",
+    "extract.teachers.open_clip",
     "extract.run",
-    "extract.sheet",
-    "extract.timm_teacher",
+    "extract.inspect.pictures",
+    "extract.teachers.timm",
     "probe.run",
     "train.loop",
 ):
