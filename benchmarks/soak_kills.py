@@ -5,7 +5,7 @@ thread), die by SIGKILL at a random moment or at a random one of their file oper
 again until they finish. After every kill each committed shard is verified in full and compared with the uninterrupted
 cache, each checkpoint read back; at the end every byte of the cache, every loss and every weight must be those of the
 uninterrupted command. Disks: errors injected into file operations, and, where this user may mount one, a real tmpfs that
-fills up and a real one that turns read-only in the middle.
+fills up.
 
 A row of results/kills.csv per piece of ten kills; a stopped soak goes on after the last row of this commit. Exit 1 where
 anything went wrong; what was found then is kept.
@@ -404,23 +404,19 @@ class Soak:
         if found := wrong(self.out, self.whole, ()):
             self.complain("invalid", "\n".join(found))
 
-    def mounts(self, times: int, seed: int, *, read_only: bool) -> Counter[str]:
-        """A real tmpfs, too small or made read-only in the middle; then mended. Empty where this user may not mount."""
+    def mounts(self, times: int, seed: int) -> Counter[str]:
+        """A real tmpfs that is too small, then grows. Empty where this user may not mount."""
         self.rng, self.counts = random.Random(seed), Counter()
         for _ in range(times):
             self.renew()
-            with mounted(self.out, "64m" if read_only else f"{self.rng.randrange(60, 300)}k") as there:
+            with mounted(self.out, f"{self.rng.randrange(60, 300)}k") as there:
                 if not there:
                     return self.counts
                 self.begin(self.jobs, {})
-                if read_only:
-                    time.sleep(self.rng.uniform(0.1, 0.9) * self.seconds)
-                    while subprocess.run(["mount", "-o", "remount,ro", self.out], capture_output=True).returncode:
-                        pass  # busy while a file is open for writing
                 codes = self.end(self.jobs)
-                if codes != {0: 0}:  # else it had finished before the disk was taken away
+                if codes != {0: 0}:  # else it was large enough
                     self.hear(codes)
-                subprocess.run(["mount", "-o", "remount,rw,size=64m", self.out], check=True)
+                subprocess.run(["mount", "-o", "remount,size=64m", self.out], check=True)
                 self.close(self.finishes(self.jobs))
         return self.counts
 
@@ -451,8 +447,8 @@ def done_before(out: Path, commit: str) -> set[tuple[str, str]]:
 DISKS: dict[str, Callable[[Soak, int, int], Counter[str]]] = {
     "disk full, injected": lambda soak, times, seed: soak.refused(errno.ENOSPC, times, seed),
     "no permission, injected": lambda soak, times, seed: soak.refused(errno.EACCES, times, seed),
-    "disk full, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed, read_only=False),
-    "read-only, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed, read_only=True),
+    "read-only, injected": lambda soak, times, seed: soak.refused(errno.EROFS, times, seed),
+    "disk full, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed),
 }
 
 
