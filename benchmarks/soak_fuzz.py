@@ -77,7 +77,10 @@ TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1,
          "student.fused_blocks=[2, 4]", "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--workers", "1", "--panels-every",
          "0", "--allow-partial"]  # fmt: skip
 KINDS = ("crashed", "slow", "memory", "outside", "ran", "unclear", "wrong", "missed")
-NAMED = re.compile(r"\.json\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|commits|views/|tail/|stats/")
+NAMED = re.compile(
+    r"\.json\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
+    re.M,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -271,11 +274,11 @@ def result(command: str, place: Place) -> dict[str, str]:
             return {"knn": found_by_probe(place.out / "made")}
         case _:
             return {}
-    names = {
-        file.relative_to(place.case).as_posix(): file
-        for file in files
-        if file.is_file() and "commits" not in file.parts
-    }
+    apart = (
+        {"commits"} if command == "stats" else {"commits", "stats"}
+    )  # records tell the time, moments are checked when read
+    names = {file.relative_to(place.case).as_posix(): file for file in files if file.is_file()}
+    names = {name: file for name, file in names.items() if not apart & set(name.split("/"))}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items()}
 
 
@@ -317,7 +320,11 @@ class Fuzz:
         ended = dataclasses.replace(ended, bytes=ended.bytes - self.nothing)
         changed = sorted(name for name, _ in self.place.others().items() ^ before.items())
         changed = [name for name in changed if name != str(self.place.work / "said")]
-        wrong = wrong_end(ended, usual) + ["ran"] * any("RAN" in name for name in changed) + ["outside"] * bool(changed)
+        wrong = (
+            wrong_end(ended, usual, names=command != "diff")
+            + ["ran"] * any("RAN" in name for name in changed)
+            + ["outside"] * bool(changed)
+        )
         if ended.code == 0 and not mutation.forged:
             found, mine = result(command, self.place), f"cache/{mutation.file}"
             other = any(
@@ -351,14 +358,21 @@ def told(said: str) -> str:
     return "\n".join([before[-2000:].strip(), *trace.splitlines()[-12:]]) if mark else said[-2000:].strip()
 
 
-def wrong_end(ended: Ended, usual: str) -> list[str]:
-    """Kinds of what is wrong with an end, whatever the command was. usual: what it says of the whole cache."""
+def wrong_end(ended: Ended, usual: str, *, names: bool = True) -> list[str]:
+    """Kinds of what is wrong with an end. usual: what the command says of the whole cache. names: it should name a file; the
+    fields that differ are what `diff` names, the images of a part are what a probe names."""
     if ended.code is None:
         return ["slow"]
     memory = ["memory"] * (ended.bytes > BYTES)
     if "Traceback (most recent" in ended.said or ended.code not in (0, 1):
         return [*memory, "crashed"]
-    unclear = ended.code == 1 and ended.said != usual and not NAMED.search(ended.said)
+    unclear = (
+        names
+        and ended.code == 1
+        and "DATA: " not in ended.said
+        and ended.said != usual
+        and not NAMED.search(ended.said)
+    )
     return memory + ["unclear"] * (unclear or len(ended.said) > SHOWN)
 
 

@@ -56,6 +56,19 @@ class FileFields(TypedDict):
     sha256: str
 
 
+class TailsField(TypedDict):
+    """The tail of a column in a manifest."""
+
+    name: str
+    tail: FileFields | None
+
+
+class TailsFields(TypedDict):
+    """The tails in a manifest."""
+
+    columns: list[TailsField]
+
+
 class QualityFields(TypedDict):
     """What storing cost a column."""
 
@@ -310,6 +323,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
         raise ValueError(f"{path}: {len(absent)} of {len(absent) + len(complete)} shards are not committed, the first is view "
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
     refuse_disagreement(path, complete)
+    refuse_other_tails(path, plan)
     table = {**read_samples(path, plan.n_rows), **decoded_columns(plan, complete)}
     write_samples(path, table)
     body = manifest_body(path, plan, complete, table)
@@ -318,6 +332,23 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     remove_leftovers(path)
     remove_locks(path)
     return manifest
+
+
+def refuse_other_tails(path: Path, plan: Plan) -> None:
+    """ValueError where a tail is not the one of the manifest that is there: a new one would vouch for what was altered."""
+    try:
+        told = {
+            column["name"]: column["tail"]
+            for column in parsed((path / "manifest.json").read_bytes(), TailsFields)["columns"]
+        }
+    except (OSError, ValueError):
+        return
+    for teacher in plan.columns:
+        file = tail_path(path, teacher.name)
+        about = told.get(teacher.column)
+        if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:
+            raise ValueError(f"{file}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, delete it "
+                             "and run the same command again")  # fmt: skip
 
 
 def manifest_body(

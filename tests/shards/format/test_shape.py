@@ -11,7 +11,7 @@ import torch
 
 from mrmae.shards import audit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.commit import RecordFields, committed, read_record
+from mrmae.shards.commit import RecordFields, committed, finalise, read_record
 from mrmae.shards.format import tail
 from mrmae.shards.format.plan import PlanFields, load_plan
 from mrmae.shards.format.shape import expect_kind, parsed
@@ -125,3 +125,12 @@ def test_a_tail_that_no_teacher_has_is_refused(tmp_path: Path, tensors: dict[str
         file.write_bytes(file.read_bytes() + b"more")
     with pytest.raises(ValueError, match="a.safetensors: no tail of .*run the same extract-features command"):
         tail.read_tail(tmp_path, "a")
+
+
+def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    manifest = (tmp_path / "c/manifest.json").read_bytes()
+    tail.write_tail(tmp_path / "c", "a", {"norm.weight": torch.zeros(8), "norm.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
+        finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+    assert (tmp_path / "c/manifest.json").read_bytes() == manifest
