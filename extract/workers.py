@@ -90,7 +90,7 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> P
         if set(found.quantisers) != {teacher.column for teacher in found.columns}:
             why[0] = "it is not calibrated yet"
             return None
-        if not keys <= set(read_samples(job_path, found.n_rows)["key"]):
+        if not keys <= set(read_samples(job_path, found.numbers)["key"]):
             why[0] = f"part {part} sees other images than the plan's; the same IMAGES are expected everywhere"
             return None
         return found

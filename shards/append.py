@@ -74,8 +74,11 @@ def restore_samples(path: Path, plan: Plan, given: Sequence[Source]) -> None:
 
     Raises ValueError where they do not all tell, or where these images are not the plan's.
     """
-    known, rows = {row.key: row for row in given}, [Source("", None, 0, "")] * plan.n_rows
-    where = path / "samples.parquet"
+    known, where = {row.key: row for row in given}, path / "samples.parquet"
+    if len(known) < plan.n_images:
+        raise ValueError(f"{where}: lost, and IMAGES are {len(known)}; expected all {plan.n_images} images of the cache to write it "
+                         "again; give all their folders, without new ones")  # fmt: skip
+    rows = [Source("", None, 0, "")] * plan.n_rows
     for shard, numbers in enumerate(plan.ranges):
         keys = read_index(tar_path(path, 0, shard)).keys
         if strangers := [key for key in keys if key not in known]:
@@ -98,7 +101,7 @@ def append_rows(path: Path, plan: Plan, new: Sequence[Source]) -> Plan:
     id = grown_dataset_id(plan.parts[-1].dataset_id, [(row.key, row.bytes, row.sha256) for row in ordered])
     grown = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered))))
     first = grown.parts[-1].numbers.start
-    table = read_samples(path, plan.n_rows)
+    table = read_samples(path, plan.numbers)
     known = [field.name for field in dataclasses.fields(Source)]
     for name in SAMPLES.names[1:]:
         gap = first - len(table[name])

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mrmae.common.backend import exists, pieces, read_bytes, size_of
 from mrmae.shards import verify
 from mrmae.shards.commit import (
@@ -47,11 +45,11 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
         )
     table, samples_problems = samples_of(path, plan, manifest)
     found += samples_problems
-    valid = whole_rows(path, plan, table)
+    bad = bad_rows(path, plan, table)
     keys = None if table is None else table["key"]
     for unit in units(plan):
         found += unit_problems(
-            path, plan, unit, verify.promised(manifest, unit) if manifest else None, valid, keys, full=full
+            path, plan, unit, verify.promised(manifest, unit) if manifest else None, bad, keys, full=full
         )
     found += metadata_problems(path, plan, full=full)
     found += tail_problems(path, plan, manifest, full=full)
@@ -63,11 +61,9 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
 def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[str, list[Any]] | None, list[Problem]]:
     """The table of samples, None where it is damaged or not this cache's."""
     try:
-        table = read_samples(path, plan.n_rows)
+        table = read_samples(path, plan.numbers)
     except ValueError as error:
         return None, [Problem("samples.parquet", reason(error, path / "samples.parquet"))]
-    if len(table["key"]) != plan.n_rows:
-        return None, [Problem("samples.parquet", f"{len(table['key'])} rows; the plan says {plan.n_rows}")]
     if manifest is not None:
         wrong = [what for what in verify.id_problems(plan, manifest, table) if what.startswith("samples.parquet")]
         if wrong:
@@ -75,17 +71,15 @@ def samples_of(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[dict[
     return table, []
 
 
-def whole_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Which samples must have a chunk in every column: all but the bad images."""
-    valid = np.ones(plan.n_rows, bool)
+def bad_rows(path: Path, plan: Plan, table: Mapping[str, list[Any]] | None) -> set[int]:
+    """The samples that need have no chunk in any column: the bad images, and rows that hold none."""
     if table is not None and None not in table["valid"]:
-        return np.array(table["valid"], bool)
-    valid[list(bad_images(path, plan))] = False
-    return valid
+        return {number for number, valid in enumerate(table["valid"]) if not valid}
+    return set(bad_images(path, plan))
 
 
 def unit_problems(
-    path: Path, plan: Plan, unit: Unit, promised: Mapping[str, Any] | None, valid: np.ndarray[Any, Any],
+    path: Path, plan: Plan, unit: Unit, promised: Mapping[str, Any] | None, bad: set[int],
     keys: Sequence[str] | None, *, full: bool,
 ) -> Iterator[Problem]:  # fmt: skip
     """What is wrong with one shard: its record, its files' sizes; full: their hashes and checksums."""
@@ -95,7 +89,7 @@ def unit_problems(
         if promised is None:
             return  # not extracted yet
         yield Problem(relative(path, record_file), "the commit record is missing or damaged", unit)
-    elif promised is not None and right_but_for_manifest(path, plan, unit, record, promised, valid):
+    elif promised is not None and right_but_for_manifest(path, plan, unit, record, promised, bad):
         what = f"its entry for shard {unit[2]} of {unit[1]}, view {unit[0]}, is not that of the commit record and files"
         yield Problem("manifest.json", what)
         promised = None
@@ -111,7 +105,7 @@ def unit_problems(
             yield Problem(relative(path, file), what, unit)
             return  # its checksums would only say the same again
     if full:
-        yield from checksum_problems(path, plan, unit, valid, keys)
+        yield from checksum_problems(path, plan, unit, bad, keys)
 
 
 def wrong_record(
@@ -134,10 +128,12 @@ def right_but_for_manifest(
     unit: Unit,
     record: Mapping[str, Any],
     promised: Mapping[str, Any],
-    valid: np.ndarray[Any, Any],
+    bad: set[int],
 ) -> bool:
     """Whether a shard's files are exactly what its record says, and only the manifest says something else."""
-    if wrong_record(path, plan, unit, record, None) or record["valid"] != valid[plan.ranges[unit[2]]].sum():
+    if wrong_record(path, plan, unit, record, None) or record["valid"] != sum(
+        number not in bad for number in plan.ranges[unit[2]]
+    ):
         return False
     if all(record[name] == promised[name] for name in ("count", "valid", "files")):
         return False  # at most the ids differ: the record is what can be written again from the images
@@ -169,7 +165,7 @@ def sha256_of(file: Path) -> str:
 
 
 def checksum_problems(
-    path: Path, plan: Plan, unit: Unit, valid: np.ndarray[Any, Any], keys: Sequence[str] | None
+    path: Path, plan: Plan, unit: Unit, bad: set[int], keys: Sequence[str] | None
 ) -> Iterator[Problem]:
     """Chunks and members of one shard that fail their crc32c, are absent, or should not be there.
 
@@ -177,7 +173,7 @@ def checksum_problems(
     """
     view, column, shard = unit
     numbers = plan.ranges[shard]
-    rows = [row for row, number in enumerate(numbers) if valid[number]]
+    rows = [row for row, number in enumerate(numbers) if number not in bad]
     try:
         if column == PIXELS:
             check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)

@@ -67,7 +67,7 @@ def refuse_other_folder(path: Path) -> None:
 
 def refuse_other_images(path: Path, sources: Sequence[Source]) -> None:
     """ValueError that names an image by which the cache's data set and these images differ."""
-    table = read_samples(path)
+    table = read_samples(path, load_plan(path).numbers)
     then = {key: sha for key, sha in zip(table["key"], table["sha256"]) if key}
     now = {source.key: source.sha256 for source in sources}
     changed = [key for key in then if now.get(key, then[key]) != then[key]]

@@ -268,7 +268,7 @@ def open_cache(
         threads = threads or REMOTE_THREADS
     refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
-    table = read_samples(path, plan.n_rows)
+    table = read_samples(path, plan.numbers)
     if not exists(path / "manifest.json"):
         done = committed(path, plan)
         if not allow_partial:

@@ -255,7 +255,8 @@ def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
     """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
     bad = record.get("bad", {"": ""})
     return (set(bad) <= set(map(str, numbers)) and record["valid"] == len(numbers) - len(bad)
-            and all(len(record.get(name, ())) == len(numbers) for name in ("heights", "widths")))  # fmt: skip
+            and all(len(record.get(name, ())) == len(numbers) and all(0 <= n < 2**31 for n in record[name])
+                    for name in ("heights", "widths")))  # fmt: skip
 
 
 def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> dict[str, Any] | None:
@@ -324,7 +325,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
     refuse_disagreement(path, complete)
     refuse_other_tails(path, plan)
-    table = {**read_samples(path, plan.n_rows), **decoded_columns(plan, complete)}
+    table = {**read_samples(path, plan.numbers), **decoded_columns(plan, complete)}
     write_samples(path, table)
     body = manifest_body(path, plan, complete, table)
     manifest = {**body, "manifest_id": content_id(body)}

@@ -29,7 +29,7 @@ def description(path: Path) -> dict[str, Any]:
     if finished:
         read_manifest(path)
     records = commits.valid_records(path, plan, commits.units(plan))
-    table = read_samples(path, plan.n_rows)
+    table = read_samples(path, plan.numbers)
     bad = commits.bad_in(records)
     return {
         "path": str(path),

@@ -21,11 +21,13 @@ from mrmae.shards.format.samples import Source, read_samples
 from mrmae.shards.format.shape import expect_kind, parsed
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
+    LARGEST_GRID,
     TeacherSpec,
     ViewRecipe,
     column_id,
     compare_specs,
     dataset_id,
+    expect,
     from_json,
     geometry_id,
     grown_dataset_id,
@@ -34,6 +36,11 @@ from mrmae.shards.format.spec import (
 
 FORMATS = ("zarr", "webdataset")  # how columns can be stored
 PIXELS = "pixels"  # the column that every cache has
+MOST_ROWS = 10**9  # members of tars are named by nine digits
+MOST_EMPTY_ROWS = 4 * 10**6  # before appended parts; every array and list of samples has them
+MOST_SHARD_SAMPLES = 1 << 20  # a shard's index has 16 bytes of each
+MOST_VIEWS = 1024
+MOST_SHARDS = 500_000  # of all views and columns: the manifest lists them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +49,9 @@ class Appended:
 
     dataset_id: str
     n_samples: int
+
+    def __post_init__(self) -> None:
+        expect(self.n_samples > 0, "appended.n_samples", self.n_samples, "at least one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,8 +132,44 @@ class Plan:
         if min(self.n_views, self.shard_samples, self.n_samples) < 1:
             raise ValueError(f"plan: {self.n_samples} samples, {self.n_views} views, shards of {self.shard_samples}; "
                              "expected at least one of each")  # fmt: skip
+        for n in self.grid:
+            expect(0 < n <= LARGEST_GRID, "grid", self.grid, f"1 to {LARGEST_GRID} patches per side")
+        self.refuse_too_many()
         if self.token_layout is not None:
             self.token_layout.rows(self.grid[0] * self.grid[1])
+
+    def refuse_too_many(self) -> None:
+        """ValueError where numbers would not fit the names of files, or lists of them the memory."""
+        shards = self.n_views * (1 + len(self.columns)) * sum(-(-n // self.shard_samples) for n in self.part_sizes)
+        for what, n, most, todo in (
+            ("samples per shard", self.shard_samples, MOST_SHARD_SAMPLES, "choose a smaller --shard-samples"),
+            ("rows of samples", self.n_rows, MOST_ROWS, "split the images over several caches"),
+            (
+                "empty rows before appended parts",
+                self.n_rows - self.n_images,
+                MOST_EMPTY_ROWS,
+                "extract a new cache of all",
+            ),
+            ("views", self.n_views, MOST_VIEWS, "choose fewer --views"),
+            ("shards of all views and columns", shards, MOST_SHARDS, "choose a larger --shard-samples"),
+        ):
+            if n > most:
+                raise ValueError(f"plan: {n} {what}; at most {most} were expected; {todo}")
+
+    def refuse_foreign_quantisers(self) -> None:
+        """ValueError for a quantiser of no column, of another dtype or of another number of channels."""
+        widths = {teacher.column: teacher.width for teacher in self.columns}
+        for name, quantiser in self.quantisers.items():
+            if name not in widths:
+                raise ValueError(f"plan: a quantiser is of {name!r}, which is no column; expected the plan's columns")
+            if quantiser.dtype != self.dtype or quantiser.width not in (None, widths[name]):
+                raise ValueError(f"plan: the quantiser of {name} has {quantiser.width or 'any'} channels of {quantiser.dtype}; "
+                                 f"its column has {widths[name]} of {self.dtype}")  # fmt: skip
+
+    @property
+    def part_sizes(self) -> list[int]:
+        """Images of every part."""
+        return [self.n_samples, *(more.n_samples for more in self.appended)]
 
     @functools.cached_property
     def parts(self) -> list[Part]:
@@ -142,7 +188,12 @@ class Plan:
     @property
     def n_images(self) -> int:
         """Images, without the empty rows before an appended part."""
-        return sum(len(part.numbers) for part in self.parts)
+        return sum(self.part_sizes)
+
+    @property
+    def numbers(self) -> list[range]:
+        """The sample numbers of every part."""
+        return [part.numbers for part in self.parts]
 
     @functools.cached_property
     def ranges(self) -> list[range]:
@@ -218,17 +269,14 @@ class Plan:
                     "token_layout": BlockRule.from_json(fields.get("token_layout")),
                 }
             )
+            plan.refuse_foreign_quantisers()
+            return plan
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             what = str(error) if isinstance(error, ValueError) else repr(error)
             if what.startswith(where):
                 raise
             raise ValueError(f"{where}: damaged ({what}); expected the fields of a plan; restore it, or where the cache "
                              "was finished, run inspect-cache repair") from None  # fmt: skip
-        if unknown := sorted(set(plan.quantisers) - {teacher.column for teacher in plan.columns}):
-            raise ValueError(
-                f"{where}: a quantiser is of {unknown[0]!r}, which is no column; expected the plan's columns; restore it"
-            )
-        return plan
 
 
 def shard_ranges(n: int, shard_samples: int) -> list[range]:
@@ -286,7 +334,7 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
 
 def read_sources(path: Path) -> list[Source]:
     """The images of the cache at `path` by number, as they were when the plan was made; key "" where a row holds none."""
-    table = read_samples(path, load_plan(path).n_rows)
+    table = read_samples(path, load_plan(path).numbers)
     return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
 
 

@@ -65,6 +65,18 @@ class Quantiser:
                 f"quantiser: dtype {self.dtype!r} is not known; expected {' or '.join(DTYPES)}; choose one"
             )
 
+        parts = [part for part in (self.channel_mean, self.channel_std) if part is not None]
+        if (
+            any(part.ndim != 1 or part.shape != parts[0].shape or not np.isfinite(part).all() for part in parts)
+            or len(parts) == 1
+        ):
+            raise ValueError("quantiser: expected finite means and deviations of all channels, or neither")
+
+    @property
+    def width(self) -> int | None:
+        """How many channels it is for; None where it would do for any."""
+        return None if self.channel_mean is None else len(self.channel_mean)
+
     @property
     def stored(self) -> Stored:
         """How its codes lie in an array."""
@@ -82,9 +94,7 @@ class Quantiser:
         """The quantiser that `to_json` described."""
         arrays = {k: fields[k] if fields[k] is None else np.array(fields[k], np.float32)
                   for k in ("channel_mean", "channel_std")}  # fmt: skip
-        return Quantiser(
-            fields["dtype"], standardised=bool(fields["standardised"]), source=fields.get("source"), **arrays
-        )
+        return Quantiser(fields["dtype"], standardised=fields["standardised"], source=fields.get("source"), **arrays)
 
 
 def parts_of(features: Float[Tensor, "n l d"]) -> Sequence[Float[Tensor, "_ l d"]]:

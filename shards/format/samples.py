@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -22,6 +23,7 @@ NO_IMAGE: dict[str, Any] = {
     "key": "", "label": None, "bytes": 0, "sha256": "", "height": 0, "width": 0, "valid": False,
     "reason": "this row holds no image: it lies before an appended part",
 }  # fmt: skip
+MOST_UNPACKED = 64  # bytes of a column for one of the file: hashes and keys do not compress as well by far
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,36 +61,59 @@ def write_sources(path: Path, sources: Sequence[Source]) -> None:
     write_samples(path, table | unknown)
 
 
-def read_table(data: bytes) -> pa.Table:
-    """The table of a parquet file, read by this thread alone.
-
-    Arrow's own threads may hold Python's bytes a moment longer than the read; where the interpreter ends in that moment, the
-    process aborts.
-    """
-    source = pa.BufferReader(data)
-    with pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True) as parquet:
-        return parquet.read(use_threads=False)
-
-
-def read_samples(path: Path, n_rows: int | None = None) -> dict[str, list[Any]]:
+def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, list[Any]]:
     """The columns of samples.parquet by name, without the number, which is the position.
 
-    Rows that hold no image, before an appended part, have the key "" and are not valid. n_rows: what comes behind is not part
-    of the plan (an append was killed before it was planned). ValueError when it is missing or damaged.
+    parts: the sample numbers of the plan's parts; what comes behind is no part of the plan (an append was killed before it was
+    planned). None: one part, as long as the table. Rows that hold no image, before an appended part, have the key "" and are not
+    valid. ValueError when the file is missing, damaged, or has other numbers.
     """
     file = path / "samples.parquet"
     try:
         table = read_table(read_bytes(file))
-    except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file}: cannot be read ({error}); it is damaged or missing; restore it") from None
-    numbers = table["number"].to_pylist() if table.schema.equals(SAMPLES) else []
-    if not numbers or numbers[0] != 0 or any(b <= a for a, b in itertools.pairwise(numbers)):
-        raise ValueError(f"{file}: not a table of samples; expected {SAMPLES.names}, numbered from 0; restore it")
-    columns = {name: table[name].to_pylist() for name in SAMPLES.names[1:]}
-    if numbers[-1] == len(numbers) - 1:
-        return {name: values[:n_rows] for name, values in columns.items()}
-    rows = {name: [NO_IMAGE[name]] * (numbers[-1] + 1) for name in columns}
+        parts = [range(len(table))] if parts is None else parts
+        n = refuse_other_numbers(table["number"].to_numpy(), parts)
+        columns = {name: table[name].slice(0, n).to_pylist() for name in SAMPLES.names[1:]}
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{file}: cannot be read ({error}); it is damaged, missing or another cache's; restore it"
+        ) from None
+    if n == parts[-1].stop:
+        return columns
+    rows = {name: [NO_IMAGE[name]] * parts[-1].stop for name in columns}
     for name, values in columns.items():
-        for number, value in zip(numbers, values):
-            rows[name][number] = value
-    return {name: values[:n_rows] for name, values in rows.items()}
+        for part, end in zip(parts, itertools.accumulate(map(len, parts))):
+            rows[name][part.start : part.stop] = values[end - len(part) : end]
+    return rows
+
+
+def read_table(data: bytes) -> pa.Table:
+    """The table of samples in a parquet file, read by this thread alone.
+
+    Arrow's own threads may hold Python's bytes a moment longer than the read; where the interpreter ends in that moment, the
+    process aborts. ValueError, before anything is allocated, where the file is too short for what it says of itself.
+    """
+    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as parquet:
+        about = parquet.metadata
+        claimed = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+        if not parquet.schema_arrow.equals(SAMPLES):
+            raise ValueError(f"its columns are {parquet.schema_arrow.names}; expected {SAMPLES.names}")
+        if not 0 < about.num_rows <= len(data) or claimed > MOST_UNPACKED * len(data):
+            raise ValueError(
+                f"it says that it holds {about.num_rows} rows and {claimed} bytes, in a file of {len(data)}"
+            )
+        table = parquet.read(use_threads=False)
+    if empty := [name for name in ("number", "key", "bytes", "sha256") if table[name].null_count]:
+        raise ValueError(f"its column {empty[0]} has rows without a value")
+    return table
+
+
+def refuse_other_numbers(numbers: Any, parts: Sequence[range]) -> int:
+    """Rows of the table that are the plan's. ValueError unless they have the numbers of its parts."""
+    n = sum(map(len, parts))
+    if len(numbers) < n:
+        raise ValueError(f"it has {len(numbers)} rows; the plan says {n}")
+    for part, end in zip(parts, itertools.accumulate(map(len, parts))):
+        if not np.array_equal(numbers[end - len(part) : end], np.arange(part.start, part.stop)):
+            raise ValueError(f"its rows are not numbered {part.start} to {part.stop - 1} as the plan's samples are")
+    return n

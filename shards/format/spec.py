@@ -15,6 +15,9 @@ import numpy as np
 
 FORMAT_VERSION = 2
 
+LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
+LARGEST_GRID = 1024  # patches per side
+LARGEST_WIDTH = 1 << 20  # channels of a token
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Where weights came from and how they were called does not change a number; their sha256 does.
 NOT_HASHED = ("name", "weights", "tag")
@@ -40,7 +43,7 @@ class ViewRecipe:
             object.__setattr__(self, name, floats(getattr(self, name)))
         object.__setattr__(self, "flip", float(self.flip))
         low, high = self.crop_scale
-        expect(self.size > 0, "size", self.size, "a positive number of pixels")
+        expect(0 < self.size <= LARGEST_SIDE, "size", self.size, f"1 to {LARGEST_SIDE} pixels")
         expect(0 < low <= high <= 1, "crop_scale", self.crop_scale, "0 < low <= high <= 1")
         expect(0 < self.crop_ratio[0] <= self.crop_ratio[1], "crop_ratio", self.crop_ratio, "0 < low <= high")
         expect(0 <= self.flip <= 1, "flip", self.flip, "a probability")
@@ -92,7 +95,10 @@ class TeacherSpec:
         expect(bool(NAME.fullmatch(self.tap)), "tap", self.tap, "letters, digits, - or _")
         expect(self.weights in ("hub", "file", "random"), "weights", self.weights, "hub, file or random")
         expect(self.resample in ("none", "bilinear"), "resample", self.resample, "none or bilinear")
-        expect(self.width > 0, "width", self.width, "a positive number of channels")
+        expect(0 < self.width <= LARGEST_WIDTH, "width", self.width, f"1 to {LARGEST_WIDTH} channels")
+        expect(
+            all(0 < n <= LARGEST_GRID for n in self.grid), "grid", self.grid, f"1 to {LARGEST_GRID} patches per side"
+        )
 
     @property
     def column(self) -> str:
@@ -106,7 +112,7 @@ Spec = TypeVar("Spec", ViewRecipe, TeacherSpec)
 def expect(true: bool, field: str, value: object, wanted: str) -> None:
     """Raise ValueError naming `field`, its value and what was wanted, unless `true`."""
     if not true:
-        raise ValueError(f"{field}: {value!r} cannot be used; expected {wanted}; correct this option")
+        raise ValueError(f"{field}: {shown(value)} cannot be used; expected {wanted}; correct this option")
 
 
 def floats(values: Iterable[float]) -> tuple[float, ...]:
