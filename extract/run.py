@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrmae.common.files import make_folder, remove
+from mrmae.common.files import make_folder
 from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.calibration import KeptBatches, calibrated
 from mrmae.extract.estimate import forecast, measure_rates
@@ -302,7 +302,7 @@ def refuse_too_many_bad(job: Job) -> None:
         )
     allowed = job.options.max_bad if job.options.max_bad >= 0 else max(3, job.plan.n_images // 1000)
     if len(bad) > allowed:
-        remove(job.path / "manifest.json")
+        commits.withdraw_manifest(job.path, job.plan)
         raise TooManyBad(
             f"{job.path}: {len(bad)} of {job.plan.n_images} images cannot be read; at most {allowed} may; everything "
             f"else is committed: mend nothing and raise --max-bad to {len(bad)} to finish without running again, or "

@@ -8,8 +8,9 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mrmae.common.files import publish, remove
+from mrmae.common.files import publish
 from mrmae.shards.begin import refuse_other_images
+from mrmae.shards.commit import withdraw_manifest
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.format import (
     SAMPLES,
@@ -107,7 +108,7 @@ def append_rows(path: Path, plan: Plan, new: Sequence[Source]) -> Plan:
         gap = first - len(table[name])
         table[name] += ["" if name == "key" else None] * gap
         table[name] += [getattr(row, name) for row in ordered] if name in known else [None] * len(ordered)
-    remove(path / "manifest.json")
+    withdraw_manifest(path, plan)
     write_samples(path, table)
     publish(path / "plan.json", readable_json(grown.to_json()), replace=True)
     return grown

@@ -335,6 +335,12 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     return manifest
 
 
+def withdraw_manifest(path: Path, plan: Plan) -> None:
+    """Remove the manifest, where the cache is to be finished again later. ValueError, and nothing changed, where a tail was altered."""
+    refuse_other_tails(path, plan)
+    remove(path / "manifest.json")
+
+
 def refuse_other_tails(path: Path, plan: Plan) -> None:
     """ValueError where a tail is not the one of the manifest that is there: a new one would vouch for what was altered."""
     try:

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from mrmae.common.backend import refuse_url
+from mrmae.common.backend import exists, refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -25,7 +25,7 @@ def extend_plan(path: Path, wanted: Plan) -> Plan:
     old = load_plan(path)
     new = extended(old, wanted, str(path / "plan.json"))
     if new != old:
-        remove(path / "manifest.json")
+        commits.withdraw_manifest(path, old)
         publish(path / "plan.json", readable_json(new.to_json()), replace=True)
     return new
 
@@ -74,7 +74,9 @@ def dropped(path: Path, column: str) -> list[str]:
     kept = tuple(teacher for teacher in plan.columns if teacher.column != column)
     quantisers = {name: quantiser for name, quantiser in plan.quantisers.items() if name != column}
     plan = dataclasses.replace(plan, columns=kept, quantisers=quantisers)
-    remove(path / "manifest.json")
+    if exists(path / "manifest.json"):
+        refuse_damaged(path, plan)
+    commits.withdraw_manifest(path, plan)
     publish(path / "plan.json", readable_json(plan.to_json()), replace=True)
     for file in files:
         remove(file)
@@ -83,6 +85,14 @@ def dropped(path: Path, column: str) -> list[str]:
     for folder in reversed(column_folders(path, plan, column)):  # as long as there is one, the same call goes on
         remove_empty(folder)
     return [teacher.column for teacher in kept]
+
+
+def refuse_damaged(path: Path, plan: Plan) -> None:
+    """ValueError, naming the first, where shards of a finished cache are not committed any more: it would stay unfinished."""
+    if absent := commits.missing(path, plan):
+        raise ValueError(f"{commits.commit_path(path, *absent[0])}: damaged, or a file of its shard is (shard {absent[0][2]} of "
+                         f"{absent[0][1]}, view {absent[0][0]}; {len(absent)} in all); expected a whole cache; first run inspect-cache "
+                         "repair (nothing was changed)")  # fmt: skip
 
 
 def columns_called(path: Path, name: str) -> list[str]:

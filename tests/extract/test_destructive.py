@@ -69,6 +69,16 @@ def test_drop_removes_what_a_killed_drop_left(cache: Path, tmp_path: Path, make_
     assert contents(cache) == small
 
 
+@pytest.mark.parametrize("name", ["commits/0/a.pre_tail/000000.json", "tail/a.safetensors"])
+def test_drop_leaves_a_damaged_cache_as_it_is(cache: Path, name: str) -> None:
+    content = (cache / name).read_bytes()
+    (cache / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    before = contents(cache)
+    code, text = inspect("drop", cache, "b", "--yes")
+    assert code == 1 and name in text and "repair" in text
+    assert contents(cache) == before
+
+
 def test_repair_says_what_goes_and_nothing_goes_unasked(cache: Path) -> None:
     (cache / "views/0/pixels/000000.tar").write_bytes(b"")
     before = contents(cache)

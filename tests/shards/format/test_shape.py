@@ -1,5 +1,6 @@
 """JSON of another shape than its writer's is a damaged file, never an error of Python."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 from mrmae.shards import audit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import RecordFields, committed, finalise, read_record
+from mrmae.shards.extend import extend_plan
 from mrmae.shards.format import tail
 from mrmae.shards.format.plan import PlanFields, load_plan
 from mrmae.shards.format.shape import expect_kind, parsed
@@ -133,4 +135,6 @@ def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp
     tail.write_tail(tmp_path / "c", "a", {"norm.weight": torch.zeros(8), "norm.bias": torch.zeros(8)})
     with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
         finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+    with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
+        extend_plan(tmp_path / "c", dataclasses.replace(load_plan(tmp_path / "c"), n_views=9))
     assert (tmp_path / "c/manifest.json").read_bytes() == manifest
