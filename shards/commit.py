@@ -96,6 +96,7 @@ class RecordFields(TypedDict):
     command: NotRequired[str]
     folder: NotRequired[str]
     written: NotRequired[int]
+    seconds: NotRequired[dict[str, float]]
 
 
 def units(plan: Plan) -> Iterator[Unit]:

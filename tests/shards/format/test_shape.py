@@ -97,6 +97,7 @@ def test_a_manifest_of_another_shape_is_damaged(
         lambda record: record.update(bad={"x": "broken"}),
         lambda record: record.update(bad={"99": "broken"}),
         lambda record: record.update(count=3),
+        lambda record: record.update(seconds=[None]),
         lambda record: record["files"].update(x=None),
     ],
 )
