@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.teachers import Teacher
 from mrmae.train import batches, loop, optim
-from mrmae.train.cost import counted
+from mrmae.train.cost import counted_flops
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.method import build_model, needed_arrays
 from mrmae.train.online import online_info, only_needed, with_targets
@@ -69,7 +69,7 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
     forward = loop.forward_of(replace(run, setup=replace(run.setup, compile=compile)))
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)
-    with counted() as counter:
+    with counted_flops() as counter:
         whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     flops = counter.get_total_flops() // len(whole[0].samples)
     return Arm(name, lambda: loop.step(run, state, forward), lambda: run.model(*whole)[0], run.model, feed, flops)
@@ -105,7 +105,7 @@ def pixel_feed(run: Run) -> Feed:
 
     def load(epoch: int, update: int, micro: int) -> batches.Loaded:
         order = batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
-        numbers = batches.rows_of(order, update, micro, run.share)
+        numbers = batches.micro_batch_of(order, update, micro, run.share)
         return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), None
 
     todo = batches.jobs(batches.Position(0, 0), epochs=10**6, updates=run.updates, accum=1)

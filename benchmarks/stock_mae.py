@@ -10,14 +10,14 @@ from jaxtyping import Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mrmae.train.method import Decoder, sincos_positions
+from mrmae.train.method import DecoderRecipe, sincos_positions
 
 
 class StockMAE(nn.Module):
     """Loss of one batch of normalised fp32 images. fused: PyTorch's fused attention; else products and softmax, as in 2021."""
 
     def __init__(
-        self, model: str, decoder: Decoder, *, size: int, patch: int, fused: bool, ratio: float = 0.75
+        self, model: str, decoder: DecoderRecipe, *, size: int, patch: int, fused: bool, ratio: float = 0.75
     ) -> None:
         super().__init__()
         self.vit = timm.create_model(model, img_size=size, patch_size=patch, num_classes=0)

@@ -44,49 +44,49 @@ def override(values: dict[str, Any], text: str) -> None:
         if child is None:
             child = values[key] = {}
         if not isinstance(child, dict):
-            raise ValueError(f"--set {text!r}: {key} is {show(child)}, which has no keys; set {key} itself")
+            raise ValueError(f"--set {text!r}: {key} is {shown_value(child)}, which has no keys; set {key} itself")
         values = child
     values[keys[-1]] = value
 
 
-def build(kind: Any, values: Any, where: str, at: str = "") -> Any:
+def from_values(kind: Any, values: Any, where: str, at: str = "") -> Any:
     """A dataclass of type `kind` from a mapping. Raises ValueError at the first unknown, missing or mistyped key."""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{where}: {at or 'the recipe'} is {show(values)}; a mapping of its keys was expected")
+        raise ValueError(f"{where}: {at or 'the recipe'} is {shown_value(values)}; a mapping of its keys was expected")
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ValueError(f"{where}: {join(at, key)} is not a key of a recipe; {did_you_mean(str(key), hints)}")
+            raise ValueError(f"{where}: {dotted(at, key)} is not a key of a recipe; {did_you_mean(str(key), hints)}")
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for key in required:
         if key not in values:
-            raise ValueError(f"{where}: {join(at, key)} is missing; expected {expected(hints[key])}; add it")
-    return kind(**{key: convert(hints[key], value, where, join(at, key)) for key, value in values.items()})
+            raise ValueError(f"{where}: {dotted(at, key)} is missing; expected {in_words(hints[key])}; add it")
+    return kind(**{key: converted(hints[key], value, where, dotted(at, key)) for key, value in values.items()})
 
 
-def convert(kind: Any, value: Any, where: str, at: str) -> Any:
+def converted(kind: Any, value: Any, where: str, at: str) -> Any:
     """`value` as the annotated type `kind`. A number like 1e-3, which yaml reads as a string, is a float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else convert(arguments[0], value, where, at)
+        return None if value is None else converted(arguments[0], value, where, at)
     if is_dataclass(kind):
-        return build(kind, value, where, at)
+        return from_values(kind, value, where, at)
     if origin is dict and isinstance(value, Mapping):
         entries = ((entry_name(key, where, at), inner) for key, inner in value.items() if inner is not None)
-        return {key: build(arguments[1], inner, where, join(at, key)) for key, inner in entries}
+        return {key: from_values(arguments[1], inner, where, dotted(at, key)) for key, inner in entries}
     if origin is tuple and isinstance(value, list | tuple):
         inner_kinds = [arguments[0]] * len(value) if arguments[-1] is ... else list(arguments)
         if len(inner_kinds) == len(value):
-            return tuple(convert(k, v, where, f"{at}[{i}]") for i, (k, v) in enumerate(zip(inner_kinds, value)))
+            return tuple(converted(k, v, where, f"{at}[{i}]") for i, (k, v) in enumerate(zip(inner_kinds, value)))
     elif origin is Literal and isinstance(value, str):
         if value in arguments:
             return value
-        raise ValueError(f"{where}: {at} is {show(value)}; {did_you_mean(value, arguments)}")
+        raise ValueError(f"{where}: {at} is {shown_value(value)}; {did_you_mean(value, arguments)}")
     elif kind is float and (number := finite_float(value)) is not None:
         return number
     elif kind is not float and type(value) is kind:
         return value
-    raise ValueError(f"{where}: {at} is {show(value)}; expected {expected(kind)}")
+    raise ValueError(f"{where}: {at} is {shown_value(value)}; expected {in_words(kind)}")
 
 
 def finite_float(value: Any) -> float | None:
@@ -107,46 +107,46 @@ def entry_name(value: Any, where: str, at: str) -> str:
     return value
 
 
-def expected(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """The annotated type `kind` in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return f"{expected(arguments[0])}, or null"
+        return f"{in_words(arguments[0])}, or null"
     if origin is Literal:
-        return choices(arguments)
+        return one_of(arguments)
     if origin is tuple:
         few = "a list" if arguments[-1] is ... else f"a list of {len(arguments)}"
-        return f"{few}, each {expected(arguments[0])}"
+        return f"{few}, each {in_words(arguments[0])}"
     if origin is dict or is_dataclass(kind):
         return "a mapping"
     return {float: "a finite number", int: "an integer", bool: "true or false", str: "a string"}[kind]
 
 
-def plain(value: Any) -> Any:
+def plain_values(value: Any) -> Any:
     """Tuples become lists, so that yaml and json give the same value back."""
     if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    return [plain(inner) for inner in value] if isinstance(value, tuple) else value
+        return {key: plain_values(inner) for key, inner in value.items()}
+    return [plain_values(inner) for inner in value] if isinstance(value, tuple) else value
 
 
-def flat(values: dict[str, Any], at: str = "") -> dict[str, Any]:
+def dotted_values(values: dict[str, Any], at: str = "") -> dict[str, Any]:
     """Nested dicts as one dict with dotted keys."""
     result: dict[str, Any] = {}
     for key, value in values.items():
-        result |= flat(value, join(at, key)) if isinstance(value, dict) else {join(at, key): value}
+        result |= dotted_values(value, dotted(at, key)) if isinstance(value, dict) else {dotted(at, key): value}
     return result
 
 
-def join(at: str, key: object) -> str:
+def dotted(at: str, key: object) -> str:
     """The dotted name of `key` inside `at`."""
     return f"{at}.{key}" if at else str(key)
 
 
-def show(value: Any) -> str:
+def shown_value(value: Any) -> str:
     """A value as it should stand in an error."""
     return {dict: "a mapping", type(None): "null"}.get(type(value), repr(value))
 
 
-def choices(names: Iterable[str]) -> str:
+def one_of(names: Iterable[str]) -> str:
     """`one of a, b, c`."""
     return "one of " + ", ".join(names)

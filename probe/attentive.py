@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mrmae.common.progress import Progress
 from mrmae.train.optim import lr_at, set_lr
 
-EPS = 1e-6
+QUERY_EPS = 1e-6
 TRUST = 1e-3
 
 
@@ -26,7 +26,7 @@ class EfficientProbe(nn.Module):
                              "change attentive.queries or attentive.d_out with --set")  # fmt: skip
         self.queries = nn.Parameter(0.02 * torch.randn(queries, d))
         self.values = nn.Linear(d, width, bias=False)
-        self.norm = nn.BatchNorm1d(width, affine=False, eps=EPS)
+        self.norm = nn.BatchNorm1d(width, affine=False, eps=QUERY_EPS)
         self.head = nn.Linear(width, n_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.01)
         nn.init.zeros_(self.head.bias)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from mrmae.extract.teachers import TeacherRequest, fit_weights, parse_teacher
 from mrmae.extract.teachers.timm import classifier_names, find_config, read_weights
-from mrmae.probe.sources import Source
+from mrmae.probe.sources import FeatureSource
 from mrmae.train.method import LN_EPS, MaskedConvViT
 
 
 def trainable(
-    source: Source, n_classes: int, *, drop_path: float, new_head: bool = False
+    source: FeatureSource, n_classes: int, *, drop_path: float, new_head: bool = False
 ) -> tuple[nn.Module, list[str]]:
     """The source's model with a classifier for n_classes, and what to say about it.
 
@@ -97,7 +97,7 @@ def new_classifier(width: int, n_classes: int) -> nn.Linear:
 
 
 def timm_classifier(
-    source: Source, frozen: Any, n_classes: int, *, drop_path: float, new_head: bool
+    source: FeatureSource, frozen: Any, n_classes: int, *, drop_path: float, new_head: bool
 ) -> tuple[nn.Module, list[str]]:
     """A timm model built anew with n_classes and drop path, with the frozen one's weights and the classifier that fits."""
     assert source.teacher

@@ -48,12 +48,12 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     """
     from mrmae.common.backend import Unreachable
     from mrmae.common.device import keep_memory
-    from mrmae.probe.run import Options, probe_features  # torch takes seconds to import: --help need not wait
+    from mrmae.probe.run import ProbeOptions, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
 
     keep_memory(options["device"])
     try:
-        probe_features(Options(source, data, probes, settings_from(sets), **options), say=click.echo)
+        probe_features(ProbeOptions(source, data, probes, settings_from(sets), **options), say=click.echo)
     except (ValueError, OSError, Unreachable) as error:
         raise click.ClickException(str(error)) from error
 

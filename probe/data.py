@@ -26,7 +26,7 @@ TRAIN, TEST = ("train/*",), ("test/*",)
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Split:
     """Labelled images in the order of their keys. image(i): uint8 [height, width, 3] of image i for as
     long as it is needed, from any thread.
 
@@ -60,12 +60,12 @@ class Part:
 class Data:
     """Train and test part, and the sorted names of their classes. notes: said aloud."""
 
-    train: Part
-    test: Part
+    train: Split
+    test: Split
     classes: list[str]
     notes: tuple[str, ...] = ()
 
-    def labels(self, part: Part) -> Int64[Tensor, "n"]:
+    def labels(self, part: Split) -> Int64[Tensor, "n"]:
         """Class index of every image of a part."""
         index = {name: i for i, name in enumerate(self.classes)}
         return torch.tensor([index[str(row.label)] for row in part.rows])
@@ -93,7 +93,7 @@ def open_data(
 
 def open_part(
     name: str, path: str, include: Sequence[str], home: Path, workers: int, partial: Sequence[str] | None
-) -> Part:
+) -> Split:
     if exists(locate(path) / "plan.json"):
         return cache_part(name, path, include, partial)
     try:
@@ -105,7 +105,7 @@ def open_part(
     make_folder(spool.parent)
     digests = digest_images(sources, range(len(sources)), [], spool, workers=workers)
     rows = [Row(key, image.label, size, sha) for image, (key, size, sha) in zip(sources, digests)]
-    return Part(name, rows, functools.partial(read_file, sources), notes=sources.notes)
+    return Split(name, rows, functools.partial(read_file, sources), notes=sources.notes)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
         yield image
 
 
-def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Part:
+def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Split:
     """The samples of a cache whose keys match, with the first stored view of each."""
     cache = open_cache(path, allow_partial=partial is not None, columns=partial)
     rows = read_sources(locate(path))
@@ -134,10 +134,10 @@ def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[s
     def image(i: int) -> AbstractContextManager[Pixels]:
         return contextlib.nullcontext(cache.read_pixels([int(numbers[i])], [0])[0].numpy())
 
-    return Part(name, [rows[n] for n in numbers], image, cache, numbers)
+    return Split(name, [rows[n] for n in numbers], image, cache, numbers)
 
 
-def checked(train: Part, test: Part) -> Data:
+def checked(train: Split, test: Split) -> Data:
     """The data, once every image has a class that can be learnt, with what should be heard about it."""
     for part in (train, test):
         if unlabelled := [row.key for row in part.rows if row.label is None]:
@@ -154,7 +154,7 @@ def checked(train: Part, test: Part) -> Data:
     return Data(train, test, sorted(known), tuple(notes_on(train, test, known - asked)))
 
 
-def notes_on(train: Part, test: Part, absent: set[str]) -> list[str]:
+def notes_on(train: Split, test: Split, absent: set[str]) -> list[str]:
     said = list(dict.fromkeys([*train.notes, *test.notes]))
     if train.cache and train.cache.unfinished:
         said.append(f"UNFINISHED cache: {train.cache.unfinished} are committed; only these are probed")
@@ -171,7 +171,7 @@ def notes_on(train: Part, test: Part, absent: set[str]) -> list[str]:
     return said
 
 
-def refuse_same_images(train: Part, test: Part) -> None:
+def refuse_same_images(train: Split, test: Split) -> None:
     """ValueError where an image is in both parts: by its place (patterns overlap) or by its bytes under the same name."""
     here = {(row.key, row.sha256) for row in train.rows}
     if both := [row.key for row in test.rows if (row.key, row.sha256) in here]:
@@ -179,7 +179,7 @@ def refuse_same_images(train: Part, test: Part) -> None:
                          "disjoint parts; correct --train-include and --test-include")  # fmt: skip
 
 
-def shared_with(test: Part, cache: Path, n_rows: int | None = None) -> list[str]:
+def shared_with(test: Split, cache: Path, n_rows: int | None = None) -> list[str]:
     """Keys of test images that a cache holds too, by key or by bytes. n_rows: of its first rows only."""
     rows = [row for row in read_sources(cache)[:n_rows] if row.key]
     keys, contents = {row.key for row in rows}, {row.sha256 for row in rows}
@@ -203,15 +203,15 @@ def eval_view(image: Pixels, size: int, interpolation: str) -> UInt8[np.ndarray[
     return np.asarray(out, np.uint8)[top : top + size, left : left + size].copy()
 
 
-def view_of(part: Part, size: int, interpolation: str) -> dict[str, Any]:
+def stored_view(part: Split, size: int, interpolation: str) -> dict[str, Any]:
     """What the shown pictures are, in plain values (hashed)."""
     if part.cache:
         return {"stored_view": 0, "px": part.cache.size}
     return {"resize_shorter_side": round(size * 256 / 224), "centre_crop": size, "interpolation": interpolation}
 
 
-def shown(
-    part: Part, positions: Sequence[int], size: int, interpolation: str, pool: ThreadPoolExecutor
+def shown_images(
+    part: Split, positions: Sequence[int], size: int, interpolation: str, pool: ThreadPoolExecutor
 ) -> UInt8[Tensor, "b h w 3"]:
     """The pictures of these images, stacked."""
     pictures = pool.map(lambda i: part.pixels(i, size, interpolation), positions)

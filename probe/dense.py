@@ -73,19 +73,19 @@ def draw_dense(
 
 def draw_attention(
     path: Path, pictures: UInt8[Tensor, "b h w 3"], attention: Float[Tensor, "b m l"], grid: tuple[int, int], *, title: str,
-    shown: int = 6,
+    shown_images: int = 6,
 ) -> None:  # fmt: skip
     """Write one PNG: image, mean attention of all queries, and of the `shown` queries that are most concentrated."""
     entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1).mean(0)
-    chosen = entropy.argsort()[:shown].tolist()
-    columns = {"image": pictures.numpy(), "mean of queries": heat(attention.mean(1), grid)}
+    chosen = entropy.argsort()[:shown_images].tolist()
+    columns = {"image": pictures.numpy(), "mean of queries": attention_heat(attention.mean(1), grid)}
     peaks = (attention.amax(-1) * attention.shape[-1]).mean(0)  # over what uniform attention would give
-    columns |= {f"query {i}\npeak {peaks[i]:.1f} x uniform": heat(attention[:, i], grid) for i in chosen}
+    columns |= {f"query {i}\npeak {peaks[i]:.1f} x uniform": attention_heat(attention[:, i], grid) for i in chosen}
     note = f"Each map is scaled from its own minimum to its own maximum; the {len(chosen)} of {attention.shape[1]} queries with the lowest entropy."
     draw_panels(path, columns, title=title, note=note)
 
 
-def heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
+def attention_heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
     """Weights as colours [b, grid height, grid width, 3], each image from its own minimum to its own maximum."""
     low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
     scaled = ((weights - low) / (high - low).clamp_min(1e-12)).reshape(-1, *grid).numpy()

@@ -19,23 +19,23 @@ from torch import Tensor
 from mrmae.common.backend import absolute
 from mrmae.common.files import publish
 from mrmae.common.progress import Progress, human_bytes
-from mrmae.probe.data import Part, shown, view_of
-from mrmae.probe.sources import Source, column_features
+from mrmae.probe.data import Split, shown_images, stored_view
+from mrmae.probe.sources import FeatureSource, column_features
 from mrmae.shards.format import content_id
 
-VERSION = 1  # raise it when the numbers of a source or a view change
-CHUNK = 512  # images per file
+FEATURES_VERSION = 1  # raise it when the numbers of a source or a view change
+FILE_IMAGES = 512  # images per file
 FP16_MAX = 65504.0
 KINDS = ("pooled", "tokens")
-Chunk = dict[str, Tensor]
+FeatureChunk = dict[str, Tensor]
 
 
 @dataclasses.dataclass(frozen=True)
-class Features:
+class PooledFeatures:
     """Features of one part of DATA from one source, on disk. batch_size, workers: how missing ones are computed."""
 
-    source: Source
-    part: Part
+    source: FeatureSource
+    part: Split
     home: Path
     batch_size: int = 32
     workers: int = 2
@@ -44,12 +44,14 @@ class Features:
     @property
     def id(self) -> str:
         """Hash of everything that decides the numbers."""
-        return content_id({"version": VERSION, "source": self.source.about, "data": self.part.id, "view": self.view})
+        return content_id(
+            {"version": FEATURES_VERSION, "source": self.source.about, "data": self.part.id, "view": self.view}
+        )
 
     @property
     def view(self) -> dict[str, object]:
         """What the source was shown, in plain values."""
-        return view_of(self.part, self.source.size, self.source.spec.interpolation)
+        return stored_view(self.part, self.source.size, self.source.spec.interpolation)
 
     @property
     def folder(self) -> Path:
@@ -61,7 +63,7 @@ class Features:
         """Rows and columns of patch tokens."""
         return self.source.spec.grid
 
-    def pooled(self) -> Chunk:
+    def pooled(self) -> FeatureChunk:
         """`mean` [n, d] of patch tokens and, where the source has it, `cls` [n, d]; fp32."""
         chunks = list(self.chunks("pooled"))
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -75,11 +77,11 @@ class Features:
                              "are free; expected to hold them all; probe fewer images with --train-include")  # fmt: skip
         return torch.cat([chunk["tokens"] for chunk in self.chunks("tokens")])
 
-    def chunks(self, kind: str) -> Iterator[Chunk]:
+    def chunks(self, kind: str) -> Iterator[FeatureChunk]:
         """The stored chunks in order, computed first where they are missing or damaged."""
-        starts = range(0, len(self.part), CHUNK)
+        starts = range(0, len(self.part), FILE_IMAGES)
         if kind == "tokens" and self.source.column:  # they are stored in the cache already
-            yield from (self.compute(range(s, min(s + CHUNK, len(self.part))), None, None) for s in starts)
+            yield from (self.compute(range(s, min(s + FILE_IMAGES, len(self.part))), None, None) for s in starts)
             return
         missing = [s for s in starts if not self.whole(kind, s)]
         if missing:
@@ -89,11 +91,11 @@ class Features:
 
     def path(self, kind: str, start: int) -> Path:
         """The file of one chunk."""
-        return self.folder / f"{kind}-{start // CHUNK:06d}.safetensors"
+        return self.folder / f"{kind}-{start // FILE_IMAGES:06d}.safetensors"
 
     def whole(self, kind: str, start: int) -> bool:
         """Is this chunk there, of its full length? A damaged one is said. Reads the header only."""
-        path, rows = self.path(kind, start), min(CHUNK, len(self.part) - start)
+        path, rows = self.path(kind, start), min(FILE_IMAGES, len(self.part) - start)
         if not path.exists():
             return False
         try:
@@ -116,17 +118,17 @@ class Features:
             "view": self.view,
         }
         publish(self.folder / "about.json", json.dumps(about, indent=2, default=list).encode(), replace=True)
-        count = sum(min(CHUNK, len(self.part) - s) for s in starts)
+        count = sum(min(FILE_IMAGES, len(self.part) - s) for s in starts)
         what = f"{self.part.name} features"
         with Progress(what, count) as progress, ThreadPoolExecutor(self.workers, "views") as pool:
             for start in starts:
-                chunk = self.compute(range(start, min(start + CHUNK, len(self.part))), progress, pool)
+                chunk = self.compute(range(start, min(start + FILE_IMAGES, len(self.part))), progress, pool)
                 for written in KINDS if kind == "tokens" else KINDS[:1]:
                     names = ["tokens"] if written == "tokens" else [name for name in chunk if name != "tokens"]
                     data = safetensors.torch.save({name: chunk[name].contiguous() for name in names})
                     publish(self.path(written, start), data, replace=True)
 
-    def compute(self, positions: range, progress: Progress | None, pool: ThreadPoolExecutor | None) -> Chunk:
+    def compute(self, positions: range, progress: Progress | None, pool: ThreadPoolExecutor | None) -> FeatureChunk:
         """Tokens (fp16 where they fit), their mean and CLS (fp32, from the tokens before rounding)."""
         found = []
         for first in range(positions.start, positions.stop, self.batch_size):
@@ -145,7 +147,7 @@ class Features:
             tokens, cls = column_features(self.source, self.part.numbers[batch.start : batch.stop])
         else:
             assert self.source.teacher and pool
-            pixels = shown(self.part, batch, self.source.size, self.source.spec.interpolation, pool)
+            pixels = shown_images(self.part, batch, self.source.size, self.source.spec.interpolation, pool)
             out = self.source.teacher.forward(pixels)
             tokens, cls = out.tokens.cpu(), None if out.cls is None else out.cls.cpu()
         if not bool(torch.isfinite(tokens).all()):
@@ -155,7 +157,7 @@ class Features:
         return tokens, cls
 
 
-def refuse_foreign_column(source: Source, part: Part) -> None:
+def refuse_foreign_column(source: FeatureSource, part: Split) -> None:
     """ValueError where a cache column should give features of images that are not its own."""
     if source.column and (part.cache is None or absolute(part.cache.path) != absolute(source.column[0].path)):
         path = source.column[0].path

@@ -27,9 +27,9 @@ from mrmae.common.files import publish
 from mrmae.common.progress import Progress
 from mrmae.extract.teachers import normalise
 from mrmae.probe.classifier import trainable
-from mrmae.probe.data import Data, Part, shown
+from mrmae.probe.data import Data, Split, shown_images
 from mrmae.probe.settings import Finetune
-from mrmae.probe.sources import Source
+from mrmae.probe.sources import FeatureSource
 from mrmae.train.checkpoint import latest_checkpoint, save_checkpoint
 from mrmae.train.optim import base_lr, lr_at
 
@@ -37,7 +37,7 @@ EVAL_BATCH = 32
 
 
 def finetune(
-    source: Source, data: Data, settings: Finetune, *, folder: Path, say: Callable[[str], None], seed: int, device: str, workers: int,
+    source: FeatureSource, data: Data, settings: Finetune, *, folder: Path, say: Callable[[str], None], seed: int, device: str, workers: int,
 ) -> tuple[Int64[Tensor, "n"], list[str]]:  # fmt: skip
     """Predicted classes of the test part by the fine-tuned model, and what to say about it.
 
@@ -47,7 +47,7 @@ def finetune(
     torch.manual_seed(seed)
     model, notes = trainable(source, len(data.classes), drop_path=settings.drop_path, new_head=settings.new_head)
     model.to(device)
-    optimizer = build_optimizer(model, settings)
+    optimizer = finetune_optimizer(model, settings)
     average = ModelEmaV3(model, decay=settings.ema) if settings.ema else None
     state = latest_checkpoint(folder / "checkpoints", warn=say)
     first = 0
@@ -65,7 +65,7 @@ def finetune(
             save_checkpoint(folder / "checkpoints", kept, step=epoch + 1, keep=1)
             progress.add()
     final = average.module if average else model
-    predicted = predict(final, source, data.test, device=device, workers=workers)
+    predicted = predict_classes(final, source, data.test, device=device, workers=workers)
     weights = {name: x.detach().cpu().contiguous() for name, x in final.state_dict().items()}
     publish(folder / "model.safetensors", safetensors.torch.save(weights), replace=True)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -75,7 +75,7 @@ def finetune(
 class Augmented(Dataset[tuple[Tensor, int]]):
     """Train images as timm augments them: random crop, flip, RandAugment, erasing; normalised for the source."""
 
-    def __init__(self, source: Source, data: Data, settings: Finetune) -> None:
+    def __init__(self, source: FeatureSource, data: Data, settings: Finetune) -> None:
         spec = source.spec
         self.part, self.labels, self.n_classes = data.train, data.labels(data.train).tolist(), len(data.classes)
         self.transform: Any = create_transform(
@@ -102,7 +102,7 @@ def train_epoch(
     mixup = build_mixup(settings, feed.n_classes)
     order = torch.randperm(len(feed))[: updates * size].tolist()
     micro = max(2, min(settings.micro_batch, size) // 2 * 2)
-    splits: list[list[int]] = [ids[a : a + micro] for ids in split(order, size) for a in range(0, size, micro)]
+    splits: list[list[int]] = [ids[a : a + micro] for ids in batches_of(order, size) for a in range(0, size, micro)]
     loader: DataLoader[Any] = DataLoader(feed, batch_sampler=splits, num_workers=workers if workers > 1 else 0)
     per_update = len(splits) // updates
     model.train()
@@ -126,7 +126,7 @@ def train_epoch(
                 average.update(model)
 
 
-def build_optimizer(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer:
+def finetune_optimizer(model: nn.Module, settings: Finetune) -> torch.optim.Optimizer:
     """AdamW whose rates shrink by layer_decay per layer towards the input; no decay of 1-D parameters."""
     made: torch.optim.Optimizer = create_optimizer_v2(
         model,
@@ -163,7 +163,7 @@ def update_size(batch_size: int, n: int) -> int:
     return max(2, min(batch_size, n) // 2 * 2)
 
 
-def split(order: list[int], size: int) -> list[list[int]]:
+def batches_of(order: list[int], size: int) -> list[list[int]]:
     return [order[a : a + size] for a in range(0, len(order), size)]
 
 
@@ -187,13 +187,15 @@ def restore(
 
 
 @torch.no_grad()
-def predict(model: nn.Module, source: Source, part: Part, *, device: str, workers: int) -> Int64[Tensor, "n"]:
+def predict_classes(
+    model: nn.Module, source: FeatureSource, part: Split, *, device: str, workers: int
+) -> Int64[Tensor, "n"]:
     """Predicted classes of a part's evaluation views."""
     model.eval()
     found = []
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(part), EVAL_BATCH):
             ids = range(start, min(start + EVAL_BATCH, len(part)))
-            pixels = shown(part, ids, source.size, source.spec.interpolation, pool)
+            pixels = shown_images(part, ids, source.size, source.spec.interpolation, pool)
             found.append(model(normalise(pixels.to(device), source.spec)).argmax(1).cpu())
     return torch.cat(found)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mrmae.train.optim import lr_at
 
-EPS = 1e-6  # of the BatchNorm, as in MAE's probe
+BATCH_NORM_EPS = 1e-6  # of the BatchNorm, as in MAE's probe
 ROWS = 4096  # per chunk of logits: 131 MB for 8 heads of 1000 classes
 
 
@@ -57,7 +57,7 @@ def scores(
     return torch.einsum("bd,hcd->hbc", x, weight) + bias[:, None]
 
 
-def predict(weight: Tensor, bias: Tensor, x: Float[Tensor, "n d"]) -> Int64[Tensor, "h n"]:
+def predict_linear(weight: Tensor, bias: Tensor, x: Float[Tensor, "n d"]) -> Int64[Tensor, "h n"]:
     """Every head's predicted classes, on the CPU."""
     return torch.cat([scores(weight, bias, rows).argmax(-1).cpu() for rows in torch.split(x, ROWS)], dim=1)
 
@@ -68,7 +68,7 @@ def standardise(train: Float[Tensor, "n d"], *others: Float[Tensor, "m d"]) -> l
     A channel that is constant over the train part becomes 0 everywhere.
     """
     mean, var = train.double().mean(0), train.double().var(0, correction=0)
-    scale = torch.where(var > 1e-12 * mean.square(), (var + EPS).rsqrt(), 0.0)
+    scale = torch.where(var > 1e-12 * mean.square(), (var + BATCH_NORM_EPS).rsqrt(), 0.0)
     return [((x.double() - mean) * scale).float() for x in (train, *others)]
 
 

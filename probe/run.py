@@ -13,21 +13,23 @@ import torch
 from torch import Tensor
 
 from mrmae.common.backend import expect_utf8
+from mrmae.common.knn import knn_predict
 from mrmae.common.progress import counted
 from mrmae.common.versions import versions
 from mrmae.extract.options import Options as ExtractOptions
-from mrmae.probe import attentive, dense, finetune, knn, linear, report
-from mrmae.probe.data import Data, open_data, shared_with, shown
-from mrmae.probe.features import Features, refuse_foreign_column
+from mrmae.probe import attentive, dense, finetune, linear, report
+from mrmae.probe.data import Data, open_data, shared_with, shown_images
+from mrmae.probe.features import PooledFeatures, refuse_foreign_column
+from mrmae.probe.pools import choose_pool, pools
 from mrmae.probe.settings import Settings
-from mrmae.probe.sources import Source, open_source
+from mrmae.probe.sources import FeatureSource, open_source
 from mrmae.shards.format import content_id, load_plan
 
-VERSION = 1  # raise it when the same features and settings give another result
+RESULTS_VERSION = 1  # raise it when the same features and settings give another result
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class ProbeOptions:
     """What probe-features can be told. out: None for OUT/probes of a student's run, else probes/NAME here."""
 
     source: str
@@ -46,7 +48,7 @@ class Options:
     allow_shared: bool = False
     allow_partial: bool = False
 
-    def resolved(self) -> "Options":
+    def resolved(self) -> "ProbeOptions":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
         how = ExtractOptions([], Path(), device=self.device, precision=self.precision, batch_size=self.batch_size,
                              workers=self.workers).resolved()  # fmt: skip
@@ -56,14 +58,14 @@ class Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class Probing:
     """Everything a probe reads."""
 
-    options: Options
-    source: Source
+    options: ProbeOptions
+    source: FeatureSource
     data: Data
-    train: Features
-    test: Features
+    train: PooledFeatures
+    test: PooledFeatures
     home: Path
     say: Callable[[str], None]
 
@@ -73,22 +75,22 @@ class Job:
         return self.data.labels(self.data.train), self.data.labels(self.data.test)
 
 
-def probe_features(options: Options, *, say: Callable[[str], None] = print) -> list[report.Result]:
+def probe_features(options: ProbeOptions, *, say: Callable[[str], None] = print) -> list[report.Result]:
     """One result per probe asked for, each also as JSON in OUT/results, all together in OUT/results.md.
 
     say: receives notes and results, line by line; progress goes to stderr. The same options again compute nothing.
     Raises ValueError and OSError for what a user can mend.
     """
-    job = begin(options.resolved(), say)
+    job = begin_probing(options.resolved(), say)
     for note in (*job.source.notes, *job.data.notes):
         say(f"note: {note}")
     return [one(job, probe) for probe in options.probes]
 
 
-def begin(options: Options, say: Callable[[str], None]) -> Job:
+def begin_probing(options: ProbeOptions, say: Callable[[str], None]) -> Probing:
     """The job, checked: nothing is computed yet but digests of the images."""
-    if unknown := [name for name in options.probes if name not in PROBES]:
-        raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(PROBES)}")
+    if unknown := [name for name in options.probes if name not in RUNNERS]:
+        raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(RUNNERS)}")
     given = [("SOURCE", options.source), *(("DATA", text) for text in options.data), ("--out", options.out or "")]
     for name, text in given:
         expect_utf8(text, name)
@@ -104,11 +106,11 @@ def begin(options: Options, say: Callable[[str], None]) -> Job:
     parts = []
     for part in (data.train, data.test):
         refuse_foreign_column(source, part)
-        parts.append(Features(source, part, home, options.batch_size, options.workers, say))
-    return Job(options, source, data, parts[0], parts[1], home, say)
+        parts.append(PooledFeatures(source, part, home, options.batch_size, options.workers, say))
+    return Probing(options, source, data, parts[0], parts[1], home, say)
 
 
-def needed_columns(source: Source) -> list[str]:
+def needed_columns(source: FeatureSource) -> list[str]:
     """The stored columns that a source reads."""
     if source.column is None:
         return []
@@ -125,7 +127,7 @@ def folder_name(source: str) -> str:
     )
 
 
-def refuse_shared(source: Source, data: Data, *, allowed: bool) -> list[str]:
+def refuse_shared(source: FeatureSource, data: Data, *, allowed: bool) -> list[str]:
     """What to say about images that the student was pre-trained on and that are in the test part; ValueError unless allowed."""
     if source.cache is None:
         return []
@@ -146,16 +148,16 @@ def refuse_shared(source: Source, data: Data, *, allowed: bool) -> list[str]:
     )
 
 
-def one(job: Job, probe: str) -> report.Result:
+def one(job: Probing, probe: str) -> report.Result:
     """The result of one probe, from before or new."""
     settings = dataclasses.asdict(getattr(job.options.settings, probe))
-    id = content_id({"version": VERSION, "probe": probe, "train": job.train.id, "test": job.test.id, "settings": settings,
+    id = content_id({"version": RESULTS_VERSION, "probe": probe, "train": job.train.id, "test": job.test.id, "settings": settings,
                      "labels": [row.label for part in (job.data.train, job.data.test) for row in part.rows],
                      "seed": job.options.seed})  # fmt: skip
     found = report.load_result(job.home, probe, id)
     if found is None:
         began = time.monotonic()
-        made, predicted = PROBES[probe](job, f"{probe}-{id[7:19]}")
+        made, predicted = RUNNERS[probe](job, f"{probe}-{id[7:19]}")
         notes = [*job.source.notes, *job.data.notes, *made.pop("notes", [])]
         found = {"probe": probe, "id": id, "source": job.options.source, "data": " ".join(job.options.data),
                  "n_train": len(job.data.train), "n_test": len(job.data.test), "n_classes": len(job.data.classes),
@@ -168,7 +170,7 @@ def one(job: Job, probe: str) -> report.Result:
     return found
 
 
-Found = tuple[dict[str, Any], Tensor | None]  # what goes into the result; predicted classes of the test part
+Outcome = tuple[dict[str, Any], Tensor | None]  # what goes into the result; predicted classes of the test part
 
 
 def headline(row: dict[str, Any]) -> dict[str, Any]:
@@ -176,13 +178,13 @@ def headline(row: dict[str, Any]) -> dict[str, Any]:
     return {"headline": row["name"], "accuracy": row["accuracy"], "interval": row["interval"]}
 
 
-def run_knn(job: Job, name: str) -> Found:
+def run_knn(job: Probing, name: str) -> Outcome:
     """k-NN for every pooling, with and without centring, and every k that fits."""
     settings, (labels, truth) = job.options.settings.knn, job.labels
     train, test = (
         {name: x.to(job.options.device) for name, x in part.pooled().items()} for part in (job.train, job.test)
     )
-    knn.choose_pool(train, settings.pool)
+    choose_pool(train, settings.pool)
     fitting = [k for k in sorted({*settings.ks, settings.k}) if k <= len(labels)] or [len(labels)]
     chosen = settings.k if settings.k in fitting else fitting[-1]
     notes = (
@@ -191,9 +193,9 @@ def run_knn(job: Job, name: str) -> Found:
         else []
     )
     rows, predictions = {}, {}
-    for pool, vectors in knn.pools(train).items():
+    for pool, vectors in pools(train).items():
         for centre in (False, True):
-            found = knn.knn_predict(vectors, labels.to(job.options.device), knn.choose_pool(test, pool), ks=fitting, centre=centre,
+            found = knn_predict(vectors, labels.to(job.options.device), choose_pool(test, pool), ks=fitting, centre=centre,
                                     temperature=settings.temperature, n_classes=len(job.data.classes))  # fmt: skip
             for k, predicted in found.items():
                 label = f"{k}-NN, {pool}{', centred' if centre else ''}"
@@ -203,12 +205,10 @@ def run_knn(job: Job, name: str) -> Found:
     return {"rows": list(rows.values()), "notes": notes, **headline(rows[at])}, predictions[at]
 
 
-def run_linear(job: Job, name: str) -> Found:
+def run_linear(job: Probing, name: str) -> Outcome:
     """Linear heads for every learning rate; a held-out part of train chooses which one is the headline."""
     settings, (labels, truth), seed = job.options.settings.linear, job.labels, job.options.seed
-    train, test = (
-        knn.choose_pool(part.pooled(), settings.pool).to(job.options.device) for part in (job.train, job.test)
-    )
+    train, test = (choose_pool(part.pooled(), settings.pool).to(job.options.device) for part in (job.train, job.test))
     held = linear.hold_out(labels, settings.held_out, seed=seed)
     labels, held = labels.to(train.device), held.to(train.device)
     how: dict[str, Any] = {"lrs": settings.lrs, "n_classes": len(job.data.classes), "epochs": settings.epochs,
@@ -216,13 +216,13 @@ def run_linear(job: Job, name: str) -> Found:
     if bool(held.any()):
         fit, choose = linear.standardise(train[~held], train[held])
         heads = linear.train_heads(fit, labels[~held], **how)
-        predicted, loss = linear.predict(*heads, choose), linear.cross_entropy(*heads, choose, labels[held])
+        predicted, loss = linear.predict_linear(*heads, choose), linear.cross_entropy(*heads, choose, labels[held])
         best, notes = linear.choose_head(predicted, loss, labels[held].cpu()), []
     else:
         best = len(settings.lrs) // 2
         notes = [f"one train image per class: none can be held out: lr {settings.lrs[best]:g} is the headline unseen"]
     train, test = linear.standardise(train, test)
-    predicted = linear.predict(*linear.train_heads(train, labels, **how), test)
+    predicted = linear.predict_linear(*linear.train_heads(train, labels, **how), test)
     rows = [
         report.row(f"linear, {settings.pool}, lr {lr:g} per 256", p, truth, seed=seed)
         for lr, p in zip(settings.lrs, predicted)
@@ -230,7 +230,7 @@ def run_linear(job: Job, name: str) -> Found:
     return {"rows": rows, "notes": notes, **headline(rows[best])}, predicted[best]
 
 
-def run_attentive(job: Job, name: str) -> Found:
+def run_attentive(job: Probing, name: str) -> Outcome:
     """Efficient Probing on cached tokens (no augmentation); a held-out part of train chooses the learning rate."""
     settings, (labels, truth), seed = job.options.settings.attentive, job.labels, job.options.seed
     free = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -273,7 +273,7 @@ def run_attentive(job: Job, name: str) -> Found:
     }, predicted
 
 
-def run_dense(job: Job, name: str) -> Found:
+def run_dense(job: Probing, name: str) -> Outcome:
     """PCA colours and k-means segments of a few test images spread over the part."""
     settings = job.options.settings.dense
     few = list(range(len(job.data.test)))[:: max(1, len(job.data.test) // settings.images)][: settings.images]
@@ -287,7 +287,7 @@ def run_dense(job: Job, name: str) -> Found:
     return {"pictures": [str(picture)], "headline": "picture", "accuracy": None, "interval": None}, None
 
 
-def run_finetune(job: Job, name: str) -> Found:
+def run_finetune(job: Probing, name: str) -> Outcome:
     """Fine-tuning; its state is kept in OUT/finetune until it has ended."""
     settings, truth = job.options.settings.finetune, job.labels[1]
     predicted, notes = finetune.finetune(job.source, job.data, settings, folder=job.home / "finetune" / name, say=job.say,
@@ -296,13 +296,13 @@ def run_finetune(job: Job, name: str) -> Found:
     return {"rows": [row], "notes": notes, **headline(row)}, predicted
 
 
-def pictures_of(job: Job, positions: Sequence[int]) -> Tensor:
+def pictures_of(job: Probing, positions: Sequence[int]) -> Tensor:
     """What the source was shown of these test images."""
     with ThreadPoolExecutor(job.options.workers) as pool:
-        return shown(job.data.test, positions, job.source.size, job.source.spec.interpolation, pool)
+        return shown_images(job.data.test, positions, job.source.size, job.source.spec.interpolation, pool)
 
 
-PROBES: dict[str, Callable[[Job, str], Found]] = {
+RUNNERS: dict[str, Callable[[Probing, str], Outcome]] = {
     "knn": run_knn,
     "linear": run_linear,
     "attentive": run_attentive,

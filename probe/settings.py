@@ -109,7 +109,7 @@ def settings_from(overrides: Sequence[str]) -> Settings:
     values: dict[str, Any] = {}
     for override in overrides:
         strict_yaml.override(values, override)
-    settings: Settings = strict_yaml.build(Settings, values, "--set")
+    settings: Settings = strict_yaml.from_values(Settings, values, "--set")
     check(settings)
     return settings
 

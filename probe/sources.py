@@ -22,7 +22,7 @@ from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class FeatureSource:
     """Something that gives patch tokens. about: plain values that decide the numbers (hashed); notes: said aloud.
 
     teacher: computes them from pixels; None for a column, which has them stored. home: its run's folder, if it has one.
@@ -57,7 +57,7 @@ class Source:
 
 def open_source(
     text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32", allow_partial: bool = False
-) -> Source:
+) -> FeatureSource:
     """The source that `text` names. size: another input size in pixels, 0 for the model's own. allow_partial: of a cache.
 
     Raises ValueError for what is no source, naming the forms, and for one that does not load.
@@ -80,7 +80,7 @@ def hashed(spec: TeacherSpec) -> dict[str, Any]:
 # --- timm
 
 
-def timm_source(text: str, *, size: int, device: str, precision: str) -> Source:
+def timm_source(text: str, *, size: int, device: str, precision: str) -> FeatureSource:
     """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses."""
     request = parse_teacher(f"probe={text}")
     own = request.input_size or int(find_config(request).input_size[-1])
@@ -94,7 +94,7 @@ def timm_source(text: str, *, size: int, device: str, precision: str) -> Source:
     notes = ["RANDOM weights: these features know nothing"] if request.weights == "random" else []
     notes += resized_note(size, own, teacher.tower.patch)
     teacher = frozen(teacher)
-    return Source(text, "timm", hashed(teacher.spec), teacher, notes=tuple(notes))
+    return FeatureSource(text, "timm", hashed(teacher.spec), teacher, notes=tuple(notes))
 
 
 def frozen(teacher: Teacher) -> Teacher:
@@ -116,7 +116,7 @@ def resized_note(size: int, own: int, patch: int | None) -> list[str]:
 # --- students
 
 
-def student_source(path: Path, *, size: int, device: str, precision: str) -> Source:
+def student_source(path: Path, *, size: int, device: str, precision: str) -> FeatureSource:
     """A trained student: OUT (its export, or its newest checkpoint before there is one), OUT/student, or a checkpoint."""
     place = locate_student(path)
     student, out = read_student(place), run_folder(place)
@@ -134,13 +134,15 @@ def student_source(path: Path, *, size: int, device: str, precision: str) -> Sou
     notes += resized_note(size, student.size, student.patch)
     trained_on = locate(facts["cache"]) if "cache" in facts else None
     dataset = facts.get("cache_ids", {}).get("dataset")
-    return Source(str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes))
+    return FeatureSource(
+        str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes)
+    )
 
 
 # --- columns of a cache
 
 
-def column_source(path: str, name: str, *, size: int, allow_partial: bool = False) -> Source:
+def column_source(path: str, name: str, *, size: int, allow_partial: bool = False) -> FeatureSource:
     """The features of a cache's teacher, behind its final norm where they are, or of one column, stored or derived."""
     cache = open_cache(path, allow_partial=allow_partial)
     column = usual_column(cache, name) if name in cache.teachers else name
@@ -153,8 +155,8 @@ def column_source(path: str, name: str, *, size: int, allow_partial: bool = Fals
     if cache.unfinished:
         cache = open_cache(path, allow_partial=True, columns=[stored])
     random = ("RANDOM weights: these features know nothing",) if cache.column(column).spec.weights == "random" else ()
-    about = {"column": cache.ids[stored], **behind(cache, column)}
-    return Source(f"{path}#{name}", "cache", about, column=(cache, column), notes=random)
+    about = {"column": cache.ids[stored], **column_behind(cache, column)}
+    return FeatureSource(f"{path}#{name}", "cache", about, column=(cache, column), notes=random)
 
 
 def usual_column(cache: Cache, teacher: str) -> str:
@@ -164,13 +166,13 @@ def usual_column(cache: Cache, teacher: str) -> str:
     return normed if cache.columns[stored].spec.tap == "pre_tail" and known else stored
 
 
-def behind(cache: Cache, column: str) -> dict[str, Any]:
+def column_behind(cache: Cache, column: str) -> dict[str, Any]:
     """How a column follows from its stored tokens: by the final norm, and by the projection."""
     tap = cache.derived[column].spec.tap if column in cache.derived else None
     return {"behind_norm": tap is not None, **({"tap": tap} if tap == "projected" else {})}
 
 
-def column_features(source: Source, numbers: Any) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"] | None]:
+def column_features(source: FeatureSource, numbers: Any) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"] | None]:
     """Tokens and CLS of the first stored view of these samples."""
     assert source.column
     (cache, column), views = source.column, [0] * len(numbers)

@@ -173,7 +173,7 @@ def numbers_of_epoch(cache: Cache, numbers: Numbers, *, seed: int, epoch: int) -
     return epoch_order(numbers, cache.shard_samples, seed=seed, epoch=epoch)
 
 
-def rows_of(order: Numbers, update: int, micro: int, share: Share) -> Numbers:
+def micro_batch_of(order: Numbers, update: int, micro: int, share: Share) -> Numbers:
     """The sample numbers of one micro-batch of this rank in update `update` of the epoch."""
     size = share.micro_size
     start = update * share.batch_size + (share.rank * share.accum + micro) * size

@@ -42,13 +42,13 @@ def cost_facts(run: Run) -> dict[str, str]:
 def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
     loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
-    with counted() as counter:
+    with counted_flops() as counter:
         whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
     return whole, int(counter.get_total_flops())
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[FlopCounterMode]:
+def counted_flops() -> Iterator[FlopCounterMode]:
     """A counter of FLOPs (two per multiply-accumulate): matrix products, attention, convolutions.
 
     PyTorch's fused inference path of nn.MultiheadAttention (open_clip's towers) is one operation that it does not know.
@@ -66,7 +66,7 @@ def counted() -> Iterator[FlopCounterMode]:
 @torch.no_grad()
 def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
     """FLOPs of the forward pass on one image."""
-    with counted() as counter:
+    with counted_flops() as counter:
         run.model(batch, masks)
     return int(counter.get_total_flops())
 

@@ -27,7 +27,7 @@ def feed_of(run: Run) -> "Feed":
         return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
 
     def load(epoch: int, update: int, micro: int) -> Loaded:
-        return load_masked(run, batches.rows_of(order(epoch), update, micro, run.share), epoch=epoch)
+        return load_masked(run, batches.micro_batch_of(order(epoch), update, micro, run.share), epoch=epoch)
 
     start = batches.Position(run.epoch, run.update)
     todo = batches.jobs(start, epochs=run.recipe.optim.epochs, updates=run.updates, accum=run.share.accum)

@@ -7,10 +7,10 @@ mode (no drop path), and nothing of training changes.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from mrmae.common.knn import knn_predict
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, Numbers
 from mrmae.train.feed import Feed, load_masked
@@ -68,26 +68,11 @@ def knn_accuracy(run: Run) -> float:
     names = sorted({str(run.cache.labels[number]) for number in [*bank, *queries]})
     labels = {name: i for i, name in enumerate(names)}
     truth = [torch.tensor([labels[str(run.cache.labels[n])] for n in numbers]) for numbers in (bank, queries)]
-    told = knn_labels(image_features(run, bank), truth[0], image_features(run, queries))
-    return float((told == truth[1]).double().mean())
-
-
-def knn_labels(
-    bank: Float[Tensor, "n d"],
-    labels: Int[Tensor, " n"],
-    queries: Float[Tensor, "m d"],
-    *,
-    k: int = NEIGHBOURS,
-    temperature: float = TEMPERATURE,
-) -> Int[Tensor, " m"]:
-    """The label with the most votes among each query's `k` nearest by cosine, a vote weighing exp(cosine / temperature).
-
-    The weighted k-NN classifier of instance discrimination (arXiv 1805.01978, section 3.4).
-    """
-    cosine = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
-    near, at = cosine.topk(min(k, len(bank)), dim=1)
-    votes = torch.zeros(len(queries), int(labels.max()) + 1).scatter_add_(1, labels[at], (near / temperature).exp())
-    return votes.argmax(1)
+    k, features = min(NEIGHBOURS, len(bank)), image_features(run, bank)
+    told = knn_predict(
+        features, truth[0], image_features(run, queries), ks=[k], temperature=TEMPERATURE, n_classes=len(names)
+    )
+    return float((told[k] == truth[1]).double().mean())
 
 
 @torch.no_grad()

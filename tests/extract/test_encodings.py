@@ -12,8 +12,7 @@ from mrmae.extract.cli import main as extract_cli
 from mrmae.extract.inspect.cli import main as inspect_cli
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_cli
-from mrmae.probe.run import Options as ProbeOptions
-from mrmae.probe.run import probe_features
+from mrmae.probe.run import ProbeOptions, probe_features
 from mrmae.shards.cache import open_cache
 from mrmae.train.cli import main as train_cli
 from mrmae.train.loop import train

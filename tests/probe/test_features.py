@@ -9,20 +9,20 @@ import torch
 
 from mrmae.probe import features as features_module
 from mrmae.probe.data import open_data
-from mrmae.probe.features import Features, refuse_foreign_column
-from mrmae.probe.sources import Source, open_source
+from mrmae.probe.features import PooledFeatures, refuse_foreign_column
+from mrmae.probe.sources import FeatureSource, open_source
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features_module, "CHUNK", 5)
+    monkeypatch.setattr(features_module, "FILE_IMAGES", 5)
 
 
-def make(source: Source, images: Path, home: Path, **how: object) -> Features:
-    return Features(source, open_data([str(images)], home).test, home, batch_size=3, workers=2, **how)  # type: ignore[arg-type]
+def make(source: FeatureSource, images: Path, home: Path, **how: object) -> PooledFeatures:
+    return PooledFeatures(source, open_data([str(images)], home).test, home, batch_size=3, workers=2, **how)  # type: ignore[arg-type]
 
 
-def count_forwards(source: Source, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def count_forwards(source: FeatureSource, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The batch sizes of every forward pass from now on."""
     assert source.teacher
     calls: list[int] = []
@@ -84,7 +84,7 @@ def test_other_weights_images_and_sizes_have_other_ids(
         make(open_source(str(trained)), others, tmp_path).id,
         make(open_source(str(trained), size=48), images, tmp_path).id,
         make(open_source("timm:test_vit/random?input_size=32"), images, tmp_path).id,
-        Features(first.source, open_data([str(images)], tmp_path).train, tmp_path).id,
+        PooledFeatures(first.source, open_data([str(images)], tmp_path).train, tmp_path).id,
     }
     assert len(ids) == 5
     assert make(open_source(str(trained / "student")), images, tmp_path / "elsewhere").id == first.id
@@ -93,7 +93,7 @@ def test_other_weights_images_and_sizes_have_other_ids(
 def test_a_column_is_read_from_its_own_cache_only(tiny_cache: Path, images: Path, tmp_path: Path) -> None:
     source = open_source(f"{tiny_cache}#b")
     part = open_data([str(tiny_cache)], tmp_path, train_include=["*bild 00*"], test_include=["*bild 01*"]).test
-    found = Features(source, part, tmp_path)
+    found = PooledFeatures(source, part, tmp_path)
     refuse_foreign_column(source, part)
     tokens = found.tokens()
     assert tokens.shape == (10, 16, 6) and "cls" not in found.pooled()

@@ -17,9 +17,9 @@ from mrmae.probe import finetune as module
 from mrmae.probe.classifier import MaskedConvClassifier, trainable
 from mrmae.probe.cli import main
 from mrmae.probe.data import Data, open_data
-from mrmae.probe.finetune import build_optimizer, finetune, set_rates, soft, update_size
+from mrmae.probe.finetune import finetune, finetune_optimizer, set_rates, soft, update_size
 from mrmae.probe.settings import Finetune, settings_from
-from mrmae.probe.sources import Source, open_source
+from mrmae.probe.sources import FeatureSource, open_source
 from mrmae.train.method.recipe import load_recipe
 
 QUICK = ("finetune.epochs=4", "finetune.warmup_epochs=1", "finetune.batch_size=12", "finetune.blr=0.05", "finetune.auto_augment=''",
@@ -37,7 +37,7 @@ def data(images: Path, tmp_path: Path) -> Data:
 
 
 def run(
-    source: Source, data: Data, folder: Path, *sets: str, said: list[str] | None = None
+    source: FeatureSource, data: Data, folder: Path, *sets: str, said: list[str] | None = None
 ) -> tuple[Tensor, list[str]]:
     settings = settings_from([*QUICK, *sets]).finetune
     return finetune(
@@ -115,7 +115,7 @@ def test_the_student_becomes_maes_classifier(trained: Path) -> None:
 
 def test_rates_fall_towards_the_input_and_vectors_do_not_decay(trained: Path) -> None:
     model = trainable(open_source(str(trained)), 3, drop_path=0.0)[0]
-    optimizer = build_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
+    optimizer = finetune_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
     set_rates(optimizer, 1.0)
     names = {parameter: name for name, parameter in model.named_parameters()}
     rate = {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"]}
@@ -202,7 +202,7 @@ def test_mcmaes_student_becomes_the_classifier_of_its_code(mcmae: Path) -> None:
     frozen: Any = source.teacher.tower.module
     wanted = model.head(model.fc_norm(frozen.forward_features(pixels).mean(1)))
     assert torch.allclose(model(pixels), wanted, atol=1e-6)
-    optimizer = build_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
+    optimizer = finetune_optimizer(model, Finetune(layer_decay=0.5, blr=1.0))
     set_rates(optimizer, 1.0)
     groups = [(group, p) for group in optimizer.param_groups for p in group["params"]]
     rate = {name: group["lr"] for name, x in names.items() for group, p in groups if p is x}

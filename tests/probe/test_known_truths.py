@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mrmae.probe.run import Options, probe_features
+from mrmae.probe.run import ProbeOptions, probe_features
 from mrmae.probe.settings import settings_from
 
 CLOTHING = {"10-NN, mean": 0.847, "10-NN, mean, centred": 0.858}
@@ -29,7 +29,7 @@ def test_mobilenet_features_give_the_reference_accuracies(
 ) -> None:
     weights, photos = real_file("weights/mobilenetv2_100_imagenet1k.safetensors"), real_file(f"data/{name}.tar")
     source = f"timm:mobilenetv2_100@{weights}?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear"
-    options = Options(source, [str(photos)], ("knn",), settings_from(["knn.k=10"]), out=tmp_path, size=size)
+    options = ProbeOptions(source, [str(photos)], ("knn",), settings_from(["knn.k=10"]), out=tmp_path, size=size)
     (result,) = probe_features(options)
     found = {row["name"]: row["accuracy"] for row in result["rows"]}
     assert (result["n_train"], result["n_test"], result["n_classes"]) == counts

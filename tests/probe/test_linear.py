@@ -20,7 +20,7 @@ def separable(n: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_separable_data_is_learnt_completely() -> None:
     (train, labels), (test, truth) = separable(60, 0), separable(30, 1)
     train, test = linear.standardise(train, test)
-    predicted = linear.predict(*linear.train_heads(train, labels, lrs=[0.3, 1.0], **HOW), test)
+    predicted = linear.predict_linear(*linear.train_heads(train, labels, lrs=[0.3, 1.0], **HOW), test)
     assert linear.accuracy(predicted, truth).tolist() == [1.0, 1.0]
 
 
@@ -80,5 +80,5 @@ def test_images_without_a_pattern_stay_at_chance() -> None:
     draw = torch.Generator().manual_seed(0)
     x, labels = torch.randn(300, 4, generator=draw), torch.randint(0, 3, (300,), generator=draw)
     train, test = linear.standardise(x[:200], x[200:])
-    predicted = linear.predict(*linear.train_heads(train, labels[:200], lrs=[0.1], **HOW), test)
+    predicted = linear.predict_linear(*linear.train_heads(train, labels[:200], lrs=[0.1], **HOW), test)
     assert float(linear.accuracy(predicted, labels[200:])[0]) == pytest.approx(1 / 3, abs=0.15)

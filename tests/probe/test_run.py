@@ -14,8 +14,7 @@ from PIL import Image
 
 from mrmae.probe import attentive, features
 from mrmae.probe.cli import PROBES, main
-from mrmae.probe.run import PROBES as RUNNERS
-from mrmae.probe.run import Options, probe_features
+from mrmae.probe.run import RUNNERS, ProbeOptions, probe_features
 from mrmae.probe.settings import settings_from
 
 FEW = (
@@ -32,7 +31,7 @@ def probe(
     source: Path | str, data: Path | str, *probes: str, sets: tuple[str, ...] = (), **how: Any
 ) -> tuple[list[Any], list[str]]:
     said: list[str] = []
-    options = Options(str(source), [str(data)], probes, settings_from([*FEW, *sets]), workers=2, **how)
+    options = ProbeOptions(str(source), [str(data)], probes, settings_from([*FEW, *sets]), workers=2, **how)
     return probe_features(options, say=said.append), said
 
 
@@ -69,7 +68,7 @@ def test_the_same_again_computes_nothing_and_another_seed_uses_the_same_features
     def refuse(*_: Any, **__: Any) -> Any:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(features.Features, "forward", refuse)
+    monkeypatch.setattr(features.PooledFeatures, "forward", refuse)
     other, _ = probe(trained, images, "knn", out=tmp_path, seed=1)
     assert other[0]["id"] != first[0]["id"] and other[0]["accuracy"] == first[0]["accuracy"]
     monkeypatch.setattr(attentive, "train_probe", refuse)

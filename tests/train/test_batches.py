@@ -31,7 +31,7 @@ def test_an_epoch_visits_every_image_once_and_what_is_dropped_rotates(cache: Cac
     for epoch in range(6):
         order = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=epoch)
         assert sorted(order.tolist()) == cache.numbers.tolist()
-        seen = [batches.rows_of(order, u, 0, Share(size)) for u in range(batches.updates_per_epoch(n, size))]
+        seen = [batches.micro_batch_of(order, u, 0, Share(size)) for u in range(batches.updates_per_epoch(n, size))]
         dropped.append(frozenset(cache.numbers.tolist()) - set(np.concatenate(seen).tolist()))
         assert len(dropped[-1]) == n % size
     assert len(set(dropped)) > 3
@@ -41,7 +41,7 @@ def test_an_epoch_visits_every_image_once_and_what_is_dropped_rotates(cache: Cac
 def test_ranks_and_micro_batches_share_out_exactly_the_global_batch(cache: Cache, ranks: int, accum: int) -> None:
     order = batches.numbers_of_epoch(cache, cache.numbers, seed=0, epoch=1)
     parts = [
-        batches.rows_of(order, 1, micro, Share(8, rank, ranks, accum))
+        batches.micro_batch_of(order, 1, micro, Share(8, rank, ranks, accum))
         for rank in range(ranks)
         for micro in range(accum)
     ]

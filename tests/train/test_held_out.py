@@ -1,6 +1,5 @@
 """Images held out are never trained on, their loss is the model's on fixed masks, and k-NN counts votes as the paper says."""
 
-import math
 from pathlib import Path
 from typing import Any
 
@@ -125,17 +124,6 @@ def test_a_run_keeps_what_it_holds_out(tiny_cache: Path, tmp_path: Path) -> None
     _train(tiny_cache, tmp_path / "out", hold_out=0.3)
     with pytest.raises(ValueError, match="holds out 0.3 of the images and --hold-out is now 0.2"):
         _train(tiny_cache, tmp_path / "out", hold_out=0.2)
-
-
-def test_nearest_neighbours_vote_by_cosine_and_temperature() -> None:
-    bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.1, 5.0], [-1.0, 0.0]])
-    labels = torch.tensor([0, 1, 1, 2])
-    query = torch.tensor([[9.0, 6.0]])
-    near = [9 / math.hypot(9, 6), 6 / math.hypot(9, 6), (0.9 + 30) / math.hypot(9, 6) / math.hypot(0.1, 5)]
-    assert math.exp(near[0] / 0.07) > sum(math.exp(x / 0.07) for x in near[1:])  # one very near against two near
-    assert held_out.knn_labels(bank, labels, query).tolist() == [0]
-    assert held_out.knn_labels(bank, labels, query, temperature=10.0).tolist() == [1]
-    assert held_out.knn_labels(bank, labels, query, temperature=10.0, k=1).tolist() == [0]
 
 
 def test_features_come_back_in_order_whatever_the_pieces(tiny_cache: Path) -> None:

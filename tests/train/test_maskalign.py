@@ -12,7 +12,7 @@ from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.masks import Draw, Masks, draw_masks, saliency
 from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.student import encode
+from mrmae.train.method.student import encode_vit
 from mrmae.train.method.taps import Mix, first_weights
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, target_names
 from mrmae.train.method.terms import bind_terms, needed_arrays
@@ -69,7 +69,7 @@ def restated(model: Pretrainer, batch: Batch, masks: Masks) -> Tensor:
     """The mean over five layers of twice smooth-L1, over CLS and visible tokens together, in float64."""
     depth = len(model.student.blocks)
     scale, shift = model.scale, model.shift
-    _, blocks = encode(
+    _, blocks = encode_vit(
         model.student, batch.pixels, masks.ids_keep, scale=scale, shift=shift, keep_blocks=range(1, depth + 1)
     )  # type: ignore[arg-type]
     total = torch.zeros((), dtype=torch.float64)

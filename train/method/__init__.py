@@ -3,7 +3,7 @@
 from mrmae.train.method.masks import Masks, check_blocks, chosen_blocks, counts, draw_masks, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating
-from mrmae.train.method.recipe import Decoder, Optim, Recipe, difference, from_dict, load_recipe, to_dict
+from mrmae.train.method.recipe import DecoderRecipe, Optim, Recipe, difference, from_dict, load_recipe, to_dict
 from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
 from mrmae.train.method.terms import needed_arrays
@@ -12,7 +12,7 @@ __all__ = [
     "ADD",
     "Batch",
     "CacheInfo",
-    "Decoder",
+    "DecoderRecipe",
     "LN_EPS",
     "MaskedConvViT",
     "Masks",

@@ -6,7 +6,7 @@ from timm.layers.norm import LayerNorm
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from mrmae.train.method.recipe import Decoder
+from mrmae.train.method.recipe import DecoderRecipe
 from mrmae.train.method.student import sincos_positions
 from mrmae.train.method.taps import Tokens
 
@@ -21,7 +21,7 @@ class MaskDecoder(nn.Module):
 
     position: Tensor
 
-    def __init__(self, width_in: int, recipe: Decoder, grid: tuple[int, int]) -> None:
+    def __init__(self, width_in: int, recipe: DecoderRecipe, grid: tuple[int, int]) -> None:
         super().__init__()
         self.embed = nn.Linear(width_in, recipe.width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, recipe.width))

@@ -79,7 +79,7 @@ def draw_of(recipe: Recipe, info: CacheInfo, epoch: int) -> Draw:
 def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
     """Keep `n_keep` patches of each image, uniformly without replacement. MAE section 3, "Masking" (arXiv 2111.06377)."""
     noise = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
-    return split(noise.argsort(dim=1), recipe)
+    return split_order(noise.argsort(dim=1), recipe)
 
 
 def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
@@ -93,7 +93,7 @@ def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> M
     if recipe.draw != "topk":
         noise = ids.gumbel_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
         share = noise + (share.clamp_min(NEVER).log() if recipe.draw == "prob" else share)
-    return split(share.argsort(dim=1, descending=True, stable=True), recipe)
+    return split_order(share.argsort(dim=1, descending=True, stable=True), recipe)
 
 
 def block_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
@@ -106,7 +106,7 @@ def block_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks
     views = view_of(samples, draw.epoch, draw.n_views)
     keep = torch.from_numpy(draw.blocks.ids(samples, views, chosen_blocks(batch.samples, draw).cpu().numpy(), l))
     order = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
-    return split(order.scatter(1, keep.to(order.device), torch.iinfo(torch.int64).min).argsort(dim=1), recipe)
+    return split_order(order.scatter(1, keep.to(order.device), torch.iinfo(torch.int64).min).argsort(dim=1), recipe)
 
 
 def chosen_blocks(samples: Int64[Tensor, " b"], draw: Draw) -> Int64[Tensor, " b"]:
@@ -143,7 +143,7 @@ def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
         )
 
 
-def split(order: Int64[Tensor, "b l"], recipe: MaskRecipe) -> Masks:
+def split_order(order: Int64[Tensor, "b l"], recipe: MaskRecipe) -> Masks:
     """The first `n_keep` patches of each row of `order` are visible, the next `n_predict` predicted."""
     n_keep, n_predict = counts(recipe, order.shape[1])
     keep, predict = order[:, :n_keep], order[:, n_keep : n_keep + n_predict]

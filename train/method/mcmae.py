@@ -172,7 +172,7 @@ def build_mcmae(name: str, *, patch: int, grid: Sequence[int], channels: int = 3
         return MaskedConvViT(SIZES[name], grid, channels)
 
 
-def encode(
+def encode_mcmae(
     student: MaskedConvViT,
     pixels: UInt8[Tensor, "b h w c"],
     ids_keep: Int64[Tensor, "v k"],

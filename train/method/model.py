@@ -21,10 +21,10 @@ from mrmae.train.method.heads import HEADS
 from mrmae.train.method.masks import Masks, counts, saliency_arrays
 from mrmae.train.method.mcmae import MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.student import build_vit, encode, initialise, sincos_positions
+from mrmae.train.method.student import build_vit, encode_vit, initialise, sincos_positions
 from mrmae.train.method.taps import Tokens, build_fusions
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
-from mrmae.train.method.terms import Pixels, bind_terms, check_taps, score
+from mrmae.train.method.terms import PixelScale, bind_terms, check_taps, score
 
 
 def build_model(
@@ -94,9 +94,9 @@ class Pretrainer(nn.Module):
         self.statistics.update({name: made[key] for name, key in wanted.items()})
 
     @property
-    def pixels(self) -> Pixels:
+    def pixels(self) -> PixelScale:
         """How the student reads an image."""
-        return Pixels(self.info.patch, self.scale, self.shift)
+        return PixelScale(self.info.patch, self.scale, self.shift)
 
     def forward(self, batch: Batch, masks: Masks) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         """The loss (fp32), and each term's own value, unweighted and detached."""
@@ -127,10 +127,10 @@ class Pretrainer(nn.Module):
         """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need."""
         common = {"scale": self.scale, "shift": self.shift}
         if isinstance(self.student, MaskedConvViT):
-            return mcmae.encode(
+            return mcmae.encode_mcmae(
                 self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
             )
-        return encode(
+        return encode_vit(
             self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, paths=paths, kernels=self.kernels
         )
 

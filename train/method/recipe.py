@@ -17,7 +17,7 @@ from mrmae.common.suggest import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
 
-Sampler = Literal["random", "attn_prob", "block"]
+SamplerName = Literal["random", "attn_prob", "block"]
 Positions = Literal["visible", "predicted", "cls", "cls+visible"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
@@ -41,7 +41,7 @@ class MaskRecipe:
     source, draw: for samplers that follow a saliency map, see `masks.py`.
     """
 
-    sampler: Sampler = "random"
+    sampler: SamplerName = "random"
     ratio: float = 0.75
     n_keep: int | None = None
     n_predict: int | None = None
@@ -50,7 +50,7 @@ class MaskRecipe:
 
 
 @dataclass(frozen=True)
-class Decoder:
+class DecoderRecipe:
     """MAE's decoder: self-attention over [CLS | visible | mask tokens]."""
 
     depth: int = 8
@@ -60,7 +60,7 @@ class Decoder:
 
 
 @dataclass(frozen=True)
-class Student:
+class StudentRecipe:
     """A plain timm VisionTransformer by name, or `mcmae_base`; the cache's size and grid set its image and patch size.
 
     fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1. drop_path: stochastic depth at the last block,
@@ -68,7 +68,7 @@ class Student:
     """
 
     model: str = "vit_base_patch16_224"
-    decoder: Decoder | None = field(default_factory=Decoder)
+    decoder: DecoderRecipe | None = field(default_factory=DecoderRecipe)
     fused_blocks: tuple[int, ...] = (3, 6, 9, 12)
     drop_path: float = 0.0
 
@@ -118,7 +118,7 @@ class Recipe:
     seed: int = 0
     prepare: Prepare = field(default_factory=Prepare)
     mask: MaskRecipe = field(default_factory=MaskRecipe)
-    student: Student = field(default_factory=Student)
+    student: StudentRecipe = field(default_factory=StudentRecipe)
     optim: Optim = field(default_factory=Optim)
 
 
@@ -135,7 +135,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: is not valid yaml ({error}); correct the file") from error
     if not isinstance(values, dict):
-        raise ValueError(f"recipe {path}: holds {strict_yaml.show(values)}; a mapping of recipe keys was expected")
+        raise ValueError(
+            f"recipe {path}: holds {strict_yaml.shown_value(values)}; a mapping of recipe keys was expected"
+        )
     for override in overrides:
         strict_yaml.override(values, override)
     return from_dict(values, where=f"recipe {name_or_path}")
@@ -154,7 +156,7 @@ def recipe_path(name_or_path: str) -> Path:
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise ValueError(
-                f"recipe {path}: there is no such file; give an existing yaml, or {strict_yaml.choices(recipe_names())}"
+                f"recipe {path}: there is no such file; give an existing yaml, or {strict_yaml.one_of(recipe_names())}"
             )
         return path
     raise ValueError(
@@ -164,20 +166,20 @@ def recipe_path(name_or_path: str) -> Path:
 
 def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
     """The recipe that plain values describe. Raises ValueError at the first unknown key, wrong type or impossible value."""
-    recipe: Recipe = strict_yaml.build(Recipe, values, where)
+    recipe: Recipe = strict_yaml.from_values(Recipe, values, where)
     _check(recipe, where)
     return recipe
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain dicts, lists, numbers and strings; `from_dict` gives the same recipe back."""
-    plain: dict[str, Any] = strict_yaml.plain(asdict(recipe))
+    plain: dict[str, Any] = strict_yaml.plain_values(asdict(recipe))
     return plain
 
 
 def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     """The fields that differ, as (dotted name, old value, new value); a missing term is None."""
-    before, after = strict_yaml.flat(to_dict(old)), strict_yaml.flat(to_dict(new))
+    before, after = strict_yaml.dotted_values(to_dict(old)), strict_yaml.dotted_values(to_dict(new))
     names = [*before, *(name for name in after if name not in before)]
     return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
@@ -188,7 +190,7 @@ def _check(recipe: Recipe, where: str) -> None:
             value = recipe
             for key in at.split("."):
                 value = value[key] if isinstance(value, dict) else getattr(value, key)
-            raise ValueError(f"{where}: {at} is {strict_yaml.show(value)}; {expected}")
+            raise ValueError(f"{where}: {at} is {strict_yaml.shown_value(value)}; {expected}")
 
 
 def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:

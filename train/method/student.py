@@ -128,7 +128,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def encode(
+def encode_vit(
     vit: VisionTransformer,
     pixels: UInt8[Tensor, "b h w c"],
     ids_keep: Int64[Tensor, "v k"],

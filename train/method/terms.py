@@ -39,7 +39,7 @@ class Term:
         return f"{r.tap} @ {r.positions} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
 
 
-class Pixels(NamedTuple):
+class PixelScale(NamedTuple):
     """How the student reads an image: `pixel * scale + shift` per channel, in square patches."""
 
     patch: int
@@ -125,7 +125,7 @@ def score(
     taps: Mapping[str, Tokens],
     batch: Batch,
     *,
-    pixels: Pixels,
+    pixels: PixelScale,
     source: str,
     kernels: str,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
@@ -148,7 +148,9 @@ def score(
     return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def pixel_errors(prediction: Tokens, term: Term, batch: Batch, pixels: Pixels, kernels: str) -> Float[Tensor, "b m"]:
+def pixel_errors(
+    prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str
+) -> Float[Tensor, "b m"]:
     """Mean squared error of every predicted patch against its (normalised) pixels."""
     return dispatch.pixel_loss(
         batch.pixels,
@@ -164,7 +166,7 @@ def pixel_errors(prediction: Tokens, term: Term, batch: Batch, pixels: Pixels, k
 
 
 def mimic_errors(
-    prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: Pixels, kernels: str
+    prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: PixelScale, kernels: str
 ) -> Float[Tensor, "b n"]:
     """Distance of every prediction to its teacher token, CLS first where the prediction holds it: one token among n + 1."""
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
@@ -230,12 +232,12 @@ def patch_errors(
     )
 
 
-def n_patches(batch: Batch, pixels: Pixels) -> int:
+def n_patches(batch: Batch, pixels: PixelScale) -> int:
     """Patches of the student's grid."""
     return (batch.pixels.shape[1] // pixels.patch) * (batch.pixels.shape[2] // pixels.patch)
 
 
-def focus_weights(batch: Batch, ids: Int64[Tensor, "v n"], pixels: Pixels, source: str) -> Float[Tensor, "v n"]:
+def focus_weights(batch: Batch, ids: Int64[Tensor, "v n"], pixels: PixelScale, source: str) -> Float[Tensor, "v n"]:
     """Saliency of the patches at `ids` divided by its mean over them: mean 1 per image, so the loss keeps its scale.
 
     `focus = weight`, ours, beside focused mimicking by the sampler (MR-MAE, arXiv 2303.05475).

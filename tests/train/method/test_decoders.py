@@ -3,13 +3,13 @@
 import torch
 
 from mrmae.train.method.decoders import MaskDecoder
-from mrmae.train.method.recipe import Decoder
+from mrmae.train.method.recipe import DecoderRecipe
 from mrmae.train.method.student import initialise
 from mrmae.train.method.taps import Tokens
 
 
 def test_the_decoder_does_not_care_about_the_order_of_its_tokens() -> None:
-    decoder = MaskDecoder(8, Decoder(depth=2, width=16, heads=2), (3, 3)).double()
+    decoder = MaskDecoder(8, DecoderRecipe(depth=2, width=16, heads=2), (3, 3)).double()
     initialise(decoder, 0)
     final, keep, predict = torch.randn(1, 4, 8).double(), torch.tensor([[0, 4, 7]]), torch.tensor([[1, 2, 3, 5, 6, 8]])
     out = decoder(Tokens(final, keep, 1), predict).x

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from mrmae.train.foreign import published_weights
 from mrmae.train.method.masks import Draw, Masks, draw_masks
-from mrmae.train.method.mcmae import SIZES, MaskedConvViT, Size, build_mcmae, encode
+from mrmae.train.method.mcmae import SIZES, MaskedConvViT, Size, build_mcmae, encode_mcmae
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import initialise, sincos_positions
@@ -97,7 +97,7 @@ def dense(
 def test_visible_tokens_and_gradients_equal_the_dense_restatement(grid: tuple[int, int], n_keep: int) -> None:
     student, pixels, l = shaken(grid), images(grid), grid[0] * grid[1]
     keep = torch.stack([torch.randperm(l)[:n_keep].sort().values for _ in range(2)])
-    ours, blocks = encode(student, pixels, keep, scale=SCALE, shift=SHIFT, keep_blocks=(3,))
+    ours, blocks = encode_mcmae(student, pixels, keep, scale=SCALE, shift=SHIFT, keep_blocks=(3,))
     w = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in student.named_parameters()}
     image = (pixels.double() * SCALE + SHIFT).permute(0, 3, 1, 2)
     z, theirs = dense(w, image, keep, grid, TINY)
@@ -117,12 +117,12 @@ def test_with_all_patches_visible_it_is_the_unmasked_net_and_masking_does_change
     student, pixels = shaken(grid), images(grid)
     image = (pixels.double() * SCALE + SHIFT).permute(0, 3, 1, 2)
     w = dict(student.named_parameters())
-    ours, _ = encode(student, pixels, keep, scale=SCALE, shift=SHIFT)
+    ours, _ = encode_mcmae(student, pixels, keep, scale=SCALE, shift=SHIFT)
     z, whole = dense(w, image, keep, grid, TINY, masked=False)
     assert (ours - whole).abs().max() < 1e-12
     assert (student.forward_features(image) - z).abs().max() < 1e-12  # what fine-tuning starts from: no stage fusion
     few = torch.tensor([[0, 4], [4, 8]])
-    masked, _ = encode(student, pixels, few, scale=SCALE, shift=SHIFT)
+    masked, _ = encode_mcmae(student, pixels, few, scale=SCALE, shift=SHIFT)
     assert (masked - dense(w, image, few, grid, TINY, masked=False)[1]).abs().max() > 1e-3
 
 
@@ -257,9 +257,9 @@ def test_under_bf16_the_residual_stream_stays_fp32() -> None:
     student = build_mcmae("test_mcmae", patch=16, grid=(2, 2))
     initialise(student, 0)
     keep, pixels = torch.tensor([[0, 3], [1, 2]]), images((2, 2))
-    exact, _ = encode(student, pixels, keep, scale=SCALE.float(), shift=SHIFT.float())
+    exact, _ = encode_mcmae(student, pixels, keep, scale=SCALE.float(), shift=SHIFT.float())
     with torch.autocast("cpu", torch.bfloat16):
-        rough, _ = encode(student, pixels, keep, scale=SCALE.float(), shift=SHIFT.float())
+        rough, _ = encode_mcmae(student, pixels, keep, scale=SCALE.float(), shift=SHIFT.float())
     assert rough.dtype == torch.float32 and (rough - exact).norm() < 0.02 * exact.norm()
 
 

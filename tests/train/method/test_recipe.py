@@ -136,7 +136,7 @@ def test_each_yaml_opens_with_paper_command_and_result(name: str) -> None:
 
 
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
-    assert set(typing.get_args(recipes.Sampler)) == set(masks.SAMPLERS)
+    assert set(typing.get_args(recipes.SamplerName)) == set(masks.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
     assert set(typing.get_args(recipes.DistanceName)) == set(DISTANCES)
 

@@ -8,10 +8,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from mrmae.train.method.decoders import MaskDecoder
-from mrmae.train.method.recipe import Decoder
+from mrmae.train.method.recipe import DecoderRecipe
 from mrmae.train.method.student import (
     build_vit,
-    encode,
+    encode_vit,
     initialise,
     sincos_positions,
     what_is_not_plain,
@@ -66,7 +66,7 @@ def test_initial_weights_are_maes() -> None:
             assert module.bias is not None and (module.bias == 0).all()
         elif isinstance(module, nn.LayerNorm):
             assert (module.weight == 1).all() and (module.bias == 0).all() and module.eps == 1e-6
-    wide = MaskDecoder(64, Decoder(depth=1, width=512, heads=2), (4, 4))
+    wide = MaskDecoder(64, DecoderRecipe(depth=1, width=512, heads=2), (4, 4))
     initialise(wide, 0)
     assert wide.mask_token.std().item() == pytest.approx(0.02, rel=0.15)
     assert vit.cls_token is not None and vit.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
@@ -89,7 +89,7 @@ def test_with_every_patch_visible_the_forward_is_timms(grid: int, patch: int, ch
     vit, l = tiny_vit(grid, patch, channels).double(), grid * grid
     pixels = torch.randint(0, 256, (2, grid * patch, grid * patch, channels), dtype=torch.uint8)
     scale, shift = torch.rand(channels).double() / 128 + 1e-3, torch.randn(channels).double()
-    ours, _ = encode(vit, pixels, torch.arange(l).expand(2, l), scale=scale, shift=shift)
+    ours, _ = encode_vit(vit, pixels, torch.arange(l).expand(2, l), scale=scale, shift=shift)
     theirs = vit.forward_features((pixels.double() * scale + shift).permute(0, 3, 1, 2))
     assert (ours - theirs).abs().max() < 1e-10
 
@@ -98,12 +98,12 @@ def test_hidden_pixels_do_not_reach_visible_tokens_and_visible_ones_do() -> None
     vit, scale, shift = tiny_vit(), torch.full((3,), 0.01), torch.zeros(3)
     pixels = torch.randint(0, 200, (1, 16, 16, 3), dtype=torch.uint8)
     keep = torch.tensor([[0, 5, 6, 15]])
-    before, _ = encode(vit, pixels, keep, scale=scale, shift=shift)
+    before, _ = encode_vit(vit, pixels, keep, scale=scale, shift=shift)
     hidden, seen = pixels.clone(), pixels.clone()
     hidden[:, :4, 4:8] += 50  # patch 1
     seen[:, 4:8, 4:8] += 50  # patch 5
-    assert torch.equal(encode(vit, hidden, keep, scale=scale, shift=shift)[0], before)
-    assert not torch.allclose(encode(vit, seen, keep, scale=scale, shift=shift)[0], before)
+    assert torch.equal(encode_vit(vit, hidden, keep, scale=scale, shift=shift)[0], before)
+    assert not torch.allclose(encode_vit(vit, seen, keep, scale=scale, shift=shift)[0], before)
 
 
 def test_kept_blocks_are_the_raw_outputs_of_timms_blocks() -> None:
@@ -112,7 +112,7 @@ def test_kept_blocks_are_the_raw_outputs_of_timms_blocks() -> None:
     for i in (2, 6):
         vit.blocks[i - 1].register_forward_hook(lambda _, __, out, i=i: caught.__setitem__(i, out))
     pixels = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
-    final, blocks = encode(
+    final, blocks = encode_vit(
         vit, pixels, torch.tensor([[1, 2]]), scale=torch.ones(3), shift=torch.zeros(3), keep_blocks=(2, 6)
     )
     assert blocks.keys() == {2, 6} and all(torch.equal(blocks[i], caught[i]) for i in blocks)

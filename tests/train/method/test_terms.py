@@ -12,7 +12,7 @@ from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
 from mrmae.train.method.taps import Tokens
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
-from mrmae.train.method.terms import Pixels, Term, bind_terms, focus_weights, needed_arrays, score
+from mrmae.train.method.terms import PixelScale, Term, bind_terms, focus_weights, needed_arrays, score
 
 D = 8
 SCALE, SHIFT = torch.ones(3), torch.zeros(3)
@@ -45,7 +45,7 @@ def loss_of(
         statistics,
         {"final": final, "decoder": Tokens(prediction, masks.ids_predict)},
         batch,
-        pixels=Pixels(patch, SCALE, SHIFT),
+        pixels=PixelScale(patch, SCALE, SHIFT),
         source="mean",
         kernels="auto",
     )
@@ -109,7 +109,7 @@ def test_gather_identity_for_cls_and_for_rows_gathered_before_the_copy() -> None
     batch = Batch(torch.arange(b), torch.zeros(b, 16, 16, 3, dtype=torch.uint8), {"t": {"cls": tokens[:, 3]}})
 
     def run(recipe: TermRecipe, tap: torch.Tensor, batch: Batch) -> float:
-        common = {"pixels": Pixels(4, SCALE, SHIFT), "source": "mean", "kernels": "auto"}
+        common = {"pixels": PixelScale(4, SCALE, SHIFT), "source": "mean", "kernels": "auto"}
         taps = {"final": Tokens(tap, masks.ids_keep, 1)}
         loss, _ = score((Term("x", recipe, "t", 1.0),), heads, statistics, taps, batch, **common)  # type: ignore[arg-type]
         return loss.item()
@@ -219,7 +219,7 @@ def test_focus_weighs_visible_tokens_by_saliency_with_mean_1() -> None:
     attention = torch.rand(2, 16)
     batch = Batch(torch.arange(2), torch.zeros(2, 16, 16, 3, dtype=torch.uint8), {"t": {"attention": attention}})
     keep = torch.tensor([[0, 3, 9], [1, 2, 15]])
-    weights = focus_weights(batch, keep, Pixels(4, SCALE, SHIFT), "mean")
+    weights = focus_weights(batch, keep, PixelScale(4, SCALE, SHIFT), "mean")
     picked = at(attention.double(), keep)
     assert torch.allclose(weights, picked / picked.mean(dim=1, keepdim=True), atol=1e-5)
     codes = torch.zeros(2, 16, D)

@@ -1,6 +1,6 @@
 """Weighted k-nearest-neighbour classification by cosine similarity (DINO, arXiv 2104.14294), for many k in one pass."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ def knn_predict(
     train, test = F.normalize(train - mean, dim=1), F.normalize(test - mean, dim=1)
     predicted: dict[int, list[Tensor]] = {k: [] for k in ks}
     for rows in torch.split(test, TEST_CHUNK):
-        cosine, ids = nearest(rows, train, max(ks))
+        cosine, ids = nearest_rows(rows, train, max(ks))
         weights = ((cosine - 1) / temperature).exp()  # the common factor exp(1 / T) would overflow at small T
         for k in ks:
             votes = rows.new_zeros(len(rows), n_classes).scatter_add_(1, labels[ids[:, :k]], weights[:, :k])
@@ -37,7 +37,7 @@ def knn_predict(
     return {k: torch.cat(parts).cpu() for k, parts in predicted.items()}
 
 
-def nearest(
+def nearest_rows(
     rows: Float[Tensor, "m d"], train: Float[Tensor, "n d"], k: int
 ) -> tuple[Float[Tensor, "m k"], Int64[Tensor, "m k"]]:
     """Cosine and index of the k nearest train rows, nearest first; both inputs are unit vectors."""
@@ -51,19 +51,3 @@ def nearest(
         cosine, at = both.topk(min(k, both.shape[1]), dim=1)
         ids = index.gather(1, at)
     return cosine, ids
-
-
-def pools(pooled: Mapping[str, Tensor]) -> dict[str, Float[Tensor, "n d"]]:
-    """The vectors of an image by name: `mean` of patch tokens, `cls`, and `both` (each as a unit vector, joined)."""
-    if "cls" not in pooled:
-        return {"mean": pooled["mean"]}
-    return {"mean": pooled["mean"], "cls": pooled["cls"],
-            "both": torch.cat([F.normalize(pooled[name], dim=1) for name in ("cls", "mean")], 1)}  # fmt: skip
-
-
-def choose_pool(pooled: Mapping[str, Tensor], pool: str) -> Float[Tensor, "n d"]:
-    """The vectors named `pool`. ValueError where the source has no CLS."""
-    found = pools(pooled)
-    if pool not in found:
-        raise ValueError(f"pool={pool}: this source has no CLS token; expected mean; change pool with --set")
-    return found[pool]

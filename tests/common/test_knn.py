@@ -1,10 +1,12 @@
 """k-NN against a brute-force version, and what it must not depend on."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
-from mrmae.probe import knn
+from mrmae.common import knn
 
 draw = np.random.default_rng(3)
 
@@ -68,3 +70,16 @@ def test_pools_are_cls_mean_and_both_as_unit_vectors() -> None:
     assert list(knn.pools({"mean": pooled["mean"]})) == ["mean"]
     with pytest.raises(ValueError, match="pool=cls: this source has no CLS"):
         knn.choose_pool({"mean": pooled["mean"]}, "cls")
+
+
+def test_one_very_near_neighbour_outvotes_two_near_ones_at_a_low_temperature() -> None:
+    bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.1, 5.0], [-1.0, 0.0]])
+    labels, query = torch.tensor([0, 1, 1, 2]), torch.tensor([[9.0, 6.0]])
+    near = [9 / math.hypot(9, 6), 6 / math.hypot(9, 6), (0.9 + 30) / math.hypot(9, 6) / math.hypot(0.1, 5)]
+    assert math.exp(near[0] / 0.07) > sum(math.exp(x / 0.07) for x in near[1:])
+
+    def told(temperature: float, k: int = 4) -> list[int]:
+        found = knn.knn_predict(bank, labels, query, ks=[k], temperature=temperature, n_classes=3)
+        return found[k].tolist()
+
+    assert told(0.07) == [0] and told(10.0) == [1] and told(10.0, k=1) == [0]
