@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from mrmae.shards import audit, commit
+from mrmae.shards import audit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.commit import Unit
-from mrmae.shards.format import PIXELS, Plan, content_id
+from mrmae.shards.format import PIXELS, Plan, Unit, commit_path, content_id, units
+from mrmae.shards.store import unit_files
 
 Rng = np.random.Generator
 
@@ -70,7 +70,7 @@ def truncate_at_member(path: Path, made: Plan, rng: Rng) -> Fault:
     """A tar cut at a member's boundary and closed properly, its sidecar telling the new truth: it looks complete."""
     view, shard = int(rng.integers(made.n_views)), int(rng.integers(made.n_shards))
     column = PIXELS if made.format == "zarr" else some_column(made, rng)
-    tar, sidecar = commit.unit_files(path, made, view, column, shard)
+    tar, sidecar = unit_files(path, made, view, column, shard)
     before = tar.read_bytes(), sidecar.read_bytes()
     index = dict(np.load(sidecar))
     offsets = index["members"][..., 0]
@@ -98,7 +98,7 @@ def swap_shards(path: Path, made: Plan, rng: Rng) -> Fault:
     column = some_column(made, rng)
     view = int(rng.integers(made.n_views))
     a, b = (int(n) for n in rng.choice(made.n_shards, 2, replace=False))
-    pairs = list(zip(*(commit.unit_files(path, made, view, column, shard) for shard in (a, b))))
+    pairs = list(zip(*(unit_files(path, made, view, column, shard) for shard in (a, b))))
     whole = column == PIXELS or (made.format == "webdataset" and rng.random() < 0.5)
     chosen = pairs if whole else [pairs[int(rng.integers(len(pairs)))]]
     files = [file for pair in chosen for file in pair]
@@ -117,9 +117,9 @@ def delete_shard(path: Path, made: Plan, rng: Rng) -> Fault:
 
 def delete_record(path: Path, made: Plan, rng: Rng) -> Fault:
     """A commit record is gone."""
-    every = list(commit.units(made))
+    every = list(units(made))
     unit = every[int(rng.integers(len(every)))]
-    return change(path, "deleted commit record", audit.relative(path, commit.commit_path(path, *unit)), None, unit)
+    return change(path, "deleted commit record", audit.relative(path, commit_path(path, *unit)), None, unit)
 
 
 def edit_manifest(path: Path, made: Plan, rng: Rng) -> Fault:
@@ -174,9 +174,9 @@ def some_column(made: Plan, rng: Rng) -> str:
 
 def some_file(path: Path, made: Plan, rng: Rng) -> tuple[Unit, str, bytes]:
     """A file of a random unit."""
-    every = list(commit.units(made))
+    every = list(units(made))
     unit = every[int(rng.integers(len(every)))]
-    files = commit.unit_files(path, made, *unit)
+    files = unit_files(path, made, *unit)
     file = files[int(rng.integers(len(files)))]
     return unit, audit.relative(path, file), file.read_bytes()
 

@@ -8,8 +8,20 @@ from typing import Any
 
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import PIXELS, Plan, Quantiser, TeacherSpec, View, ViewRecipe, content_id, plan, samples
-from mrmae.shards.store import PixelRow, index_path, read_index, write_pixel_tar
+from mrmae.shards.format import (
+    PIXELS,
+    Plan,
+    Quantiser,
+    TeacherSpec,
+    Unit,
+    View,
+    ViewRecipe,
+    content_id,
+    plan,
+    samples,
+    units,
+)
+from mrmae.shards.store import PixelRow, index_path, read_index, unit_files, write_pixel_tar
 
 SHARDS = 1000
 
@@ -64,16 +76,16 @@ def hollow_cache(path: Path, n: int) -> Path:
     samples.write_samples(path, table)
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     commit.create_columns(path, made)
-    records = {unit: hollow_shard(path, made, unit) for unit in commit.units(made)}
+    records = {unit: hollow_shard(path, made, unit) for unit in units(made)}
     body = commit.manifest_body(path, made, records, table)
     (path / "manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
     return path
 
 
-def hollow_shard(path: Path, made: Plan, unit: commit.Unit) -> dict[str, Any]:
+def hollow_shard(path: Path, made: Plan, unit: Unit) -> dict[str, Any]:
     """A commit record of files of zeros that take no space."""
     files = {}
-    for file in commit.unit_files(path, made, *unit):
+    for file in unit_files(path, made, *unit):
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "wb") as content:
             content.truncate(1 << 20 if unit[1] == PIXELS else 150_000 * made.shard_samples)

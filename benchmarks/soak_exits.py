@@ -25,8 +25,7 @@ from measure import ROOT, machine
 from PIL import Image
 from rows import append
 
-from mrmae.shards.commit import commit_path
-from mrmae.shards.format import load_plan
+from mrmae.shards.format import commit_path, load_plan
 
 MODULES = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect.cli",
            "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli"}  # fmt: skip

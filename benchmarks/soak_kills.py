@@ -51,8 +51,9 @@ from mrmae.extract.inspect import cli as inspect
 from mrmae.shards import audit
 from mrmae.shards import commit as commits
 from mrmae.shards.begin import DIGESTS
-from mrmae.shards.commit import Unit
+from mrmae.shards.format import Unit, units
 from mrmae.shards.format import plan as plans
+from mrmae.shards.store import unit_files
 from mrmae.train import cli as train
 from mrmae.train import loop  # noqa: F401
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
@@ -233,9 +234,9 @@ def wrong(out: Path, right: Mapping[str, Any], damaged: Collection[Unit]) -> lis
     found: list[str] = []
     if (out / "plan.json").exists():
         made = plans.load_plan(out)
-        done = [u for u in commits.units(made) if u not in damaged and commits.valid_record(out, made, *u)]
+        done = [u for u in units(made) if u not in damaged and commits.valid_record(out, made, *u)]
         found += [str(problem) for problem in audit.find_problems(out, full=True) if problem.unit in done]
-        for file in (file for unit in done for file in commits.unit_files(out, made, *unit)):
+        for file in (file for unit in done for file in unit_files(out, made, *unit)):
             if digest(file.read_bytes()) != right.get(file.relative_to(out).as_posix()):
                 found.append(f"{file}: other bytes")
     for file in list_checkpoints(out / "checkpoints"):
@@ -249,9 +250,9 @@ def wrong(out: Path, right: Mapping[str, Any], damaged: Collection[Unit]) -> lis
 def damage(out: Path) -> list[Unit]:
     """The shards of which one file has another last byte now: every fourth."""
     made = plans.load_plan(out)
-    chosen = list(commits.units(made))[::4]
+    chosen = list(units(made))[::4]
     for unit in chosen:
-        file = commits.unit_files(out, made, *unit)[0]
+        file = unit_files(out, made, *unit)[0]
         file.write_bytes(file.read_bytes()[:-1] + b"?")
     return chosen
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from mrmae.common.backend import exists
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import parse_teacher
-from mrmae.shards.commit import commit_path, read_record, units, valid_record
-from mrmae.shards.format import Plan, TeacherSpec, load_plan, tail_path
+from mrmae.shards.commit import read_record, valid_record
+from mrmae.shards.format import Plan, TeacherSpec, commit_path, load_plan, tail_path, units
 from mrmae.shards.verify import read_manifest
 
 

@@ -17,9 +17,8 @@ from mrmae.common.progress import human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
-from mrmae.shards.commit import Unit
 from mrmae.shards.extend import in_order_of
-from mrmae.shards.format import Plan, compare_specs, load_plan, read_samples
+from mrmae.shards.format import Plan, Unit, compare_specs, load_plan, read_samples
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
 GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later

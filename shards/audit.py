@@ -10,21 +10,30 @@ from typing import Any
 
 from mrmae.common.backend import exists, pieces, read_bytes, size_of
 from mrmae.shards import verify
-from mrmae.shards.commit import (
+from mrmae.shards.commit import bad_images, decoded_columns, manifest_body, read_record, valid_record, wrong_in_record
+from mrmae.shards.format import (
+    PIXELS,
+    Plan,
     Unit,
-    bad_images,
+    column_attributes,
     commit_path,
-    decoded_columns,
-    manifest_body,
+    compare_specs,
     pixels_of,
-    read_record,
-    unit_files,
+    plain,
+    read_samples,
+    tail_path,
     units,
-    valid_record,
-    wrong_in_record,
 )
-from mrmae.shards.format import PIXELS, Plan, column_attributes, compare_specs, plain, read_samples, tail_path
-from mrmae.shards.store import Damaged, column_folder, foreign_entries, parse_row, read_index, read_members, storage_of
+from mrmae.shards.store import (
+    Damaged,
+    column_folder,
+    foreign_entries,
+    parse_row,
+    read_index,
+    read_members,
+    storage_of,
+    unit_files,
+)
 from mrmae.shards.trust import Manifest, Problem, fields_of, reason, trusted
 
 

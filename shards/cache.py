@@ -24,13 +24,14 @@ from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
 from mrmae.shards import verify
 from mrmae.shards.columns import StoredColumns
-from mrmae.shards.commit import Unit, bad_images, committed, units
+from mrmae.shards.commit import bad_images, committed
 from mrmae.shards.format import (
     NO_IMAGE,
     PIXELS,
     BadImage,
     Plan,
     TeacherSpec,
+    Unit,
     View,
     apply_tail,
     content_id,
@@ -42,6 +43,7 @@ from mrmae.shards.format import (
     read_samples,
     tail_path,
     tar_path,
+    units,
 )
 from mrmae.shards.opened import Column, Indices, Numbers
 from mrmae.shards.store import Damaged, parse_row, read_members, refuse_foreign_entries

@@ -7,7 +7,7 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 import hashlib
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -23,26 +23,26 @@ from mrmae.shards.format import (
     NO_IMAGE,
     PIXELS,
     Plan,
+    Unit,
     canonical_json,
     column_attributes,
+    commit_path,
     content_id,
     in_blocks,
     parsed,
+    pixels_of,
     plain,
     read_samples,
     readable_json,
     signed_hashes,
     tail_path,
     tar_path,
+    units,
     write_samples,
 )
-from mrmae.shards.store import Array, PixelRow, column_folder, index_path, read_index, storage_of, write_pixel_tar
+from mrmae.shards.store import Array, PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
-Unit = tuple[int, str, int]  # view, column, shard: the unit of work
-ATTEMPTS, WAIT_SECONDS = (
-    6,
-    0.5,
-)  # to write a unit beside another writer, and the first wait between them at most: 30 s in all
+ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
@@ -99,27 +99,6 @@ class RecordFields(TypedDict):
     seconds: NotRequired[dict[str, float]]
 
 
-def units(plan: Plan) -> Iterator[Unit]:
-    """Every unit of work: by view, then shard, pixels before teachers."""
-    for view in range(plan.n_views):
-        for shard in range(plan.n_shards):
-            for column in (PIXELS, *(teacher.column for teacher in plan.columns)):
-                yield view, column, shard
-
-
-def unit_files(path: Path, plan: Plan, view: int, column: str, shard: int) -> list[Path]:
-    """The files of one unit of work."""
-    if column == PIXELS:
-        tar = tar_path(path, view, shard)
-        return [tar, index_path(tar)]
-    return storage_of(plan).shard_files(column_folder(path, plan, view, column), plan.layout(column), shard)
-
-
-def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
-    """Where a unit's commit record lies."""
-    return path / "commits" / str(view) / column / f"{shard:06d}.json"
-
-
 def store_pixels(
     path: Path, plan: Plan, view: int, shard: int, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None
 ) -> None:
@@ -130,11 +109,6 @@ def store_pixels(
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
     store(path, plan, (view, PIXELS, shard), about,
           lambda: write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard)))  # fmt: skip
-
-
-def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
-    """What a pixel tar belongs to: its sidecar says so, that exchanged tars are told apart."""
-    return {"geometry_id": plan.shard_ids(shard)[PIXELS], "view": view, "shard": shard}
 
 
 def store_column(

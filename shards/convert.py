@@ -20,15 +20,16 @@ from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
-from mrmae.shards.commit import Unit, commit_path, unit_files
 from mrmae.shards.format import (
     CALIBRATION_SAMPLES,
     PIXELS,
     SAMPLES_AT_ONCE,
     Plan,
     Quantiser,
+    Unit,
     added_quality,
     calibrate,
+    commit_path,
     dequantise,
     freeze_quantisers,
     measure,
@@ -36,10 +37,11 @@ from mrmae.shards.format import (
     read_sources,
     summarise,
     tail_path,
+    units,
     write_tail,
 )
 from mrmae.shards.stats import stats_path
-from mrmae.shards.store import Damaged
+from mrmae.shards.store import Damaged, unit_files
 from mrmae.shards.verify import promised
 
 BLOCK_BYTES = 1 << 20
@@ -86,7 +88,7 @@ def converted(
     for name in {teacher.name for teacher in plan.columns}:
         if exists(tail_path(cache.path, name)) and not exists(tail_path(out, name)):
             write_tail(out, name, cache.tail(name))
-    for unit in commits.units(plan):
+    for unit in units(plan):
         done = commits.valid_record(out, plan, *unit) is not None
         progress(0 if done else convert_unit(cache, out, plan, unit, about))
     for column, id in plan.ids.items():

@@ -11,7 +11,7 @@ from mrmae.common.backend import exists, refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import NAME, PIXELS, Plan, compare_specs, load_plan, readable_json, tail_path
+from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, compare_specs, load_plan, readable_json, tail_path
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import column_folder, refuse_foreign_entries
 
@@ -128,7 +128,7 @@ def files_of_column(path: Path, column: str) -> list[Path]:
 def column_folders(path: Path, plan: Plan, column: str) -> list[Path]:
     """The folders of a column's records and shards, in every view."""
     views = range(plan.n_views)
-    records = [commits.commit_path(path, view, column, 0).parent for view in views]
+    records = [commit_path(path, view, column, 0).parent for view in views]
     return records + [column_folder(path, plan, view, column) for view in views]
 
 

@@ -11,8 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from mrmae.common.backend import Unreachable, Url
-from mrmae.shards.commit import commit_path, pixels_of
-from mrmae.shards.format import PIXELS, Layout, Plan, Quantiser, TeacherSpec, tar_path
+from mrmae.shards.format import PIXELS, Layout, Plan, Quantiser, TeacherSpec, commit_path, pixels_of, tar_path
 from mrmae.shards.store import Damaged, Shard, TarIndex, column_folder, read_index, storage_of
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]

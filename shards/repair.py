@@ -6,8 +6,8 @@ from pathlib import Path
 from mrmae.common.backend import exists
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
-from mrmae.shards.commit import commit_path, read_record, units
-from mrmae.shards.format import Plan, readable_json
+from mrmae.shards.commit import read_record
+from mrmae.shards.format import Plan, commit_path, readable_json, units
 from mrmae.shards.store import refuse_foreign_entries
 from mrmae.shards.trust import Problem, trusted
 

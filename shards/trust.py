@@ -7,8 +7,8 @@ from typing import Any
 
 from mrmae.common.backend import exists, read_bytes
 from mrmae.shards import verify
-from mrmae.shards.commit import Unit, commit_path, read_record, units
-from mrmae.shards.format import Plan, column_attributes, load_plan, parsed
+from mrmae.shards.commit import read_record
+from mrmae.shards.format import Plan, Unit, column_attributes, commit_path, load_plan, parsed, units
 from mrmae.shards.store import column_folder, storage_of
 
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",

@@ -6,18 +6,20 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mrmae.common.backend import Url, exists, read_bytes, size_of
-from mrmae.shards.commit import FileFields, QualityFields, Unit, samples_id, unit_files, units
+from mrmae.shards.commit import FileFields, QualityFields, samples_id
 from mrmae.shards.format import (
     FORMAT_VERSION,
     PIXELS,
     Plan,
     QuantiserFields,
     TeacherSpec,
+    Unit,
     content_id,
     parsed,
     tail_path,
+    units,
 )
-from mrmae.shards.store import column_folder, storage_of
+from mrmae.shards.store import column_folder, storage_of, unit_files
 
 SHOWN = 50  # problems in one message
 

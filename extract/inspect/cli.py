@@ -19,11 +19,10 @@ from mrmae.extract.inspect.show import description, difference_line, differences
 from mrmae.extract.inspect.show import show as show_description
 from mrmae.shards import audit
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.commit import units
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import columns_called, drop_column, files_of_column
-from mrmae.shards.format import DTYPES, load_plan
+from mrmae.shards.format import DTYPES, load_plan, units
 from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.store import STORAGES

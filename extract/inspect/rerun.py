@@ -15,8 +15,8 @@ import click
 from mrmae.common.backend import Url
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
-from mrmae.shards.commit import commit_path, read_record, units
-from mrmae.shards.format import Plan
+from mrmae.shards.commit import read_record
+from mrmae.shards.format import Plan, commit_path, units
 from mrmae.shards.trust import Problem, trusted
 
 Given = tuple[str, str]  # a command, and the folder it was given in

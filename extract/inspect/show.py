@@ -12,7 +12,7 @@ from mrmae.common.backend import exists
 from mrmae.common.progress import human_bytes
 from mrmae.extract.plan import about, blocks_in_words
 from mrmae.shards import commit as commits
-from mrmae.shards.format import PIXELS, Plan, derived_specs, load_plan, plain, read_samples, read_tail
+from mrmae.shards.format import PIXELS, Plan, Unit, derived_specs, load_plan, plain, read_samples, read_tail, units
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import refuse_foreign_entries
 from mrmae.shards.verify import read_manifest
@@ -28,14 +28,14 @@ def description(path: Path) -> dict[str, Any]:
     finished = exists(path / "manifest.json")
     if finished:
         read_manifest(path)
-    records = commits.valid_records(path, plan, commits.units(plan))
+    records = commits.valid_records(path, plan, units(plan))
     table = read_samples(path, plan.numbers)
     bad = commits.bad_in(records)
     return {
         "path": str(path),
         "finished": finished,
         "shards_committed": len(records),
-        "shards": sum(1 for _ in commits.units(plan)),
+        "shards": sum(1 for _ in units(plan)),
         "dataset_id": plan.parts[-1].dataset_id,
         "parts": [{"first": p.numbers.start, "images": len(p.numbers), "dataset_id": p.dataset_id} for p in plan.parts],
         "geometry_id": plan.geometry_id,
@@ -68,9 +68,7 @@ def unit_bytes(record: Mapping[str, Any]) -> int:
     return sum(file["bytes"] for file in record["files"].values())
 
 
-def column_description(
-    path: Path, plan: Plan, name: str, records: Mapping[commits.Unit, Mapping[str, Any]]
-) -> dict[str, Any]:
+def column_description(path: Path, plan: Plan, name: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
     """One column: id, teacher, shape, progress, bytes, worst quality, seconds spent."""
     mine = [record for (_, column, _), record in records.items() if column == name]
     seconds: dict[str, float] = {}

@@ -1,6 +1,5 @@
 """What a cache is: its plan, ids, samples, views, codes and tails, and the small files that hold them."""
 
-from mrmae.shards.format.attributes import column_attributes
 from mrmae.shards.format.blocks import IN_BLOCKS, BlockRule, in_blocks
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.format.plan import (
@@ -8,13 +7,18 @@ from mrmae.shards.format.plan import (
     Appended,
     Plan,
     QuantiserFields,
+    Unit,
+    column_attributes,
+    commit_path,
     dataset_ids,
     default_shard_samples,
     freeze_quantisers,
     load_plan,
+    pixels_of,
     read_sources,
     readable_json,
     tar_path,
+    units,
 )
 from mrmae.shards.format.quantiser import (
     CALIBRATION_SAMPLES,
@@ -95,6 +99,7 @@ __all__ = [
     "SAMPLES_AT_ONCE",
     "Source",
     "TeacherSpec",
+    "Unit",
     "View",
     "ViewRecipe",
     "added_quality",
@@ -105,6 +110,7 @@ __all__ = [
     "canonical_sources",
     "column_attributes",
     "column_id",
+    "commit_path",
     "compare_specs",
     "content_id",
     "dataset_id",
@@ -125,6 +131,7 @@ __all__ = [
     "measure",
     "parse_tail",
     "parsed",
+    "pixels_of",
     "plain",
     "quality",
     "quantise",
@@ -138,6 +145,7 @@ __all__ = [
     "tail_path",
     "taps_behind",
     "tar_path",
+    "units",
     "write_samples",
     "write_sources",
     "write_tail",

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -41,6 +41,12 @@ MOST_EMPTY_ROWS = 4 * 10**6  # before appended parts; every array and list of sa
 MOST_SHARD_SAMPLES = 1 << 20  # a shard's index has 16 bytes of each
 MOST_VIEWS = 1024
 MOST_SHARDS = 500_000  # of all views and columns: the manifest lists them
+Unit = tuple[int, str, int]  # view, column, shard: the unit of work
+VALUE = {  # by dtype, in a column's attributes
+    "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
+    "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
+    "float16": "tokens[sample, patch, channel]",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -338,9 +344,41 @@ def read_sources(path: Path) -> list[Source]:
     return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
 
 
+def units(plan: Plan) -> Iterator[Unit]:
+    """Every unit of work: by view, then shard, pixels before teachers."""
+    for view in range(plan.n_views):
+        for shard in range(plan.n_shards):
+            for column in (PIXELS, *(teacher.column for teacher in plan.columns)):
+                yield view, column, shard
+
+
 def tar_path(path: Path, view: int, shard: int) -> Path:
     """The pixel tar of a shard."""
     return path / "views" / str(view) / PIXELS / f"{shard:06d}.tar"
+
+
+def commit_path(path: Path, view: int, column: str, shard: int) -> Path:
+    """Where a unit's commit record lies."""
+    return path / "commits" / str(view) / column / f"{shard:06d}.json"
+
+
+def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
+    """What a pixel tar belongs to: its sidecar says so, that exchanged tars are told apart."""
+    return {"geometry_id": plan.shard_ids(shard)[PIXELS], "view": view, "shard": shard}
+
+
+def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
+    """What a column's metadata say of it, in either format: enough to dequantise without the rest of the cache."""
+    layout = {} if plan.token_layout is None else {"token_layout": plain(plan.token_layout)}
+    return {
+        **layout,
+        "format_version": FORMAT_VERSION,
+        "column_id": plan.ids[column],
+        "view": view,
+        "teacher": plain(plan.teacher(column)),
+        "quantiser": plan.quantisers[column].to_json(),
+        "value": VALUE[plan.dtype],
+    }
 
 
 def readable_json(value: Any) -> bytes:

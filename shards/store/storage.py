@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mrmae.shards.format import Layout, Plan
+from mrmae.shards.format import PIXELS, Layout, Plan, tar_path
 from mrmae.shards.store import tar_columns, zarr
+from mrmae.shards.store.tar import index_path
 from mrmae.shards.store.zarr import Array
 
 
@@ -55,3 +56,11 @@ def storage_of(plan: Plan) -> Storage:
 def column_folder(path: Path, plan: Plan, view: int, column: str) -> Path:
     """Where a column of one view lies in the cache at `path`."""
     return storage_of(plan).column_folder(path, view, column)
+
+
+def unit_files(path: Path, plan: Plan, view: int, column: str, shard: int) -> list[Path]:
+    """The files of one unit of work."""
+    if column == PIXELS:
+        tar = tar_path(path, view, shard)
+        return [tar, index_path(tar)]
+    return storage_of(plan).shard_files(column_folder(path, plan, view, column), plan.layout(column), shard)

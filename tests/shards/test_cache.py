@@ -17,14 +17,13 @@ import torch
 import zarr
 
 from mrmae.extract.images.decode import decode_rgb
-from mrmae.shards import commit
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format import plan
+from mrmae.shards.format import commit_path, plan, units
 from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.views import draw_view, encode_jpeg, render
 from mrmae.shards.order import view_of
-from mrmae.shards.store import reader
+from mrmae.shards.store import reader, unit_files
 
 Make = Callable[..., Path]
 
@@ -181,7 +180,7 @@ def test_unlabelled_caches_have_no_labels(make_cache: Make, tmp_path: Path) -> N
 
 def test_an_unfinished_cache_opens_with_what_is_whole(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", finalise=False, bad=(0,))
-    commit.commit_path(path, 1, "b.pre_tail", 1).unlink()
+    commit_path(path, 1, "b.pre_tail", 1).unlink()
     with pytest.raises(ValueError, match="17 of 18 shards are committed"):
         open_cache(path)
     cache = open_cache(path, allow_partial=True)
@@ -250,7 +249,7 @@ def test_every_flipped_bit_is_found_and_the_repair_is_true(copy: Path, make_cach
     read_everything(copy)
     rng = np.random.default_rng(0)
     made = plan.load_plan(copy)
-    files = [(unit, file) for unit in commit.units(made) for file in commit.unit_files(copy, made, *unit)]
+    files = [(unit, file) for unit in units(made) for file in unit_files(copy, made, *unit)]
     for case in range(60):
         unit, file = files[rng.integers(len(files))]
         content = file.read_bytes()
@@ -260,7 +259,7 @@ def test_every_flipped_bit_is_found_and_the_repair_is_true(copy: Path, make_cach
         if file.suffix == ".npz":
             continue  # the next test
         file.write_bytes(content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :])
-        record = commit.commit_path(copy, *unit)
+        record = commit_path(copy, *unit)
         with pytest.raises(
             ValueError, match=rf"{file.name}.*(crc32c|seal).*delete {re.escape(str(record))} and run the same"
         ):

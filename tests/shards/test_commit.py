@@ -17,10 +17,11 @@ import pytest
 from mrmae.common import files as write
 from mrmae.shards import begin, commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import plan, samples
+from mrmae.shards.format import commit_path, plan, samples
 from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.store import unit_files
 
 Make = Callable[..., Path]
 SMALL = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 4, "bad": (2,)}
@@ -112,9 +113,9 @@ def test_a_full_disk_keeps_what_was_committed(
     monkeypatch.undo()
     before = commit.committed(path, plan.load_plan(path))
     assert 0 < len(before) < 6
-    times = {unit: commit.commit_path(path, *unit).stat().st_mtime_ns for unit in before}
+    times = {unit: commit_path(path, *unit).stat().st_mtime_ns for unit in before}
     make_cache(path, **SMALL)
-    assert {unit: commit.commit_path(path, *unit).stat().st_mtime_ns for unit in before} == times, "not redone"
+    assert {unit: commit_path(path, *unit).stat().st_mtime_ns for unit in before} == times, "not redone"
     assert contents(path) == contents(uninterrupted)
 
 
@@ -127,13 +128,13 @@ def test_missing_and_resized_shards_are_written_again(
     shutil.copytree(uninterrupted, path)
     made = plan.load_plan(path)
     unit = (0, column, 1)
-    file = commit.unit_files(path, made, *unit)[0]
+    file = unit_files(path, made, *unit)[0]
     {
         "delete": lambda: file.unlink(),
         "shorten": lambda: os.truncate(file, file.stat().st_size - 1),
         "lengthen": lambda: os.truncate(file, file.stat().st_size + 512),
-        "record": lambda: commit.commit_path(path, *unit).unlink(),
-        "empty record": lambda: commit.commit_path(path, *unit).write_bytes(b""),
+        "record": lambda: commit_path(path, *unit).unlink(),
+        "empty record": lambda: commit_path(path, *unit).write_bytes(b""),
     }[harm]()
     assert commit.missing(path, made) == [unit]
     make_cache(path, **SMALL)
@@ -179,7 +180,7 @@ def test_a_file_that_another_writer_replaced_is_not_committed_but_written_again(
 def test_finalising_early_says_what_is_missing(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", **SMALL, finalise=False)
     made = plan.load_plan(path)
-    commit.commit_path(path, 0, "b.pre_tail", 1).unlink()
+    commit_path(path, 0, "b.pre_tail", 1).unlink()
     with pytest.raises(ValueError, match="1 of 6 shards are not committed, the first is view 0, b.pre_tail, shard 1"):
         commit.finalise(path, made)
     assert not (path / "manifest.json").exists()
@@ -199,7 +200,7 @@ def test_bad_images_are_listed_before_and_after_the_end(make_cache: Make, tmp_pa
 
 def test_views_that_disagree_about_bad_images_are_refused(make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", **SMALL, finalise=False)
-    file = commit.commit_path(path, 0, "b.pre_tail", 0)
+    file = commit_path(path, 0, "b.pre_tail", 0)
     record = json.loads(file.read_bytes())
     record["valid"] -= 1
     file.write_text(json.dumps({**record, "record_id": commit.record_id(record)}))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from mrmae.extract.inspect.cli import cli as inspect_cache
+from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.recorded import told_command
 from mrmae.extract.teachers.address import parse_teacher
 
@@ -18,7 +18,7 @@ Make = Callable[..., Path]
 
 
 def repair(*arguments: Any) -> tuple[int, str]:
-    result = CliRunner().invoke(inspect_cache.main, ["repair", *map(str, arguments)])
+    result = CliRunner().invoke(inspect_cache, ["repair", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
 
