@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 SCHEMES = ("s3", "gs", "az")
-EXTRA = "pip install 'mrmae[s3]'"
+INSTALL = "pip install 'mrmae[s3]'"
 RETRIES: Any = {"max_retries": 4}
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
 # Where a machine's own role is asked for last.
-METADATA = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
+MACHINE_ROLES = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
 Place = tuple[int, int]  # offset, bytes
 Answer = TypeVar("Answer")
 
@@ -133,7 +133,9 @@ class Bucket:
             import obstore
             from obstore.store import from_url
         except ImportError:
-            raise ValueError(f"{root}: caches at URLs are read with obstore, which is not installed; {EXTRA}") from None
+            raise ValueError(
+                f"{root}: caches at URLs are read with obstore, which is not installed; {INSTALL}"
+            ) from None
         self.root, self.obstore = root, obstore
         self._listings: dict[str, dict[str, int]] = {}
         options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
@@ -203,7 +205,7 @@ def cause(error: Exception) -> str:
 
 def advice(said: str) -> str:
     """What to do about an error."""
-    if METADATA.search(said):
+    if MACHINE_ROLES.search(said):
         return ("there are no credentials in the environment; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public "
                 "bucket AWS_SKIP_SIGNATURE=true), then run the same command again")  # fmt: skip
     if re.search(r"status code: 40[13]", said):
@@ -250,7 +252,7 @@ class RemoteFile:
         return len(data)
 
 
-def pieces(path: Path, at_once: int = 1 << 24) -> Iterator[bytes]:
+def file_pieces(path: Path, at_once: int = 1 << 24) -> Iterator[bytes]:
     """The content of a local file or of an object, in order."""
     if not isinstance(path, Url):
         with open(path, "rb") as file:

@@ -34,10 +34,10 @@ def heat(scores: Float[Tensor, "b l"], grid: tuple[int, int]) -> Pictures:
     """Scores as brightness, each image from its lowest to its highest, uint8 [b, *grid, 3]."""
     low, high = scores.amin(1, keepdim=True), scores.amax(1, keepdim=True)
     gray = (scores - low) / (high - low).clamp_min(1e-12)
-    return bytes_of(gray.reshape(-1, *grid, 1).expand(-1, -1, -1, 3))
+    return as_bytes(gray.reshape(-1, *grid, 1).expand(-1, -1, -1, 3))
 
 
-def bytes_of(values: Tensor) -> Pictures:
+def as_bytes(values: Tensor) -> Pictures:
     """Values in 0..1 as uint8."""
     return np.asarray((values * 255).round().to(torch.uint8).numpy(), np.uint8)
 

@@ -15,7 +15,7 @@ from mrmae.kernels import check, mimic, pixels, reference
 # What "auto" takes on CUDA. A kernel that loses to the compiled reference in benchmarks/results/kernels.csv becomes "torch".
 AUTO = {"gather_patches": "torch", "embed_tokens": "torch", "pixel_loss": "torch", "mimic_loss": "torch"}
 TARGETS = ("none", "ln0", "l2", "channel")
-DISTANCES = ("mse", "sl1", "cosd")
+KINDS_OF_DISTANCE = ("mse", "sl1", "cosd")
 TRITON_INSTALLED = find_spec("triton") is not None
 
 
@@ -213,7 +213,7 @@ def check_mimic(
     debug: bool,
 ) -> None:
     """ValueError unless student, codes, ids and scale belong to one batch and one grid, and the names are known."""
-    for name, value, known in (("target", target, TARGETS), ("distance", distance, DISTANCES)):
+    for name, value, known in (("target", target, TARGETS), ("distance", distance, KINDS_OF_DISTANCE)):
         if value not in known:
             check.refuse(where, f"{name} = {value!r}", f"one of {', '.join(known)}", "check the spelling")
     if not beta > 0:

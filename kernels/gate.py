@@ -128,7 +128,7 @@ CASES: dict[str, Callable[[], Launch]] = {
 }
 
 
-def hint(value: Any) -> tuple[str, Any, list[Any]]:
+def argument_hint(value: Any) -> tuple[str, Any, list[Any]]:
     """Type, constant or None, and attributes of one launch argument, as triton's launcher specialises it."""
     aligned = [["tt.divisibility", 16]]
     if isinstance(value, Tensor):
@@ -146,7 +146,7 @@ def compile_for(launch: Launch, sm: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    hints = {name: hint(value) for name, value in launch.arguments.items()}
+    hints = {name: argument_hint(value) for name, value in launch.arguments.items()}
     names = list(launch.kernel.arg_names)
     constants = {name: c for name, (_, c, _) in hints.items() if c is not None} | launch.constants
     signature = {name: "constexpr" if name in constants else hints[name][0] for name in names}
@@ -183,7 +183,7 @@ def row_multiplications(ttir: str) -> int:
     return len(re.findall(r"arith\.muli .*: i64", ttir))
 
 
-def measure(launch: Launch, sm: int) -> dict[str, int]:
+def resources_of(launch: Launch, sm: int) -> dict[str, int]:
     """One row of the table, without the name of its case."""
     compiled = compile_for(launch, sm)
     cubin = compiled.asm["cubin"]
@@ -205,7 +205,7 @@ def measure(launch: Launch, sm: int) -> dict[str, int]:
 
 def table() -> list[dict[str, Any]]:
     """Every case on every architecture."""
-    return [{"case": name, **measure(case(), sm)} for name, case in CASES.items() for sm in ARCHITECTURES]
+    return [{"case": name, **resources_of(case(), sm)} for name, case in CASES.items() for sm in ARCHITECTURES]
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

@@ -21,11 +21,11 @@ from mrmae.common.files import publish
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.probe.data import Split, shown_images, stored_view
 from mrmae.probe.sources import FeatureSource, column_features
-from mrmae.shards.format import content_id
+from mrmae.shards.format import FP16_MAX, content_id
 
 FEATURES_VERSION = 1  # raise it when the numbers of a source or a view change
 FILE_IMAGES = 512  # images per file
-FP16_MAX = 65504.0
+
 KINDS = ("pooled", "tokens")
 FeatureChunk = dict[str, Tensor]
 

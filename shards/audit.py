@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mrmae.common.backend import exists, pieces, read_bytes, size_of
+from mrmae.common.backend import exists, file_pieces, read_bytes, size_of
 from mrmae.shards import verify
 from mrmae.shards.commit import bad_images, decoded_columns, manifest_body, read_record, valid_record, wrong_in_record
 from mrmae.shards.format import (
@@ -168,7 +168,7 @@ def wrong_file(file: Path, about: Mapping[str, Any], *, full: bool) -> str:
 def sha256_of(file: Path) -> str:
     """The file's sha256 in hex."""
     digest = hashlib.sha256()
-    for piece in pieces(file):
+    for piece in file_pieces(file):
         digest.update(piece)
     return digest.hexdigest()
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrmae.common.backend import absolute, exists, expect_utf8, pieces, read_bytes
+from mrmae.common.backend import absolute, exists, expect_utf8, file_pieces, read_bytes
 from mrmae.common.files import Published, publish
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -157,7 +157,7 @@ def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
     """The content of a file, block by block. Raises Damaged at its end where it is not what was written."""
     digest = hashlib.sha256()
     try:
-        for block in pieces(file, BLOCK_BYTES):
+        for block in file_pieces(file, BLOCK_BYTES):
             digest.update(block)
             yield block
     except OSError as error:

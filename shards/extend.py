@@ -90,7 +90,7 @@ def dropped(path: Path, column: str) -> list[str]:
 def refuse_damaged(path: Path, plan: Plan) -> None:
     """ValueError, naming the first, where shards of a finished cache are not committed any more: it would stay unfinished."""
     if absent := commits.missing(path, plan):
-        raise ValueError(f"{commits.commit_path(path, *absent[0])}: damaged, or a file of its shard is (shard {absent[0][2]} of "
+        raise ValueError(f"{commit_path(path, *absent[0])}: damaged, or a file of its shard is (shard {absent[0][2]} of "
                          f"{absent[0][1]}, view {absent[0][0]}; {len(absent)} in all); expected a whole cache; first run inspect-cache "
                          "repair (nothing was changed)")  # fmt: skip
 

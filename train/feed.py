@@ -15,7 +15,7 @@ from mrmae.train.batches import Loaded, tensors_of
 from mrmae.train.method import chosen_blocks, draw_masks, draw_of
 from mrmae.train.run import Run
 
-AHEAD = 4  # micro-batches in memory beside the one in use
+BATCHES_AHEAD = 4  # micro-batches in memory beside the one in use
 LOADERS = 2
 
 
@@ -52,7 +52,7 @@ def load_masked(run: Run, numbers: batches.Numbers, *, epoch: int) -> Loaded:
 
 
 class Feed:
-    """Micro-batches with their masks, in order, on the device; `AHEAD` of them are prepared while the device works.
+    """Micro-batches with their masks, in order, on the device; `BATCHES_AHEAD` of them are prepared while the device works.
 
     load: makes one (batch, masks) on the host; called from `LOADERS` threads, so that one batch is collated while the next is
     read (the cache reads and decodes in threads of its own). `waited_s` is the time `next` had to wait for it: the stall.
@@ -71,7 +71,7 @@ class Feed:
         self._queue: deque[Future[Loaded]] = deque()
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._next: tuple[Loaded, torch.cuda.Event] | None = None
-        for _ in range(AHEAD):
+        for _ in range(BATCHES_AHEAD):
             self._submit()
 
     def _submit(self) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mrmae.common.files import publish
-from mrmae.common.pictures import Pictures, bytes_of, heat, pca_rgb, tiled
+from mrmae.common.pictures import Pictures, as_bytes, heat, pca_rgb, tiled
 from mrmae.shards.cache import Cache
 from mrmae.shards.opened import Numbers
 
@@ -33,7 +33,7 @@ def teacher_pictures(cache: Cache, name: str, numbers: Numbers, view: int) -> di
     array = "attention" if "attention" in column.layout.arrays() else "norm"
     scores = cache.read_column(name, numbers, views, (array,))[array].float()
     return {
-        f"{name}{random}": bytes_of(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid)),
+        f"{name}{random}": as_bytes(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid)),
         f"{name}\n{array}": heat(scores, cache.grid),
     }
 

@@ -23,6 +23,7 @@ from mrmae.shards.format.plan import (
 from mrmae.shards.format.quantiser import (
     CALIBRATION_SAMPLES,
     DTYPES,
+    FP16_MAX,
     SAMPLES_AT_ONCE,
     Measured,
     Quantiser,
@@ -84,6 +85,7 @@ __all__ = [
     "DTYPES",
     "FILTERS",
     "FORMAT_VERSION",
+    "FP16_MAX",
     "IN_BLOCKS",
     "Layout",
     "Measured",

@@ -62,16 +62,6 @@ def test_more_neighbours_than_images_are_refused() -> None:
         knn.knn_predict(torch.eye(4), torch.arange(4), torch.eye(4), ks=[5], temperature=0.07, n_classes=4)
 
 
-def test_pools_are_cls_mean_and_both_as_unit_vectors() -> None:
-    pooled = {"mean": torch.randn(3, 4), "cls": torch.randn(3, 4)}
-    found = knn.pools(pooled)
-    assert list(found) == ["mean", "cls", "both"]
-    assert torch.allclose(found["both"].norm(dim=1), torch.tensor(2.0).sqrt())
-    assert list(knn.pools({"mean": pooled["mean"]})) == ["mean"]
-    with pytest.raises(ValueError, match="pool=cls: this source has no CLS"):
-        knn.choose_pool({"mean": pooled["mean"]}, "cls")
-
-
 def test_one_very_near_neighbour_outvotes_two_near_ones_at_a_low_temperature() -> None:
     bank = torch.tensor([[1.0, 0.0], [0.0, 5.0], [0.1, 5.0], [-1.0, 0.0]])
     labels, query = torch.tensor([0, 1, 1, 2]), torch.tensor([[9.0, 6.0]])

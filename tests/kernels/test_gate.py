@@ -37,7 +37,7 @@ def assert_within_budget(case: str, row: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("case", "sm"), COMPILED)
 def test_a_compiled_kernel_stays_within_its_budget(case: str, sm: int) -> None:
-    assert_within_budget(case, gate.measure(gate.CASES[case](), sm))
+    assert_within_budget(case, gate.resources_of(gate.CASES[case](), sm))
 
 
 def test_the_committed_table_is_complete_and_within_budget() -> None:

@@ -118,7 +118,7 @@ def test_the_ops_equal_the_reference_and_its_autograd_in_float64() -> None:
         (grad,), (expected,) = (torch.autograd.grad(x, pred, upstream) for x in (ours, truth))
         torch.testing.assert_close(ours, truth, rtol=0, atol=0)
         torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
-    for distance in dispatch.DISTANCES:
+    for distance in dispatch.KINDS_OF_DISTANCE:
         rows = (rest["codes"], rest["ids"], None, None, None, None, None)
         ours = mimic.mimic_loss(student, *rows, "l2", distance, 0.5)
         truth = reference.mimic_loss(student, *rows, target="l2", distance=distance, beta=0.5)
