@@ -2,41 +2,17 @@
 
 import dataclasses
 import itertools
-import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from mrmae.common.progress import Progress
-from mrmae.extract.job import Job, cut, known_pixels, unfinished, view_pixels
-from mrmae.extract.prepare import Prepared, prepared_batches
-from mrmae.extract.teachers import Features
-from mrmae.shards.format import (
-    CALIBRATION_SAMPLES,
-    Quantiser,
-    calibrate,
-    first_rows,
-    freeze_quantisers,
-    measure,
-    quantise,
-)
+from mrmae.extract.pipeline import ExtractJob, planned_batches, prepared, unfinished, view_pixels
+from mrmae.extract.prepare import KeptBatches, Prepared, PreparedBatch
+from mrmae.shards.format import CALIBRATION_SAMPLES, Quantiser, calibrate, first_rows, freeze_quantisers
 
 
-@dataclasses.dataclass(frozen=True)
-class Kept:
-    """A batch that calibration has decoded: its samples with every view that is to be extracted, and view 0's features by column.
-
-    Pixels of view 0 are there only where a teacher has still to see them.
-    """
-
-    prepared: list[Prepared]
-    features: dict[str, Features]
-
-
-KeptBatches = dict[tuple[int, int], Kept]  # by shard and first number
-
-
-def calibrated(job: Job) -> tuple[Job, KeptBatches]:
+def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
     """The job with every column's quantiser frozen in its plan, and the batches that calibration has seen.
 
     The first 256 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
@@ -56,76 +32,46 @@ def calibrated(job: Job) -> tuple[Job, KeptBatches]:
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
 
 
-def calibration_batches(job: Job) -> KeptBatches:
-    """Whole batches until 256 samples are readable. ValueError when no image is."""
+def calibration_batches(job: ExtractJob) -> KeptBatches:
+    """Whole batches until 256 samples are readable, and those decoded together with the last. ValueError when no image is."""
     kept: KeptBatches = {}
     readable, reason, todo = 0, "", unfinished(job)
     # Decoded with all the views that this process extracts, so that no image is decoded twice.
-    work = cut({shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)}, job)
-    batches = prepared_batches(
-        job.images, job.plan.recipe, itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, work), known_pixels(job),
-        workers=job.options.workers, in_turns=job.in_turns,
-    )  # fmt: skip
-    seen_by_all = len(job.teachers) == len(job.plan.columns)
-    first = min(CALIBRATION_SAMPLES, job.plan.n_images)
-    with Progress("calibrating", first, left=work_of(job, first), pace=job.pace) as progress:
-        began = time.monotonic()
-        for batch, prepared in batches:
-            decoded = time.monotonic()
-            progress.spent("decode", len(prepared), job.decoding(prepared, decoded - began))
-            place, here = (batch.shard, batch.numbers.start), sum(0 in p.pixels for p in prepared)
-            if readable >= CALIBRATION_SAMPLES:  # decoded together with the last that were needed
-                kept[place], began = Kept(prepared, {}), time.monotonic()
+    every = planned_batches(job, {shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)})
+    wanted = itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, every)
+    with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_images)) as progress:
+        for batch in prepared(job, wanted, {}):
+            kept[batch.planned.place] = batch
+            here = sum(0 in sample.pixels for sample in batch.samples)
+            if readable >= CALIBRATION_SAMPLES:
                 continue
-            features = {}
             if here:
-                pixels = view_pixels(prepared, 0)
-                features = {c: teacher.forward(pixels) for c, teacher in job.teachers.items()}
-            kept[place] = Kept(without(0, prepared) if seen_by_all else prepared, features)
-            progress.spent("forward", len(prepared), time.monotonic() - decoded)
-            if features and not readable:
-                try_storing(job, features, len(prepared), progress)
+                kept[batch.planned.place] = seen(job, batch)
             readable += here
-            reason = next((p.rows[0].reason or "" for p in prepared if p.rows[0].reason), reason)
-            progress.add(len(prepared))
-            began = time.monotonic()
+            reason = next((s.rows[0].reason or "" for s in batch.samples if s.rows[0].reason), reason)
+            progress.add(len(batch.samples))
     if not readable:
         raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
                          "expected photographs; check IMAGES")  # fmt: skip
     return kept
 
 
-def without(view: int, prepared: list[Prepared]) -> list[Prepared]:
+def seen(job: ExtractJob, batch: PreparedBatch) -> PreparedBatch:
+    """The batch with view 0's features; its pixels are let go of where no other teacher has still to see them."""
+    pixels = view_pixels(batch.samples, 0)
+    features = {column: teacher.forward(pixels) for column, teacher in job.teachers.items()}
+    seen_by_all = len(job.teachers) == len(job.plan.columns)
+    return dataclasses.replace(
+        batch, features=features, samples=without(0, batch.samples) if seen_by_all else batch.samples
+    )
+
+
+def without(view: int, samples: Sequence[Prepared]) -> list[Prepared]:
     """The samples without this view's pixels, which nobody will look at again."""
-    return [dataclasses.replace(p, pixels={v: x for v, x in p.pixels.items() if v != view}) for p in prepared]
-
-
-def work_of(job: Job, calibrating: int) -> dict[str, int]:
-    """How often each kind of work is still to be done by this process, calibration included: what an ETA is made of."""
-    batches = list(cut(unfinished(job), job))
-    views = sum(len(batch.numbers) * len(batch.views) for batch in batches)
-    images = sum(len(batch.numbers) for batch in batches)
-    return {
-        "calibrate": calibrating,
-        "decode": max(images, calibrating),
-        "forward": max(views, calibrating),
-        "store": views,
-    }
-
-
-def try_storing(job: Job, features: Mapping[str, Features], n: int, progress: Progress) -> None:
-    """Calibrate on one batch and quantise it, for nothing but to know how long these take."""
-    for _ in range(2):  # the first time is slower
-        began = time.monotonic()
-        found = {column: calibrate(f.tokens, dtype=job.options.dtype) for column, f in features.items()}
-        calibrated_at = time.monotonic()
-        for column, f in features.items():
-            measure(f.tokens, *quantise(f.tokens, found[column]), found[column])
-        progress.pace.add("calibrate", n, calibrated_at - began)
-        progress.pace.add("store", n, time.monotonic() - calibrated_at)
+    return [dataclasses.replace(s, pixels={v: x for v, x in s.pixels.items() if v != view}) for s in samples]
 
 
 def features_of(kept: KeptBatches, column: str) -> list[Tensor]:
     """Tokens [b, l, d] of a column, batch by batch, of the first 256 samples."""
-    seen = [batch.features[column].tokens for batch in kept.values() if column in batch.features]
-    return [tokens.cpu() for tokens in first_rows(seen, CALIBRATION_SAMPLES)]
+    found = [batch.features[column].tokens for batch in kept.values() if column in batch.features]
+    return [tokens.cpu() for tokens in first_rows(found, CALIBRATION_SAMPLES)]

@@ -10,7 +10,7 @@ from mrmae.common.backend import Url, expect_utf8, locate
 from mrmae.common.device import resolve_device
 from mrmae.extract.images import MAX_PIXELS
 from mrmae.extract.teachers import DEFAULT_TEACHERS
-from mrmae.extract.workers import Part, local_rank, part_of
+from mrmae.extract.workers import ProcessPart, local_rank, process_part
 from mrmae.shards.format import BlockRule, ViewRecipe
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
@@ -47,7 +47,7 @@ class Options:
     allow_torchscript: bool = False
     shards: str = ""
     append: bool = False
-    part: Part = Part()
+    part: ProcessPart = ProcessPart()
 
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
@@ -69,7 +69,7 @@ class Options:
         return dataclasses.replace(
             self,
             cache=Path(self.cache),
-            part=part_of(self.shards),
+            part=process_part(self.shards),
             teachers=tuple(one for text in self.teachers for one in one_per_tap(text)),
             device=str(device),
             precision=("fp16" if kind == "cuda" else "fp32") if self.precision == "auto" else self.precision,

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 from mrmae.extract.images import Sources, Unreadable, decoded, read_image
+from mrmae.extract.teachers import Features
 from mrmae.shards.format import (
     BadImage,
     Pixels,
@@ -26,8 +27,8 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import PixelRow, parse_row, read_index, read_members
 
-AHEAD = 3  # batches decoded or being decoded while one is with the teachers
-AT_ONCE = 64  # samples decoded together where that and the teachers take turns
+BATCHES_AHEAD = 3  # batches decoded or being decoded while one is with the teachers
+SAMPLES_AT_ONCE = 64  # samples decoded together where that and the teachers take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,19 +77,37 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class PlannedBatch:
     """A fixed part of a shard. views: the views that something is still to be done for."""
 
     shard: int
     numbers: range
     views: tuple[int, ...]
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """(shard, first number)."""
+        return self.shard, self.numbers.start
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedBatch:
+    """A batch with its samples. waited: seconds until they were prepared. features: of view 0 by column, where calibration has seen it."""
+
+    planned: PlannedBatch
+    samples: Sequence[Prepared]
+    waited: float
+    features: Mapping[str, Features] = dataclasses.field(default_factory=dict)
+
 
 StoredRows = dict[int, dict[int, PixelRow]]  # by view, then number
-Begun = tuple[Batch, Sequence[Prepared | Future[Prepared]]]
+KeptBatches = dict[tuple[int, int], PreparedBatch]  # by place: what calibration has prepared
+BegunBatch = tuple[PlannedBatch, PreparedBatch | Sequence[Future[Prepared]]]
 
 
-def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows) -> Prepared:
+def prepare_sample(
+    images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows
+) -> Prepared:
     """The sample's views: those in `stored` as they are, the others drawn, rendered and encoded.
 
     Pixels are always those of the decoded JPEG: what the student will see is what the teachers see.
@@ -111,27 +130,27 @@ def prepare(images: Images, recipe: ViewRecipe, number: int, views: Sequence[int
 
 
 def prepared_batches(
-    images: Images, recipe: ViewRecipe, batches: Iterable[Batch], stored: Callable[[int], StoredRows], *, workers: int,
-    in_turns: bool, ready: dict[tuple[int, int], list[Prepared]] | None = None,
-) -> Generator[tuple[Batch, list[Prepared]], None, None]:  # fmt: skip
+    images: Images, recipe: ViewRecipe, batches: Iterable[PlannedBatch], stored: Callable[[int], StoredRows], *, workers: int,
+    in_turns: bool, kept: KeptBatches,
+) -> Generator[PreparedBatch, None, None]:  # fmt: skip
     """Every batch with its prepared samples, in order, a few batches ahead of use.
 
     stored: gives the views of a shard whose pixels are committed already; called once per run of its batches.
     in_turns: decode some batches, and nothing while they are in use: on a CPU both would take each other's cores and caches.
-    ready: batches that are prepared already, by shard and first number; emptied as they are used.
+    kept: batches that are prepared already; emptied as they are used.
     """
     pool = ThreadPoolExecutor(workers, "decode")
-    begun = begun_batches(pool, images, recipe, batches, stored, ready or {})
+    begun = begun_batches(pool, images, recipe, batches, stored, kept)
     try:
         if in_turns:
             for first in begun:
-                several = max(1, AT_ONCE // max(len(first[0].numbers), 1))
+                several = max(1, SAMPLES_AT_ONCE // max(len(first[0].numbers), 1))
                 yield from [finished(*one) for one in [first, *itertools.islice(begun, several - 1)]]
             return
-        ahead: deque[Begun] = deque()
+        ahead: deque[BegunBatch] = deque()
         for one in begun:
             ahead.append(one)
-            if len(ahead) > AHEAD:
+            if len(ahead) > BATCHES_AHEAD:
                 yield finished(*ahead.popleft())
         while ahead:
             yield finished(*ahead.popleft())
@@ -140,23 +159,30 @@ def prepared_batches(
 
 
 def begun_batches(
-    pool: ThreadPoolExecutor, images: Images, recipe: ViewRecipe, batches: Iterable[Batch],
-    stored: Callable[[int], StoredRows], ready: dict[tuple[int, int], list[Prepared]],
-) -> Iterator[Begun]:  # fmt: skip
+    pool: ThreadPoolExecutor, images: Images, recipe: ViewRecipe, batches: Iterable[PlannedBatch],
+    stored: Callable[[int], StoredRows], kept: KeptBatches,
+) -> Iterator[BegunBatch]:  # fmt: skip
     """Every batch, handed to the pool as it is asked for."""
     shard, known = -1, StoredRows()
     for batch in batches:
-        if (there := ready.pop((batch.shard, batch.numbers.start), None)) is not None:
+        if (there := kept.pop(batch.place, None)) is not None:
             yield batch, there
             continue
         if batch.shard != shard:
             shard, known = batch.shard, stored(batch.shard)
-        yield batch, [pool.submit(prepare, images, recipe, number, batch.views, known) for number in batch.numbers]
+        yield (
+            batch,
+            [pool.submit(prepare_sample, images, recipe, number, batch.views, known) for number in batch.numbers],
+        )
 
 
-def finished(batch: Batch, samples: Sequence[Prepared | Future[Prepared]]) -> tuple[Batch, list[Prepared]]:
+def finished(batch: PlannedBatch, samples: PreparedBatch | Sequence[Future[Prepared]]) -> PreparedBatch:
     """The batch once its samples are prepared."""
-    return batch, [sample if isinstance(sample, Prepared) else sample.result() for sample in samples]
+    if isinstance(samples, PreparedBatch):
+        return dataclasses.replace(samples, planned=batch)
+    began = time.monotonic()
+    found = [sample.result() for sample in samples]
+    return PreparedBatch(batch, found, time.monotonic() - began)
 
 
 def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:

@@ -9,14 +9,13 @@ from typing import Any
 
 from mrmae.common.files import make_folder
 from mrmae.common.progress import human_bytes, human_time
-from mrmae.extract.calibration import KeptBatches, calibrated
+from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import forecast, measure_rates
 from mrmae.extract.images import Sources, digest_images, list_sources
-from mrmae.extract.job import Job
 from mrmae.extract.options import Options
-from mrmae.extract.pipeline import extract_missing
+from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.plan import choices, describe
-from mrmae.extract.prepare import Images
+from mrmae.extract.prepare import Images, KeptBatches
 from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.extract.workers import take_the_plan, wait_for_plan, wait_for_shards
@@ -202,7 +201,7 @@ def positions(sources: Sources, rows: Sequence[Source]) -> list[int]:
 def begin(
     options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None],
     held: contextlib.ExitStack,
-) -> tuple[Job, KeptBatches]:  # fmt: skip
+) -> tuple[ExtractJob, KeptBatches]:  # fmt: skip
     """The job, planned and calibrated while no other process does, and what calibration has seen.
 
     held: keeps this process's share of the cache until the end.
@@ -217,7 +216,7 @@ def begin(
 
 def start(
     options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None]
-) -> Job:
+) -> ExtractJob:
     """The job, its plan written or found equal on disk."""
     path = options.cache
     refuse_other_plan(options, sources, planned(options, "", len(sources), teachers, shard_samples))
@@ -237,13 +236,13 @@ def start(
         if teacher.tail and not tail_path(path, teacher.spec.name).exists():
             write_tail(path, teacher.spec.name, teacher.tail)
     images = Images(sources, rows, order, options.max_pixels)
-    return Job(path, plan, images, teachers.built, options)
+    return ExtractJob(path, plan, images, teachers.built, options)
 
 
 def join(
     options: Options, sources: Sources, teachers: Teachers, shard_samples: int, say: Callable[[str], None],
     held: contextlib.ExitStack,
-) -> tuple[Job, KeptBatches]:  # fmt: skip
+) -> tuple[ExtractJob, KeptBatches]:  # fmt: skip
     """The job as the leading process planned and calibrated it; waits for that. held: as in `begin`.
 
     ValueError where this process sees other images.
@@ -258,12 +257,12 @@ def join(
         raise ValueError(f"{options.cache}: part {options.part} sees other images than the plan's; expected the same "
                          "IMAGES everywhere; check paths and mounts")  # fmt: skip
     images = Images(sources, rows, order, options.max_pixels)
-    job = Job(options.cache, plan, images, teachers.built, options)
+    job = ExtractJob(options.cache, plan, images, teachers.built, options)
     refuse_changed_plan(job)
     return job, {}
 
 
-def refuse_changed_plan(job: Job) -> None:
+def refuse_changed_plan(job: ExtractJob) -> None:
     """ValueError where another command changed the plan on disk since this process read it."""
     if plain(load_plan(job.path).to_json()) != plain(job.plan.to_json()):
         raise ValueError(f"{job.path}: another command has extended or changed this cache meanwhile; everything committed so far "
@@ -293,7 +292,7 @@ def known_digests(path: Path) -> list[tuple[str, int, str]]:
     return [(row.key, row.bytes, row.sha256) for row in read_sources(path) if row.key]
 
 
-def refuse_too_many_bad(job: Job) -> None:
+def refuse_too_many_bad(job: ExtractJob) -> None:
     """TooManyBad, listing them, when more images are bad than allowed."""
     bad = commits.bad_images(job.path, job.plan)
     if len(bad) == job.plan.n_images:
@@ -310,14 +309,14 @@ def refuse_too_many_bad(job: Job) -> None:
         )
 
 
-def bad_list(job: Job, bad: Mapping[int, str]) -> str:
+def bad_list(job: ExtractJob, bad: Mapping[int, str]) -> str:
     """The bad images and their reasons, one per line; past a hundred, how many more."""
     lines = [f"  {job.images.rows[number].key}: {bad[number]}" for number in sorted(bad)]
     more = [f"  ... and {len(lines) - SHOWN_BAD} more (commits/0/pixels/*.json holds all)"] * (len(lines) > SHOWN_BAD)
     return "\n".join(lines[:SHOWN_BAD] + more)
 
 
-def summary(job: Job, manifest: Mapping[str, Any], seconds: float, *, nothing_done: bool) -> str:
+def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, nothing_done: bool) -> str:
     """What was made, how large it is, and how faithful the stored features are."""
     size = sum(file["bytes"] for columns in manifest["shards"].values() for shards in columns.values()
                for shard in shards for file in shard["files"].values())  # fmt: skip

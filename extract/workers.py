@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,11 +26,11 @@ LONGEST_SECONDS = 86_400.0  # even for one who lives: hashing ten million images
 SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 10.0, 60.0
 SHOWN_UNITS = 5
 Units = Sequence[tuple[int, str]]  # (view, column) of a shard
-Found = TypeVar("Found")
+Awaited = TypeVar("Awaited")
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ProcessPart:
     """This process's share: shards whose number is `index` modulo `of`. Number 0 plans and calibrates for all."""
 
     index: int = 0
@@ -49,7 +49,7 @@ class Part:
         return f"{self.index}/{self.of}"
 
 
-def part_of(shards: str, environment: Mapping[str, str] = os.environ) -> Part:
+def process_part(shards: str, environment: Mapping[str, str] = os.environ) -> ProcessPart:
     """This process's part: rank RANK of WORLD_SIZE (torchrun sets both) within part i of n, for `shards` = 'i/n'.
 
     Raises ValueError for anything else than 0 <= i < n.
@@ -60,7 +60,7 @@ def part_of(shards: str, environment: Mapping[str, str] = os.environ) -> Part:
     if not index < of:
         raise ValueError(f"--shards {shards}: is no part; expected i/n with 0 <= i < n, e.g. "
                          "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT with --array=0-7")  # fmt: skip
-    return Part(index * world + rank, of * world)
+    return ProcessPart(index * world + rank, of * world)
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -68,7 +68,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> Plan:
+def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: ProcessPart) -> Plan:
     """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and has these images.
 
     ValueError, saying what it lacks, where nobody is making such a plan.
@@ -94,7 +94,7 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> P
             return None
         return found
 
-    return wait(
+    return wait_until(
         ready,
         lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}",
         lambda: claims.held_by(job_path / claims.PLAN_LOCK),
@@ -105,12 +105,55 @@ def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: Part) -> P
 def take_the_plan(path: Path) -> Claim:
     """The lock of who plans, calibrates and finalises, once nobody else does."""
     lock = path / claims.PLAN_LOCK
-    return wait(
+    return wait_until(
         lambda: claims.take(lock),
         lambda: f"{path}: waiting for another process that plans or finishes this cache",
         lambda: claims.held_by(lock),
         "stop that process, then run this command again",
     )
+
+
+class ClaimedShards:
+    """The shards of `todo` as this process claims them, one after the other, just before their images are decoded.
+
+    units: what each shard lacks that is this process's; others: those that another process had claimed. Iterates over all, with
+    nothing to do for others and for those that were done meanwhile.
+    """
+
+    def __init__(self, path: Path, plan: Plan, todo: Mapping[int, Units]) -> None:
+        self.path, self.plan, self.todo = path, plan, todo
+        self.units: dict[int, Units] = {}
+        self.others: dict[int, Units] = {}
+        self.claims: dict[int, Claim] = {}
+
+    def __iter__(self) -> Iterator[tuple[int, Units]]:
+        for shard, units in self.todo.items():
+            claim = claims.take(claims.shard_lock(self.path, shard))
+            if claim is None:
+                self.others[shard] = units
+                yield shard, []
+                continue
+            self.claims[shard] = claim
+            lacks = [u for u in units if commits.valid_record(self.path, self.plan, *u, shard) is None]
+            if lacks:
+                self.units[shard] = lacks
+            else:
+                self.release(shard)
+            yield shard, lacks
+
+    def released_after(self, shard: int, write: Callable[[], None]) -> None:
+        """Let others have the shard once it is written."""
+        write()
+        self.release(shard)
+
+    def release(self, shard: int) -> None:
+        """Let others have the shard."""
+        self.claims.pop(shard).release()
+
+    def close(self) -> None:
+        """Let go of all that is left."""
+        for shard in list(self.claims):
+            self.release(shard)
 
 
 def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dict[int, Units]:
@@ -124,7 +167,7 @@ def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dic
                 del free[shard], left[shard]
         return free if free or not left else None
 
-    return wait(
+    return wait_until(
         ready,
         lambda: f"{path}: waiting for the writers of {len(left)} shards, the first is shard {min(left)}",
         lambda: next((who for shard in left if (who := claims.held_by(claims.shard_lock(path, shard)))), None),
@@ -145,23 +188,25 @@ def wait_for_shards(path: Path, plan: Plan) -> None:
         counts.append(len(left))
         return "some are committed" if counts[-1] < counts.pop(0) else next(claims.writers(path), None)
 
-    wait(
+    wait_until(
         ready,
-        lambda: f"{path}: waiting for other processes: {len(left)} shards are not committed yet: {in_words(left)}",
+        lambda: (
+            f"{path}: waiting for other processes: {len(left)} shards are not committed yet: {units_in_words(left)}"
+        ),
         living,
         "run the same command again, it does them",
     )
 
 
-def in_words(units: Sequence[Unit]) -> str:
+def units_in_words(units: Sequence[Unit]) -> str:
     """The first few units."""
     named = [f"shard {shard} of {column}, view {view}" for view, column, shard in units[:SHOWN_UNITS]]
     return "; ".join(named) + f" and {len(units) - SHOWN_UNITS} more" * (len(units) > SHOWN_UNITS)
 
 
-def wait(
-    ready: Callable[[], Found | None], what: Callable[[], str], living: Callable[[], str | None], todo: str
-) -> Found:
+def wait_until(
+    ready: Callable[[], Awaited | None], what: Callable[[], str], living: Callable[[], str | None], todo: str
+) -> Awaited:
     """What `ready` returns, once it is not None; says now and then on stderr what it waits for, for whom and since when.
 
     living: who is at work on it, None where nobody is. ValueError, ending with `todo`, when nobody was for GRACE_SECONDS.

@@ -1,43 +1,80 @@
-"""How long a run will still take: by kind of work, from the recent past."""
+"""How long a run will still take: from what was done in the last minute, on a terminal and off it."""
 
-import math
+import io
 
 import pytest
+from rich.console import Console
 
-from mrmae.common.progress import Pace, Progress
-
-
-def test_the_first_of_a_kind_counts_only_while_it_is_alone() -> None:
-    pace = Pace()
-    assert pace.seconds_left({"forward": 3}) == math.inf
-    pace.add("forward", 2, 20.0)
-    assert pace.seconds_left({"forward": 3}) == 30.0
-    pace.add("forward", 2, 4.0)
-    assert pace.seconds_left({"forward": 3}) == 6.0
+from mrmae.common.progress import Progress
 
 
-def test_time_left_adds_up_over_kinds_of_work() -> None:
-    pace = Pace()
-    for kind, seconds in (("decode", 1.0), ("forward", 2.0)):
-        pace.add(kind, 1, 9.0)
-        pace.add(kind, 1, seconds)
-    assert pace.seconds_left({"decode": 10, "forward": 5, "store": 7, "calibrate": -1}) == 20.0
+class Clock:
+    """A console's clock that stands still until it is moved."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
-def test_a_disk_that_slows_down_is_followed() -> None:
-    pace = Pace()
-    for _ in range(100):
-        pace.add("write", 1, 1.0)
-    for _ in range(150):
-        pace.add("write", 1, 3.0)
-    assert pace.seconds_each("write") == pytest.approx(3.0)
+def console_of(clock: Clock, terminal: bool = False) -> Console:
+    return Console(file=io.StringIO(), get_time=clock, force_terminal=terminal, width=200)
 
 
-def test_work_of_later_stages_is_part_of_the_time_left() -> None:
-    pace = Pace()
-    with Progress("calibrating", 2, left={"decode": 2, "store": 2}, pace=pace) as progress:
-        for seconds in (5.0, 2.0):
-            progress.spent("decode", 1, seconds)
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_time_left_follows_the_last_minute(terminal: bool) -> None:
+    clock = Clock()
+    with Progress("writing", 1000, console=console_of(clock, terminal)) as progress:
+        assert "ETA ?" in progress.line()
+        for seconds in [1.0] * 100 + [3.0] * 100:
+            clock.now += seconds
             progress.add()
-        pace.add("store", 1, 3.0)
-        assert pace.seconds_left(progress.left) == 6.0
+        assert progress.seconds_left() == pytest.approx(800 * 3.0)
+        assert progress.line() == "200/1000 images  0.333 images/s  ETA 40 min 00 s"
+
+
+def test_what_was_found_done_says_nothing_of_how_fast_it_goes() -> None:
+    clock = Clock()
+    with Progress("extracting", 1000, console=console_of(clock)) as progress:
+        clock.now += 1.0
+        progress.add(0, already=800)
+        for _ in range(10):
+            clock.now += 2.0
+            progress.add(2, already=3)
+        assert progress.rate() == pytest.approx(1.0) and progress.seconds_left() == pytest.approx(150.0)
+
+
+def test_things_slower_than_a_minute_are_timed_since_the_beginning() -> None:
+    clock = Clock()
+    with Progress("fine-tuning", 10, "epochs", console=console_of(clock)) as progress:
+        for done in range(1, 4):
+            clock.now += 100.0
+            progress.add()
+            assert progress.seconds_left() == pytest.approx(100.0 * (10 - done))
+
+
+def test_off_a_terminal_a_line_comes_every_ten_seconds_and_at_the_end() -> None:
+    clock = Clock()
+    console = console_of(clock)
+    with Progress("hashing", 40, console=console) as progress:
+        for _ in range(40):
+            clock.now += 0.5
+            progress.add(bytes=1000)
+    assert text_of(console).splitlines() == [
+        "hashing 20/40 images  2 images/s  20 kB  ETA 10 s",
+        "hashing 40/40 images  2 images/s  40 kB  ETA 0 s",
+        "hashing 40/40 images  2 images/s  40 kB  ETA 0 s",
+    ]
+
+
+def test_nothing_to_do_is_not_spoken_of() -> None:
+    console = console_of(Clock())
+    with Progress("hashing", 0, console=console):
+        pass
+    assert text_of(console) == ""

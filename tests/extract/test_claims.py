@@ -190,7 +190,7 @@ def test_a_shard_that_another_committed_meanwhile_is_not_computed(
     extract: Any, photo_folder: Path, begun: Path, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process does shard 2 after this one has made its list."""
-    real, shown = engine.shard_parts, []
+    real, shown = engine.extract_shard, []
 
     def unfinished(job: Any) -> Any:
         todo = listed(job)
@@ -200,7 +200,7 @@ def test_a_shard_that_another_committed_meanwhile_is_not_computed(
 
     listed = engine.unfinished
     monkeypatch.setattr(engine, "unfinished", unfinished)
-    monkeypatch.setattr(engine, "shard_parts", lambda *a: [shown.append(a[1]), real(*a)][1])
+    monkeypatch.setattr(engine, "extract_shard", lambda *a: [shown.append(a[1]), real(*a)][1])
     extract(photo_folder, begun, VIT, **OPTIONS)
     assert len(shown) == 5, "every shard once"
     assert contents(begun) == contents(made)

@@ -23,7 +23,7 @@ from mrmae.extract import calibration, run
 from mrmae.extract import cli as command
 from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main
-from mrmae.extract.job import Job
+from mrmae.extract.pipeline import ExtractJob
 from mrmae.extract.prepare import Images
 from mrmae.extract.run import Options, TooManyBad, extract_features
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Teacher
@@ -124,7 +124,7 @@ def test_every_image_is_decoded_once_and_every_view_shown_once(
     monkeypatch.setattr(
         calibration, "CALIBRATION_SAMPLES", first
     )  # the rest of what was decoded with them is used, too
-    monkeypatch.setattr(Job, "in_turns", in_turns)
+    monkeypatch.setattr(ExtractJob, "in_turns", in_turns)
     decoded: list[int] = []
     shown: list[int] = []
     decode, forward = Images.decoded, Teacher.forward
@@ -138,7 +138,7 @@ def test_every_image_is_decoded_once_and_every_view_shown_once(
 def test_decoding_in_turns_and_decoding_ahead_make_the_same_cache(
     folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Job, "in_turns", False)  # as on an accelerator; `finished` was made in turns
+    monkeypatch.setattr(ExtractJob, "in_turns", False)  # as on an accelerator; `finished` was made in turns
     assert extract(folder, tmp_path / "cache", VIT, CNN, views=2) == json.loads(
         (finished / "manifest.json").read_text()
     )

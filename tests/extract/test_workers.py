@@ -14,7 +14,7 @@ import pytest
 
 from mrmae.extract import workers as ranks
 from mrmae.extract.options import Options
-from mrmae.extract.workers import Part, part_of
+from mrmae.extract.workers import ProcessPart, process_part
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
 
@@ -28,14 +28,14 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_a_part_is_a_rank_within_a_part() -> None:
-    assert part_of("", {}) == Part(0, 1) and part_of("2/3", {}) == Part(2, 3)
-    assert part_of("", {"RANK": "1", "WORLD_SIZE": "4"}) == Part(1, 4)
-    parts = [part_of(f"{i}/3", {"RANK": str(r), "WORLD_SIZE": "2"}) for i in range(3) for r in range(2)]
+    assert process_part("", {}) == ProcessPart(0, 1) and process_part("2/3", {}) == ProcessPart(2, 3)
+    assert process_part("", {"RANK": "1", "WORLD_SIZE": "4"}) == ProcessPart(1, 4)
+    parts = [process_part(f"{i}/3", {"RANK": str(r), "WORLD_SIZE": "2"}) for i in range(3) for r in range(2)]
     assert [p.index for p in parts] == list(range(6)) and {p.of for p in parts} == {6}
     assert all(sum(p.owns(shard) for p in parts) == 1 for shard in range(20))
     for text in ("3/3", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(ValueError, match=f"--shards {text}: is no part; expected i/n"):
-            part_of(text, {})
+            process_part(text, {})
 
 
 def test_ranks_share_the_cores_and_the_devices(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def leading(resolved: Any) -> Any:
     """Options.resolved as in rank 0 of 2."""
     import dataclasses
 
-    return lambda options: dataclasses.replace(resolved(options), part=Part(0, 2))
+    return lambda options: dataclasses.replace(resolved(options), part=ProcessPart(0, 2))
 
 
 def test_a_part_with_another_plan_or_other_images_is_refused(
