@@ -10,11 +10,10 @@ from typing import Any
 from mrmae.common.files import make_folder
 from mrmae.common.progress import human_bytes, human_time
 from mrmae.extract.calibration import calibrated
-from mrmae.extract.estimate import forecast, measure_rates
+from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
 from mrmae.extract.images import Sources, digest_images, list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.pipeline import ExtractJob, extract_missing
-from mrmae.extract.plan import choices, describe
 from mrmae.extract.prepare import Images, KeptBatches
 from mrmae.extract.recorded import complete_teacher
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
@@ -72,24 +71,14 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Callable[[
     sources = list_sources(options.images, options.include)
     teachers = asked_teachers(options, say if options.part.leads else lambda line: None)
     shard_samples = options.shard_samples or usual_shard_samples(len(sources), teachers.specs, options)
+    wanted = planned(options, "", len(sources), teachers, shard_samples)
     if options.part.leads:
-        say(describe(options.cache, options.recipe, teachers.specs, images=len(sources),
-                     labels=len({image.label for image in sources} - {None}), views=options.views, dtype=options.dtype,
-                     format=options.format, shard_samples=shard_samples, blocks=options.block_rule()))  # fmt: skip
+        say(plan_text(options.cache, wanted, labels=len({image.label for image in sources} - {None})))
         for note in sources.notes:
             say(note)
     if dry_run:
-        say(
-            choices(
-                options.recipe,
-                teachers.specs,
-                images=len(sources),
-                views=options.views,
-                format=options.format,
-                blocks=options.blocks if options.block_rule() else 1,
-            )
-        )
-        say(forecast(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
+        say(cost_of_choices(wanted))
+        say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     with contextlib.ExitStack() as held:
         job, kept = (begin if options.part.leads else join)(options, sources, teachers, shard_samples, say, held)

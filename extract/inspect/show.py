@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mrmae.common.backend import exists
 from mrmae.common.progress import human_bytes
-from mrmae.extract.plan import about, blocks_in_words
+from mrmae.extract.estimate import blocks_in_words, teacher_in_words
 from mrmae.shards import commit as commits
 from mrmae.shards.format import PIXELS, Plan, Unit, derived_specs, load_plan, plain, read_samples, read_tail, units
 from mrmae.shards.stats import stats_path
@@ -130,7 +130,7 @@ def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
 def column_row(column: Mapping[str, Any], plan: Plan) -> list[str]:
     """A column's line in the table."""
     name, quality = column["name"], column.get("quality")
-    what = "JPEG, quality 95" if name == PIXELS else about(plan.teacher(name), plan.dtype)
+    what = "JPEG, quality 95" if name == PIXELS else teacher_in_words(plan.teacher(name), plan.dtype)
     what += ", standardised" if column.get("standardised") else ""
     what += ", requantised" if column.get("source") else ""
     measured = [f"{quality['snr_db']:.1f}", f"{quality['p999_one_minus_cos']:.2g}"] if quality else ["", ""]

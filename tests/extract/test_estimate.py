@@ -1,11 +1,11 @@
-"""The dry run's forecast: measured rates, the slowest stage, the time, the verdict."""
+"""The dry run's estimate: measured rates, the slowest stage, the time, the verdict."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mrmae.extract import estimate as forecast
+from mrmae.extract import estimate
 from mrmae.extract.estimate import Rates
 from mrmae.extract.options import Options
 from mrmae.extract.run import extract_features
@@ -28,7 +28,7 @@ def options(images: Path, cache: Path) -> Options:
 def test_a_dry_run_measures_every_stage_and_leaves_nothing(
     photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "PROBE_BYTES", 1 << 20)
+    monkeypatch.setattr(estimate, "PROBE_BYTES", 1 << 20)
     said: list[str] = []
     assert extract_features(options(photo_folder, tmp_path / "c"), dry_run=True, say=said.append) == {}
     for word in ("decoding", "vit.pre_tail", "disk", "estimate:", "20 views, limited by", "verdict:"):
@@ -45,7 +45,7 @@ def test_a_dry_run_measures_every_stage_and_leaves_nothing(
 )  # fmt: skip
 def test_the_slowest_stage_decides(tmp_path: Path, rates: Rates, limit: str, time: str, verdict: str) -> None:
     """1,000 views; on a CPU decoding and teachers add up."""
-    text = forecast.forecast(rates, [SPEC], options(tmp_path, tmp_path / "c").resolved(), 1000)
+    text = estimate.estimate_text(rates, [SPEC], options(tmp_path, tmp_path / "c").resolved(), 1000)
     assert f"limited by {limit}" in text and verdict in text and (time in text or limit == "the disk")
 
 
@@ -60,7 +60,7 @@ def test_the_probe_is_removed_when_the_disk_is_full(tmp_path: Path, monkeypatch:
         path.write_bytes(b"x")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(forecast, "write_durably", full)
+    monkeypatch.setattr(estimate, "write_durably", full)
     with pytest.raises(OSError, match="No space"):
-        forecast.write_rate(tmp_path / "c")
+        estimate.disk_bytes_per_s(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []
