@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mrmae.shards import audit
+from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import PIXELS, Plan, Unit, commit_path, content_id, units
 from mrmae.shards.store import unit_files
@@ -79,7 +79,7 @@ def truncate_at_member(path: Path, made: Plan, rng: Rng) -> Fault:
     if rng.random() < 0.5:
         index["members"][offsets > end] = -1
         np.savez(sidecar, **index)
-    names = tuple(audit.relative(path, file) for file in (tar, sidecar))
+    names = tuple(check.relative(path, file) for file in (tar, sidecar))
     return Fault("truncation at a member", names, before, (view, column, shard))
 
 
@@ -106,7 +106,7 @@ def swap_shards(path: Path, made: Plan, rng: Rng) -> Fault:
     for (one, other), (x, y) in zip(chosen, zip(before[::2], before[1::2])):
         one.write_bytes(y)
         other.write_bytes(x)
-    return Fault("swapped shards", tuple(audit.relative(path, f) for f in files), tuple(before), (view, column, a))
+    return Fault("swapped shards", tuple(check.relative(path, f) for f in files), tuple(before), (view, column, a))
 
 
 def delete_shard(path: Path, made: Plan, rng: Rng) -> Fault:
@@ -119,7 +119,7 @@ def delete_record(path: Path, made: Plan, rng: Rng) -> Fault:
     """A commit record is gone."""
     every = list(units(made))
     unit = every[int(rng.integers(len(every)))]
-    return change(path, "deleted commit record", audit.relative(path, commit_path(path, *unit)), None, unit)
+    return change(path, "deleted commit record", check.relative(path, commit_path(path, *unit)), None, unit)
 
 
 def edit_manifest(path: Path, made: Plan, rng: Rng) -> Fault:
@@ -178,7 +178,7 @@ def some_file(path: Path, made: Plan, rng: Rng) -> tuple[Unit, str, bytes]:
     unit = every[int(rng.integers(len(every)))]
     files = unit_files(path, made, *unit)
     file = files[int(rng.integers(len(files)))]
-    return unit, audit.relative(path, file), file.read_bytes()
+    return unit, check.relative(path, file), file.read_bytes()
 
 
 # --- who notices
@@ -199,7 +199,7 @@ def read_everything(path: Path) -> None:
 def noticed_by(path: Path) -> dict[str, str]:
     """What each check says, by its name; empty for a clean cache."""
     found = {}
-    problems = audit.find_problems(path, full=True)
+    problems = check.find_problems(path, full=True)
     if problems:
         found["verify --full"] = "\n".join(map(str, problems)) + f"\nto repair: inspect-cache repair {path}"
     try:

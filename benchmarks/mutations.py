@@ -22,8 +22,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mrmae.shards.commit import record_id, samples_id
+from mrmae.shards.commit import record_id
 from mrmae.shards.format import content_id, read_samples
+from mrmae.shards.manifest import samples_id
 
 Rng = np.random.Generator
 FILES = {  # which files, how often

@@ -21,6 +21,7 @@ from mrmae.shards.format import (
     samples,
     units,
 )
+from mrmae.shards.manifest import manifest_body
 from mrmae.shards.store import PixelRow, index_path, read_index, unit_files, write_pixel_tar
 
 SHARDS = 1000
@@ -77,7 +78,7 @@ def hollow_cache(path: Path, n: int) -> Path:
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     commit.create_columns(path, made)
     records = {unit: hollow_shard(path, made, unit) for unit in units(made)}
-    body = commit.manifest_body(path, made, records, table)
+    body = manifest_body(path, made, records, table)
     (path / "manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
     return path
 

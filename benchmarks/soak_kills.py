@@ -48,7 +48,7 @@ from rows import append
 from mrmae.extract import cli as extract
 from mrmae.extract import run as extract_run  # noqa: F401
 from mrmae.extract.inspect import cli as inspect
-from mrmae.shards import audit
+from mrmae.shards import check
 from mrmae.shards import commit as commits
 from mrmae.shards.begin import DIGESTS
 from mrmae.shards.format import Unit, units
@@ -235,7 +235,7 @@ def wrong(out: Path, right: Mapping[str, Any], damaged: Collection[Unit]) -> lis
     if (out / "plan.json").exists():
         made = plans.load_plan(out)
         done = [u for u in units(made) if u not in damaged and commits.valid_record(out, made, *u)]
-        found += [str(problem) for problem in audit.find_problems(out, full=True) if problem.unit in done]
+        found += [str(problem) for problem in check.find_problems(out, full=True) if problem.unit in done]
         for file in (file for unit in done for file in unit_files(out, made, *unit)):
             if digest(file.read_bytes()) != right.get(file.relative_to(out).as_posix()):
                 found.append(f"{file}: other bytes")

@@ -8,7 +8,7 @@ from mrmae.extract.options import Options
 from mrmae.extract.teachers import parse_teacher
 from mrmae.shards.commit import read_record, valid_record
 from mrmae.shards.format import Plan, TeacherSpec, commit_path, load_plan, tail_path, units
-from mrmae.shards.verify import read_manifest
+from mrmae.shards.manifest import read_manifest
 
 
 def recorded_teachers(path: Path, column: str) -> list[str]:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
-from mrmae.shards import verify
+from mrmae.shards.check import refuse_problems, refuse_unfinished
 from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import bad_images, committed
 from mrmae.shards.format import (
@@ -45,6 +45,7 @@ from mrmae.shards.format import (
     tar_path,
     units,
 )
+from mrmae.shards.manifest import read_manifest
 from mrmae.shards.opened import Column, Indices, Numbers
 from mrmae.shards.store import Damaged, parse_row, read_members, refuse_foreign_entries
 
@@ -274,10 +275,10 @@ def open_cache(
     if not exists(path / "manifest.json"):
         done = committed(path, plan)
         if not allow_partial:
-            verify.refuse_unfinished(path, plan, len(done))
+            refuse_unfinished(path, plan, len(done))
         return open_unfinished(path, plan, table, done, threads, columns)
-    manifest = verify.read_manifest(path)
-    verify.refuse_problems(path, plan, manifest, table)
+    manifest = read_manifest(path)
+    refuse_problems(path, plan, manifest, table)
     return Cache(path, plan, manifest, table, table["valid"], threads)
 
 

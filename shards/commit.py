@@ -4,7 +4,6 @@ Shards are written in any order, each followed by its commit record; the manifes
 plan minus valid commits, so a killed extraction leaves nothing to clean up by hand.
 """
 
-import hashlib
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mrmae.common.backend import Url, exists, read_bytes, size_of
+from mrmae.common.backend import Url, read_bytes, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
 from mrmae.shards.format import (
@@ -31,7 +30,6 @@ from mrmae.shards.format import (
     in_blocks,
     parsed,
     pixels_of,
-    plain,
     read_samples,
     readable_json,
     signed_hashes,
@@ -40,6 +38,7 @@ from mrmae.shards.format import (
     units,
     write_samples,
 )
+from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body
 from mrmae.shards.store import Array, PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
 ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
@@ -47,34 +46,6 @@ REMOTE_RECORDS = 32  # asked for at a time
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
             "bad", "quality")  # fmt: skip
-
-
-class FileFields(TypedDict):
-    """What a commit record and the manifest say of a file."""
-
-    bytes: int
-    sha256: str
-
-
-class TailsField(TypedDict):
-    """The tail of a column in a manifest."""
-
-    name: str
-    tail: FileFields | None
-
-
-class TailsFields(TypedDict):
-    """The tails in a manifest."""
-
-    columns: list[TailsField]
-
-
-class QualityFields(TypedDict):
-    """What storing cost a column."""
-
-    snr_db: float
-    p999_one_minus_cos: float
-    zero_tokens: int
 
 
 class RecordFields(TypedDict):
@@ -321,7 +292,7 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
     try:
         told = {
             column["name"]: column["tail"]
-            for column in parsed((path / "manifest.json").read_bytes(), TailsFields)["columns"]
+            for column in parsed((path / "manifest.json").read_bytes(), ManifestFields)["columns"]
         }
     except (OSError, ValueError):
         return
@@ -333,28 +304,19 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
                              "and run the same command again")  # fmt: skip
 
 
-def manifest_body(
-    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: Mapping[str, Sequence[Any]]
-) -> dict[str, Any]:
-    """All of the manifest but its own id. records: of every unit; table: the final samples."""
-    return {
-        **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
-        "geometry_id": plan.geometry_id,
-        "n_valid": sum(table["valid"]),
-        "samples_id": samples_id(table),
-        "columns": [column_summary(path, plan, teacher.column, records) for teacher in plan.columns],
-        "shards": shard_table(records),
-    }
-
-
 def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:
     """ValueError when a view or a column counts other bad images than the pixels of view 0."""
     for (view, column, shard), record in records.items():
         first = records[0, PIXELS, shard]
-        if record["valid"] != first["valid"] or record.get("bad", first["bad"]) != first["bad"]:
+        if counts_others(record, first):
             raise ValueError(f"{commit_path(path, view, column, shard)}: {record['valid']} valid images; the pixels of "
                              f"view 0 have {first['valid']}; delete the commit records of this shard and run the "
                              "same extract-features command again")  # fmt: skip
+
+
+def counts_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether a record counts other bad images than the pixels of its shard in view 0 do."""
+    return bool(record["valid"] != first["valid"] or record.get("bad", first["bad"]) != first["bad"])
 
 
 def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, list[Any]]:
@@ -368,43 +330,6 @@ def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> di
         for name, values in zip(names, (record["heights"], record["widths"], valid, reasons)):
             table[name][numbers.start : numbers.stop] = values
     return table
-
-
-def samples_id(table: Mapping[str, Sequence[Any]]) -> str:
-    """Content id of the rows of samples.parquet, as columns (not of its bytes: they depend on pyarrow's version)."""
-    return content_id(dict(table))
-
-
-def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
-    """A column as the manifest names it: id, teacher, quantiser, tail, and the worst quality of its shards."""
-    teacher = plan.teacher(column)
-    tail = tail_path(path, teacher.name)
-    return {
-        "name": column,
-        "id": plan.ids[column],
-        "teacher": plain(teacher),
-        "quantiser": plan.quantisers[column].to_json(),
-        "quality": worst_quality([record for unit, record in records.items() if unit[1] == column]),
-        "tail": file_summary(path, tail) if exists(tail) else None,
-    }
-
-
-def file_summary(path: Path, file: Path) -> dict[str, Any]:
-    """Name, size and sha256 of a small file."""
-    data = read_bytes(file)
-    return {"file": file.relative_to(path).as_posix(), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int] | None:
-    """The lowest SNR, the largest 1 - cos and all zero tokens of a column's shards; None where none was measured."""
-    quality = [record["quality"] for record in records if record.get("quality")]
-    if not quality:
-        return None
-    return {
-        "snr_db": min(q["snr_db"] for q in quality),
-        "p999_one_minus_cos": max(q["p999_one_minus_cos"] for q in quality),
-        "zero_tokens": sum(q["zero_tokens"] for q in quality),
-    }
 
 
 def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:

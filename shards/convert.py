@@ -5,21 +5,21 @@ the dtype changes, values are dequantised and quantised again, and the new id sa
 """
 
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from mrmae.common.backend import absolute, exists, expect_utf8, file_pieces, read_bytes
+from mrmae.common.backend import absolute, exists, expect_utf8, read_bytes
 from mrmae.common.files import Published, publish
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
+from mrmae.shards.check import verified_blocks
 from mrmae.shards.format import (
     CALIBRATION_SAMPLES,
     PIXELS,
@@ -40,11 +40,10 @@ from mrmae.shards.format import (
     units,
     write_tail,
 )
+from mrmae.shards.manifest import entry_of
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
-from mrmae.shards.verify import promised
 
-BLOCK_BYTES = 1 << 20
 NOT_COPIED = ("files", "quality", "seconds", "command", "folder", "written", "versions", "device")
 
 
@@ -121,7 +120,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
     """Bytes of the shard that was written and committed."""
     view, column, shard = unit
     record = commits.valid_record(cache.path, cache.plan, *unit)
-    if record is None or record["record_id"] != promised(cache.manifest, unit)["record_id"]:
+    if record is None or record["record_id"] != entry_of(cache.manifest, unit)["record_id"]:
         raise ValueError(f"{commit_path(cache.path, *unit)}: the commit record is missing, or is not the one that was written; "
                          f"run inspect-cache repair {cache.path}")  # fmt: skip
     origin = record.get("extracted") or {name: record[name] for name in NOT_COPIED[2:] if name in record}
@@ -140,7 +139,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
 def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:
     """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
     view, column, shard = unit
-    told = promised(cache.manifest, unit)["files"]
+    told = entry_of(cache.manifest, unit)["files"]
 
     def copied(file: Path) -> Published:
         name = file.relative_to(cache.path).as_posix()
@@ -151,19 +150,6 @@ def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[s
 
     files = unit_files(cache.path, cache.plan, *unit)
     commits.store(out, plan, unit, record, lambda: {"files": [copied(file) for file in files]})
-
-
-def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
-    """The content of a file, block by block. Raises Damaged at its end where it is not what was written."""
-    digest = hashlib.sha256()
-    try:
-        for block in file_pieces(file, BLOCK_BYTES):
-            digest.update(block)
-            yield block
-    except OSError as error:
-        raise Damaged(file, None, f"cannot be read ({error.strerror})") from None
-    if digest.hexdigest() != sha256:
-        raise Damaged(file, None, "its sha256 is not that of what was written")
 
 
 def converted_arrays(

@@ -1,4 +1,4 @@
-"""The removals after which the same extract-features command writes anew exactly what is damaged in a cache."""
+"""What to remove of a damaged cache, so that the same command writes it anew."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -6,10 +6,9 @@ from pathlib import Path
 from mrmae.common.backend import exists
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
-from mrmae.shards.commit import read_record
-from mrmae.shards.format import Plan, commit_path, readable_json, units
+from mrmae.shards.check import Problem, plan_and_manifest, read_records, strangers
+from mrmae.shards.format import Plan, commit_path, readable_json
 from mrmae.shards.store import refuse_foreign_entries
-from mrmae.shards.trust import Problem, trusted
 
 
 def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
@@ -21,7 +20,7 @@ def prepare_repair(path: Path, problems: Iterable[Problem]) -> list[Path]:
     with claims.alone(path):
         doomed = files_to_remove(path, problems)
         if any(problem.file == "plan.json" for problem in problems):
-            publish(path / "plan.json", readable_json(trusted(path)[0].to_json()), replace=True)
+            publish(path / "plan.json", readable_json(plan_and_manifest(path)[0].to_json()), replace=True)
         for file in doomed:
             remove(file)
     return doomed
@@ -35,7 +34,7 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
     """
     refuse_foreign_entries(path)
     problems = list(problems)
-    plan, manifest, _ = trusted(path)
+    plan, manifest, _ = plan_and_manifest(path)
     if manifest is None:
         refuse_foreign_plan(path, plan)
     doomed = [
@@ -49,17 +48,18 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
 
 
 def refuse_foreign_plan(path: Path, plan: Plan) -> None:
-    """ValueError where plan.json, not the shards, is what was altered: no commit record would survive its repair."""
-    records = [(unit, record) for unit in units(plan) if (record := read_record(commit_path(path, *unit)))]
-    foreign = [unit for unit, record in records if record.get("id") != plan.shard_ids(unit[2]).get(unit[1])]
-    if len(foreign) > len(records) / 2:
+    """ValueError where plan.json, not the shards, is what was altered: all records of a column are of another plan."""
+    records = read_records(path, plan)
+    foreign = strangers(plan, records)
+    ours = {column for _, column, _ in {*records} - {*foreign}}
+    if any(column not in ours for _, column, _ in foreign):
         raise ValueError(f"{path / 'plan.json'}: {len(foreign)} of {len(records)} commit records are of another plan, and "
                          "there is no manifest to tell which is right; expected the plan that the shards were written "
                          "for; restore plan.json or manifest.json from a copy (nothing was changed)")  # fmt: skip
 
 
-def shards_of(plan: Plan, problems: Iterable[Problem]) -> dict[str, list[int]]:
-    """Damaged shards by `view/column`, ascending."""
+def damaged_shards(problems: Iterable[Problem]) -> dict[str, list[int]]:
+    """Damaged shards by view and column, ascending."""
     found: dict[str, set[int]] = {}
     for problem in problems:
         if problem.unit is not None:

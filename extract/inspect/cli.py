@@ -17,16 +17,15 @@ from mrmae.extract.cli import main as extract_command
 from mrmae.extract.inspect.rerun import Given, commands_of, refuse_commands, run_again
 from mrmae.extract.inspect.show import description, difference_line, differences
 from mrmae.extract.inspect.show import show as show_description
-from mrmae.shards import audit
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.check import Problem, find_problems
 from mrmae.shards.convert import convert as convert_cache
 from mrmae.shards.convert import converted_plan
 from mrmae.shards.extend import columns_called, drop_column, files_of_column
 from mrmae.shards.format import DTYPES, load_plan, units
-from mrmae.shards.repair import files_to_remove, prepare_repair, shards_of
+from mrmae.shards.repair import damaged_shards, files_to_remove, prepare_repair
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.shards.store import STORAGES
-from mrmae.shards.trust import Problem, trusted
 
 
 def folder_or_url(text: str) -> Path:
@@ -86,7 +85,7 @@ def verify(
     with one_line_errors():
         if (mirror or teachers) and not live:
             raise ValueError("--mirror and --teacher belong to --live N; say how many samples to compute again")
-        problems = audit.find_problems(cache, full=full)
+        problems = find_problems(cache, full=full)
         report(cache, problems)
         if problems:
             raise SystemExit(1)
@@ -132,7 +131,7 @@ def verified_live(
 def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
     """Find everything that is wrong in CACHE, remove the commit records of damaged shards, print what writes them anew."""
     with one_line_errors():
-        problems = audit.find_problems(cache, full=True)
+        problems = find_problems(cache, full=True)
         if not problems:
             click.echo(f"{cache}: nothing to repair")
             return
@@ -152,7 +151,7 @@ def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
                        " the extract-features command that made this cache"))  # fmt: skip
         elif not dry_run:
             run_again(commands, programs())
-            left = audit.find_problems(cache, full=True)
+            left = find_problems(cache, full=True)
             report(cache, left)
             raise SystemExit(1 if left else 0)
 
@@ -186,8 +185,7 @@ def report_damage(cache: Path, problems: list[Problem]) -> None:
     """Print every problem and, per column, the shards to be written again."""
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(str(problem))
-    plan = trusted(cache)[0]
-    for column, shards in shards_of(plan, problems).items():
+    for column, shards in damaged_shards(problems).items():
         click.echo(f"{column}: shards {', '.join(map(str, shards))}")
 
 

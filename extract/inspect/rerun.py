@@ -15,9 +15,9 @@ import click
 from mrmae.common.backend import Url
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
+from mrmae.shards.check import Problem, plan_and_manifest
 from mrmae.shards.commit import read_record
 from mrmae.shards.format import Plan, commit_path, units
-from mrmae.shards.trust import Problem, trusted
 
 Given = tuple[str, str]  # a command, and the folder it was given in
 RECORDED = {
@@ -31,7 +31,7 @@ def commands_of(cache: Path, problems: Sequence[Problem]) -> list[Given]:
 
     They name `cache`, wherever it lay when they were given. Empty where no commit record tells a command.
     """
-    plan = trusted(cache)[0]
+    plan = plan_and_manifest(cache)[0]
     told = [(when(record), part_of(plan, unit[2]), *command) for unit in units(plan)
             if (record := read_record(commit_path(cache, *unit))) and (command := told_command(record))]  # fmt: skip
     damaged = sorted({part_of(plan, problem.unit[2]) for problem in problems if problem.unit is not None})

@@ -13,9 +13,9 @@ from mrmae.common.progress import human_bytes
 from mrmae.extract.estimate import blocks_in_words, teacher_in_words
 from mrmae.shards import commit as commits
 from mrmae.shards.format import PIXELS, Plan, Unit, derived_specs, load_plan, plain, read_samples, read_tail, units
+from mrmae.shards.manifest import read_manifest, worst_quality
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import refuse_foreign_entries
-from mrmae.shards.verify import read_manifest
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences
 Flat = dict[str, Any]
@@ -91,7 +91,7 @@ def column_description(path: Path, plan: Plan, name: str, records: Mapping[Unit,
         "arrays": {array: [list(shape), dtype] for array, (shape, dtype) in layout.arrays().items()},
         "standardised": quantiser.standardised if quantiser else None,
         "source": quantiser.source if quantiser else None,
-        "quality": commits.worst_quality(mine),
+        "quality": worst_quality(mine),
         "stats": exists(stats_path(path, name)),
     }
 

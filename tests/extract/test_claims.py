@@ -22,11 +22,11 @@ from mrmae.extract import pipeline as engine
 from mrmae.extract import run
 from mrmae.extract import workers as ranks
 from mrmae.extract.inspect.cli import main
-from mrmae.shards import audit, claims
+from mrmae.shards import check, claims
 from mrmae.shards import commit as commits
+from mrmae.shards.check import Problem
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.repair import prepare_repair
-from mrmae.shards.trust import Problem
 
 VIT = "vit=timm:test_vit/random"
 OPTIONS: dict[str, Any] = {"shard_samples": 4}  # five shards of the photographs
@@ -166,7 +166,7 @@ def test_overlapping_parts_and_a_finishing_command_make_the_same_cache(
         pids.append(forked(work))
     (tmp_path / "go").touch()
     assert ends(pids) == [0, 0, 0]
-    assert not audit.find_problems(begun, full=True) and contents(begun) == contents(made) and not locks(begun)
+    assert not check.find_problems(begun, full=True) and contents(begun) == contents(made) and not locks(begun)
 
 
 def test_a_claimed_shard_comes_last_and_is_done_when_its_writer_dies(
@@ -230,7 +230,7 @@ def test_one_process_converts_to_a_folder(made: Path, tmp_path: Path) -> None:
         done = CliRunner().invoke(main, ["convert", str(made), str(tmp_path / "out"), "--format", "webdataset"])
     assert done.exit_code == 1 and f"process {process.pid} on " in done.output
     assert CliRunner().invoke(main, ["convert", str(made), str(tmp_path / "out")]).exit_code == 0
-    assert not audit.find_problems(tmp_path / "out", full=True) and not locks(tmp_path / "out")
+    assert not check.find_problems(tmp_path / "out", full=True) and not locks(tmp_path / "out")
 
 
 def test_a_dead_planner_is_told_from_a_living_one(
@@ -310,7 +310,7 @@ def test_a_plan_that_grew_meanwhile_is_not_finished_by_the_older_command(
     monkeypatch.setattr(run, "wait_for_shards", meanwhile)
     with pytest.raises(ValueError, match="another command has extended or changed this cache meanwhile"):
         extract(photo_folder, begun, VIT, **OPTIONS)
-    assert not audit.find_problems(begun, full=True)
+    assert not check.find_problems(begun, full=True)
 
 
 def test_a_file_system_without_locks_is_said_once(

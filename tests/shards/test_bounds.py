@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mrmae.shards import audit
+from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import SAMPLES, Plan, ViewRecipe, load_plan, read_samples
 
@@ -65,7 +65,7 @@ def test_a_plan_that_sizes_anything_beyond_reason_is_refused(copy: Path, what: s
     if what == "appended gaps without end":
         plan["shard_samples"] = 8
     (copy / "plan.json").write_text(json.dumps(plan))
-    for read in (load_plan, open_cache, audit.find_problems):
+    for read in (load_plan, open_cache, check.find_problems):
         with pytest.raises(ValueError, match=rf"plan\.json.*{said}") as caught:
             read(copy)
         assert len(str(caught.value)) < 2000
@@ -113,4 +113,4 @@ def test_samples_that_would_fill_the_memory_are_refused_before(copy: Path, chang
         read_samples(copy, parts)
     with pytest.raises(ValueError, match=r"samples\.parquet"):
         open_cache(copy, allow_partial=True)
-    assert [problem.file for problem in audit.find_problems(copy) if "samples" in problem.file] == ["samples.parquet"]
+    assert [problem.file for problem in check.find_problems(copy) if "samples" in problem.file] == ["samples.parquet"]

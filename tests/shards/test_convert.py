@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mrmae.common import files as write
-from mrmae.shards import audit, convert
+from mrmae.shards import check, convert
 from mrmae.shards.cache import open_cache
 from mrmae.shards.extend import extend_plan
 from mrmae.shards.format.plan import load_plan
@@ -38,7 +38,7 @@ def converted(source: Path, out: Path, **how: Any) -> Path:
     cache = open_cache(source)
     wanted = convert.converted_plan(cache, **{"format": None, "dtype": None, "drop": (), **how})
     convert.convert(cache, out, wanted, about=ABOUT, progress=lambda n_bytes: None)
-    assert audit.find_problems(out, full=True) == []
+    assert check.find_problems(out, full=True) == []
     return out
 
 

@@ -13,7 +13,7 @@ import torch
 import zarr
 
 from mrmae.kernels import ids
-from mrmae.shards import audit
+from mrmae.shards import check
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import spec
 from mrmae.shards.format.blocks import BlockRule, patch_words
@@ -88,14 +88,14 @@ def test_the_rule_is_in_the_ids_and_raster_leaves_no_trace(path: Path, tiny_cach
     assert "token_layout" not in (tiny_cache / "manifest.json").read_text()
     group = tiny_cache / "views/0/a.pre_tail.zarr/zarr.json"
     assert "blocks" not in group.read_text() and "token_layout" not in group.read_text()
-    assert load_plan(path).token_layout == BlockRule(0, 4) and audit.find_problems(path, full=True) == []
+    assert load_plan(path).token_layout == BlockRule(0, 4) and check.find_problems(path, full=True) == []
 
 
 @pytest.mark.parametrize("dtype, format", [("int8", "zarr"), ("float16", "zarr"), ("int8", "webdataset")])
 def test_readers_see_raster_order(make_cache: Make, tmp_path: Path, dtype: str, format: str) -> None:
     raster = open_cache(make_cache(tmp_path / "raster", dtype=dtype, bad=[3]))
     blocked = open_cache(make_cache(tmp_path / "blocks", dtype=dtype, bad=[3], blocks=2, format=format))
-    assert audit.find_problems(tmp_path / "blocks", full=True) == []
+    assert check.find_problems(tmp_path / "blocks", full=True) == []
     draw = np.random.default_rng(0)
     numbers, views = draw.permutation(np.tile(raster.numbers, 2)), draw.integers(0, 2, 2 * len(raster.numbers))
     for column in raster.columns:
@@ -174,7 +174,7 @@ def test_each_block_is_checked_alone(make_cache: Make, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match="the chunk fails its crc32c for sample 13"):
             read()
-    found = audit.find_problems(path, full=True)
+    found = check.find_problems(path, full=True)
     assert [problem.unit for problem in found] == [(0, "a.pre_tail", 1)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from mrmae.shards import audit
+from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import RecordFields, committed, finalise, read_record
 from mrmae.shards.extend import extend_plan
@@ -86,7 +86,7 @@ def test_a_manifest_of_another_shape_is_damaged(
     path = altered(tiny_cache, tmp_path / "c", change, "manifest.json")
     with pytest.raises(ValueError, match=r"manifest.json: damaged \((shards|columns)"):
         open_cache(path)
-    assert [problem.file for problem in audit.find_problems(path)] == ["manifest.json"]
+    assert [problem.file for problem in check.find_problems(path)] == ["manifest.json"]
 
 
 @pytest.mark.parametrize(

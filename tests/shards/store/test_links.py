@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mrmae.extract.inspect.show import description
-from mrmae.shards import audit, begin, commit
+from mrmae.shards import begin, check, commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.extend import drop_column
 from mrmae.shards.format import plan
@@ -83,13 +83,13 @@ def test_what_is_no_plain_file_is_named_and_neither_read_nor_written(cache: Path
     made, sources = plan.load_plan(cache), plan.read_sources(cache)
     name = FOREIGN[kind](cache, outside)
     before = contents(outside)
-    assert [problem.file for problem in audit.find_problems(cache, full=True)] == [name]
+    assert [problem.file for problem in check.find_problems(cache, full=True)] == [name]
     attempts: list[Callable[[], Any]] = [
         lambda: open_cache(cache),
         lambda: open_cache(cache, allow_partial=True),
         lambda: description(cache),
         lambda: drop_column(cache, "b.pre_tail"),
-        lambda: files_to_remove(cache, audit.find_problems(cache)),
+        lambda: files_to_remove(cache, check.find_problems(cache)),
         lambda: begin.refuse_other_folder(cache),
         lambda: begin.start_plan(cache, made, sources),
     ]
@@ -108,7 +108,7 @@ def test_a_linked_shard_is_not_committed(cache: Path, tmp_path: Path) -> None:
 def test_the_cache_itself_may_be_a_link_and_other_files_may_lie_beside_its_own(cache: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(cache)
     (cache / "notes").symlink_to("/dev/zero")
-    assert audit.find_problems(tmp_path / "link", full=True) == []
+    assert check.find_problems(tmp_path / "link", full=True) == []
     assert len(open_cache(tmp_path / "link").numbers) == 4
     assert links.foreign_entries(tmp_path / "nowhere") == {}
 
@@ -137,7 +137,7 @@ def test_no_path_of_a_manifest_is_used(cache: Path, tmp_path: Path) -> None:
         forged(cache, change)
         with pytest.raises(ValueError):
             open_cache(cache)
-        problems = audit.find_problems(cache, full=True)
+        problems = check.find_problems(cache, full=True)
         assert problems and not any("victim" in problem.file for problem in problems)
         prepare_repair(cache, problems)
         assert victim.read_text() == "mine"
@@ -152,7 +152,7 @@ def test_no_path_of_a_commit_record_is_used(cache: Path, tmp_path: Path) -> None
     about["files"]["../victim.txt"] = {"bytes": 4, "sha256": ""}
     about["record_id"] = commit.record_id(about)
     record.write_text(json.dumps(about))
-    problems = audit.find_problems(cache, full=True)
+    problems = check.find_problems(cache, full=True)
     assert any("which is no file of this shard" in str(problem) for problem in problems)
     assert record in prepare_repair(cache, problems) and (tmp_path / "victim.txt").exists()
 

@@ -1,0 +1,453 @@
+"""What is wrong with a cache, by file and shard.
+
+Records win: a commit record has an id over all that it says of its shard, and plan.json is the plan. The manifest repeats both, so
+where it disagrees with them it is the manifest that is wrong. Opening a cache compares names, sizes and ids with the manifest
+(refuse_problems); find_problems also reads the records and, with `full`, every byte.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mrmae.common.backend import Url, exists, file_pieces, read_bytes, size_of
+from mrmae.shards.commit import (
+    bad_images,
+    committed,
+    counts_others,
+    decoded_columns,
+    read_record,
+    record_id,
+    wrong_in_record,
+)
+from mrmae.shards.format import (
+    PIXELS,
+    Plan,
+    Unit,
+    column_attributes,
+    commit_path,
+    compare_specs,
+    load_plan,
+    parsed,
+    pixels_of,
+    plain,
+    read_samples,
+    tail_path,
+    units,
+)
+from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_id
+from mrmae.shards.store import (
+    Damaged,
+    column_folder,
+    foreign_entries,
+    parse_row,
+    read_index,
+    read_members,
+    storage_of,
+    unit_files,
+)
+
+SHOWN_AT_OPENING = 50  # problems in one message
+BLOCK_BYTES = 1 << 20
+# What a column's metadata say of the data; other versions of zarr may add fields.
+METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
+                   "fill_value", "codecs")  # fmt: skip
+Table = Mapping[str, list[Any]]
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Something wrong with a file of the cache. unit: the shard (view, column, shard) it belongs to, if any."""
+
+    file: str
+    what: str
+    unit: Unit | None = None
+
+    def __str__(self) -> str:
+        view, column, shard = self.unit or (0, "", 0)
+        whose = f" (shard {shard} of {column}, view {view})" if self.unit else ""
+        return f"{self.file}{whose}: {self.what}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """A cache as its own files describe it.
+
+    manifest, table: None where they are absent, damaged or not this cache's. records: those that can be read, right or wrong.
+    """
+
+    path: Path
+    plan: Plan
+    manifest: Manifest | None
+    table: Table | None
+    records: Mapping[Unit, Record]
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is a manifest, whatever it says."""
+        return exists(self.path / "manifest.json")
+
+    def entry(self, unit: Unit) -> dict[str, Any]:
+        """What the manifest says of a shard; empty where it says nothing."""
+        return entry_of(self.manifest, unit) if self.manifest else {}
+
+
+# --- when a cache is opened: nothing is read but the plan, the manifest and the samples
+
+
+def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) -> None:
+    """ValueError that lists everything wrong with names, sizes and ids."""
+    found = [*map(str, opening_problems(path, plan, manifest, table))]
+    if found:
+        more = [f"... and {len(found) - SHOWN_AT_OPENING} more"] if len(found) > SHOWN_AT_OPENING else []
+        todo = ("upload these files again from the folder it was extracted to" if isinstance(path, Url) else
+                "run the same extract-features command again, it rewrites what is missing")  # fmt: skip
+        raise ValueError(f"{path}: {len(found)} problems; the cache cannot be trusted; {todo}:\n  "
+                         + "\n  ".join(found[:SHOWN_AT_OPENING] + more))  # fmt: skip
+
+
+def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) -> Iterator[Problem]:
+    """What can be wrong without a look into shards and records."""
+    ids = {column["name"]: column["id"] for column in manifest["columns"]}
+    if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
+        yield Problem("plan.json", "its ids are not those of manifest.json")
+    yield from other_samples(manifest, table)
+    yield from strange_names(path, plan, manifest)
+    for file, n_bytes in promised_sizes(path, plan, manifest):
+        try:
+            if (size := size_of(file)) != n_bytes:
+                yield Problem(relative(path, file), f"{size} bytes; the manifest says {n_bytes}")
+        except OSError as error:
+            yield Problem(relative(path, file), str(error.strerror))
+    yield from metadata_problems(path, plan, full=False)
+
+
+def other_samples(manifest: Manifest, table: Table) -> Iterator[Problem]:
+    """samples.parquet, where it is not the one of the manifest."""
+    if samples_id(table) != manifest["samples_id"]:
+        yield Problem(
+            "samples.parquet", "its rows are not those the manifest was written for, or manifest.json was edited"
+        )
+
+
+def strange_names(path: Path, plan: Plan, manifest: Manifest) -> Iterator[Problem]:
+    """Names in the manifest's shards that are none of their files."""
+    for unit in units(plan):
+        for name in sorted(set(entry_of(manifest, unit).get("files", {})) - {*shard_names(path, plan, unit)}):
+            yield Problem("manifest.json", f"{name!r} is no file of shard {unit[2]} of {unit[1]}, view {unit[0]}")
+
+
+def promised_sizes(path: Path, plan: Plan, manifest: Manifest) -> Iterator[tuple[Path, int | None]]:
+    """Every shard file and tail of the plan, and how many bytes the manifest says that it has; None where it does not say.
+
+    The plan tells where files lie; a name in the manifest is only compared, never opened.
+    """
+    for unit in units(plan):
+        files = entry_of(manifest, unit).get("files", {})
+        for name, file in shard_names(path, plan, unit).items():
+            yield file, files.get(name, {}).get("bytes")
+    for file, tail in tails_of(path, plan, manifest):
+        yield file, tail["bytes"]
+
+
+def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:
+    """ValueError for a cache without a manifest: how far it is, and how to go on."""
+    total = sum(1 for _ in units(plan))
+    raise ValueError(f"{path}: this cache is unfinished (no manifest.json): {done} of {total} shards are committed; "
+                     "a finished cache was expected; run the same extract-features command again, it continues where "
+                     "it stopped, or use what is there with --allow-partial (open_cache(..., allow_partial=True))")  # fmt: skip
+
+
+# --- everything
+
+
+def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
+    """Everything wrong with the cache at `path`; an empty list for a finished, whole one.
+
+    Existence and sizes of all files, ids, commit records. full: also the sha256 of every file, the crc32c of every chunk
+    and member, and the metadata of columns. Raises ValueError where there is no plan and no manifest to go by.
+    """
+    if foreign := foreign_entries(path):  # nothing behind a link is looked at
+        return [Problem(name, what) for name, what in sorted(foreign.items())]
+    plan, manifest, wrong_plan = plan_and_manifest(path)
+    table, wrong_samples = samples_and_problems(path, plan, manifest)
+    cache = Described(path, plan, manifest, table, read_records(path, plan))
+    found = [
+        *wrong_plan,
+        *unfinished_problems(cache),
+        *wrong_samples,
+        *shard_problems(cache, full=full),
+        *metadata_problems(path, plan, full=full),
+        *tail_problems(cache, full=full),
+    ]
+    return found or [*edited_samples(cache), *edited_manifest(cache)]
+
+
+def read_records(path: Path, plan: Plan) -> dict[Unit, Record]:
+    """The commit records of the plan's shards that can be read, right or wrong."""
+    return {unit: record for unit in units(plan) if (record := read_record(commit_path(path, *unit))) is not None}
+
+
+def plan_and_manifest(path: Path) -> tuple[Plan, Manifest | None, list[Problem]]:
+    """The plan, the manifest where it belongs to it (else None), and what is wrong with the two files.
+
+    The plan is plan.json; where that is damaged, or what lies in the cache was written for the plan that the manifest repeats and
+    not for it, it is the manifest's. Raises ValueError where neither can be read.
+    """
+    manifest, repeated, problems = manifest_and_its_plan(path)
+    try:
+        plan, fields = load_plan(path), parsed(read_bytes(path / "plan.json"), dict[str, Any])
+    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+        if repeated is None:
+            raise ValueError(f"{path}: neither plan.json nor manifest.json can be read ({reason(error, path)}); this is "
+                             "no cache, or one that must be extracted anew") from None  # fmt: skip
+        said = f"cannot be read ({reason(error, path / 'plan.json')}); the manifest holds the same"
+        return repeated, manifest, [*problems, Problem("plan.json", said)]
+    if manifest is None or repeated is None or fields == plan_fields(manifest):
+        return plan, manifest, problems
+    for told_otherwise in (records_tell_otherwise, attributes_tell_otherwise):
+        if told_otherwise(path, plan) and not told_otherwise(path, repeated):
+            return repeated, manifest, [Problem("plan.json", "it is not the plan of the manifest and of the shards")]
+    return plan, None, [Problem("manifest.json", "it is not the manifest of plan.json and of the shards")]
+
+
+def manifest_and_its_plan(path: Path) -> tuple[Manifest | None, Plan | None, list[Problem]]:
+    """The manifest and the plan that it repeats, None where it is absent or damaged, and what is wrong with it."""
+    if not exists(path / "manifest.json"):
+        return None, None, []
+    try:
+        manifest = read_manifest(path)
+    except (ValueError, OSError) as error:
+        return None, None, [Problem("manifest.json", reason(error, path / "manifest.json"))]
+    try:
+        return manifest, Plan.from_json(plan_fields(manifest), str(path / "manifest.json")), []
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        return None, None, [Problem("manifest.json", f"it is no manifest ({error}), so it was edited")]
+
+
+def records_tell_otherwise(path: Path, plan: Plan) -> bool:
+    """Whether an intact commit record is of another plan, or a whole view has no record."""
+    records = read_records(path, plan)
+    return bool(strangers(plan, records)) or {view for view, _, _ in records} != set(range(plan.n_views))
+
+
+def strangers(plan: Plan, records: Mapping[Unit, Record]) -> list[Unit]:
+    """The shards whose commit record is intact, and of another plan."""
+    return [(view, column, shard) for (view, column, shard), record in records.items()
+            if record["record_id"] == record_id(record)
+            and (record["id"], record["count"]) != (plan.shard_ids(shard).get(column), len(plan.ranges[shard]))]  # fmt: skip
+
+
+def attributes_tell_otherwise(path: Path, plan: Plan) -> bool:
+    """Whether a column says that it was written for another plan; names of weights stand there, and in no id."""
+    for column in plan.quantisers:
+        expected = column_attributes(plan, 0, column)
+        try:
+            found = storage_of(plan).read_attributes(column_folder(path, plan, 0, column))[1]
+        except ValueError:
+            continue
+        if {name: found.get(name) for name in expected} != expected:
+            return True
+    return False
+
+
+def unfinished_problems(cache: Described) -> Iterator[Problem]:
+    """An absent manifest: how many shards are committed."""
+    if not cache.finished:
+        done, total = len(committed(cache.path, cache.plan)), sum(1 for _ in units(cache.plan))
+        yield Problem("manifest.json", f"absent: the cache is unfinished, {done} of {total} shards are committed")
+
+
+def samples_and_problems(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[Table | None, list[Problem]]:
+    """The table of samples, None where it is damaged or not this cache's."""
+    try:
+        table = read_samples(path, plan.numbers)
+    except ValueError as error:
+        return None, [Problem("samples.parquet", reason(error, path / "samples.parquet"))]
+    wrong = [*other_samples(manifest, table)] if manifest is not None else []
+    return (None if wrong else table), wrong
+
+
+def shard_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
+    """What is wrong with every shard: its record, its files' sizes; full: their hashes and checksums."""
+    bad = bad_rows(cache)
+    for unit in units(cache.plan):
+        record, told = cache.records.get(unit), cache.entry(unit)
+        if record is None and not cache.finished:
+            continue  # not extracted yet
+        if wrong := wrong_record(cache, unit):
+            yield Problem(relative(cache.path, commit_path(cache.path, *unit)), wrong, unit)
+        believed = told or record if wrong else record
+        if not believed:
+            continue
+        damaged = [*file_problems(cache, unit, believed["files"], full=full)]
+        yield from damaged
+        if full and not damaged:  # else its checksums would only say the same again
+            yield from checksum_problems(cache, unit, bad)
+
+
+def bad_rows(cache: Described) -> set[int]:
+    """The samples that need have no chunk in any column: the bad images, and rows that hold none."""
+    if cache.table is not None and None not in cache.table["valid"]:
+        return {number for number, valid in enumerate(cache.table["valid"]) if not valid}
+    return set(bad_images(cache.path, cache.plan))
+
+
+def wrong_record(cache: Described, unit: Unit) -> str:
+    """What is wrong with a shard's commit record; empty where nothing is."""
+    if (record := cache.records.get(unit)) is None:
+        return "the commit record is missing or damaged"
+    if wrong := wrong_in_record(cache.plan, unit, record):
+        return wrong
+    if others := sorted(set(record["files"]) ^ {*shard_names(cache.path, cache.plan, unit)}):
+        named = others[0] in record["files"]
+        return f"it names {others[0]!r}, which is no file of this shard" if named else f"it does not name {others[0]!r}"
+    first = cache.records.get((0, PIXELS, unit[2]))
+    if first and not wrong_in_record(cache.plan, (0, PIXELS, unit[2]), first) and counts_others(record, first):
+        return f"{record['valid']} valid images; the pixels of view 0 have {first['valid']}"
+    return ""
+
+
+def file_problems(
+    cache: Described, unit: Unit, files: Mapping[str, Mapping[str, Any]], *, full: bool
+) -> Iterator[Problem]:
+    """A shard's files that are not as its record tells. files: what it tells of each."""
+    for name, file in shard_names(cache.path, cache.plan, unit).items():
+        if name not in files:
+            yield Problem(name, "neither manifest nor commit record tells its size", unit)
+        elif what := wrong_file(file, files[name], full=full):
+            yield Problem(name, what, unit)
+
+
+def wrong_file(file: Path, about: Mapping[str, Any], *, full: bool) -> str:
+    """What is wrong with a file of known size and sha256; empty where nothing is."""
+    try:
+        if (size := size_of(file)) != about["bytes"]:
+            return f"{size} bytes; {about['bytes']} were written"
+        for _ in verified_blocks(file, about["sha256"]) if full else ():
+            pass
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+    except Damaged as error:
+        return error.what
+    return ""
+
+
+def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
+    """The content of a file, block by block. Raises Damaged at its end where it is not what was written."""
+    digest = hashlib.sha256()
+    try:
+        for block in file_pieces(file, BLOCK_BYTES):
+            digest.update(block)
+            yield block
+    except OSError as error:
+        raise Damaged(file, None, f"cannot be read ({error.strerror})") from None
+    if digest.hexdigest() != sha256:
+        raise Damaged(file, None, "its sha256 is not that of what was written")
+
+
+def checksum_problems(cache: Described, unit: Unit, bad: set[int]) -> Iterator[Problem]:
+    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there."""
+    view, column, shard = unit
+    path, plan, numbers = cache.path, cache.plan, cache.plan.ranges[shard]
+    rows = [row for row, number in enumerate(numbers) if number not in bad]
+    try:
+        if column == PIXELS:
+            check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)
+            return
+        folder, layout = column_folder(path, plan, view, column), plan.layout(column)
+        keys = None if cache.table is None else cache.table["key"][numbers.start : numbers.stop]
+        storage_of(plan).open_shard(folder, layout, plan.shard_ids(shard)[column], view, shard, keys).check(rows)
+    except Damaged as error:
+        where = "" if error.row is None else f" (sample {numbers[error.row]})"
+        yield Problem(relative(path, error.path), error.what + where, unit)
+    except ValueError as error:
+        yield Problem(relative(path, unit_files(path, plan, *unit)[0]), reason(error, path), unit)
+
+
+def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows: Sequence[int]) -> None:
+    """Raise Damaged or ValueError unless sidecar, JPEGs and JSON members of a pixel tar are whole and its own."""
+    index = read_index(tar)
+    if index.of != pixels_of(plan, view, shard):
+        raise Damaged(tar, None, f"its index belongs to {index.of}")
+    for _ in read_members(tar, rows, index.tables["jpg"]):
+        pass
+    for row, content in enumerate(read_members(tar, range(len(numbers)), index.tables["json"])):
+        about = parse_row(content)
+        if (about.number, about.key) != (numbers[row], index.keys[row]):
+            raise Damaged(tar, row, f"the member belongs to sample {about.number} ({about.key!r})")
+
+
+def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem]:
+    """Files that tell what a column holds, missing or, with `full`, say something else than was written."""
+    for view, column in itertools.product(range(plan.n_views), plan.quantisers):
+        folder, layout = column_folder(path, plan, view, column), plan.layout(column)
+        expected = storage_of(plan).metadata(layout, column_attributes(plan, view, column)) if full else {}
+        for file in storage_of(plan).metadata_paths(folder, layout):
+            name = file.relative_to(folder).as_posix()
+            if not exists(file):
+                yield Problem(relative(path, file), "missing metadata of a column")
+            elif full and metadata_fields(read_bytes(file)) != metadata_fields(expected[name]):
+                yield Problem(relative(path, file), "it is not what was written")
+
+
+def metadata_fields(content: bytes) -> dict[str, Any] | None:
+    """What a column's metadata say of the data; None where they are not JSON."""
+    try:
+        fields = parsed(content, dict[str, Any])
+        return {name: value for name, value in fields.items() if name in METADATA_FIELDS}
+    except ValueError:
+        return None
+
+
+def tail_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
+    """Tails that are missing, resized or, with `full`, altered."""
+    for file, tail in tails_of(cache.path, cache.plan, cache.manifest):
+        if what := wrong_file(file, tail, full=full):
+            yield Problem(relative(cache.path, file), f"{what}, says manifest.json")
+
+
+def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    """The file of every tail that the manifest tells of, and what it tells."""
+    told = {column["name"]: column["tail"] for column in manifest["columns"]} if manifest else {}
+    for teacher in plan.columns:
+        if tail := told.get(teacher.column):
+            yield tail_path(path, teacher.name), tail
+
+
+def edited_samples(cache: Described) -> Iterator[Problem]:
+    """samples.parquet, where it is not what the commit records say; only for a cache in which nothing else is wrong."""
+    assert cache.table is not None, "else this was a problem already"
+    decoded = decoded_columns(cache.plan, cache.records)
+    if other := [name for name, values in decoded.items() if values != cache.table[name]]:
+        yield Problem("samples.parquet", f"its column {other[0]} is not what the commit records say, so it was edited")
+
+
+def edited_manifest(cache: Described) -> Iterator[Problem]:
+    """manifest.json, where it is not what plan, records and samples say; only for a cache in which nothing else is wrong."""
+    assert cache.manifest is not None and cache.table is not None, "else this was a problem already"
+    body = plain(manifest_body(cache.path, cache.plan, cache.records, cache.table))
+    told = {name: cache.manifest.get(name) for name in body}
+    try:
+        compare_specs(told, body, "manifest.json")
+    except ValueError as error:
+        what = str(error).removeprefix("manifest.json: ").partition(" in this command;")[0]
+        yield Problem("manifest.json", f"{what} in the commit records, so it was edited")
+
+
+def shard_names(path: Path, plan: Plan, unit: Unit) -> dict[str, Path]:
+    """The files of a shard by their names inside the cache."""
+    return {relative(path, file): file for file in unit_files(path, plan, *unit)}
+
+
+def relative(path: Path, file: Path) -> str:
+    """The file's name inside the cache."""
+    return file.relative_to(path).as_posix()
+
+
+def reason(error: Exception, file: Path) -> str:
+    """An error's message without the file's name in front."""
+    return str(error).removeprefix(f"{file}: ") or type(error).__name__

@@ -1,0 +1,184 @@
+"""manifest.json: what a finished cache holds, by size, hash and id. It follows from the plan, the samples and the commit records.
+
+docs/format.md, "Manifest". Commit records come first: where they and the manifest disagree, the manifest is written anew.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+from mrmae.common.backend import exists, read_bytes
+from mrmae.shards.format import (
+    FORMAT_VERSION,
+    Plan,
+    QuantiserFields,
+    TeacherSpec,
+    Unit,
+    content_id,
+    parsed,
+    plain,
+    tail_path,
+)
+
+Manifest = dict[str, Any]
+
+
+class FileFields(TypedDict):
+    """What a commit record and the manifest say of a file."""
+
+    bytes: int
+    sha256: str
+
+
+class QualityFields(TypedDict):
+    """What storing cost a column."""
+
+    snr_db: float
+    p999_one_minus_cos: float
+    zero_tokens: int
+
+
+class TailFields(FileFields):
+    """A teacher's tail in the manifest."""
+
+    file: str
+
+
+class ColumnFields(TypedDict):
+    """A column in the manifest."""
+
+    name: str
+    id: str
+    teacher: TeacherSpec
+    quantiser: QuantiserFields
+    quality: QualityFields | None
+    tail: TailFields | None
+
+
+class ShardFields(TypedDict):
+    """A shard in the manifest."""
+
+    count: int
+    valid: int
+    record_id: str
+    files: dict[str, FileFields]
+
+
+class ManifestFields(TypedDict):
+    """manifest.json, beside the plan's fields."""
+
+    format_version: int
+    geometry_id: str
+    n_valid: int
+    samples_id: str
+    columns: list[ColumnFields]
+    shards: dict[str, dict[str, list[ShardFields]]]
+    manifest_id: str
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a finished cache. ValueError when it was edited, is damaged or of another format version."""
+    file = path / "manifest.json"
+    todo = "run the same extract-features command again to write it anew"
+    try:
+        manifest: dict[str, Any] = parsed(read_bytes(file), ManifestFields)
+        body = {name: value for name, value in manifest.items() if name != "manifest_id"}
+        version, intact = manifest["format_version"], content_id(body) == manifest["manifest_id"]
+    except ValueError as error:
+        raise ValueError(f"{file}: damaged ({error}); {todo}") from None
+    if version != FORMAT_VERSION:
+        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
+    if not intact:
+        raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
+    if wrong := misnamed(manifest):
+        raise ValueError(f"{file}: it is no manifest that mrmae writes ({wrong}), so it was edited; {todo}")
+    return manifest
+
+
+def misnamed(manifest: Mapping[str, Any]) -> str:
+    """Which column or tail of a manifest has not the name that follows from its teacher; empty for none."""
+    for column in manifest["columns"]:
+        name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
+        if column["name"] != f"{name}.{tap}":
+            return f"column {column['name']!r} of teacher {name!r}"
+        if tail is not None and tail["file"] != tail_path(Path(), name).as_posix():
+            return f"the tail of {column['name']}"
+    return ""
+
+
+def entry_of(manifest: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
+    """What the manifest says of a unit: count, valid, files; empty where it says nothing."""
+    view, column, shard = unit
+    entries = manifest["shards"].get(str(view), {}).get(column, [])
+    return dict(entries[shard]) if shard < len(entries) else {}
+
+
+def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """plan.json's fields, as a manifest repeats them."""
+    not_there = ("geometry_id", "n_valid", "samples_id", "shards", "manifest_id", "columns")
+    return {
+        **{name: value for name, value in manifest.items() if name not in not_there},
+        "columns": [column["teacher"] for column in manifest["columns"]],
+        "quantisers": {column["name"]: column["quantiser"] for column in manifest["columns"]},
+    }
+
+
+def manifest_body(
+    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: Mapping[str, Sequence[Any]]
+) -> dict[str, Any]:
+    """All of the manifest but its own id. records: of every unit; table: the final samples."""
+    return {
+        **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
+        "geometry_id": plan.geometry_id,
+        "n_valid": sum(table["valid"]),
+        "samples_id": samples_id(table),
+        "columns": [column_summary(path, plan, teacher.column, records) for teacher in plan.columns],
+        "shards": shard_table(records),
+    }
+
+
+def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
+    """A column as the manifest names it: id, teacher, quantiser, tail, and the worst quality of its shards."""
+    teacher = plan.teacher(column)
+    tail = tail_path(path, teacher.name)
+    return {
+        "name": column,
+        "id": plan.ids[column],
+        "teacher": plain(teacher),
+        "quantiser": plan.quantisers[column].to_json(),
+        "quality": worst_quality([record for unit, record in records.items() if unit[1] == column]),
+        "tail": file_summary(path, tail) if exists(tail) else None,
+    }
+
+
+def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Count, valid count, the record's id, and size and sha256 of every file, by view and column, in the order of shards."""
+    table: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for (view, column, _), record in sorted(records.items(), key=lambda item: (item[0][0], item[0][2])):
+        entry = {name: record[name] for name in ("count", "valid", "record_id", "files")}
+        table.setdefault(str(view), {}).setdefault(column, []).append(entry)
+    return table
+
+
+def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int] | None:
+    """The lowest SNR, the largest 1 - cos and all zero tokens of a column's shards; None where none was measured."""
+    quality = [record["quality"] for record in records if record.get("quality")]
+    if not quality:
+        return None
+    return {
+        "snr_db": min(q["snr_db"] for q in quality),
+        "p999_one_minus_cos": max(q["p999_one_minus_cos"] for q in quality),
+        "zero_tokens": sum(q["zero_tokens"] for q in quality),
+    }
+
+
+def samples_id(table: Mapping[str, Sequence[Any]]) -> str:
+    """Content id of the rows of samples.parquet, as columns (not of its bytes: they depend on pyarrow's version)."""
+    return content_id(dict(table))
+
+
+def file_summary(path: Path, file: Path) -> dict[str, Any]:
+    """Name, size and sha256 of a small file."""
+    data = read_bytes(file)
+    return {"file": file.relative_to(path).as_posix(), "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
