@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from mrmae.common.progress import Progress
-from mrmae.extract.pipeline import ExtractJob, planned_batches, prepared, unfinished, view_pixels
+from mrmae.extract.pipeline import ExtractJob, batches_decoded_ahead, planned_batches, unfinished, view_pixels
 from mrmae.extract.prepare import KeptBatches, Prepared, PreparedBatch
 from mrmae.shards.format import CALIBRATION_SAMPLES, Quantiser, calibrate, first_rows, freeze_quantisers
 
@@ -40,7 +40,7 @@ def calibration_batches(job: ExtractJob) -> KeptBatches:
     every = planned_batches(job, {shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)})
     wanted = itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, every)
     with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_images)) as progress:
-        for batch in prepared(job, wanted, {}):
+        for batch in batches_decoded_ahead(job, wanted, {}):
             kept[batch.planned.place] = batch
             here = sum(0 in sample.pixels for sample in batch.samples)
             if readable >= CALIBRATION_SAMPLES:

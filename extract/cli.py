@@ -6,9 +6,9 @@ from typing import Any
 import click
 
 # As extract.teachers, shards.quantize and shards.storage have them (tested), which take seconds to import: --help need not wait.
-DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
-DTYPES = ("int8", "fp8", "float16")
-FORMATS = ("zarr", "webdataset")
+TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
+DTYPE_NAMES = ("int8", "fp8", "float16")
+FORMAT_NAMES = ("zarr", "webdataset")
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -25,7 +25,7 @@ FORMATS = ("zarr", "webdataset")
     "--teacher",
     "teachers",
     multiple=True,
-    default=DEFAULT_TEACHERS,
+    default=TEACHERS_BY_DEFAULT,
     metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
     help="open_clip or timm model (repeatable). @FILE: local weights. /random: random weights.",
 )
@@ -37,8 +37,8 @@ FORMATS = ("zarr", "webdataset")
     "--grid", default=14, type=click.IntRange(1), help="Patches per side; the student's patch is size / grid."
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of crops and flips.")
-@click.option("--dtype", default="int8", type=click.Choice(list(DTYPES)), help="How features are stored.")
-@click.option("--format", default="zarr", type=click.Choice(list(FORMATS)),
+@click.option("--dtype", default="int8", type=click.Choice(list(DTYPE_NAMES)), help="How features are stored.")
+@click.option("--format", default="zarr", type=click.Choice(list(FORMAT_NAMES)),
               help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
 @click.option(
     "--token-layout",

@@ -98,7 +98,7 @@ def extract_claimed(job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatche
         contextlib.closing(mine),
         Progress(what, total, "views" if job.plan.n_views > 1 else "images") as progress,
         ThreadPoolExecutor(1, "write") as writer,
-        contextlib.closing(prepared(job, claimed_batches(job, mine, progress), kept)) as stream,
+        contextlib.closing(batches_decoded_ahead(job, claimed_batches(job, mine, progress), kept)) as stream,
     ):  # fmt: skip
         writing: Future[None] | None = None
         for shard, batches in itertools.groupby(stream, key=lambda batch: batch.planned.shard):
@@ -131,7 +131,7 @@ def view_count(job: ExtractJob, shard: int, units: Units) -> int:
     return len(job.plan.ranges[shard]) * len({view for view, _ in units})
 
 
-def prepared(
+def batches_decoded_ahead(
     job: ExtractJob, batches: Iterable[PlannedBatch], kept: KeptBatches
 ) -> Generator[PreparedBatch, None, None]:
     """The batches with their samples prepared, a few ahead of use."""

@@ -27,8 +27,8 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import PixelRow, parse_row, read_index, read_members
 
-BATCHES_AHEAD = 3  # batches decoded or being decoded while one is with the teachers
-SAMPLES_AT_ONCE = 64  # samples decoded together where that and the teachers take turns
+BATCHES_DECODED_AHEAD = 3  # batches decoded or being decoded while one is with the teachers
+SAMPLES_DECODED_AT_ONCE = 64  # samples decoded together where that and the teachers take turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,13 +144,13 @@ def prepared_batches(
     try:
         if in_turns:
             for first in begun:
-                several = max(1, SAMPLES_AT_ONCE // max(len(first[0].numbers), 1))
+                several = max(1, SAMPLES_DECODED_AT_ONCE // max(len(first[0].numbers), 1))
                 yield from [finished(*one) for one in [first, *itertools.islice(begun, several - 1)]]
             return
         ahead: deque[BegunBatch] = deque()
         for one in begun:
             ahead.append(one)
-            if len(ahead) > BATCHES_AHEAD:
+            if len(ahead) > BATCHES_DECODED_AHEAD:
                 yield finished(*ahead.popleft())
         while ahead:
             yield finished(*ahead.popleft())
