@@ -31,7 +31,7 @@ check: $(INSTALLED)
 soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_cache.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py --sweep
 	$(BIN)/python benchmarks/soak_fuzz.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_exits.py
 

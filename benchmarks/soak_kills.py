@@ -4,11 +4,11 @@ Every scenario is an entry of SCENARIOS. Its command lines run as processes fork
 thread), die by SIGKILL at a random moment or at a random one of their file operations, alone or together, and are given
 again until they finish. After every kill each committed shard is verified in full and compared with the uninterrupted
 cache, each checkpoint read back; at the end every byte of the cache, every loss and every weight must be those of the
-uninterrupted command. Disks: errors injected into file operations, and, where this user may mount one, a real tmpfs that
-fills up.
+uninterrupted command. --sweep: also once before every single file operation, where random kills may miss a window.
+Disks: errors injected into file operations, and, where this user may mount one, a real tmpfs that fills up.
 
-A row of results/kills.csv per piece of ten kills; a stopped soak goes on after the last row of this commit. Exit 1 where
-anything went wrong; what was found then is kept.
+A row of results/kills.csv per piece of ten kills, or per eighth of the operations; a stopped soak goes on after the last row
+of this commit. Exit 1 where anything went wrong; what was found then is kept.
 """
 
 import contextlib
@@ -20,6 +20,7 @@ import gc
 import hashlib
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -29,7 +30,8 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,19 +64,22 @@ from mrmae.train.log import read_rows
 PROGRAMS = {"extract-features": extract.main, "inspect-cache": inspect.main, "train-mrmae": train.main}
 Stop = tuple[int, int]  # at which file operation, and with which error; 0 is a kill
 NEVER: Stop = (0, 0)
+Aim = Mapping[int, int | float]  # which jobs to kill: before which file operation, or after how many seconds
 MAKING = ("open", "os.mkdir", "os.link", "os.rename")  # names of audit events
 OPERATIONS = (*MAKING, "os.remove", "os.rmdir", "os.truncate")
 TORCHRUN = {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "soak", "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
-HANGS = 60.0  # seconds
+HANGS = 120.0  # seconds
 PIECE = 10  # kills per row, at most
+SWEEPS = 8  # rows per scenario that is swept
+NUMBER = re.compile(r"[0-9a-f-]*[0-9][0-9a-f-]*")  # of a shard or a view, and what makes a temporary name one's own
 COLUMNS = ("events", "caches", "invalid", "finished", "equal", "refused")
 WRONG = ("invalid", "refused", "unfinished", "unequal", "untold")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scenario:
-    """What is killed: `commands` at once, in a folder with IMAGES and SOME of them; SOURCE is a finished cache of all.
+    """What is killed: `commands` at once, where there are IMAGES, SOME of them and SOURCE, a finished cache of all.
 
     ranks: processes of each, as torchrun starts them; where one dies, it stops the others. before: makes the OUT that is
     there first. damaged: some of its shards are. last: finishes a cache after its parts. once: refused where all is done.
@@ -95,15 +100,20 @@ LESS = f"extract-features SOME OUT {VIT} {SMALL}"
 MORE = f"extract-features IMAGES OUT {VIT} {SMALL} --append"
 SOURCE = BOTH.replace("OUT", "SOURCE")
 TRAIN = ("train-mrmae SOURCE OUT --student test_vit --set student.decoder.depth=1 --set student.decoder.width=16"
-         " --set student.decoder.heads=2 --epochs 3 --batch-size 4 --blr 0.1 --warmup-epochs 1 --device cpu --workers 1"
-         " --save-minutes 0 --keep 2 --log-every 1 --panels-every 3")  # fmt: skip
+         " --set student.decoder.heads=2 --epochs 2 --batch-size 4 --blr 0.1 --warmup-epochs 1 --device cpu --workers 1"
+         " --save-minutes 0 --keep 2 --log-every 1 --panels-every 2")  # fmt: skip
 SCENARIOS = {
     "extract zarr": Scenario((BOTH,)),
     "extract webdataset": Scenario((f"{BOTH} --format webdataset",)),
     "extract blocks in fp8": Scenario((f"{BOTH} --token-layout blocks --dtype fp8",)),
     "extract with 2 ranks": Scenario((BOTH,), ranks=2),
     "extract in 2 parts": Scenario((f"{BOTH} --shards 0/2", f"{BOTH} --shards 1/2"), last=BOTH),
+    "extract in overlapping parts": Scenario(
+        tuple(f"{BOTH} --shards {part}" for part in ("0/2", "1/2", "1/3")), last=BOTH
+    ),
+    "extract in parts beside the whole": Scenario((f"{BOTH} --shards 0/2", f"{BOTH} --shards 1/2", BOTH)),
     "append": Scenario((MORE,), before=LESS),
+    "append twice at once": Scenario((MORE, MORE), before=LESS),
     "append with 2 ranks": Scenario((MORE,), before=LESS, ranks=2),
     "another teacher": Scenario((f"extract-features SOME OUT {VIT} {CNN} {SMALL}",), before=LESS),
     "another view": Scenario((f"{LESS} --views 2",), before=LESS),
@@ -126,13 +136,21 @@ def photographs(folder: Path, n: int) -> None:
     (folder / "broken.png").write_bytes(b"no image")
 
 
+def furnished(work: Path) -> Path:
+    """A folder in which scenarios run: IMAGES, SOME of them, and SOURCE."""
+    photographs(work / "SOME", 7)
+    photographs(work / "IMAGES", 12)
+    assert ends_well(SOURCE, work), (work / "said last").read_text()
+    return work
+
+
 # --- a child
 
 
 def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Stop) -> int:
     """The id of a child that runs a command line in the folder `work`.
 
-    What it says goes to `said`, how many file operations it made to said.operations.
+    What it says goes to `said`, its file operations to said.operations.
     about: additions to its environment. stop: see watch.
     """
     if pid := os.fork():
@@ -151,7 +169,7 @@ def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Sto
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else int(end.code is not None)
         sys.stdout.flush()
-        said.with_suffix(".operations").write_text(str(seen[0]))
+        said.with_suffix(".operations").write_text("\n".join(seen))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
@@ -159,13 +177,13 @@ def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Sto
         os._exit(code)
 
 
-def watch(work: Path, at: int, code: int) -> list[int]:
-    """[how many file operations of this process changed something in `work`, its current folder, so far].
+def watch(work: Path, at: int, code: int) -> list[str]:
+    """The file operations of this process that change something in `work`, its current folder, as they come; numbers are #.
 
     SIGKILL before number `at` (from 1; 0: never); with an error's `code` that error there and ever after
     instead, wherever something is made.
     """
-    seen, below = [0], os.fspath(work) + os.sep
+    seen, below = list[str](), os.fspath(work) + os.sep
 
     def hook(event: str, given: tuple[Any, ...]) -> None:
         if event not in OPERATIONS or not isinstance(given[0], str | os.PathLike):
@@ -175,10 +193,12 @@ def watch(work: Path, at: int, code: int) -> list[int]:
             return
         if event == "open" and not given[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return
-        seen[0] += 1
-        if seen[0] == at and not code:
+        if event == "os.remove" and given[1] == -1 and not os.path.lexists(path):
+            return
+        seen.append(f"{event} {NUMBER.sub('#', path)}")
+        if len(seen) == at and not code:
             os.kill(os.getpid(), signal.SIGKILL)
-        if 0 < at <= seen[0] and code and event in MAKING:
+        if 0 < at <= len(seen) and code and event in MAKING:
             raise OSError(code, os.strerror(code))
 
     sys.addaudithook(hook)
@@ -198,6 +218,12 @@ def ended(pids: Collection[int], seconds: float = HANGS, late: int = -signal.SIG
                 codes[pid] = late if is_late else os.waitstatus_to_exitcode(status)
         time.sleep(0.002)
     return codes
+
+
+def ends_well(command: str, work: Path) -> bool:
+    """Whether a command line, left alone, ends with 0."""
+    pid = start(command, work, work / "said last", {}, NEVER)
+    return ended([pid]) == {pid: 0}
 
 
 # --- what is right
@@ -261,35 +287,35 @@ def damage(out: Path) -> list[Unit]:
 
 
 class Soak:
-    """One scenario in a new folder `work`. whole: what its commands make uninterrupted; seconds, operations: how."""
+    """One scenario, whose OUT comes and goes in `work`, as `furnished` made it. whole: what its commands make uninterrupted;
+    seconds, operations of each job: how."""
 
     def __init__(self, work: Path, kind: str) -> None:
         self.work, self.kind, self.scene = work, kind, SCENARIOS[kind]
-        self.out, self.counts, self.running, self.rng = work / "OUT", Counter[str](), dict[int, int](), random.Random()
+        self.out, self.before, self.damaged = work / "OUT", work / f"before {kind}", list[Unit]()
+        self.counts, self.running, self.rng = Counter[str](), dict[int, int](), random.Random()
         self.jobs = set(range(len(self.scene.commands) * self.scene.ranks))
-        photographs(work / "SOME", 7)
-        photographs(work / "IMAGES", 12)
-        for command in [SOURCE] * ("SOURCE" in self.scene.commands[0]) + [self.scene.before] * bool(self.scene.before):
-            assert self.ends_well(command), self.said()
-        self.first = contents(self.out)
-        self.damaged = damage(self.out) if self.scene.damaged else []
-        if self.scene.before:
-            self.out.rename(work / "FIRST")
         self.renew()
+        if self.scene.before:
+            assert ends_well(self.scene.before, work), self.said()
+        self.first = contents(self.out)
+        if self.scene.before:
+            self.damaged = damage(self.out) if self.scene.damaged else []
+            shutil.copytree(self.out, self.before)
         began = time.monotonic()
         assert self.finishes(self.jobs), self.said()
         self.seconds, self.whole = time.monotonic() - began, contents(self.out)
-        self.operations = max(int((work / f"said{job}.operations").read_text()) for job in self.jobs)
+        self.operations = {job: (work / f"said{job}.operations").read_text().splitlines() for job in self.jobs}
 
     def said(self) -> str:
         """The last words of every process."""
-        return "\n".join(f"{file.name}: {file.read_text()[-1500:]}" for file in sorted(self.work.glob("said[0-9]")))
+        return "\n".join(f"{file.name}: {file.read_text()[-1500:]}" for file in sorted(self.work.glob("said*[!s]")))
 
     def renew(self) -> None:
         """OUT as the commands find it first."""
         shutil.rmtree(self.out, ignore_errors=True)
-        if self.scene.before:
-            shutil.copytree(self.work / "FIRST", self.out)
+        if self.before.exists():
+            shutil.copytree(self.before, self.out)
 
     def begin(self, jobs: Collection[int], stops: Mapping[int, Stop]) -> None:
         """Start jobs: number i is rank i % ranks of command i // ranks."""
@@ -310,63 +336,62 @@ class Soak:
         there = self.scene.once and 1 in codes.values() and contents(self.out) == self.whole
         return {job: 0 if there and code == 1 else code for job, code in codes.items()}
 
-    def ends_well(self, command: str) -> bool:
-        """Whether a command line, left alone, ends with 0."""
-        pid = start(command, self.work, self.work / f"said{len(self.jobs)}", {}, NEVER)
-        return ended([pid]) == {pid: 0}
-
     def finishes(self, left: Collection[int]) -> bool:
         """Whether the jobs left, and those that run, and then the last command, end with 0."""
         self.begin(set(left) - self.running.keys(), {})
         good = set(self.end(list(self.running)).values()) <= {0}
-        return good and (not self.scene.last or self.ends_well(self.scene.last))
+        return good and (not self.scene.last or ends_well(self.scene.last, self.work))
 
-    def kill(self, left: set[int]) -> set[int]:
-        """The jobs still left after some of them, at least one, were killed; others may go on meanwhile."""
+    def at_random(self, left: Collection[int]) -> Aim:
+        """At least one of the jobs left, each at an operation or a moment; what runs already, at a moment."""
         victims = self.rng.sample(sorted(left), self.rng.randint(1, len(left)))
-        new = left - self.running.keys()
-        stops = {
-            job: (self.rng.randint(1, self.operations), 0) for job in victims if job in new and self.rng.random() < 0.5
-        }
-        self.begin(new, stops)
-        for job in set(victims) - stops.keys():
-            time.sleep(self.rng.uniform(0, 1.1 * self.seconds / len(victims)))
+        at_operation = {job for job in victims if job not in self.running and self.rng.random() < 0.5}
+        return {job: self.rng.randint(1, len(self.operations[job])) if job in at_operation else self.rng.uniform(0, 1.1 * self.seconds)
+                for job in victims}  # fmt: skip
+
+    def kill(self, left: set[int], aim: Aim) -> set[int]:
+        """The jobs still left after those aimed at were killed; others may go on meanwhile."""
+        self.begin(left - self.running.keys(), {job: (at, 0) for job, at in aim.items() if isinstance(at, int)})
+        began = time.monotonic()
+        for at, job in sorted((at, job) for job, at in aim.items() if isinstance(at, float)):
+            time.sleep(max(0.0, began + at - time.monotonic()))
             os.kill(self.running[job], signal.SIGKILL)
-        codes = self.end(victims, 2 * self.seconds, -signal.SIGKILL)
+        codes = self.end(aim, 2 * self.seconds, -signal.SIGKILL)
         killed = -signal.SIGKILL in codes.values()
         self.counts["events"] += killed
+        allowed = {0, -signal.SIGKILL}
         if self.scene.ranks > 1:
             for pid in self.running.values() if killed else ():
                 os.kill(pid, signal.SIGTERM)
             codes |= self.end(list(self.running))
-        allowed = {0, -signal.SIGKILL} | (
-            {1, -signal.SIGTERM, 128 + signal.SIGTERM} if killed and self.scene.ranks > 1 else set()
-        )
+            allowed |= {1, -signal.SIGTERM, 128 + signal.SIGTERM} if killed else set()
         if strange := {job: code for job, code in codes.items() if code not in allowed}:
-            self.complain("refused", f"ended by themselves, with {strange}")
+            self.complain("refused", f"ended by themselves, with {strange}, when aimed at {aim}")
         done = {job for job, code in codes.items() if code == 0}
         return left - done if self.scene.ranks == 1 or done == left else left
 
-    def life(self) -> None:
-        """OUT from its beginning: killed one to four times, then left to finish."""
+    def life(self, aims: Iterable[Callable[[set[int]], Aim]]) -> None:
+        """OUT from its beginning: killed as aimed, then left to finish. aims: given the jobs that are left."""
         self.renew()
-        left = set(self.jobs)
-        for _ in range(self.rng.randint(1, 4)):
-            left = self.kill(left) if left else left
+        left, aimed = set(self.jobs), list[Aim]()
+        for aim in aims:
+            if left:
+                aimed.append(aim(left))
+                left = self.kill(left, aimed[-1])
             if found := wrong(self.out, {**self.first, **self.whole}, self.damaged):
-                self.complain("invalid", "\n".join(found))
-        self.close(self.finishes(left))
+                self.complain("invalid", "\n".join([f"after {aimed}:", *found]))
+        self.close(self.finishes(left), f"after {aimed}")
 
-    def close(self, good: bool) -> None:
-        """Count whether the commands finished, and with the right contents."""
+    def close(self, good: bool, after: str) -> None:
+        """Count whether the commands finished, and with the right contents, after what."""
         self.counts.update(caches=1, finished=good)
         if not good:
-            self.complain("unfinished", "does not end with 0")
+            self.complain("unfinished", f"does not end with 0 {after}")
         now = contents(self.out)
         self.counts["equal"] += now == self.whole
         if now != self.whole:
             names = sorted(name for name in now.keys() | self.whole if now.get(name) != self.whole.get(name))
-            self.complain("unequal", f"differ: {names[:20]}")
+            self.complain("unequal", f"differ {after}: {names[:20]}")
 
     def complain(self, what: str, text: str) -> None:
         """Count something wrong, say it, and keep OUT as it is."""
@@ -376,23 +401,36 @@ class Soak:
             shutil.copytree(self.out, kept)
         click.echo(f"WRONG: {self.kind}: {what}: {text}\n{self.said()}\n{kept}", err=True)
 
-    def piece(self, kills: int, seed: int) -> Counter[str]:
+    def piece(self, *, kills: int, seed: int) -> Counter[str]:
         """What came of so many kills, or a few more."""
         self.rng, self.counts = random.Random(f"{self.kind} {seed}"), Counter(events=0, invalid=0)
         while self.counts["events"] < kills:
-            self.life()
+            self.life([self.at_random] * self.rng.randint(1, 4))
+        return self.counts
+
+    def sweep(self, *, part: int) -> Counter[str]:
+        """What came of one kill, in a life of its own, before every operation of a part: part 0 are those that follow
+        another one for the first time."""
+        self.counts = Counter(events=0, invalid=0)
+        for job, operations in self.operations.items():
+            pairs = list(zip(["", *operations], operations))
+            first = [pairs.index(pair) + 1 for pair in dict.fromkeys(pairs)]
+            others = [at for at in range(1, len(pairs) + 1) if at not in first]
+            for at in others[part - 1 :: SWEEPS - 1] if part else first:
+                self.life([lambda left, aim={job: at}: aim])
         return self.counts
 
     # --- disks
 
-    def refused(self, code: int, times: int, seed: int) -> Counter[str]:
+    def refused(self, *, code: int, times: int, seed: int) -> Counter[str]:
         """Every making of a file fails with this error from a random one on, until the command is given again."""
         self.rng, self.counts = random.Random(f"{code} {seed}"), Counter(told=0)
         for _ in range(times):
             self.renew()
-            self.begin(self.jobs, {0: (self.rng.randint(1, self.operations), code)})
+            at = self.rng.randint(1, len(self.operations[0]))
+            self.begin(self.jobs, {0: (at, code)})
             self.hear(self.end(self.jobs))
-            self.close(self.finishes(self.jobs))
+            self.close(self.finishes(self.jobs), f"with {errno.errorcode[code]} from operation {at} on")
         return self.counts
 
     def hear(self, codes: Mapping[int, int]) -> None:
@@ -405,12 +443,13 @@ class Soak:
         if found := wrong(self.out, self.whole, ()):
             self.complain("invalid", "\n".join(found))
 
-    def mounts(self, times: int, seed: int) -> Counter[str]:
+    def mounts(self, *, times: int, seed: int) -> Counter[str]:
         """A real tmpfs that is too small, then grows. Empty where this user may not mount."""
         self.rng, self.counts = random.Random(seed), Counter()
         for _ in range(times):
             self.renew()
-            with mounted(self.out, f"{self.rng.randrange(60, 300)}k") as there:
+            size = f"{self.rng.randrange(60, 300)}k"
+            with mounted(self.out, size) as there:
                 if not there:
                     return self.counts
                 self.begin(self.jobs, {})
@@ -418,7 +457,7 @@ class Soak:
                 if codes != {0: 0}:  # else it was large enough
                     self.hear(codes)
                 subprocess.run(["mount", "-o", "remount,size=64m", self.out], check=True)
-                self.close(self.finishes(self.jobs))
+                self.close(self.finishes(self.jobs), f"of {size}")
         return self.counts
 
 
@@ -445,56 +484,59 @@ def done_before(out: Path, commit: str) -> set[tuple[str, str]]:
         return {(row["kind"], row["seed"]) for row in csv.DictReader(file) if row["commit"] == commit}
 
 
-DISKS: dict[str, Callable[[Soak, int, int], Counter[str]]] = {
-    "disk full, injected": lambda soak, times, seed: soak.refused(errno.ENOSPC, times, seed),
-    "no permission, injected": lambda soak, times, seed: soak.refused(errno.EACCES, times, seed),
-    "read-only, injected": lambda soak, times, seed: soak.refused(errno.EROFS, times, seed),
-    "disk full, a real tmpfs": lambda soak, times, seed: soak.mounts(times, seed),
+Run = tuple[str, int, str, Callable[[Soak], Counter[str]]]  # a row: its kind and seed, the scenario, and what makes it
+DISKS = {
+    "disk full, injected": partial(Soak.refused, code=errno.ENOSPC),
+    "no permission, injected": partial(Soak.refused, code=errno.EACCES),
+    "read-only, injected": partial(Soak.refused, code=errno.EROFS),
+    "disk full, a real tmpfs": Soak.mounts,
 }
 
 
-def rows_wanted(kinds: Collection[str], kills: int, disks: int, seed: int) -> Iterator[tuple[str, int, int]]:
-    """(kind, seed, how many interruptions) of every row: scenarios in turns; who stops early has some of each."""
+def rows_wanted(kinds: Collection[str], kills: int, sweep: bool, disks: int, seed: int) -> Iterator[Run]:
+    """Every row: scenarios in turns; who stops early has some of each."""
     each = -(-kills // len(kinds))
     for done in range(0, each, PIECE):
+        number = seed + done // PIECE
         for kind in kinds:
-            yield kind, seed + done // PIECE, min(PIECE, each - done)
-    for kind in DISKS if disks else ():
-        yield kind, seed, disks
+            yield kind, number, kind, partial(Soak.piece, kills=min(PIECE, each - done), seed=number)
+    for part in range(SWEEPS if sweep else 0):
+        for kind in kinds:
+            yield f"{kind}, swept", part, kind, partial(Soak.sweep, part=part)
+    for kind, fail in DISKS.items() if disks else ():
+        yield kind, seed, "extract zarr", partial(fail, times=disks, seed=seed)
 
 
 @click.command()
 @click.option("--kills", default=1000, type=click.IntRange(0), help="At least so many, shared by the scenarios.")
+@click.option("--sweep", is_flag=True, help="Also kill once before every file operation.")
 @click.option("--only", default=("*",), multiple=True, metavar="GLOB", help="Scenarios by name; repeatable.")
 @click.option("--disks", default=20, type=click.IntRange(0), help="Failing disks, of every kind.")
 @click.option("--seed", default=0, type=int, help="Of the first piece; those that follow count on.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where caches lie for a while; default: the system's.")
 @click.option("--out", default=ROOT / "results" / "kills.csv", type=click.Path(path_type=Path))
-def main(kills: int, only: tuple[str, ...], disks: int, seed: int, folder: Path | None, out: Path) -> None:
+def main(kills: int, sweep: bool, only: tuple[str, ...], disks: int, seed: int, folder: Path | None, out: Path) -> None:
     """Interrupt commands in every way and count what came of it."""
     torch.set_num_threads(1)
     kinds = [kind for kind in SCENARIOS if any(fnmatch.fnmatch(kind, glob) for glob in only)]
     if not kinds:
         raise click.BadParameter(f"{only}: none of {', '.join(SCENARIOS)}", param_hint="--only")
     about = {name: value for name, value in machine("cpu").items() if name in ("commit", "date", "torch")}
-    before, work, soaks, wrongs = (
-        done_before(out, about["commit"]),
-        Path(tempfile.mkdtemp(dir=folder)),
-        dict[str, Soak](),
-        0,
-    )
-    for kind, number, times in rows_wanted(kinds, kills, disks, seed):
+    before, work = done_before(out, about["commit"]), furnished(Path(tempfile.mkdtemp(dir=folder)))
+    soaks, wrongs = dict[str, Soak](), 0
+    for kind, number, scene, run in rows_wanted(kinds, kills, sweep, disks, seed):
         if (kind, str(number)) in before:
             continue
-        scene = "extract zarr" if kind in DISKS else kind
-        soak = soaks.get(scene) or soaks.setdefault(scene, Soak(work / scene, scene))
-        counts = (DISKS.get(kind) or Soak.piece)(soak, times, number)
+        began = time.monotonic()
+        counts = run(soaks.get(scene) or soaks.setdefault(scene, Soak(work, scene)))
         if not counts["caches"]:
             click.echo(f"{kind}: not run, this user may not mount")
             continue
         row = {"kind": kind, **{name: counts[name] for name in COLUMNS}, "told": counts.get("told", ""), "seed": number}
         append(out, [row | about])
-        click.echo("  ".join(f"{name} {value}" for name, value in row.items()))
+        click.echo(
+            "  ".join(f"{name} {value}" for name, value in row.items()) + f"  in {time.monotonic() - began:.0f} s"
+        )
         wrongs += sum(counts[what] for what in WRONG)
     if not wrongs:
         shutil.rmtree(work)
