@@ -60,7 +60,7 @@ def converted_plan(cache: Cache, *, format: str | None, dtype: str | None, drop:
     )
 
 
-def convert(
+def convert_cache(
     cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """The manifest of the cache at `out`, made of a finished one as converted_plan says. Called again, it continues.

@@ -15,12 +15,10 @@ from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.extract.cli import main as extract_command
 from mrmae.extract.inspect.rerun import Given, commands_of, refuse_commands, run_again
-from mrmae.extract.inspect.show import description, difference_line, differences
-from mrmae.extract.inspect.show import show as show_description
+from mrmae.extract.inspect.show import description, difference_line, differences, print_description
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.check import Problem, find_problems
-from mrmae.shards.convert import convert as convert_cache
-from mrmae.shards.convert import converted_plan
+from mrmae.shards.convert import convert_cache, converted_plan
 from mrmae.shards.extend import columns_called, drop_column, files_of_column
 from mrmae.shards.format import DTYPES, load_plan, units
 from mrmae.shards.repair import damaged_shards, files_to_remove, prepare_repair
@@ -66,7 +64,7 @@ def show(cache: Path, as_json: bool) -> None:
             click.echo(json.dumps(found, indent=1, ensure_ascii=False))
             return
         wide = Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160, highlight=False)
-        show_description(found, load_plan(cache), wide)
+        print_description(found, load_plan(cache), wide)
 
 
 @main.command()
@@ -137,7 +135,7 @@ def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
             return
         doomed = files_to_remove(cache, problems)
         report_damage(cache, problems)
-        click.echo(f"to be removed: {in_words(doomed)}: records of damaged shards, and what is written again from others"
+        click.echo(f"to be removed: {files_in_words(doomed)}: records of damaged shards, and what is written again from others"
                    + (", and plan.json is written anew from manifest.json" * any(p.file == "plan.json" for p in problems)))  # fmt: skip
         commands = commands_of(cache, problems)
         if run:
@@ -176,7 +174,7 @@ def ask(question: str, yes: bool) -> None:
     click.confirm(question, abort=True)
 
 
-def in_words(files: Sequence[Path]) -> str:
+def files_in_words(files: Sequence[Path]) -> str:
     """How many files, and how large."""
     return f"{len(files)} file{'s' * (len(files) != 1)}, {human_bytes(sum(file.lstat().st_size for file in files))}"
 
@@ -247,7 +245,7 @@ def drop(cache: Path, column: str, yes: bool) -> None:
         if len(named) > 1:
             raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
         column = named[0] if named else column
-        click.echo(f"{cache}: {column} in {plan.n_views} view(s) is {in_words(files_of_column(cache, column))}, which go; "
+        click.echo(f"{cache}: {column} in {plan.n_views} view(s) is {files_in_words(files_of_column(cache, column))}, which go; "
                    "plan.json and manifest.json are written anew; only the teacher can compute it again")  # fmt: skip
         ask(f"Remove {column}?", yes)
         left = drop_column(cache, column)

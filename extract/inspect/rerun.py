@@ -32,9 +32,9 @@ def commands_of(cache: Path, problems: Sequence[Problem]) -> list[Given]:
     They name `cache`, wherever it lay when they were given. Empty where no commit record tells a command.
     """
     plan = plan_and_manifest(cache)[0]
-    told = [(when(record), part_of(plan, unit[2]), *command) for unit in units(plan)
+    told = [(when(record), part_number(plan, unit[2]), *command) for unit in units(plan)
             if (record := read_record(commit_path(cache, *unit))) and (command := told_command(record))]  # fmt: skip
-    damaged = sorted({part_of(plan, problem.unit[2]) for problem in problems if problem.unit is not None})
+    damaged = sorted({part_number(plan, problem.unit[2]) for problem in problems if problem.unit is not None})
     parts = [[row for row in told if row[1] == part] for part in damaged] or [told]
     newest = [max(rows, key=lambda row: row[0]) for rows in parts if rows]
     return list(dict.fromkeys((aimed_at(cache, plan, words, folder), str(folder)) for _, _, words, folder in newest))
@@ -46,7 +46,7 @@ def when(record: Mapping[str, Any]) -> float:
     return written if isinstance(written, int | float) else 0
 
 
-def part_of(plan: Plan, shard: int) -> int:
+def part_number(plan: Plan, shard: int) -> int:
     """Which part of a grown cache a shard belongs to."""
     first = plan.ranges[shard].start
     return next(i for i, part in enumerate(plan.parts) if first in part.numbers)

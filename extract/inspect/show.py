@@ -96,7 +96,7 @@ def column_description(path: Path, plan: Plan, name: str, records: Mapping[Unit,
     }
 
 
-def show(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
+def print_description(found: Mapping[str, Any], plan: Plan, console: Console) -> None:
     """Print a description for a person."""
     state = "finished" if found["finished"] else f"UNFINISHED: {found['shards_committed']} of {found['shards']} shards"
     recipe, (h, w) = found["recipe"], found["grid"]
@@ -160,7 +160,7 @@ def comparable(path: Path, *, finished: bool) -> Flat:
         fields = load_plan(path).to_json()
         columns = {f"{c['name']}.{c['tap']}": {"teacher": c} for c in fields.pop("columns")}
         quantisers = fields.pop("quantisers")
-        return flat({**fields, "columns": {n: {**c, "quantiser": quantisers.get(n)} for n, c in columns.items()}})
+        return flattened({**fields, "columns": {n: {**c, "quantiser": quantisers.get(n)} for n, c in columns.items()}})
     manifest = read_manifest(path)
     shards = manifest.pop("shards")
     manifest["columns"] = {column["name"]: column for column in manifest["columns"]}
@@ -169,14 +169,16 @@ def comparable(path: Path, *, finished: bool) -> Flat:
         for view, columns in shards.items()
         for column, entries in columns.items()
     }
-    return flat(manifest) | hashes
+    return flattened(manifest) | hashes
 
 
-def flat(value: Any, field: str = "") -> Flat:
+def flattened(value: Any, field: str = "") -> Flat:
     """Nested dicts as one, keys joined with dots; lists stay whole."""
     if not isinstance(value, Mapping):
         return {field: value}
-    return {k: v for name, inner in value.items() for k, v in flat(inner, f"{field}.{name}" if field else name).items()}
+    return {
+        k: v for name, inner in value.items() for k, v in flattened(inner, f"{field}.{name}" if field else name).items()
+    }
 
 
 def difference_line(field: str, a: Any, b: Any) -> str:

@@ -37,7 +37,7 @@ def source(make_cache: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def converted(source: Path, out: Path, **how: Any) -> Path:
     cache = open_cache(source)
     wanted = convert.converted_plan(cache, **{"format": None, "dtype": None, "drop": (), **how})
-    convert.convert(cache, out, wanted, about=ABOUT, progress=lambda n_bytes: None)
+    convert.convert_cache(cache, out, wanted, about=ABOUT, progress=lambda n_bytes: None)
     assert check.find_problems(out, full=True) == []
     return out
 

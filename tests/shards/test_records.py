@@ -85,11 +85,11 @@ def test_an_edited_commit_record_is_noticed_and_never_used(path: Path, tmp_path:
         commit.finalise(path, made)
     wanted = convert.converted_plan(opened, format=None, dtype=None, drop=())
     with pytest.raises(ValueError, match=f"{name}: the commit record is missing, or is not the one that was written"):
-        convert.convert(opened, tmp_path / "out", wanted, about={}, progress=lambda _: None)
+        convert.convert_cache(opened, tmp_path / "out", wanted, about={}, progress=lambda _: None)
     edited(path / name, lambda _: None, forged=True)  # now it matches its own id, and not the manifest
     assert [problem.file for problem in check.find_problems(path, full=True)] == FORGED[what]
     with pytest.raises(ValueError, match="is not the one that was written"):
-        convert.convert(opened, tmp_path / "other", wanted, about={}, progress=lambda _: None)
+        convert.convert_cache(opened, tmp_path / "other", wanted, about={}, progress=lambda _: None)
     assert (path / "manifest.json").read_bytes() == before
 
 
