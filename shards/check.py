@@ -54,7 +54,7 @@ BLOCK_BYTES = 1 << 20
 # What a column's metadata say of the data; other versions of zarr may add fields.
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip
-Table = Mapping[str, list[Any]]
+SampleTable = Mapping[str, list[Any]]
 Record = Mapping[str, Any]
 
 
@@ -82,7 +82,7 @@ class Described:
     path: Path
     plan: Plan
     manifest: Manifest | None
-    table: Table | None
+    table: SampleTable | None
     records: Mapping[Unit, Record]
 
     @property
@@ -98,7 +98,7 @@ class Described:
 # --- when a cache is opened: nothing is read but the plan, the manifest and the samples
 
 
-def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) -> None:
+def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTable) -> None:
     """ValueError that lists everything wrong with names, sizes and ids."""
     found = [*map(str, opening_problems(path, plan, manifest, table))]
     if found:
@@ -109,7 +109,7 @@ def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) ->
                          + "\n  ".join(found[:SHOWN_AT_OPENING] + more))  # fmt: skip
 
 
-def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) -> Iterator[Problem]:
+def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
     """What can be wrong without a look into shards and records."""
     ids = {column["name"]: column["id"] for column in manifest["columns"]}
     if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
@@ -125,7 +125,7 @@ def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: Table) -
     yield from metadata_problems(path, plan, full=False)
 
 
-def other_samples(manifest: Manifest, table: Table) -> Iterator[Problem]:
+def other_samples(manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
     """samples.parquet, where it is not the one of the manifest."""
     if samples_id(table) != manifest["samples_id"]:
         yield Problem(
@@ -261,7 +261,7 @@ def unfinished_problems(cache: Described) -> Iterator[Problem]:
         yield Problem("manifest.json", f"absent: the cache is unfinished, {done} of {total} shards are committed")
 
 
-def samples_and_problems(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[Table | None, list[Problem]]:
+def samples_and_problems(path: Path, plan: Plan, manifest: Manifest | None) -> tuple[SampleTable | None, list[Problem]]:
     """The table of samples, None where it is damaged or not this cache's."""
     try:
         table = read_samples(path, plan.numbers)

@@ -330,12 +330,3 @@ def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> di
         for name, values in zip(names, (record["heights"], record["widths"], valid, reasons)):
             table[name][numbers.start : numbers.stop] = values
     return table
-
-
-def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Count, valid count, the record's id, and size and sha256 of every file, by view and column, in the order of shards."""
-    table: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (view, column, _), record in sorted(records.items(), key=lambda item: (item[0][0], item[0][2])):
-        entry = {name: record[name] for name in ("count", "valid", "record_id", "files")}
-        table.setdefault(str(view), {}).setdefault(column, []).append(entry)
-    return table
