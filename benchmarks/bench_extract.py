@@ -35,10 +35,11 @@ from torch import Tensor
 
 from mrmae.common.device import keep_memory
 from mrmae.common.progress import Progress
-from mrmae.extract import run
+from mrmae.extract import asked_teachers
 from mrmae.extract.estimate import one_view
 from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
+from mrmae.extract.run import extract_features
 from mrmae.extract.teachers import Features, Teacher, build_teacher, normalise, parse_teacher
 from mrmae.shards.format import canonical_order
 
@@ -157,7 +158,7 @@ def timed_building() -> Iterator[list[Spent]]:
         times.append(spent(lambda: made.append(build_teacher(*args, **how))))
         return made[0]
 
-    with mock.patch.object(run, "build_teacher", build):
+    with mock.patch.object(asked_teachers, "build_teacher", build):
         yield times
 
 
@@ -171,7 +172,7 @@ def extract(options: Options, turns: Turns) -> tuple[Spent, float]:
 
     turns.begin()
     with timed_building() as building, mock.patch.object(Teacher, "forward", counting):
-        wall, cpu = spent(lambda: run.extract_features(options, say=lambda _: None))
+        wall, cpu = spent(lambda: extract_features(options, say=lambda _: None))
     apart = [building[0], turns.paused]
     return (wall - sum(t[0] for t in apart), cpu - sum(t[1] for t in apart)), building[0][0]
 
@@ -190,7 +191,7 @@ def eta_row(case: str, text: str, folder: Path, work: Path) -> dict[str, Any]:
             said.append((time.perf_counter(), self.seconds_left()))
 
     with mock.patch.object(Progress, "add", noting):
-        run.extract_features(Options([folder], work / f"{case}eta", teachers=(text,), device="cpu"), say=lambda _: None)
+        extract_features(Options([folder], work / f"{case}eta", teachers=(text,), device="cpu"), say=lambda _: None)
     began, end = said[0][0], said[-1][0]
     row: dict[str, Any] = {"teacher": case, "seconds": end - began, "stage": "extracting"}
     for part in (0.05, 0.25, 0.5):

@@ -52,9 +52,9 @@ from mrmae.extract import run as extract_run  # noqa: F401
 from mrmae.extract.inspect import cli as inspect
 from mrmae.shards import check
 from mrmae.shards import commit as commits
-from mrmae.shards.begin import DIGESTS
 from mrmae.shards.format import Unit, units
 from mrmae.shards.format import plan as plans
+from mrmae.shards.plans import DIGESTS
 from mrmae.shards.store import unit_files
 from mrmae.train import cli as train
 from mrmae.train import loop  # noqa: F401

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mrmae.shards import begin, commit
+from mrmae.shards import commit
 from mrmae.shards.format import (
     Plan,
     Quantiser,
@@ -18,6 +18,7 @@ from mrmae.shards.format import (
     samples,
     views,
 )
+from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import PixelRow
 
 SHARD = 32
@@ -30,9 +31,8 @@ def write_cache(
     rng = np.random.default_rng(0)
     sources = samples.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
     recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
-    made = begin.start_plan(
-        path, Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format), sources
-    )
+    made = Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format)
+    made = agree(path, Wanted(made, rows=sources)).plan
     quantisers = {
         s.column: Quantiser("int8", np.zeros(s.width, np.float32), np.ones(s.width, np.float32), standardised=True)
         for s in specs

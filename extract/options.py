@@ -11,7 +11,8 @@ from mrmae.common.device import resolve_device
 from mrmae.extract.images import MAX_PIXELS
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.extract.workers import ProcessPart, local_rank, process_part
-from mrmae.shards.format import BlockRule, ViewRecipe
+from mrmae.shards.format import DTYPES, BlockRule, Plan, TeacherSpec, ViewRecipe, default_shard_samples
+from mrmae.shards.plans import Wanted
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
         "max_pixels")  # fmt: skip
@@ -99,6 +100,31 @@ class Options:
         for name, value in values.items():
             words += [f"--{name.replace('_', '-')}", str(value)] * (value != usual[name])
         return shlex.join(words + ["--append"] * self.append + ["--allow-torchscript"] * self.allow_torchscript)
+
+
+def asked(
+    options: Options, there: Plan | None, teachers: Sequence[TeacherSpec] | None = None, keys: Sequence[str] | None = None
+) -> Wanted:  # fmt: skip
+    """What the options ask for, as far as it is known by now. What they leave open is as in the plan that is there.
+
+    there: that plan, if any. teachers: None before they are built, and those that are there stand for them. keys: of the images.
+    """
+    columns = (() if there is None else there.columns) if teachers is None else tuple(teachers)
+    n, token_bytes = len(keys or [""]), options.grid**2 * DTYPES[options.dtype].bytes
+    usual = default_shard_samples(n, token_bytes * max((teacher.width for teacher in columns), default=1))
+    plan = Plan(
+        dataset_id="",
+        n_samples=n,
+        recipe=options.recipe,
+        grid=(options.grid, options.grid),
+        n_views=options.views,
+        shard_samples=options.shard_samples or (usual if there is None else there.shard_samples),
+        dtype=options.dtype,
+        columns=columns,
+        format=options.format,
+        token_layout=options.block_rule(),
+    )
+    return Wanted(plan, keys, append=options.append)
 
 
 def one_per_tap(text: str) -> list[str]:

@@ -17,8 +17,8 @@ from mrmae.common.progress import human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
-from mrmae.shards.extend import in_order_of
-from mrmae.shards.format import Plan, Unit, compare_specs, load_plan, read_samples
+from mrmae.shards.format import Plan, Unit, load_plan
+from mrmae.shards.plans import Agreed, Found, Wanted, look, negotiate
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
 GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
@@ -68,36 +68,35 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def wait_for_plan(job_path: Path, wanted: Plan, keys: set[str], part: ProcessPart) -> Plan:
-    """The plan on disk, as soon as it is `wanted` (but for the data set, not hashed here), calibrated, and has these images.
+def wait_for_plan(path: Path, wanted: Wanted, part: ProcessPart) -> Agreed:
+    """What part 0 has written for the same options and images, as soon as it is calibrated.
 
-    ValueError, saying what it lacks, where nobody is making such a plan.
+    ValueError, saying what it lacks, where nobody is making such a plan, and where images of it are not among these.
     """
     why = ["there is none yet"]
 
-    def ready() -> Plan | None:
-        if not (job_path / "plan.json").exists():
+    def ready() -> Agreed | None:
+        if not (path / "plan.json").exists():
             return None
-        found = load_plan(job_path)
-        same = dataclasses.replace(in_order_of(found, wanted), quantisers=found.quantisers, dataset_id=found.dataset_id,
-                                   n_samples=found.n_samples, appended=found.appended)  # fmt: skip
+        plan = load_plan(path)
         try:
-            compare_specs(found.to_json(), same.to_json(), "the plan there")
+            negotiate(Found(path, plan), dataclasses.replace(wanted, keys=None, extend=False))
         except ValueError as error:
             why[0] = str(error)
             return None
-        if set(found.quantisers) != {teacher.column for teacher in found.columns}:
+        if set(plan.quantisers) != {teacher.column for teacher in plan.columns}:
             why[0] = "it is not calibrated yet"
             return None
-        if not keys <= set(read_samples(job_path, found.numbers)["key"]):
+        found = look(path)
+        if (lacking := negotiate(found, dataclasses.replace(wanted, append=True))).new or lacking.steps:
             why[0] = f"part {part} sees other images than the plan's; the same IMAGES are expected everywhere"
             return None
-        return found
+        return negotiate(found, wanted)
 
     return wait_until(
         ready,
-        lambda: f"{job_path}: waiting for part 0 (rank 0) to plan: {why[0]}",
-        lambda: claims.held_by(job_path / claims.PLAN_LOCK),
+        lambda: f"{path}: waiting for part 0 (rank 0) to plan: {why[0]}",
+        lambda: claims.held_by(path / claims.PLAN_LOCK),
         "start part 0 (--shards 0/N, or rank 0), then this command again",
     )
 

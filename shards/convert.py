@@ -17,7 +17,6 @@ from mrmae.common.backend import absolute, exists, expect_utf8, read_bytes
 from mrmae.common.files import Published, publish
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.begin import refuse_other_folder, start_plan
 from mrmae.shards.cache import Cache
 from mrmae.shards.check import verified_blocks
 from mrmae.shards.format import (
@@ -41,6 +40,7 @@ from mrmae.shards.format import (
     write_tail,
 )
 from mrmae.shards.manifest import entry_of
+from mrmae.shards.plans import Wanted, agree, look, negotiate
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
 
@@ -72,7 +72,7 @@ def convert_cache(
         expect_utf8(text, name)
     if absolute(cache.path) in [absolute(out), *absolute(out).parents]:
         raise ValueError(f"{out}: is, or lies in, the cache to convert; expected another folder for the new one")
-    refuse_other_folder(out)
+    negotiate(look(out, images=False), Wanted(wanted, extend=False))
     with claims.alone(out):
         return converted(cache, out, wanted, about=about, progress=progress)
 
@@ -81,7 +81,7 @@ def converted(
     cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """The same, while nobody else is at work at `out`."""
-    plan = start_plan(out, wanted, read_sources(cache.path))
+    plan = agree(out, Wanted(wanted, rows=read_sources(cache.path), extend=False)).plan
     plan = freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
     for name in {teacher.name for teacher in plan.columns}:

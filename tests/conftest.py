@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mrmae.common import backend
 from mrmae.extract.images import decode
-from mrmae.shards import begin, commit
+from mrmae.shards import commit
 from mrmae.shards.format import plan, samples, views
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.plan import Plan
@@ -25,6 +25,7 @@ from mrmae.shards.format.quantiser import quality as quality_of
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
 from mrmae.shards.format.tail import write_tail
+from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import reader
 from mrmae.shards.store.tar import PixelRow
 
@@ -59,7 +60,7 @@ def write_synthetic_cache(
     wanted = Plan(
         data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format, token_layout=rule
     )
-    made = begin.start_plan(path, wanted, sources)
+    made = agree(path, Wanted(wanted, rows=sources, extend=False)).plan
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
     sample = [row for row in rows[0] if row.jpeg][:16]
     made = plan.freeze_quantisers(path, made, {

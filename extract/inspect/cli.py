@@ -19,7 +19,7 @@ from mrmae.extract.inspect.show import description, difference_line, differences
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.check import Problem, find_problems
 from mrmae.shards.convert import convert_cache, converted_plan
-from mrmae.shards.extend import columns_called, drop_column, files_of_column
+from mrmae.shards.drop import columns_called, drop_column, files_of_column
 from mrmae.shards.format import DTYPES, load_plan, units
 from mrmae.shards.repair import damaged_shards, files_to_remove, prepare_repair
 from mrmae.shards.stats import compute_stats, write_stats

@@ -167,7 +167,7 @@ def test_an_append_killed_anywhere_is_resumed_by_the_same_command(
     images = grown[1]
     for module, name in ((run.commits, "create_columns"), (run, "extract_missing"), (run.commits, "finalise"), ("append", "publish")):  # fmt: skip
         with monkeypatch.context() as patch:
-            patch.setattr("mrmae.shards.append.publish" if module == "append" else f"{module.__name__}.{name}", killed)
+            patch.setattr("mrmae.shards.plans.publish" if module == "append" else f"{module.__name__}.{name}", killed)
             if module != "append" or not load_plan(cache).appended:
                 with pytest.raises(KeyboardInterrupt):
                     extract(images, cache, VIT, append=True)
@@ -187,7 +187,7 @@ def test_a_kill_between_samples_and_plan_changes_nothing(
     shutil.copytree(made / "base", cache)
     manifest = (cache / "manifest.json").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("mrmae.shards.append.publish", killed)
+        patch.setattr("mrmae.shards.plans.publish", killed)
         with pytest.raises(KeyboardInterrupt):
             extract(grown[1], cache, VIT, append=True)
     other = shutil.copytree(cache, tmp_path / "other")

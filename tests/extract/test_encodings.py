@@ -29,7 +29,7 @@ def nothing_done(*_: Any, **__: Any) -> None:
 @pytest.fixture(autouse=True)
 def slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for place in ("mrmae.extract.run.list_sources", "mrmae.train.run.open_needed", "mrmae.probe.run.open_source",
-                  "mrmae.shards.convert.start_plan"):  # fmt: skip
+                  "mrmae.shards.convert.agree"):  # fmt: skip
         monkeypatch.setattr(place, nothing_done)
 
 

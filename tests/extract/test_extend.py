@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mrmae.extract import run
+from mrmae.extract import asked_teachers, run
 from mrmae.extract.inspect.cli import main
 from mrmae.shards.cache import open_cache
 
@@ -29,13 +29,13 @@ def times(path: Path) -> dict[str, int]:
 
 def built_only(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
     """Fail when another teacher than these is built."""
-    real = run.build_teacher
+    real = asked_teachers.build_teacher
 
     def build(request: Any, **options: Any) -> Any:
         assert request.name in names, f"{request.name} was built, although nothing of it is missing"
         return real(request, **options)
 
-    monkeypatch.setattr(run, "build_teacher", build)
+    monkeypatch.setattr(asked_teachers, "build_teacher", build)
 
 
 def test_teachers_and_views_added_later_make_the_same_cache(
@@ -127,7 +127,7 @@ def test_a_drop_killed_anywhere_goes_on_with_the_same_words(
     whole, cache = (make_cache(tmp_path / name, n=4) for name in ("whole", "killed"))
     assert CliRunner().invoke(main, ["drop", str(whole), "b", "--yes"]).exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(f"mrmae.shards.extend.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(f"mrmae.shards.drop.{at}", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         assert CliRunner().invoke(main, ["drop", str(cache), "b", "--yes"]).exit_code == 1
     assert contents(cache) != contents(whole) or at == "remove_empty"
     done = CliRunner().invoke(main, ["drop", str(cache), "b", "--yes"])

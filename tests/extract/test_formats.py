@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect.cli import main
-from mrmae.shards.begin import DIGESTS
 from mrmae.shards.cache import open_cache
+from mrmae.shards.plans import DIGESTS
 from mrmae.shards.stats import read_stats
 
 VIT = "vit=timm:test_vit/random"

@@ -25,7 +25,8 @@ from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main
 from mrmae.extract.pipeline import ExtractJob
 from mrmae.extract.prepare import Images
-from mrmae.extract.run import Options, TooManyBad, extract_features
+from mrmae.extract.report import TooManyBad
+from mrmae.extract.run import Options, extract_features
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Teacher
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.quantiser import DTYPES, dequantise

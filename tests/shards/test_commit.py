@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from mrmae.common import files as write
-from mrmae.shards import begin, commit
+from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import commit_path, plan, samples
 from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import unit_files
 
 Make = Callable[..., Path]
@@ -298,4 +299,4 @@ def test_shard_ranges_and_the_default_size() -> None:
 def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
     made = plan.Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
     with pytest.raises(ValueError, match="dataset id is not that of these images"):
-        begin.start_plan(tmp_path / "c", made, [Source("a", None, 1, "00")])
+        agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00")]))

@@ -14,9 +14,9 @@ import torch
 from mrmae.common import files as write
 from mrmae.shards import check, convert
 from mrmae.shards.cache import open_cache
-from mrmae.shards.extend import extend_plan
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.quantiser import Quantiser, measure, quantise, summarise
+from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
 from mrmae.shards.store.reader import Damaged
 
@@ -204,7 +204,7 @@ def test_extraction_does_not_go_on_with_a_requantised_cache(source: Path, tmp_pa
     made = load_plan(converted(source, tmp_path / "c", dtype="fp8"))
     before = contents(tmp_path / "c")
     with pytest.raises(ValueError, match="a.pre_tail was made by inspect-cache convert .*nothing was changed"):
-        extend_plan(tmp_path / "c", dataclasses.replace(made, n_views=3, quantisers={}))
+        agree(tmp_path / "c", Wanted(dataclasses.replace(made, n_views=3, quantisers={})))
     assert contents(tmp_path / "c") == before
     for path, command in ((tmp_path / "c", "inspect-cache convert"), (source, "extract-features")):
         told = open_cache(path).repair_text(Damaged(path, None, "x"), "a.pre_tail", 0, 0)

@@ -1,5 +1,6 @@
 """Caches that are not a finished folder: at a URL, unfinished, or grown since the run began."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +13,10 @@ from training import train_quietly
 
 from mrmae.probe.cli import main as probe_command
 from mrmae.shards import commit
-from mrmae.shards.append import append_rows
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.samples import Source
+from mrmae.shards.plans import Wanted, agree
 from mrmae.train import checkpoint
 from mrmae.train.cli import main as train_command
 from mrmae.train.method.recipe import load_recipe
@@ -126,7 +127,8 @@ def test_probes_of_an_unfinished_cache_say_so(unfinished: Path, tmp_path: Path) 
 def test_a_run_is_not_continued_on_a_cache_that_has_grown(make_cache: Callable[..., Path], tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c")
     train(path, tmp_path / "out")
-    append_rows(path, load_plan(path), [Source("class 0/new.png", "class 0", 3, "00")])
+    new = Source("class 0/new.png", "class 0", 3, "00")
+    agree(path, Wanted(dataclasses.replace(load_plan(path), dataset_id=""), rows=[new], append=True))
     commit.create_columns(path, load_plan(path))
     assert len(open_cache(path, allow_partial=True).numbers) == 24
     with pytest.raises(ValueError, match="images were appended to the cache since this run began: dataset was sha256:"):

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from mrmae.extract.inspect.show import description
-from mrmae.shards import begin, check, commit
+from mrmae.shards import check, commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.extend import drop_column
+from mrmae.shards.drop import drop_column
 from mrmae.shards.format import plan
 from mrmae.shards.format.spec import content_id
+from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.repair import files_to_remove, prepare_repair
 from mrmae.shards.store import links
 
@@ -90,8 +91,8 @@ def test_what_is_no_plain_file_is_named_and_neither_read_nor_written(cache: Path
         lambda: description(cache),
         lambda: drop_column(cache, "b.pre_tail"),
         lambda: files_to_remove(cache, check.find_problems(cache)),
-        lambda: begin.refuse_other_folder(cache),
-        lambda: begin.start_plan(cache, made, sources),
+        lambda: agree(cache, Wanted(made)),
+        lambda: agree(cache, Wanted(made, rows=sources)),
     ]
     for attempt in attempts:
         with pytest.raises((ValueError, OSError), match=f"{name}.*(link|neither a file|is a folder|no regular file)"):

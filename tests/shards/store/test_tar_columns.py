@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from mrmae.shards.cache import open_cache
-from mrmae.shards.extend import drop_column
+from mrmae.shards.drop import drop_column
 from mrmae.shards.format import plan
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.store import tar_columns

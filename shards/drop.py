@@ -1,6 +1,6 @@
-"""A finished cache grows and shrinks: teachers and views are added, a column is dropped, nothing else is touched.
+"""A column is dropped from a cache; nothing else is touched.
 
-Ids of what exists do not change: a column's id knows nothing of other columns, the geometry's nothing of their number.
+Ids of what stays do not change: a column's id knows nothing of other columns, the geometry's nothing of their number.
 """
 
 import contextlib
@@ -11,50 +11,9 @@ from mrmae.common.backend import exists, refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, compare_specs, load_plan, readable_json, tail_path
+from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, load_plan, readable_json, tail_path
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import column_folder, refuse_foreign_entries
-
-
-def extend_plan(path: Path, wanted: Plan) -> Plan:
-    """The plan on disk with the teachers and views of `wanted` that it does not have yet; written if there are any.
-
-    The manifest is removed then: the cache is unfinished until the new shards are committed.
-    Raises ValueError, and changes nothing, for anything that differs and is no addition.
-    """
-    old = load_plan(path)
-    new = extended(old, wanted, str(path / "plan.json"))
-    if new != old:
-        commits.withdraw_manifest(path, old)
-        publish(path / "plan.json", readable_json(new.to_json()), replace=True)
-    return new
-
-
-def extended(old: Plan, wanted: Plan, where: str) -> Plan:
-    """`old` with what `wanted` adds. ValueError where they differ otherwise, naming the field and both values."""
-    names = {teacher.column for teacher in wanted.columns}
-    if gone := [teacher.column for teacher in old.columns if teacher.column not in names]:
-        raise ValueError(f"{where}: the cache has column {gone[0]}, which this command does not ask for; teachers are "
-                         "added by repeating the cache's and giving one more --teacher, and dropped with inspect-cache "
-                         "drop (nothing was changed)")  # fmt: skip
-    ordered = in_order_of(old, wanted)
-    added = ordered.columns[len(old.columns) :]
-    grown = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, wanted.n_views))
-    same = dataclasses.replace(ordered, quantisers=old.quantisers)
-    compare_specs(grown.to_json(), same.to_json(), where)
-    if grown == old:
-        return old
-    if made := [name for name, quantiser in old.quantisers.items() if quantiser.source is not None]:
-        raise ValueError(f"{where}: {made[0]} was made by inspect-cache convert from another dtype, so extract-features cannot "
-                         "go on with it; add to the cache that it was made from, and convert again (nothing was changed)")  # fmt: skip
-    return grown
-
-
-def in_order_of(old: Plan, plan: Plan) -> Plan:
-    """`plan` with its columns in the order of `old`, new ones behind."""
-    order = {teacher.column: i for i, teacher in enumerate(old.columns)}
-    columns = sorted(plan.columns, key=lambda teacher: order.get(teacher.column, len(order)))
-    return dataclasses.replace(plan, columns=tuple(columns))
 
 
 def drop_column(path: Path, column: str) -> list[str]:

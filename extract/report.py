@@ -1,0 +1,56 @@
+"""How an extraction ended: what was made, and which images cannot be read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mrmae.common.progress import human_bytes, human_time
+from mrmae.extract.pipeline import ExtractJob
+from mrmae.shards import commit as commits
+
+SHOWN_BAD = 100
+
+
+class TooManyBad(ValueError):
+    """More images are unreadable than --max-bad allows; everything is committed, no manifest was written."""
+
+
+def refuse_too_many_bad(job: ExtractJob) -> None:
+    """TooManyBad, listing them, when more images are bad than allowed."""
+    bad = commits.bad_images(job.path, job.plan)
+    if len(bad) == job.plan.n_images:
+        raise ValueError(
+            f"{job.path}: none of the {len(bad)} images can be read; expected photographs; check IMAGES:\n{bad_list(job, bad)}"
+        )
+    allowed = job.options.max_bad if job.options.max_bad >= 0 else max(3, job.plan.n_images // 1000)
+    if len(bad) > allowed:
+        commits.withdraw_manifest(job.path, job.plan)
+        raise TooManyBad(
+            f"{job.path}: {len(bad)} of {job.plan.n_images} images cannot be read; at most {allowed} may; everything "
+            f"else is committed: mend nothing and raise --max-bad to {len(bad)} to finish without running again, or "
+            f"leave them out in a new cache:\n{bad_list(job, bad)}"
+        )
+
+
+def bad_list(job: ExtractJob, bad: Mapping[int, str]) -> str:
+    """The bad images and their reasons, one per line; past a hundred, how many more."""
+    lines = [f"  {job.images.rows[number].key}: {bad[number]}" for number in sorted(bad)]
+    more = [f"  ... and {len(lines) - SHOWN_BAD} more (commits/0/pixels/*.json holds all)"] * (len(lines) > SHOWN_BAD)
+    return "\n".join(lines[:SHOWN_BAD] + more)
+
+
+def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, nothing_done: bool) -> str:
+    """What was made, how large it is, and how faithful the stored features are."""
+    size = sum(file["bytes"] for columns in manifest["shards"].values() for shards in columns.values()
+               for shard in shards for file in shard["files"].values())  # fmt: skip
+    head = f"{job.path}: {manifest['n_valid']} images, {job.plan.n_views} view(s), {human_bytes(size)}"
+    lines = [head + (", complete before; nothing was left to do" if nothing_done else f", {human_time(seconds)}")]
+    for column in manifest["columns"]:
+        quality, teacher = column["quality"], column["teacher"]
+        weights = ", RANDOM weights: these features know nothing" if teacher["weights"] == "random" else ""
+        made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""
+        lines.append(f"  {column['name']}: SNR {quality['snr_db']:.1f} dB in the worst shard, "
+                     f"p99.9 of 1 - cos {quality['p999_one_minus_cos']:.2g}{made}{weights}")  # fmt: skip
+    bad = commits.bad_images(job.path, job.plan)
+    if bad:
+        lines.append(f"{len(bad)} images cannot be read; their rows are kept and flagged:\n{bad_list(job, bad)}")
+    return "\n".join(lines)

@@ -1,0 +1,328 @@
+"""Whether a command begins, continues, extends or appends to what is on disk, or is refused: one decision, `negotiate`.
+
+It is pure: `look` reads the disk before it, `write_agreed` writes what it says. Asked again as more is known: with the options
+alone, then with the keys of the images, then with their hashes; nothing slow happens before it has agreed to what is known.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from mrmae.common.files import TEMPORARY, publish
+from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
+from mrmae.shards.commit import withdraw_manifest
+from mrmae.shards.format import (
+    Appended,
+    Plan,
+    Source,
+    canonical_sources,
+    compare_specs,
+    dataset_id,
+    dataset_ids,
+    grown_dataset_id,
+    load_plan,
+    plain,
+    read_samples,
+    read_sources,
+    readable_json,
+    tar_path,
+    write_sources,
+)
+from mrmae.shards.store import read_index, refuse_foreign_entries
+
+DIGESTS = ".digests.jsonl"  # which images were hashed when: what extract-features begins with
+EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
+Step = Literal["remove manifest.json", "write samples.parquet", "begin plan.json", "replace plan.json"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """What lies where a command wants its cache.
+
+    rows: the images of the plan by number, key "" where a row holds none; None where samples.parquet is lost, and keys is then
+    what the pixels' sidecars say of it, empty where they do not all tell. others: names, in a folder without a plan, of what no
+    extraction has made. damage: the refusal of what cannot be read, or may not be.
+    """
+
+    path: Path
+    plan: Plan | None = None
+    rows: Sequence[Source] | None = None
+    keys: Mapping[int, str] = dataclasses.field(default_factory=dict)
+    others: Sequence[str] = ()
+    damage: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """What a command asks for, as far as it is known by now.
+
+    plan: without quantisers; dataset_id "" leaves the id to the images. keys: of its images, once they are listed. rows: the
+    same, once they are hashed, in canonical order, or by number where the plan names its parts.
+    append: images may be new. extend: teachers and views may be.
+    """
+
+    plan: Plan
+    keys: Sequence[str] | None = None
+    rows: Sequence[Source] | None = None
+    append: bool = False
+    extend: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreed:
+    """The plan that a command goes on with, and the steps that make it so on disk, in their order.
+
+    rows: its images by number, as far as they are known. new: how many of the command's images the plan `before` lacks.
+    """
+
+    plan: Plan
+    rows: Sequence[Source]
+    new: int
+    steps: tuple[Step, ...]
+    before: Plan | None
+
+
+def negotiate(found: Found, wanted: Wanted) -> Agreed:
+    """What the command goes on with. ValueError, for a person, where what is found and what is wanted do not go together.
+
+    No file is read or written, no clock is looked at.
+    """
+    if found.damage:
+        raise ValueError(found.damage)
+    if found.plan is None:
+        return begun(found, wanted)
+    old, where = found.plan, str(found.path / "plan.json")
+    keys = wanted.keys if wanted.rows is None else [row.key for row in wanted.rows if row.key]
+    if keys is None:
+        plan = extended(old, wanted, where)
+        return Agreed(plan, (), 0, steps_to(old, plan), old)
+    lost, there = found.rows is None, images_there(found, old, wanted, keys)
+    new = set() if there is None else refuse_other_images(found.path, there, wanted, keys)
+    plan = extended(old, wanted, where)
+    if there is None or wanted.rows is None:
+        return Agreed(plan, there or (), len(new), steps_to(old, plan, samples=lost), old)
+    refuse_other_rows(found.path, old, wanted.plan, there)
+    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new])
+    return Agreed(plan, rows, len(new), steps_to(old, plan, samples=lost or bool(new)), old)
+
+
+def begun(found: Found, wanted: Wanted) -> Agreed:
+    """The plan of a new cache. ValueError where its folder holds something else, or there is nothing to append to."""
+    if found.others:
+        raise ValueError(
+            f"{found.path}: this folder is no cache (no plan.json) and holds {found.others[0]!r}; "
+            "expected a new or empty folder; choose another one"
+        )
+    if wanted.append:
+        raise ValueError(
+            f"--append: there is no cache at {found.path}; one that exists was expected; leave --append out"
+        )
+    if wanted.rows is None:
+        return Agreed(wanted.plan, (), len(wanted.keys or ()), (), None)
+    plan = wanted.plan
+    if not plan.dataset_id:
+        plan = dataclasses.replace(plan, dataset_id=dataset_id(leaves(wanted.rows)))
+    elif not made_of(plan, wanted.rows):
+        raise ValueError(f"{found.path}: the plan's dataset id is not that of these images; compute it from them")
+    return Agreed(plan, wanted.rows, len(wanted.rows), ("write samples.parquet", "begin plan.json"), None)
+
+
+def steps_to(old: Plan, plan: Plan, *, samples: bool = False) -> tuple[Step, ...]:
+    """What has to be written for `plan` to be on disk. samples: whether samples.parquet is part of it.
+
+    The manifest goes first: the cache is unfinished until the new shards are committed. Samples come before the plan: rows
+    behind the plan's last are no part of the cache, so that a kill between the two changes nothing.
+    """
+    steps: dict[Step, bool] = {
+        "remove manifest.json": plan != old,
+        "write samples.parquet": samples,
+        "replace plan.json": plan != old,
+    }
+    return tuple(step for step, needed in steps.items() if needed)
+
+
+def extended(old: Plan, wanted: Wanted, where: str) -> Plan:
+    """`old` with the teachers and views that `wanted` adds. ValueError where they differ otherwise, naming the field and both
+    values; the images are not looked at."""
+    names = {teacher.column for teacher in wanted.plan.columns}
+    gone = [teacher.column for teacher in old.columns if teacher.column not in names]
+    if gone and wanted.extend:
+        raise ValueError(f"{where}: the cache has column {gone[0]}, which this command does not ask for; teachers are "
+                         "added by repeating the cache's and giving one more --teacher, and dropped with inspect-cache "
+                         "drop (nothing was changed)")  # fmt: skip
+    ordered = in_order_of(old, wanted.plan)
+    added = ordered.columns[len(old.columns) :]
+    new = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, ordered.n_views))
+    same = dataclasses.replace(ordered, quantisers=old.quantisers, dataset_id=old.dataset_id, n_samples=old.n_samples,
+                               appended=old.appended)  # fmt: skip
+    compare_specs((new if wanted.extend else old).to_json(), same.to_json(), where)
+    if new == old:
+        return old
+    if made := [name for name, quantiser in old.quantisers.items() if quantiser.source is not None]:
+        raise ValueError(f"{where}: {made[0]} was made by inspect-cache convert from another dtype, so extract-features cannot "
+                         "go on with it; add to the cache that it was made from, and convert again (nothing was changed)")  # fmt: skip
+    return new
+
+
+def in_order_of(old: Plan, plan: Plan) -> Plan:
+    """`plan` with its columns in the order of `old`, new ones behind."""
+    order = {teacher.column: i for i, teacher in enumerate(old.columns)}
+    columns = sorted(plan.columns, key=lambda teacher: order.get(teacher.column, len(order)))
+    return dataclasses.replace(plan, columns=tuple(columns))
+
+
+def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) -> Sequence[Source] | None:
+    """The cache's images by number; where samples.parquet is lost, from the command's, and None until those are hashed."""
+    if found.rows is not None:
+        return found.rows
+    where, given = found.path / "samples.parquet", set(keys)
+    if len(given) < plan.n_images:
+        raise ValueError(f"{where}: lost, and IMAGES are {len(given)}; expected all {plan.n_images} images of the cache to write it "
+                         "again; give all their folders, without new ones")  # fmt: skip
+    if strangers := [key for key in found.keys.values() if key not in given]:
+        raise ValueError(f"{where}: lost, and {strangers[0]!r} is not among IMAGES; expected all images of the cache to "
+                         "write it again; give all their folders, without new ones")  # fmt: skip
+    if plan.appended and not found.keys:
+        raise ValueError(f"{where}: lost, and the pixels' sidecars do not all tell which image has which number; expected them "
+                         "where images were appended; restore it from a copy (nothing was changed)")  # fmt: skip
+    if wanted.rows is None:
+        return None
+    rows = {row.key: row for row in canonical_sources(row for row in wanted.rows if row.key)}
+    order = found.keys or dict(enumerate(rows))
+    there = [rows.get(order.get(number, ""), EMPTY_ROW) for number in range(plan.n_rows)]
+    if not made_of(plan, there):
+        raise ValueError(f"{where}: lost, and these images are not those that the cache was made of; give the same images, or "
+                         "restore it from a copy (nothing was changed)")  # fmt: skip
+    return there
+
+
+def refuse_other_images(path: Path, there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> set[str]:
+    """Keys of the images that are new, which only --append may bring. ValueError, with an example, for other images.
+
+    With --append those that the cache has may be left out, without it they must be the cache's own.
+    """
+    then = {row.key: row.sha256 for row in there if row.key}
+    now = {key: then.get(key) for key in keys} | {row.key: row.sha256 for row in wanted.rows or ()}
+    gone, new = [key for key in then if key not in now], [key for key in keys if key not in then]
+    changed = [key for key in keys if key in then and now[key] != then[key]]
+    if wanted.append and changed:
+        raise ValueError(f"{path}: image {changed[0]!r} has other bytes than the image of that key in the cache ({len(changed)} "
+                         "such images); a key names one image, and what is cached stays; rename it, leave it out with "
+                         "--include, or write to a new folder (nothing was changed)")  # fmt: skip
+    if not wanted.append and (gone or new or changed):
+        example = next(f"{what} {keys[0]!r}" for what, keys in
+                       (("gone is", gone), ("new is", new), ("changed is", changed)) if keys)  # fmt: skip
+        added = ", add --append to append the new ones" if new and not changed and wanted.extend else ""
+        raise ValueError(f"{path}: it was begun with {len(then)} images and this command has {len(keys)}: {len(gone)} gone, "
+                         f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
+                         f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
+    return set(new)
+
+
+def refuse_other_rows(path: Path, plan: Plan, wanted: Plan, there: Sequence[Source]) -> None:
+    """ValueError where the plan's ids are not those of its images, or `wanted` names other ids for the same images."""
+    if not made_of(plan, there):
+        raise ValueError(f"{path / 'samples.parquet'}: its images are not those that the plan was made of; expected their "
+                         "data set id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
+    if wanted.dataset_id:
+        then, now = ({name: each.to_json().get(name, []) for name in ("dataset_id", "n_samples", "appended")}
+                     for each in (plan, wanted))  # fmt: skip
+        compare_specs(then, now, str(path / "plan.json"))
+
+
+def grown(plan: Plan, there: Sequence[Source], new: Sequence[Source]) -> tuple[Plan, Sequence[Source]]:
+    """(the plan with these images as a part of their own, all images by number), the same where there are none."""
+    if not new:
+        return plan, there
+    ordered = canonical_sources(new)
+    id = grown_dataset_id(plan.parts[-1].dataset_id, leaves(ordered))
+    plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered))))
+    gap = plan.parts[-1].numbers.start - len(there)
+    return plan, [*there, *[EMPTY_ROW] * gap, *ordered]
+
+
+def made_of(plan: Plan, rows: Sequence[Source]) -> bool:
+    """Whether these are the images, by number, of which every part of the plan was made."""
+    ids = [part.dataset_id for part in plan.parts]
+    return len(rows) == plan.n_rows and dataset_ids(plan, rows) == ids
+
+
+def leaves(rows: Sequence[Source]) -> list[tuple[str, int, str]]:
+    """What a data set's id is made of."""
+    return [(row.key, row.bytes, row.sha256) for row in rows]
+
+
+def look(path: Path, *, images: bool = True) -> Found:
+    """What lies at `path`. images: samples.parquet is read, too, which takes seconds for a million of them."""
+    try:
+        refuse_foreign_entries(path)
+        if path.exists() and not path.is_dir():
+            return Found(path, damage=f"{path}: is a file; expected a new folder for the cache; choose another name")
+        if not (path / "plan.json").exists():
+            return Found(path, others=others(path))
+        plan = load_plan(path)
+        if not images:
+            return Found(path, plan)
+        if (path / "samples.parquet").exists():
+            return Found(path, plan, read_sources(path))
+        return Found(path, plan, None, keys_of_pixels(path, plan))
+    except ValueError as error:
+        return Found(path, damage=str(error))
+
+
+def others(path: Path) -> list[str]:
+    """Names of what lies in a folder without a plan and is no beginning of a cache."""
+    if not path.exists():
+        return []
+    ours = {DIGESTS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
+    return sorted(file.name for file in path.iterdir() if file.name not in ours and not is_samples(file))
+
+
+def is_samples(file: Path) -> bool:
+    """Whether this is a cache's table of samples; one of something else is not replaced."""
+    try:
+        return file.name == "samples.parquet" and bool(read_samples(file.parent))
+    except ValueError:
+        return False
+
+
+def keys_of_pixels(path: Path, plan: Plan) -> dict[int, str]:
+    """The key of every number that holds an image, from the sidecars of view 0's pixels; empty where one of them is missing."""
+    found: dict[int, str] = {}
+    for shard, numbers in enumerate(plan.ranges):
+        try:
+            keys = read_index(tar_path(path, 0, shard)).keys
+        except ValueError:
+            return {}
+        found |= zip(numbers, keys)
+    return found if len(found) == plan.n_images else {}
+
+
+def write_agreed(path: Path, agreed: Agreed) -> None:
+    """Take the steps in turn. A kill between two of them leaves what the same command goes on with."""
+    if agreed.steps:
+        refuse_changed_plan(path, agreed.before)
+    content = readable_json(agreed.plan.to_json())
+    for step in agreed.steps:
+        if step == "remove manifest.json":
+            withdraw_manifest(path, agreed.before or agreed.plan)
+        elif step == "write samples.parquet":
+            write_sources(path, agreed.rows)
+        else:
+            publish(path / "plan.json", content, replace=step == "replace plan.json")
+
+
+def refuse_changed_plan(path: Path, plan: Plan | None) -> None:
+    """ValueError where the plan on disk is another one than this by now."""
+    there = load_plan(path) if (path / "plan.json").exists() else None
+    if (there and plain(there.to_json())) != (plan and plain(plan.to_json())):
+        raise ValueError(f"{path}: another command has extended or changed this cache meanwhile; everything committed so far "
+                         "stays valid; run the newest command again, it finishes")  # fmt: skip
+
+
+def agree(path: Path, wanted: Wanted) -> Agreed:
+    """What is agreed with the disk and written there, for who knows all of the images beforehand."""
+    agreed = negotiate(look(path), wanted)
+    write_agreed(path, agreed)
+    return agreed
