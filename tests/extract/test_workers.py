@@ -14,6 +14,7 @@ import pytest
 
 from mrmae.extract import workers as ranks
 from mrmae.extract.options import Options
+from mrmae.extract.plan import asked
 from mrmae.extract.workers import ProcessPart, process_part
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
@@ -42,6 +43,20 @@ def test_ranks_share_the_cores_and_the_devices(monkeypatch: pytest.MonkeyPatch, 
     options = Options(images=[tmp_path], cache=tmp_path / "c", recipe=ViewRecipe(32), grid=4, device="cpu")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     assert options.resolved().workers == 1 and options.resolved().device == "cpu"
+
+
+def test_a_part_and_a_number_of_ranks_are_nothing_a_plan_knows_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that any other continues what one has begun."""
+    asked_for = []
+    for shards, world in (("", "1"), ("0/2", "1"), ("2/3", "1"), ("", "4")):
+        monkeypatch.setenv("WORLD_SIZE", world)
+        options = Options(
+            images=[], cache=tmp_path, recipe=ViewRecipe(32), grid=4, device="cpu", shards=shards
+        ).resolved()
+        asked_for.append(asked(options, None, [], ["a", "b"]))
+    assert asked_for[1:] == asked_for[:-1]
 
 
 def test_parts_one_after_another_make_the_same_cache(

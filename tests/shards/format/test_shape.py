@@ -13,11 +13,11 @@ import torch
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import RecordFields, committed, finalise, read_record
-from mrmae.shards.extend import extend_plan
 from mrmae.shards.format import tail
 from mrmae.shards.format.plan import PlanFields, load_plan
 from mrmae.shards.format.shape import expect_kind, parsed
 from mrmae.shards.format.spec import content_id
+from mrmae.shards.plans import Wanted, agree
 
 
 @pytest.mark.parametrize(
@@ -137,5 +137,5 @@ def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp
     with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
         finalise(tmp_path / "c", load_plan(tmp_path / "c"))
     with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
-        extend_plan(tmp_path / "c", dataclasses.replace(load_plan(tmp_path / "c"), n_views=9))
+        agree(tmp_path / "c", Wanted(dataclasses.replace(load_plan(tmp_path / "c"), n_views=9)))
     assert (tmp_path / "c/manifest.json").read_bytes() == manifest

@@ -1,0 +1,175 @@
+"""What a command goes on with, as a table: what is found, what is wanted, and what is agreed or refused. No file is touched."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrmae.shards.format import (
+    BlockRule,
+    Plan,
+    Quantiser,
+    Source,
+    TeacherSpec,
+    ViewRecipe,
+    canonical_sources,
+    dataset_id,
+)
+from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, negotiate
+
+CACHE = Path("/nowhere/c")
+Steps = tuple[str, ...]
+BEGIN: Steps = ("write samples.parquet", "begin plan.json")
+EXTEND: Steps = ("remove manifest.json", "replace plan.json")
+APPEND: Steps = ("remove manifest.json", "write samples.parquet", "replace plan.json")
+
+
+def images(names: str, sha256: str = "00") -> list[Source]:
+    """An image for every letter, in canonical order."""
+    return canonical_sources(Source(f"{name}.png", None, 3, sha256) for name in names)
+
+
+def teacher(name: str, **other: Any) -> TeacherSpec:
+    about: dict[str, Any] = {
+        "name": name, "library": "timm", "model": "m", "weights": "random", "tag": None, "weights_sha256": name,
+        "activation": None, "input_size": (8, 8), "mean": (0.5,), "std": (0.5,), "interpolation": "bicubic", "antialias": True,
+        "tap": "last", "prefix_tokens": 0, "native_grid": (2, 2), "grid": (2, 2), "resample": "none", "width": 8, "has_cls": False,
+        "has_attention": False, "precision": "fp32", "attention_backend": "none",
+    }  # fmt: skip
+    return TeacherSpec(**{**about, **other})
+
+
+def plan(rows: Sequence[Source], **other: Any) -> Plan:
+    id = dataset_id((row.key, row.bytes, row.sha256) for row in rows)
+    about: dict[str, Any] = {"dataset_id": id, "n_samples": len(rows), "recipe": ViewRecipe(8), "grid": (2, 2), "n_views": 1,
+                             "shard_samples": 4, "dtype": "float16", "columns": (A,)}  # fmt: skip
+    return Plan(**{**about, **other})
+
+
+def wanted(rows: Sequence[Source], *, append: bool = False, extend: bool = True, **other: Any) -> Wanted:
+    return Wanted(plan(rows, **{"dataset_id": "", **other}), rows=rows, append=append, extend=extend)
+
+
+A, B = teacher("a"), teacher("b")
+FIRST, MORE = images("abcde"), images("abcdefg")
+CALIBRATED = {"a.last": Quantiser("float16")}
+MADE = plan(FIRST, quantisers=CALIBRATED)
+FINISHED = Found(CACHE, MADE, FIRST)
+GREW = negotiate(FINISHED, wanted(MORE, append=True))
+GROWN = Found(CACHE, GREW.plan, GREW.rows)
+KEYS = {number: row.key for number, row in enumerate(FIRST)}
+CONVERTED = {"a.last": Quantiser("float16", source="sha256:1")}
+
+TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
+    ("fresh", Found(CACHE), wanted(FIRST), BEGIN),
+    ("killed before it was calibrated", Found(CACHE, plan(FIRST), FIRST), wanted(FIRST), ()),
+    ("finished", FINISHED, wanted(FIRST), ()),
+    ("more views", FINISHED, wanted(FIRST, n_views=2), EXTEND),
+    ("fewer views", Found(CACHE, plan(FIRST, n_views=2), FIRST), wanted(FIRST), "n_views is 2 there and 1 in this command"),
+    ("another teacher", FINISHED, wanted(FIRST, columns=(B, A)), EXTEND),
+    ("a teacher less", Found(CACHE, plan(FIRST, columns=(A, B)), FIRST), wanted(FIRST), "has column b.last, which this command does"),
+    ("other teacher", FINISHED, wanted(FIRST, columns=(B,)), "has column a.last, which this command does not ask for"),
+    ("other weights", FINISHED, wanted(FIRST, columns=(teacher("a", weights_sha256="x"),)), r"columns\[0\].weights_sha256 is 'a'"),
+    ("append", FINISHED, wanted(MORE, append=True), APPEND),
+    ("append only new ones", FINISHED, wanted(images("fg"), append=True), APPEND),
+    ("append nothing", FINISHED, wanted(images("ab"), append=True), ()),
+    ("append again", GROWN, wanted(images("h"), append=True), APPEND),
+    ("append and more views", FINISHED, wanted(MORE, append=True, n_views=2), APPEND),
+    ("append to nothing", Found(CACHE), wanted(FIRST, append=True), "--append: there is no cache at /nowhere/c"),
+    ("append other bytes", FINISHED, wanted(images("a", "01"), append=True), "image 'a.png' has other bytes"),
+    ("append and options", FINISHED, wanted(MORE, append=True, dtype="int8"), "dtype is 'float16' there and 'int8'"),
+    ("grown, the same command again", GROWN, wanted(MORE, append=True), ()),
+    ("grown, without --append", GROWN, wanted(MORE), ()),
+    ("grown, more views", GROWN, wanted(MORE, n_views=2), EXTEND),
+    ("grown, the first images", GROWN, wanted(FIRST), "with 7 images and this command has 5: 2 gone, 0 new"),
+    ("more images", FINISHED, wanted(MORE), "0 gone, 2 new, 0 changed .new is .*add --append"),
+    ("fewer images", FINISHED, wanted(images("abcd")), "1 gone, 0 new, 0 changed .gone is 'e.png'"),
+    ("changed images", FINISHED, wanted(images("abcde", "01")), "0 gone, 0 new, 5 changed"),
+    ("other seed", FINISHED, wanted(FIRST, recipe=ViewRecipe(8, seed=1)), "recipe.seed is 0 there and 1"),
+    ("other size", FINISHED, wanted(FIRST, recipe=ViewRecipe(16)), "recipe.size is 8 there and 16"),
+    ("other crops", FINISHED, wanted(FIRST, recipe=ViewRecipe(8, crop_scale=(0.5, 1.0))), r"recipe.crop_scale\[0\] is"),
+    ("other flip", FINISHED, wanted(FIRST, recipe=ViewRecipe(8, flip=0.0)), "recipe.flip is 0.5 there and 0.0"),
+    ("other dtype", FINISHED, wanted(FIRST, dtype="int8"), "dtype is 'float16' there and 'int8'"),
+    ("other format", FINISHED, wanted(FIRST, format="webdataset"), "format is 'zarr' there and 'webdataset'"),
+    ("other shards", FINISHED, wanted(FIRST, shard_samples=5), "shard_samples is 4 there and 5"),
+    ("token blocks", FINISHED, wanted(FIRST, token_layout=BlockRule(0, 2)), "token_layout is '.absent.' there and"),
+    ("other grid", FINISHED, wanted(FIRST, grid=(4, 4), columns=(teacher("a", grid=(4, 4)),)), r"grid\[0\] is 2 there and 4"),
+    ("requantised", Found(CACHE, plan(FIRST, quantisers=CONVERTED), FIRST), wanted(FIRST), ()),
+    ("requantised, more views", Found(CACHE, plan(FIRST, quantisers=CONVERTED), FIRST), wanted(FIRST, n_views=2),
+     "a.last was made by inspect-cache convert"),
+    ("may not extend", FINISHED, wanted(FIRST, n_views=2, extend=False), "n_views is 1 there and 2"),
+    ("lost samples", Found(CACHE, MADE), wanted(FIRST), ("write samples.parquet",)),
+    ("lost samples, too few", Found(CACHE, MADE), wanted(images("ab")), "lost, and IMAGES are 2; expected all 5 images"),
+    ("lost samples, others", Found(CACHE, MADE), wanted(images("abcdx")), "lost, and these images are not those"),
+    ("lost samples, strangers", Found(CACHE, MADE, keys=KEYS), wanted(images("vwxyz")), "lost, and '..png' is not among IMAGES"),
+    ("lost samples of a grown cache", Found(CACHE, GREW.plan, keys={n: row.key for n, row in enumerate(GREW.rows) if row.key}),
+     wanted(MORE), ("write samples.parquet",)),
+    ("lost samples of a grown cache, no sidecars", Found(CACHE, GREW.plan), wanted(MORE), "sidecars do not all tell"),
+    ("samples of another cache", Found(CACHE, plan(FIRST, dataset_id="sha256:0"), FIRST), wanted(FIRST), "not those that the plan"),
+    ("ids of others", Found(CACHE), wanted(FIRST, dataset_id="sha256:0"), "dataset id is not that of these images"),
+    ("same images in other parts", GROWN, dataclasses.replace(wanted(MORE), plan=plan(MORE)), "dataset_id is 'sha256:"),
+    ("a damaged plan", Found(CACHE, damage="plan.json: not readable"), wanted(FIRST), "plan.json: not readable"),
+    ("something else", Found(CACHE, others=["thesis.tex"]), wanted(FIRST), "is no cache .no plan.json. and holds 'thesis.tex'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("found, asked, expected", [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
+def test_what_is_found_and_what_is_wanted_agree_or_are_refused(
+    found: Found, asked: Wanted, expected: Steps | str
+) -> None:
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            negotiate(found, asked)
+        return
+    agreed = negotiate(found, asked)
+    assert agreed.steps == expected and agreed.before == found.plan
+    assert len(agreed.rows) == agreed.plan.n_rows and sum(bool(row.key) for row in agreed.rows) == agreed.plan.n_images
+    assert found.plan is None or agreed.plan.quantisers == found.plan.quantisers
+    written = negotiate(Found(CACHE, agreed.plan, agreed.rows), asked)
+    assert (written.plan, written.steps, written.new) == (agreed.plan, (), 0), "once written, nothing is left to write"
+
+
+SAID_EARLY = (
+    "dtype",
+    "grid",
+    "seed",
+    "size",
+    "crop",
+    "flip",
+    "format",
+    "shards",
+    "token",
+    "fewer views",
+    "thesis",
+    "damaged",
+    "to nothing",
+)
+
+
+@pytest.mark.parametrize("name", [row[0] for row in TABLE if any(word in row[0] for word in SAID_EARLY)])
+def test_options_are_refused_before_images_are_listed(name: str) -> None:
+    _, found, asked, expected = next(row for row in TABLE if row[0] == name)
+    with pytest.raises(ValueError, match=str(expected)):
+        negotiate(found, dataclasses.replace(asked, rows=None))
+
+
+@pytest.mark.parametrize("name", ["more images", "fewer images", "lost samples, too few", "lost samples, strangers",
+                                  "lost samples of a grown cache, no sidecars", "a teacher less", "other weights"])  # fmt: skip
+def test_images_and_teachers_are_refused_before_images_are_hashed(name: str) -> None:
+    _, found, asked, expected = next(row for row in TABLE if row[0] == name)
+    keys = [row.key for row in asked.rows or ()]
+    with pytest.raises(ValueError, match=str(expected)):
+        negotiate(found, dataclasses.replace(asked, rows=None, keys=keys))
+
+
+def test_an_appended_part_begins_with_a_shard_of_its_own() -> None:
+    assert GREW == Agreed(GREW.plan, GREW.rows, 2, GREW.steps, MADE)
+    assert list(GREW.rows) == [*FIRST, *[EMPTY_ROW] * 3, *images("fg")]
+    assert [part.numbers for part in GREW.plan.parts] == [range(5), range(8, 10)]
+
+
+def test_a_new_teacher_comes_behind_and_a_plan_without_an_id_gets_it_from_the_images() -> None:
+    assert negotiate(FINISHED, wanted(FIRST, columns=(B, A))).plan.columns == (A, B)
+    assert negotiate(Found(CACHE), wanted(FIRST)).plan == plan(FIRST)
