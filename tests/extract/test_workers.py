@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from mrmae.extract import workers as ranks
-from mrmae.extract.options import Options
-from mrmae.extract.plan import asked
+from mrmae.extract.options import Options, asked
 from mrmae.extract.workers import ProcessPart, process_part
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
