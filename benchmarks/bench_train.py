@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.teachers import build_teacher, parse_teacher
 from mrmae.train import optim
-from mrmae.train.cost import counted
+from mrmae.train.cost import counted_flops
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.method import load_recipe
 from mrmae.train.online import with_targets
@@ -100,7 +100,7 @@ def kept_bytes(arm: Arm, run: Run) -> int:
 
 def gflop(arm: Arm, run: Run) -> float:
     """GFLOP per image and step: three times the forward pass, and the teachers."""
-    with counted() as counter, torch.no_grad():
+    with counted_flops() as counter, torch.no_grad():
         arm.forward()
     return (3 * counter.get_total_flops() / run.share.batch_size + arm.teachers_flops) / 1e9
 
