@@ -7,23 +7,19 @@ import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 from rich.console import Console
 
 from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
 from mrmae.common.progress import Progress, human_bytes
+from mrmae.extract.cli import DTYPE_NAMES, FORMAT_NAMES
 from mrmae.extract.cli import main as extract_command
-from mrmae.extract.inspect.rerun import Given, commands_of, refuse_commands, run_again
-from mrmae.extract.inspect.show import description, difference_line, differences, print_description
-from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.check import Problem, find_problems
-from mrmae.shards.convert import convert_cache, converted_plan
-from mrmae.shards.drop import columns_called, drop_column, files_of_column
-from mrmae.shards.format import DTYPES, load_plan, units
-from mrmae.shards.repair import damaged_shards, files_to_remove, prepare_repair
-from mrmae.shards.stats import compute_stats, write_stats
-from mrmae.shards.store import STORAGES
+
+if TYPE_CHECKING:  # commands import what they need: --help need not wait for torch
+    from mrmae.shards.cache import Cache
+    from mrmae.shards.check import Problem
 
 
 def folder_or_url(text: str) -> Path:
@@ -58,6 +54,9 @@ def one_line_errors() -> Iterator[None]:
 @click.option("--json", "as_json", is_flag=True, help="Everything, for programs.")
 def show(cache: Path, as_json: bool) -> None:
     """Print what CACHE holds: images, views, columns, their quality and size."""
+    from mrmae.extract.inspect.show import description, print_description
+    from mrmae.shards.format import load_plan
+
     with one_line_errors():
         found = description(cache)
         if as_json:
@@ -80,6 +79,9 @@ def verify(
     cache: Path, full: bool, live: int, mirror: bool, teachers: tuple[str, ...], device: str, allow_torchscript: bool
 ) -> None:
     """Check CACHE; exit 1 and list every problem if something is wrong."""
+    from mrmae.shards.cache import open_cache
+    from mrmae.shards.check import find_problems
+
     with one_line_errors():
         if (mirror or teachers) and not live:
             raise ValueError("--mirror and --teacher belong to --live N; say how many samples to compute again")
@@ -93,7 +95,7 @@ def verify(
             raise SystemExit(1)
 
 
-def report(cache: Path, problems: list[Problem]) -> None:
+def report(cache: Path, problems: "list[Problem]") -> None:
     """Print the problems and how to repair them."""
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(str(problem))
@@ -104,7 +106,7 @@ def report(cache: Path, problems: list[Problem]) -> None:
 
 
 def verified_live(
-    cache: Cache, n: int, teachers: tuple[str, ...], device: str, mirror: bool, allow_torchscript: bool
+    cache: "Cache", n: int, teachers: tuple[str, ...], device: str, mirror: bool, allow_torchscript: bool
 ) -> bool:
     """Print the comparison with live teachers; True where every column is within its limit."""
     from mrmae.extract.inspect.compare import compare_live  # imports the teachers' libraries
@@ -128,6 +130,10 @@ def verified_live(
 @YES
 def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
     """Find everything that is wrong in CACHE, remove the commit records of damaged shards, print what writes them anew."""
+    from mrmae.extract.inspect.rerun import commands_of, refuse_commands, run_again
+    from mrmae.shards.check import find_problems
+    from mrmae.shards.repair import files_to_remove, prepare_repair
+
     with one_line_errors():
         problems = find_problems(cache, full=True)
         if not problems:
@@ -159,7 +165,7 @@ def programs() -> dict[str, click.Command]:
     return {"extract-features": extract_command, "inspect-cache": convert}
 
 
-def in_lines(commands: Sequence[Given]) -> str:
+def in_lines(commands: Sequence[tuple[str, str]]) -> str:
     """Commands to be copied, each with the folder it was given in."""
     return "".join(f"\n  cd {shlex.quote(folder)}\n  {command}" for command, folder in commands)
 
@@ -179,8 +185,10 @@ def files_in_words(files: Sequence[Path]) -> str:
     return f"{len(files)} file{'s' * (len(files) != 1)}, {human_bytes(sum(file.lstat().st_size for file in files))}"
 
 
-def report_damage(cache: Path, problems: list[Problem]) -> None:
+def report_damage(cache: Path, problems: "list[Problem]") -> None:
     """Print every problem and, per column, the shards to be written again."""
+    from mrmae.shards.repair import damaged_shards
+
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(str(problem))
     for column, shards in damaged_shards(problems).items():
@@ -192,6 +200,8 @@ def report_damage(cache: Path, problems: list[Problem]) -> None:
 @click.argument("b", type=folder_or_url, metavar="B")
 def diff(a: Path, b: Path) -> None:
     """List every field by which caches A and B differ; exit 1 where there is one."""
+    from mrmae.extract.inspect.show import difference_line, differences
+
     with one_line_errors():
         found = list(differences(a, b))
     for field, ours, theirs in found:
@@ -212,6 +222,10 @@ def diff(a: Path, b: Path) -> None:
 )
 def stats(cache: Path, columns: tuple[str, ...]) -> None:
     """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
+    from mrmae.shards.cache import open_cache
+    from mrmae.shards.format import load_plan
+    from mrmae.shards.stats import compute_stats, write_stats
+
     with one_line_errors():
         if isinstance(cache, Url):
             raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
@@ -239,6 +253,9 @@ def stats(cache: Path, columns: tuple[str, ...]) -> None:
 @YES
 def drop(cache: Path, column: str, yes: bool) -> None:
     """Remove a teacher's column from CACHE; everything else stays as it is."""
+    from mrmae.shards.drop import columns_called, drop_column, files_of_column
+    from mrmae.shards.format import load_plan
+
     with one_line_errors():
         plan = load_plan(cache)
         named = columns_called(cache, column)
@@ -255,13 +272,15 @@ def drop(cache: Path, column: str, yes: bool) -> None:
 @main.command()
 @CACHE
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--format", type=click.Choice(list(STORAGES)), help="How columns are stored; default: as in CACHE.")
-@click.option(
-    "--dtype", type=click.Choice(list(DTYPES)), help="Quantise the stored values again; default: as in CACHE."
-)
+@click.option("--format", type=click.Choice(FORMAT_NAMES), help="How columns are stored; default: as in CACHE.")
+@click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Quantise the stored values again; default: as in CACHE.")
 @click.option("--drop", multiple=True, metavar="TEACHER[.TAP]", help="Leave a teacher or one of its columns out.")
 def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop: tuple[str, ...]) -> None:
     """Write finished CACHE to OUT in another format or dtype, or without some teachers; the same command continues."""
+    from mrmae.shards.cache import open_cache
+    from mrmae.shards.convert import convert_cache, converted_plan
+    from mrmae.shards.format import units
+
     words = ["inspect-cache", "convert", os.fspath(cache), os.fspath(out)]
     words += [w for name, value in (("--format", format), ("--dtype", dtype)) if value for w in (name, value)]
     about = {"command": shlex.join(words + [w for name in drop for w in ("--drop", name)]), "folder": os.getcwd()}
@@ -287,6 +306,7 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
 def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
     """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms."""
     from mrmae.extract.inspect.pictures import write_sheet
+    from mrmae.shards.cache import open_cache
 
     with one_line_errors():
         expect_utf8(out or "", "--out")

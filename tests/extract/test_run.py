@@ -306,10 +306,10 @@ def test_one_hopeless_teacher_does_not_cost_the_others_their_shard(folder: Path,
 
 
 def test_the_command_s_choices_are_those_that_there_are() -> None:
-    """The command names them itself, so that --help need not wait for torch."""
+    """The commands name them themselves, so that --help need not wait for torch."""
     assert list(command.DTYPE_NAMES) == list(DTYPES) and list(command.FORMAT_NAMES) == list(STORAGES)
     assert command.TEACHERS_BY_DEFAULT == DEFAULT_TEACHERS == Options.teachers
-    loaded = "import sys; from mrmae.extract import cli; sys.exit('torch' in sys.modules)"
+    loaded = "import sys, mrmae.extract.cli, mrmae.extract.inspect.cli; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", loaded]).returncode == 0
 
 
