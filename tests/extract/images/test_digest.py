@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 from mrmae.extract import run
+from mrmae.extract.images import list as listing
 from mrmae.extract.images.digest import digest_images, note
 from mrmae.extract.images.list import Sources, list_sources
-from mrmae.extract.images.list import list as listing
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
 
