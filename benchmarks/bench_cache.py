@@ -30,12 +30,11 @@ from rows import append
 from synthetic import SHARD, write_cache
 
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format import TeacherSpec
+from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.shards.order import epoch_order, view_of
 
 GRID, WIDTH = 14, 768
 GOALS = {"random": 30, "epoch": 25}  # per cent of a memcpy with as many threads
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def teacher() -> TeacherSpec:

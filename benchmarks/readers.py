@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from mrmae.shards.cache import open_cache
+from mrmae.shards.format import Array, Numbers
 from mrmae.shards.store import column_folder
 
 BATCH = 64
 COLUMN = "t.pre_tail"
-Array = np.ndarray[Any, np.dtype[Any]]
-Reader = Callable[[np.ndarray[Any, np.dtype[np.int64]]], Mapping[str, Array]]  # numbers -> arrays, [BATCH, ...] each
+Reader = Callable[[Numbers], Mapping[str, Array]]  # numbers -> arrays, [BATCH, ...] each
 
 
 def readers_of(paths: Mapping[str, Path], work: Path, threads: int) -> dict[str, Reader]:

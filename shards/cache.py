@@ -17,42 +17,52 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
 from mrmae.shards.check import refuse_problems, refuse_unfinished
-from mrmae.shards.columns import StoredColumns
 from mrmae.shards.commit import bad_images, committed
 from mrmae.shards.format import (
+    IN_BLOCKS,
     NO_IMAGE,
     PIXELS,
-    BadImage,
+    BlockRule,
+    Layout,
+    Numbers,
     Plan,
+    Quantiser,
     TeacherSpec,
     Unit,
     View,
     apply_tail,
     content_id,
-    decode_jpeg,
     dequantise,
     derived_specs,
     load_plan,
     parse_tail,
     read_samples,
     tail_path,
-    tar_path,
     units,
 )
 from mrmae.shards.manifest import read_manifest
-from mrmae.shards.opened import Column, Indices, Numbers
-from mrmae.shards.store import Damaged, parse_row, read_members, refuse_foreign_entries
+from mrmae.shards.store import Shards, refuse_foreign_entries
+
+Indices = Sequence[int] | Numbers | Tensor
 
 REMOTE_THREADS = 16
 NEIGHBOURS = 500  # keys compared with one that is not there
-PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
-REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One teacher's column: what made it, how it is stored, the id of its numbers, its arrays."""
+
+    spec: TeacherSpec
+    quantiser: Quantiser
+    id: str
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +94,31 @@ class Sample:
     views: list[dict[str, Any]]
 
 
-class Cache(StoredColumns):
+class Cache:
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
-    can be read. blocks: how tokens are cut into blocks, None where they lie in raster order.
-    columns: by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry and column ids.
+    can be read. grid: (height, width) of a view in patches. blocks: how tokens are cut into blocks, None where they lie in raster
+    order. columns: those stored, by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry
+    and column ids.
     """
 
     def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
                  readable: Sequence[bool], threads: int) -> None:  # fmt: skip
-        super().__init__(path, plan, table, readable, threads)
-        self.manifest = manifest
+        self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
+        self.keys: list[str] = table["key"]
         self.labels: list[str | None] = table["label"]
+        self.reasons: list[str | None] = table["reason"]
+        self.readable = np.asarray(readable, bool)
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
-        self.size = plan.recipe.size
-        self.dtype = plan.dtype
+        self.size, self.grid, self.dtype, self.blocks = plan.recipe.size, plan.grid, plan.dtype, plan.token_layout
+        self.n_views, self.shard_samples = plan.n_views, plan.shard_samples
+        self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
+                        for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
+        self.shards = Shards(path, plan, self.keys, threads)
         self._tails: dict[str, dict[str, Tensor]] = {}
 
     @property
@@ -113,7 +129,10 @@ class Cache(StoredColumns):
         return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_tails": {}}
+        return {**self.__dict__, "_tails": {}}
+
+    def __len__(self) -> int:
+        return len(self.keys)
 
     def __getitem__(self, which: int | str) -> Sample:
         """The sample of this number or key, tokens dequantised. Raises IndexError or KeyError."""
@@ -121,6 +140,11 @@ class Cache(StoredColumns):
         readable = bool(self.readable[number])
         views = [self.read_view(number, view) for view in range(self.n_views)] if readable else []
         return Sample(number, self.keys[number], self.labels[number], readable, self.reasons[number], views)
+
+    @functools.cached_property
+    def hashes(self) -> Int64[Tensor, "n"]:
+        """Hash of every sample's key, as signed 64-bit integers."""
+        return torch.from_numpy(self.shards.hashes)
 
     @functools.cached_property
     def number_of(self) -> dict[str, int]:
@@ -164,33 +188,13 @@ class Cache(StoredColumns):
         """Decoded views, uint8 [b, size, size, 3]. views: which view of each sample. out: a buffer to fill."""
         at, of = self.checked(numbers, views)
         out = torch.empty(len(at), self.size, self.size, 3, dtype=torch.uint8) if out is None else out
-        pixels = out.numpy()
-
-        def read(positions: Numbers, view: int, shard: int) -> None:
-            path, rows = tar_path(self.path, view, shard), (at[positions] % self.shard_samples).tolist()
-            table = self.pixel_index(view, shard).tables["jpg"]
-            for i, row, content in zip(positions, rows, read_members(path, rows, table)):
-                try:
-                    pixels[i] = decode_jpeg(content)
-                except (BadImage, ValueError) as error:
-                    raise Damaged(path, row, str(error)) from None
-
-        self.run(PIXELS, read, at, of, at_once=REMOTE_PIXELS if isinstance(self.path, Url) else PIXELS_AT_ONCE)
+        self.shards.read(PIXELS, at, of, {PIXELS: out.numpy()})
         return out
 
     def read_crop(self, number: int, view: int) -> View:
         """The recorded crop and flip of one sample's view."""
-        at, of = self.checked([number], [view])
-        found: list[View | None] = []
-
-        def read(positions: Numbers, view: int, shard: int) -> None:
-            path, row = tar_path(self.path, view, shard), number % self.shard_samples
-            table = self.pixel_index(view, shard).tables["json"]
-            found.extend(parse_row(content).view for content in read_members(path, [row], table))
-
-        self.run(PIXELS, read, at, of)
-        assert found[0] is not None, "a readable sample has a view"
-        return found[0]
+        self.checked([number], [view])
+        return self.shards.crop(number, view)
 
     def read_tokens(
         self, column: str, numbers: Indices, views: Indices, *, tap: str | None = None
@@ -212,6 +216,95 @@ class Cache(StoredColumns):
             return self.read_column(column, numbers, views, ("cls",))["cls"].float()
         about = self.derived[column]
         return apply_tail(self.read_cls(about.source, numbers, views), self.tail(about.spec.name), about.spec.tap)
+
+    def read_column(
+        self, column: str, numbers: Indices, views: Indices, arrays: Sequence[str] = ("tokens", "scale"),
+        *, out: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """The named arrays of a column for these samples, [b, ...] in their stored dtypes, patches in raster order.
+
+        views: which view of each sample. `scale` is left out where tokens have none (float16). out: buffers to fill.
+        Raises ValueError for an array that the column does not have.
+        """
+        at, of = self.checked(numbers, views)
+        empty = self.buffers(column, arrays, 0 if out else len(at))
+        tensors = {name: out[name] for name in empty} if out else empty
+        self.shards.read(column, at, of, {name: tensor.numpy() for name, tensor in tensors.items()})
+        return tensors
+
+    def read_block(
+        self,
+        column: str,
+        numbers: Indices,
+        views: Indices,
+        blocks: Indices,
+        arrays: Sequence[str] = ("tokens", "scale"),
+    ) -> dict[str, Tensor]:
+        """As read_column, but of tokens and scale one block of each sample, [b, l / B, ...]; nothing else of them is read.
+
+        blocks: which block of each sample; `block_ids` tells the patches. ValueError where the cache has no blocks.
+        """
+        (at, of), rule = self.checked(numbers, views), self.block_rule()
+        which = self.checked_blocks(blocks, len(at))
+        tensors = self.buffers(column, arrays, len(at), rule.blocks)
+        self.shards.read(column, at, of, {name: tensor.numpy() for name, tensor in tensors.items()}, which)
+        return tensors
+
+    def checked(self, numbers: Indices, views: Indices) -> tuple[Numbers, Numbers]:
+        """Both as int64 arrays. Raises ValueError for samples that cannot be read, and for views that are not there."""
+        at, of = np.asarray(numbers, np.int64), np.asarray(views, np.int64)
+        if at.shape != of.shape or at.ndim != 1:
+            raise ValueError(f"{self.path}: {at.shape} numbers and {of.shape} views; expected one view per number")
+        for name, values, n in (("sample", at, len(self)), ("view", of, self.n_views)):
+            if (wrong := values[(values < 0) | (values >= n)]).size:
+                raise ValueError(f"{self.path}: {name} {wrong[0]} is not in the cache; it has {n}")
+        if (wrong := at[~self.readable[at]]).size:
+            why = self.reasons[wrong[0]] or "it is not extracted yet"
+            raise ValueError(f"{self.path}: sample {wrong[0]} ({self.keys[wrong[0]]!r}) cannot be read: {why}; "
+                             "take samples from Cache.numbers")  # fmt: skip
+        return at, of
+
+    def buffers(self, column: str, arrays: Sequence[str], n: int, blocks: int = 1) -> dict[str, Tensor]:
+        """Empty tensors [n, ...] for the named arrays of a column; of those in blocks, for one of so many.
+
+        ValueError for a column or an array that the cache does not have.
+        """
+        if column not in self.columns:
+            raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
+                             "choose one, or extract with that teacher")  # fmt: skip
+        stored = self.columns[column].layout.arrays()
+        arrays = [name for name in arrays if name != "scale" or name in stored]
+        if lacking := [name for name in arrays if name not in stored]:
+            raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "
+                             "choose a teacher that has it")  # fmt: skip
+        found = {}
+        for name in arrays:
+            (first, *rest), dtype = stored[name]
+            first //= blocks if name in IN_BLOCKS else 1
+            found[name] = torch.empty(n, first, *rest, dtype=getattr(torch, dtype))
+        return found
+
+    def block_ids(self, numbers: Indices, views: Indices, blocks: Indices) -> Int64[Tensor, "b n"]:
+        """Grid indices, ascending, of one block of each sample: what `read_block` reads. ValueError without blocks."""
+        (at, of), rule = self.checked(numbers, views), self.block_rule()
+        which = self.checked_blocks(blocks, len(at))
+        return torch.from_numpy(rule.ids(self.hashes.numpy()[at], of, which, self.grid[0] * self.grid[1]))
+
+    def checked_blocks(self, blocks: Indices, n: int) -> Numbers:
+        """As int64. ValueError unless they are one block of the rule for each of n samples."""
+        which, last = np.asarray(blocks, np.int64), self.block_rule().blocks - 1
+        if which.shape != (n,) or ((which < 0) | (which > last)).any():
+            raise ValueError(
+                f"{self.path}: blocks {which.tolist()} for {n} samples; expected one of 0 to {last} per sample"
+            )
+        return which
+
+    def block_rule(self) -> BlockRule:
+        """How tokens are cut. ValueError where they lie in raster order."""
+        if self.blocks is None:
+            raise ValueError(f"{self.path}: its tokens lie in raster order; token blocks were expected; extract a cache with "
+                             "--token-layout blocks")  # fmt: skip
+        return self.blocks
 
     @functools.cached_property
     def derived(self) -> dict[str, Derived]:

@@ -21,6 +21,7 @@ from mrmae.shards.format import (
     IN_BLOCKS,
     NO_IMAGE,
     PIXELS,
+    Array,
     Plan,
     Unit,
     canonical_json,
@@ -39,7 +40,7 @@ from mrmae.shards.format import (
     write_samples,
 )
 from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body
-from mrmae.shards.store import Array, PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
+from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
 ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time

@@ -138,7 +138,6 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
 
 def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:
     """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
-    view, column, shard = unit
     told = entry_of(cache.manifest, unit)["files"]
 
     def copied(file: Path) -> Published:
@@ -146,7 +145,7 @@ def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[s
         try:
             return publish(out / name, verified_blocks(file, told[name]["sha256"]))
         except Damaged as error:
-            raise ValueError(cache.repair_text(error, column, view, shard)) from None
+            raise ValueError(cache.shards.repair_text(error, unit)) from None
 
     files = unit_files(cache.path, cache.plan, *unit)
     commits.store(out, plan, unit, record, lambda: {"files": [copied(file) for file in files]})

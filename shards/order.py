@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
+from mrmae.shards.format import Numbers
 
 
 def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> Numbers:

@@ -19,8 +19,7 @@ from torch import Tensor
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import publish
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import FORMAT_VERSION, content_id
-from mrmae.shards.opened import Numbers
+from mrmae.shards.format import FORMAT_VERSION, Numbers, content_id
 
 DEAD = 1e-6  # of the largest standard deviation: below it is rounding
 TOKENS_AT_ONCE = 1 << 16  # bounds the float64 copy: 0.4 GB at 768 channels

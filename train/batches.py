@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mrmae.shards.cache import Cache
+from mrmae.shards.format import Numbers
 from mrmae.shards.order import epoch_order, view_of
 from mrmae.shards.stats import read_stats
 from mrmae.train.method import (
@@ -30,7 +31,6 @@ from mrmae.train.method import (
     target_names,
 )
 
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say
 
 

@@ -91,5 +91,5 @@ def saved_bytes(run: Run, batch: Batch, masks: Masks) -> int:
 
 def view_bytes(run: Run) -> float:
     """Mean bytes of a stored view, from the index of the first shard."""
-    sizes = run.cache.pixel_index(0, int(run.numbers[0]) // run.cache.shard_samples).tables["jpg"][:, 1]
+    sizes = run.cache.shards.pixels(0, int(run.numbers[0]) // run.cache.shard_samples).index.tables["jpg"][:, 1]
     return float(sizes[sizes > 0].mean())

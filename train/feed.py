@@ -10,6 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
 from mrmae.train.method import chosen_blocks, draw_masks, draw_of
@@ -23,7 +24,7 @@ def feed_of(run: Run) -> "Feed":
     """This rank's micro-batches from where the run is to its end."""
 
     @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> batches.Numbers:
+    def order(epoch: int) -> Numbers:
         return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
 
     def load(epoch: int, update: int, micro: int) -> Loaded:
@@ -34,7 +35,7 @@ def feed_of(run: Run) -> "Feed":
     return Feed(load, todo, run.device)
 
 
-def load_masked(run: Run, numbers: batches.Numbers, *, epoch: int) -> Loaded:
+def load_masked(run: Run, numbers: Numbers, *, epoch: int) -> Loaded:
     """These samples on the host as `epoch` shows them, with their masks.
 
     Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention.

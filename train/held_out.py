@@ -11,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.common.knn import knn_predict
+from mrmae.shards.format import Numbers
 from mrmae.train import batches
-from mrmae.train.batches import Loaded, Numbers
+from mrmae.train.batches import Loaded
 from mrmae.train.feed import Feed, load_masked
 from mrmae.train.method import evaluating
 from mrmae.train.online import with_targets

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mrmae.common.files import publish_by
 from mrmae.common.pictures import pca_rgb
+from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
 from mrmae.train.method import evaluating
@@ -88,7 +89,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
     return path
 
 
-def teacher_tokens(run: Run, numbers: batches.Numbers) -> dict[str, Tensor]:
+def teacher_tokens(run: Run, numbers: Numbers) -> dict[str, Tensor]:
     """Every teacher's tokens [b, l, d] of these samples' first views: dequantised, or computed where it runs in the step."""
     views = batches.views_of(run.cache, numbers, epoch=0)
     found: dict[str, Tensor] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 from mrmae.common.device import resolve_device, resolve_precision
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import TeacherSpec
+from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.log import Sums
@@ -34,8 +34,8 @@ class Run:
     setup: Setup
     cadence: Cadence
     cache: Cache
-    numbers: batches.Numbers
-    held_out: batches.Numbers
+    numbers: Numbers
+    held_out: Numbers
     info: CacheInfo
     needed: dict[str, set[str]]
     online: dict[str, Teacher]

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from mrmae.extract.recorded import recorded_teachers
 from mrmae.extract.teachers import Features, Teacher, TeacherRequest, build_teacher, parse_teacher
-from mrmae.shards.cache import Cache
-from mrmae.shards.format import NOT_HASHED, TeacherSpec, compare_specs, plain
-from mrmae.shards.opened import Column, Numbers
+from mrmae.shards.cache import Cache, Column
+from mrmae.shards.format import NOT_HASHED, Numbers, TeacherSpec, compare_specs, plain
 
 COSINE = {"float16": 0.9999, "int8": 0.9998, "fp8": 0.999}
 FAITHFUL_SNR_DB = (

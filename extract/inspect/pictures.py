@@ -10,7 +10,7 @@ from PIL import Image
 from mrmae.common.files import publish
 from mrmae.common.pictures import Pictures, as_bytes, heat, pca_rgb, tiled
 from mrmae.shards.cache import Cache
-from mrmae.shards.opened import Numbers
+from mrmae.shards.format import Numbers
 
 PNG = b"\x89PNG\r\n\x1a\n"
 

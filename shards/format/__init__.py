@@ -50,6 +50,8 @@ from mrmae.shards.format.spec import (
     FORMAT_VERSION,
     NAME,
     NOT_HASHED,
+    Array,
+    Numbers,
     TeacherSpec,
     ViewRecipe,
     canonical_json,
@@ -77,6 +79,8 @@ from mrmae.shards.format.tail import (
 from mrmae.shards.format.views import FILTERS, BadImage, Pixels, View, decode_jpeg, draw_view, encode_jpeg, render
 
 __all__ = [
+    "Array",
+    "Numbers",
     "Appended",
     "BEHIND",
     "BadImage",

@@ -10,15 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from mrmae.shards.format.spec import expect
+from mrmae.shards.format.spec import Array, Numbers, expect
 
 IN_BLOCKS = ("tokens", "scale")  # arrays stored block by block; the others are small and of use only as a whole
 RULE = "splitmix64"
 GOLDEN, FIRST, SECOND = (np.uint64(x) for x in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 STREAM = np.uint64(2)  # apart from the words behind masks, which are streams 0 and 1 of the same hash
 Words = np.ndarray[Any, np.dtype[np.uint64]]
-Ids = np.ndarray[Any, np.dtype[np.int64]]
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +45,7 @@ class BlockRule:
                              f"{', '.join(map(str, fits))}; change --blocks or --grid, or use --token-layout raster")  # fmt: skip
         return l // self.blocks
 
-    def order(self, hashes: Array, views: Array, l: int) -> Ids:
+    def order(self, hashes: Array, views: Array, l: int) -> Numbers:
         """[b, l]: the grid index of every stored row, block after block, ascending inside a block.
 
         hashes: of the keys, int64 as in `Cache.hashes` or unsigned; views: the view of each.
@@ -56,7 +54,7 @@ class BlockRule:
         drawn = words.argsort(axis=1).reshape(len(words), self.blocks, self.rows(l))
         return np.asarray(np.sort(drawn, axis=2).reshape(len(words), l), np.int64)
 
-    def ids(self, hashes: Array, views: Array, blocks: Array, l: int) -> Ids:
+    def ids(self, hashes: Array, views: Array, blocks: Array, l: int) -> Numbers:
         """[b, l / blocks]: the grid indices of one block of each sample, ascending."""
         order = self.order(hashes, views, l).reshape(-1, self.blocks, self.rows(l))
         return np.asarray(order[np.arange(len(order)), np.asarray(blocks)], np.int64)
@@ -80,6 +78,6 @@ def mix(x: Words) -> Words:
     return x ^ (x >> np.uint64(31))
 
 
-def in_blocks(array: Array, order: Ids) -> Array:
+def in_blocks(array: Array, order: Numbers) -> Array:
     """[b, l, ...] of the grid, in stored order."""
     return np.ascontiguousarray(array[np.arange(len(order))[:, None], order])

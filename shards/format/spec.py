@@ -13,6 +13,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+Array = np.ndarray[Any, np.dtype[Any]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of samples, views, shards, patches
+
 FORMAT_VERSION = 2
 
 LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
@@ -138,7 +141,7 @@ def key_hash(key: str) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "little")
 
 
-def signed_hashes(keys: Sequence[str]) -> np.ndarray[Any, np.dtype[np.int64]]:
+def signed_hashes(keys: Sequence[str]) -> Numbers:
     """The keys' hashes reinterpreted as int64, the only 64-bit integer torch computes with."""
     return np.array([key_hash(key) for key in keys], np.uint64).view(np.int64)
 

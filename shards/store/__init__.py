@@ -2,16 +2,16 @@
 
 from mrmae.shards.store.links import foreign_entries, refuse_foreign_entries
 from mrmae.shards.store.reader import Damaged, read_members
+from mrmae.shards.store.shards import Shards
 from mrmae.shards.store.storage import STORAGES, Shard, column_folder, storage_of, unit_files
 from mrmae.shards.store.tar import PixelRow, TarIndex, index_path, parse_row, read_index, write_pixel_tar
-from mrmae.shards.store.zarr import Array
 
 __all__ = [
-    "Array",
     "Damaged",
     "PixelRow",
     "STORAGES",
     "Shard",
+    "Shards",
     "TarIndex",
     "column_folder",
     "foreign_entries",

@@ -15,13 +15,12 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from mrmae.common.backend import RemoteFile, Url
+from mrmae.common.backend import Place, RemoteFile, Url
+from mrmae.shards.format import Array
 
 ABSENT = 2**64 - 1  # in a zarr shard's index: this chunk was never written
 NOT_WAITING: int | None = getattr(os, "RWF_NOWAIT", None)  # Linux: a read that fails where it would wait for the disk
 PLAIN = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # a link is refused, a FIFO does not hang
-Array = np.ndarray[Any, np.dtype[Any]]
-Place = tuple[int, int]  # offset, bytes
 
 
 class Damaged(ValueError):

@@ -4,10 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from mrmae.shards.format import PIXELS, Layout, Plan, tar_path
+from mrmae.shards.format import PIXELS, Array, Layout, Plan, tar_path
 from mrmae.shards.store import tar_columns, zarr
 from mrmae.shards.store.tar import index_path
-from mrmae.shards.store.zarr import Array
 
 
 class Shard(Protocol):

@@ -19,7 +19,18 @@ import numpy as np
 
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import Chunk, Published, publish
-from mrmae.shards.format import FORMAT_VERSION, View, canonical_json, parsed
+from mrmae.shards.format import (
+    FORMAT_VERSION,
+    PIXELS,
+    Array,
+    BadImage,
+    Numbers,
+    View,
+    canonical_json,
+    decode_jpeg,
+    parsed,
+)
+from mrmae.shards.store.reader import Damaged, read_members
 
 BLOCK = 512
 REGULAR = tarfile.TarInfo()  # mtime, uid and gid are 0, user and group empty
@@ -28,7 +39,6 @@ EMPTY_HEADER = bytearray(REGULAR.tobuf(tarfile.USTAR_FORMAT))
 EMPTY_HEADER[148:156] = b" " * 8
 NUMBER_DIGITS = 9
 Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content in parts
-Table = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +83,7 @@ class TarIndex:
 
     of: dict[str, Any]
     keys: list[str]
-    tables: dict[str, Table]
+    tables: dict[str, Numbers]
 
 
 def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -192,6 +202,19 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
 
 
+def own_index(path: Path, of: Mapping[str, Any], keys: Sequence[str] | None, extensions: Sequence[str]) -> TarIndex:
+    """The sidecar index of a tar that belongs to `of` and holds these samples (None: any). Raises Damaged."""
+    try:
+        index = read_index(path, extensions)
+    except ValueError as error:
+        raise Damaged(path, None, str(error)) from None
+    if index.of != of:
+        raise Damaged(path, None, f"its index belongs to {index.of}")
+    if keys is not None and index.keys != list(keys):
+        raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
+    return index if keys is None else dataclasses.replace(index, keys=list(keys))  # one copy of every key in memory
+
+
 def refuse_larger(archive: zipfile.ZipFile, n_bytes: int) -> None:
     """ValueError where an array of an npz would take more memory than the file's n_bytes."""
     for info in archive.infolist():
@@ -212,3 +235,32 @@ def parse_row(content: bytes) -> PixelRow:
         (top, left, height, width), (source_height, source_width) = about["crop"], about["source"]
         view = View(top, left, height, width, about["flip"], source_height, source_width)
     return PixelRow(about["number"], about["key"], about["label"], view, None, about["reason"])
+
+
+class PixelShard:
+    """The views of one shard, its sidecar index in memory. Thread-safe."""
+
+    def __init__(self, tar: Path, index: TarIndex) -> None:
+        self.tar, self.index = tar, index
+
+    def read(
+        self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None = None
+    ) -> None:
+        """Decode the views at `rows` into the buffers of PIXELS, uint8 [h, w, 3]. Raises Damaged. blocks: pixels have none."""
+        for row, buffer, content in zip(rows, out[PIXELS], read_members(self.tar, rows, self.index.tables["jpg"])):
+            try:
+                buffer[:] = decode_jpeg(content)
+            except (BadImage, ValueError) as error:
+                raise Damaged(self.tar, row, str(error)) from None
+
+    def crop(self, row: int) -> View:
+        """The recorded crop and flip of a view. Raises Damaged."""
+        (content,) = read_members(self.tar, [row], self.index.tables["json"])
+        view = parse_row(content).view
+        assert view is not None, "a readable sample has a view"
+        return view
+
+
+def open_pixels(tar: Path, of: Mapping[str, Any], keys: Sequence[str] | None) -> PixelShard:
+    """The views of a shard whose sidecar belongs to `of` and holds these samples (None: any). Raises Damaged."""
+    return PixelShard(tar, own_index(tar, of, keys, ("jpg", "json")))

@@ -5,7 +5,6 @@ Sample n is NNNNNNNNN.tokens.npy, .scale.npy, ... and NNNNNNNNN.json; of an arra
 them; we read the arrays' bytes in place, by the sidecar index. docs/format.md, "Column tars".
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,11 @@ import google_crc32c
 import numpy as np
 
 from mrmae.common.files import publish
-from mrmae.shards.format import Layout, canonical_json, plain
+from mrmae.shards.format import Array, Layout, canonical_json, plain
 from mrmae.shards.store import zarr
 from mrmae.shards.store.reader import Damaged, File, opened, read_members
-from mrmae.shards.store.tar import Member, TarIndex, index_path, member_name, read_index, write_tar
-from mrmae.shards.store.zarr import Array, checked_rows, shard_record
+from mrmae.shards.store.tar import Member, TarIndex, index_path, member_name, own_index, write_tar
+from mrmae.shards.store.zarr import checked_rows, shard_record
 
 # Per array and sample: tar header, npy header, padding, its line in the index, its share of the JSON.
 OVERHEAD_BYTES = 1024
@@ -202,14 +201,6 @@ def open_shard(
 ) -> TarShard:
     """A shard whose sidecar belongs to this column, view and shard, and these samples (None: any). Raises Damaged."""
     tar = shard_files(folder, layout, shard)[0]
-    try:
-        index = read_index(tar, [*(f"{piece}.npy" for piece in pieces(layout)), "json"])
-    except ValueError as error:
-        raise Damaged(tar, None, str(error)) from None
-    if index.of != belongs_to(column_id, view, shard):
-        raise Damaged(tar, None, f"its index belongs to {index.of}")
-    if keys is not None and index.keys != list(keys):
-        raise Damaged(tar, None, "the keys of its index are not those of samples.parquet")
-    if keys is not None:
-        index = dataclasses.replace(index, keys=list(keys))  # one copy of every key in memory
+    extensions = [*(f"{piece}.npy" for piece in pieces(layout)), "json"]
+    index = own_index(tar, belongs_to(column_id, view, shard), keys, extensions)
     return TarShard(tar, index, layout, shard * layout.shard_samples)

@@ -19,7 +19,7 @@ from zarr.storage import MemoryStore
 
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import Published, publish
-from mrmae.shards.format import DTYPES, IN_BLOCKS, Layout, canonical_json, parsed
+from mrmae.shards.format import DTYPES, IN_BLOCKS, Array, Layout, canonical_json, parsed
 from mrmae.shards.store.reader import ABSENT, ShardFile
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
@@ -32,7 +32,6 @@ DIMENSIONS = {
     "norm": ("sample", "patch"),
 }
 STORED = {"patch": "stored_patch"}  # in blocks: not the raster's
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class AttributeFields(TypedDict):

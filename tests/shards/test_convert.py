@@ -207,5 +207,5 @@ def test_extraction_does_not_go_on_with_a_requantised_cache(source: Path, tmp_pa
         agree(tmp_path / "c", Wanted(dataclasses.replace(made, n_views=3, quantisers={})))
     assert contents(tmp_path / "c") == before
     for path, command in ((tmp_path / "c", "inspect-cache convert"), (source, "extract-features")):
-        told = open_cache(path).repair_text(Damaged(path, None, "x"), "a.pre_tail", 0, 0)
+        told = open_cache(path).shards.repair_text(Damaged(path, None, "x"), (0, "a.pre_tail", 0))
         assert f"run the same {command} command again" in told

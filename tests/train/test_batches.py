@@ -13,7 +13,7 @@ import torch
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, Position, Share
-from mrmae.train.feed import AHEAD, Feed
+from mrmae.train.feed import BATCHES_AHEAD, Feed
 from mrmae.train.method.masks import Draw, Masks, draw_masks
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.targets import Batch
@@ -198,7 +198,7 @@ def test_feed_prepares_ahead_but_not_without_bound() -> None:
         return _tagged(update)
 
     with Feed(load, _todo(100), torch.device("cpu")) as feed:
-        for ahead in (AHEAD, AHEAD + 1):
+        for ahead in (BATCHES_AHEAD, BATCHES_AHEAD + 1):
             _until(lambda ahead=ahead: len(loaded) >= ahead)
             time.sleep(0.02)  # one more would come at once
             assert len(loaded) == ahead

@@ -1,0 +1,167 @@
+"""All shards of a cache: each opened when it is first read and kept, a batch of any samples read from them in threads."""
+
+import concurrent.futures
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mrmae.common.backend import Unreachable, Url
+from mrmae.shards.format import (
+    IN_BLOCKS,
+    PIXELS,
+    Array,
+    Numbers,
+    Plan,
+    Unit,
+    View,
+    commit_path,
+    pixels_of,
+    signed_hashes,
+    tar_path,
+)
+from mrmae.shards.store.reader import Damaged
+from mrmae.shards.store.storage import Shard, column_folder, storage_of
+from mrmae.shards.store.tar import PixelShard, open_pixels
+
+PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
+REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
+
+
+class Shards:
+    """What Cache reads through. Thread-safe; may be pickled: shards and threads are opened anew where it arrives.
+
+    keys: of every sample. threads: for one batch.
+    """
+
+    def __init__(self, path: Path, plan: Plan, keys: Sequence[str], threads: int) -> None:
+        self.path, self.plan, self.keys, self.threads = path, plan, keys, threads
+        self._opened: dict[Unit, Shard | PixelShard] = {}  # their indices stay in memory
+        self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_opened": {}, "_pool": None}
+
+    def read(
+        self, column: str, numbers: Numbers, views: Numbers, out: Mapping[str, Array], blocks: Numbers | None = None
+    ) -> None:
+        """Fill `out`, arrays [b, ...] by name, with these samples of a column, verified; PIXELS has one array, its name.
+
+        blocks: of arrays in blocks, the one of each sample to read; None: all of them, in raster order.
+        Raises ValueError that names shard, sample and repair.
+        """
+        remote = isinstance(self.path, Url)
+        at_once = 2**62 if column != PIXELS else REMOTE_PIXELS if remote else PIXELS_AT_ONCE
+        parts = list(shard_parts(numbers // self.plan.shard_samples, views, at_once))
+
+        def read_parts(share: Sequence[tuple[Numbers, int, int]]) -> None:
+            for positions, view, shard in share:
+                self.read_part((view, column, shard), positions, numbers[positions], out, blocks)
+
+        # A call costs more than a local read: one per thread. At a URL a call waits: one per request.
+        n = len(parts) if remote else min(self.threads, len(parts))
+        if n <= 1:
+            read_parts(parts)
+            return
+        calls = [self.pool().submit(read_parts, parts[i::n]) for i in range(n)]
+        concurrent.futures.wait(calls)  # all of them: nobody writes to the buffer after an error
+        for call in calls:
+            call.result()
+
+    def read_part(
+        self, unit: Unit, positions: Numbers, numbers: Numbers, out: Mapping[str, Array], blocks: Numbers | None
+    ) -> None:
+        """Fill `out` at the positions of a batch that hold these samples of one shard."""
+        rows = (numbers % self.plan.shard_samples).tolist()
+        cut = IN_BLOCKS if self.plan.token_layout and blocks is None else ()
+        stored = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in out.items() if name in cut}
+        buffers = {name: list(stored[name]) if name in stored else [array[i] for i in positions]
+                   for name, array in out.items()}  # fmt: skip
+        with self.explained(unit, int(numbers[0])):
+            self.opened(unit).read(rows, buffers, None if blocks is None else blocks[positions].tolist())
+        if stored:
+            order = self.stored_order(numbers, unit[0])
+            for name, array in stored.items():
+                out[name][positions[:, None], order] = array
+
+    def stored_order(self, numbers: Numbers, view: int) -> Numbers:
+        """[b, l]: the grid index of every stored row of tokens in blocks."""
+        assert self.plan.token_layout is not None
+        (height, width), views = self.plan.grid, np.full(len(numbers), view)
+        return self.plan.token_layout.order(self.hashes[numbers], views, height * width)
+
+    @functools.cached_property
+    def hashes(self) -> Numbers:
+        """Hash of every sample's key, as signed 64-bit integers."""
+        return signed_hashes(self.keys)
+
+    def crop(self, number: int, view: int) -> View:
+        """The recorded crop and flip of one sample's view."""
+        shard, row = divmod(number, self.plan.shard_samples)
+        with self.explained((view, PIXELS, shard), number):
+            return self.pixels(view, shard).crop(row)
+
+    def pixels(self, view: int, shard: int) -> PixelShard:
+        """The views of one shard."""
+        pixels = self.opened((view, PIXELS, shard))
+        assert isinstance(pixels, PixelShard)
+        return pixels
+
+    def opened(self, unit: Unit) -> Shard | PixelShard:
+        """A shard, opened, once it is known to be this cache's. Raises Damaged."""
+        if unit in self._opened:
+            return self._opened[unit]
+        (view, column, shard), plan = unit, self.plan
+        keys = self.keys[plan.ranges[shard].start : plan.ranges[shard].stop]
+        opened: Shard | PixelShard
+        if column == PIXELS:
+            opened = open_pixels(tar_path(self.path, view, shard), pixels_of(plan, view, shard), keys)
+        else:
+            folder, id = column_folder(self.path, plan, view, column), plan.shard_ids(shard)[column]
+            opened = storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)
+        return self._opened.setdefault(unit, opened)
+
+    @contextmanager
+    def explained(self, unit: Unit, number: int) -> Iterator[None]:
+        """What is damaged or does not answer is raised anew, with what a user should know. number: the first sample read."""
+        try:
+            yield
+        except Damaged as error:
+            raise ValueError(self.repair_text(error, unit)) from None
+        except Unreachable as error:
+            view, column, shard = unit
+            raise Unreachable(f"sample {number} ({self.keys[number]!r}), shard {shard} of {column}, view {view}: "
+                              f"{error}") from None  # fmt: skip
+
+    def repair_text(self, error: Damaged, unit: Unit) -> str:
+        """What is damaged, whose sample it is, and how to repair it."""
+        _, column, shard = unit
+        number = shard * self.plan.shard_samples + (error.row or 0)
+        whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
+        if isinstance(error.path, Url):
+            return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; upload this file again from the "
+                    "folder that the cache was extracted to (inspect-cache verify --full there says whether it is whole)")  # fmt: skip
+        made = self.plan.quantisers.get(column)
+        command = "inspect-cache convert" if made is not None and made.source else "extract-features"
+        return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
+                f"{commit_path(self.path, *unit)} and run the same {command} command again, "
+                "which rewrites this shard only")  # fmt: skip
+
+    def pool(self) -> concurrent.futures.ThreadPoolExecutor:
+        """This process's reading threads (threads do not survive a fork)."""
+        if self._pool is None or self._pool[0] != os.getpid():
+            self._pool = (os.getpid(), concurrent.futures.ThreadPoolExecutor(self.threads, "cache"))
+        return self._pool[1]
+
+
+def shard_parts(shards: Numbers, views: Numbers, at_once: int) -> Iterator[tuple[Numbers, int, int]]:
+    """(positions, view, shard) for each part of a batch that lies in one shard, positions ascending, at most so many."""
+    order = np.lexsort((shards, views))
+    cuts = np.flatnonzero((np.diff(shards[order]) != 0) | (np.diff(views[order]) != 0)) + 1
+    for part in np.split(order, cuts) if len(order) else []:
+        for start in range(0, len(part), at_once):
+            yield part[start : start + at_once], int(views[part[0]]), int(shards[part[0]])
