@@ -1,22 +1,28 @@
 """Every short command, hundreds of times beside others: python benchmarks/soak_exits.py [--runs 300] [--only verify].
 
-Real processes of the real commands, several at once, which is the load: what goes wrong while an interpreter ends (threads of
-libraries, buffers freed late) does so rarely, and only there. A status other than 0 is a failure, and so is a word on the way
-out. One row per command, appended to results/exits.csv as soon as it is done; a stopped soak goes on after the last command of
-this commit. Exit 1 where a run failed.
+Several at once, which is the load: what goes wrong while an interpreter ends (threads of libraries, buffers freed late) does so
+rarely, and only there. Commands run in forks of a process that has imported everything, and end as a process does (zygote.py);
+those that only print help, which import next to nothing, and with --real all, are processes of their own. A status other than 0
+is a failure, and so is a word on the way out. One row per command, appended to results/exits.csv as soon as it is done; a stopped
+soak goes on after the last command of this commit. Exit 1 where a run failed.
 """
 
+import contextlib
 import csv
+import json
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
+from subprocess import PIPE
 from typing import Any
 
 import click
@@ -24,17 +30,16 @@ import numpy as np
 from measure import ROOT, machine
 from PIL import Image
 from rows import append
+from zygote import MAINS, SECONDS
 
 from mrmae.shards.format import commit_path, load_plan
 
-MODULES = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect.cli",
-           "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli"}  # fmt: skip
 SMALL = ["--size", "32", "--grid", "4", "--views", "2", "--shard-samples", "16", "--device", "cpu"]
 TEACHER = ["--teacher", "vit=timm:test_vit/random"]
 STUDENT = ["--student", "vit_tiny_patch16_224", "--device", "cpu", "--batch-size", "8"]
 LAST_WORDS = ("terminate called", "Traceback", "Fatal Python error", "Exception ignored")  # not what a clean exit says
-SECONDS = 300  # of one run, at most
 Words = list[str]
+Run = Callable[[Sequence[str]], tuple[int, str]]  # words -> (status, negative for a signal; stderr)
 
 
 def commands(images: Path, cache: Path, damaged: Path) -> dict[str, Callable[[Path], Words]]:
@@ -94,8 +99,8 @@ def prepared(work: Path) -> tuple[Path, Path, Path]:
 
 
 def run(words: Sequence[str]) -> tuple[int, str]:
-    """(status, negative for a signal, and what was said on stderr) of a command."""
-    command = [sys.executable, "-m", MODULES[words[0]], *words[1:]]
+    """Run a command in a process of its own."""
+    command = [sys.executable, "-m", MAINS[words[0]], *words[1:]]
     try:
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS)
     except subprocess.TimeoutExpired:
@@ -103,7 +108,28 @@ def run(words: Sequence[str]) -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
-def soak(words: Callable[[Path], Words], runs: int, at_once: int, work: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def forks(n: int, work: Path) -> Iterator[Run]:
+    """What runs a command in a fork of one of n processes."""
+    command, free = [sys.executable, str(ROOT / "zygote.py")], SimpleQueue[tuple[subprocess.Popen[str], Path]]()
+    alone = os.environ | {"OPENBLAS_NUM_THREADS": "1"}  # before numpy: threads do not survive a fork
+    with contextlib.ExitStack() as stack:
+        for i in range(n):
+            zygote = stack.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True, env=alone))
+            free.put((zygote, work / f"said {i}"))
+
+        def run(words: Sequence[str]) -> tuple[int, str]:
+            zygote, said = free.get()
+            try:
+                print(json.dumps([words, os.devnull, str(said)]), file=zygote.stdin, flush=True)
+                return int(zygote.stdout.readline()), said.read_text(errors="replace")  # type: ignore[union-attr]
+            finally:
+                free.put((zygote, said))
+
+        yield run
+
+
+def soak(run: Run, words: Callable[[Path], Words], runs: int, at_once: int, work: Path) -> dict[str, Any]:
     """How often a command ended well, and how else; the first failures go to stderr."""
     began = time.monotonic()
 
@@ -122,21 +148,23 @@ def soak(words: Callable[[Path], Words], runs: int, at_once: int, work: Path) ->
             "seconds_per_run": (time.monotonic() - began) / runs}  # fmt: skip
 
 
-def done_before(out: Path, about: Mapping[str, str], runs: int) -> set[str]:
-    """Commands that have a row of this commit with so many runs."""
+def done_before(out: Path, about: Mapping[str, str], runs: int) -> set[tuple[str, str]]:
+    """Commands, and how they were run, that have a row of this commit with so many runs."""
     if not out.exists():
         return set()
     with open(out, newline="") as file:
-        return {r["command"] for r in csv.DictReader(file) if r["commit"] == about["commit"] and int(r["runs"]) >= runs}
+        return {(r["command"], r["processes"]) for r in csv.DictReader(file)
+                if r["commit"] == about["commit"] and int(r["runs"]) >= runs}  # fmt: skip
 
 
 @click.command()
 @click.option("--runs", default=300, type=click.IntRange(1), help="Of every command.")
 @click.option("--at-once", default=4, type=click.IntRange(1), help="Processes beside each other.")
+@click.option("--real", is_flag=True, help="Every run is a process of its own, and spends some 2 s on imports.")
 @click.option("--only", multiple=True, metavar="NAME", help="These commands; default: all.")
 @click.option("--folder", type=click.Path(path_type=Path), help="Where caches lie for a while; default: the system's.")
 @click.option("--out", default=ROOT / "results" / "exits.csv", type=click.Path(path_type=Path))
-def main(runs: int, at_once: int, only: tuple[str, ...], folder: Path | None, out: Path) -> None:
+def main(runs: int, at_once: int, real: bool, only: tuple[str, ...], folder: Path | None, out: Path) -> None:
     """Run every short command many times, several at once, and count how they ended."""
     about, wrong = machine("cpu"), 0
     about |= {"python": sys.version.split()[0], **{name: version(name) for name in ("pyarrow", "zarr")}}
@@ -145,13 +173,15 @@ def main(runs: int, at_once: int, only: tuple[str, ...], folder: Path | None, ou
         every = commands(*prepared(Path(work)))
         if unknown := set(only) - set(every):
             raise click.BadParameter(f"{unknown.pop()!r}; expected {', '.join(every)}", param_hint="--only")
-        for name in only or every:
-            if name in before:
-                continue
-            row = soak(every[name], runs, at_once, Path(work))
-            wrong += row["failed"]
-            append(out, [{"command": name, **row, **about}])
-            click.echo(f"{name}: " + "  ".join(f"{key} {value}" for key, value in row.items()))
+        with forks(0 if real else at_once, Path(work)) as fork:
+            for name in only or every:
+                processes = "real" if real or name.endswith("--help") else "forked"
+                if (name, processes) in before:
+                    continue
+                row = soak(run if processes == "real" else fork, every[name], runs, at_once, Path(work))
+                wrong += row["failed"]
+                append(out, [{"command": name, "processes": processes, **row, **about}])
+                click.echo(f"{name}, {processes}: " + "  ".join(f"{key} {value}" for key, value in row.items()))
     raise SystemExit(bool(wrong))
 
 
