@@ -49,7 +49,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
         say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     with contextlib.ExitStack() as held:
-        job, kept = (begin if options.part.leads else join)(options, sources, teachers, wanted, say, held)
+        job, kept = (begin if options.part.leads else join_leader)(options, sources, teachers, wanted, say, held)
         finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
         extract_missing(job, kept)
         if options.shards or not options.part.leads:
@@ -78,7 +78,7 @@ def begin(
         found = look(options.cache)  # another command may have planned meanwhile
         wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys)
         negotiate(found, wanted)
-        agreed = negotiate(found, replace(wanted, rows=hashed(options, sources, found)))
+        agreed = negotiate(found, replace(wanted, rows=hashed_rows(options, sources, found)))
         if options.append:
             n = len(sources)
             say(f"{n - agreed.new} of {n} images are in the cache already and are skipped; {agreed.new} are new")
@@ -89,7 +89,7 @@ def begin(
     return job, kept
 
 
-def hashed(options: Options, sources: Sources, found: Found) -> list[Source]:
+def hashed_rows(options: Options, sources: Sources, found: Found) -> list[Source]:
     """The images in canonical order, with size and sha256; those of the cache that are as long as then are not read again."""
     order = canonical_order([image.key for image in sources])
     known = [(row.key, row.bytes, row.sha256) for row in found.rows or () if row.key]
@@ -99,7 +99,7 @@ def hashed(options: Options, sources: Sources, found: Found) -> list[Source]:
     return [Source(key, sources[i].label, size, sha256) for i, (key, size, sha256) in zip(order, digests)]
 
 
-def join(
+def join_leader(
     options: Options, sources: Sources, teachers: Teachers, wanted: Wanted, say: Say, held: contextlib.ExitStack
 ) -> tuple[ExtractJob, KeptBatches]:
     """The job as the leading process planned and calibrated it; waits for that. say, held: as in `begin`."""

@@ -109,12 +109,12 @@ def held_by(file: Path) -> str | None:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return None
     except OSError:  # also where there are no locks: then the file says that someone had begun
-        return written_in(descriptor)
+        return holder_told(descriptor)
     finally:
         os.close(descriptor)
 
 
-def written_in(descriptor: int) -> str:
+def holder_told(descriptor: int) -> str:
     """What the holder wrote into the lock file, fit to be printed."""
     text = os.pread(descriptor, SHOWN, 0).decode(errors="replace").partition("\n")[0]
     return "".join(c for c in text if c.isprintable()) or "another process"
@@ -158,7 +158,7 @@ def last_at_work(path: Path) -> str:
     except OSError:
         return "another process"
     try:
-        return written_in(descriptor)
+        return holder_told(descriptor)
     finally:
         os.close(descriptor)
 

@@ -74,10 +74,10 @@ def convert_cache(
         raise ValueError(f"{out}: is, or lies in, the cache to convert; expected another folder for the new one")
     negotiate(look(out, images=False), Wanted(wanted, extend=False))
     with claims.alone(out):
-        return converted(cache, out, wanted, about=about, progress=progress)
+        return convert_alone(cache, out, wanted, about=about, progress=progress)
 
 
-def converted(
+def convert_alone(
     cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """The same, while nobody else is at work at `out`."""

@@ -15,7 +15,7 @@ from mrmae.extract.images.tiff import BITS, PHOTOMETRIC, tiff_defect, tiff_in_wo
 from mrmae.shards.format import BadImage, Pixels
 
 # A closed list: Pillow's other plugins include one that starts Ghostscript.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
+PILLOW_FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM", "AVIF")
 MAX_PIXELS = 178_956_970  # what Pillow refuses as a bomb by default: 0.5 GB of RGB
 MAGIC = {
     b"\xff\xd8": "JPEG",
@@ -94,7 +94,7 @@ def open_image(data: bytes) -> Image.Image:
         raise BadImage("the file has zero bytes")
     if brand(data) in ("avif", "avis") and not features.check("avif"):
         raise BadImage("is AVIF, which this build of Pillow cannot decode; install one that can, or save it as PNG")
-    return Image.open(io.BytesIO(data), formats=FORMATS)
+    return Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
 
 
 def decoding_bytes(image: Image.Image) -> int:

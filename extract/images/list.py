@@ -21,7 +21,7 @@ from mrmae.extract.images.tars import cls_texts, file_member, read_headers, read
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
 FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
-SHOWN = 3  # names in a note
+NAMES_SHOWN = 3  # names in a note
 # What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
 FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the third time
@@ -38,7 +38,7 @@ class SourceImage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Place:
+class ImagePlace:
     """Where an image's bytes are: a whole file (offset None), or a part of a tar."""
 
     path: str
@@ -46,7 +46,7 @@ class Place:
     mtime_ns: int | None = None  # of the file or the tar, when it was listed
 
 
-Found = tuple[SourceImage, Place]
+ListedImage = tuple[SourceImage, ImagePlace]
 Stamp = tuple[
     int, int, int
 ]  # size, time and offset (-1: a whole file) of an image; as long as they stay, so do its bytes
@@ -101,7 +101,7 @@ class Sources:
     notes: what a person should hear about the listing.
     """
 
-    def __init__(self, found: Iterable[Found], notes: Sequence[str] = ()) -> None:
+    def __init__(self, found: Iterable[ListedImage], notes: Sequence[str] = ()) -> None:
         self.notes = tuple(notes)
         ordered = sorted(found, key=lambda pair: pair[0].key)
         self.images = [image for image, _ in ordered]
@@ -180,7 +180,7 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
     if not found:
         there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
-            f"{join(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path{there}"
+            f"{joined(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path{there}"
         )
     chosen = [pair for pair in found if matches(pair[0].key, include)]
     if not chosen:
@@ -204,10 +204,10 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return paths
 
 
-def list_one(root: Path, left_out: LeftOut) -> list[Found]:
+def list_one(root: Path, left_out: LeftOut) -> list[ListedImage]:
     if root.is_dir():
         return list(walk(root, left_out))
-    if kind := special(root.stat().st_mode):
+    if kind := special_kind(root.stat().st_mode):
         raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
     with open(root, "rb") as file:
         head = file.read(8)
@@ -233,7 +233,7 @@ def is_image(key: str) -> bool:
     return key.lower().endswith(SUFFIXES)
 
 
-def special(mode: int) -> str | None:
+def special_kind(mode: int) -> str | None:
     """What a file is that is neither a regular file nor a folder, for a person; None for these two."""
     kinds = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFBLK: "a device", stat.S_IFCHR: "a device"}
     return kinds.get(stat.S_IFMT(mode))
@@ -242,13 +242,13 @@ def special(mode: int) -> str | None:
 def open_regular(path: str, flags: int) -> int:
     """A descriptor of a regular file, for `open(opener=)`; Unreadable for anything else, without waiting for a FIFO's writer."""
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
-    if kind := special(os.fstat(descriptor).st_mode):
+    if kind := special_kind(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise Unreadable(errno.EINVAL, f"is {kind} and was a regular file when it was listed", path)
     return descriptor
 
 
-def notes_on_frames(found: Sequence[Found]) -> list[str]:
+def notes_on_frames(found: Sequence[ListedImage]) -> list[str]:
     """That only first frames are taken, where there may be more."""
     kinds = Counter(PurePosixPath(image.key).suffix.lower() for image, _ in found)
     several = [f"{kinds[suffix]} {suffix}" for suffix in FRAMES if kinds[suffix]]
@@ -257,16 +257,16 @@ def notes_on_frames(found: Sequence[Found]) -> list[str]:
 
 def some(names: Sequence[str]) -> str:
     """The first names, and how many more."""
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def parent_label(key: str) -> str | None:
     return PurePosixPath(key).parent.name or None
 
 
-def refuse_duplicates(found: Sequence[Found]) -> None:
-    seen: dict[str, Place] = {}
+def refuse_duplicates(found: Sequence[ListedImage]) -> None:
+    seen: dict[str, ImagePlace] = {}
     for image, place in found:
         first = seen.setdefault(image.key, place)
         if first is not place:
@@ -289,7 +289,7 @@ def checked_key(key: str, where: object) -> str:
 # --- folders
 
 
-def walk(root: Path, left_out: LeftOut) -> Iterator[Found]:
+def walk(root: Path, left_out: LeftOut) -> Iterator[ListedImage]:
     """Images below `root`; other files are noted in `left_out`.
 
     Links to files and folders are followed, except into one of their own ancestors (a loop). A dangling link stays in
@@ -309,11 +309,11 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[Found]:
                         stack.append((entry.path, key + "/", ancestors | {inside}))
                 elif not is_image(entry.name):
                     left_out.suffixes[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
-                elif (status := status_of(entry)) and (kind := special(status.st_mode)):
+                elif (status := status_of(entry)) and (kind := special_kind(status.st_mode)):
                     left_out.special.append(f"{key} ({kind})")
                 else:
                     image = SourceImage(checked_key(key, root), parent_label(key), status.st_size if status else None)
-                    yield image, Place(entry.path, None, status.st_mtime_ns if status else None)
+                    yield image, ImagePlace(entry.path, None, status.st_mtime_ns if status else None)
 
 
 def identity(status: os.stat_result) -> tuple[int, int]:
@@ -342,7 +342,7 @@ def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
 # --- lists
 
 
-def read_list(path: Path) -> Iterator[Found]:
+def read_list(path: Path) -> Iterator[ListedImage]:
     """Images named in a text file. Keys are relative to the file's folder, or to the images' common folder outside it."""
     try:
         lines = [line.strip("\r\n") for line in path.read_text(encoding="utf-8").splitlines()]
@@ -365,13 +365,13 @@ def read_list(path: Path) -> Iterator[Found]:
     for file in files:
         key = checked_key(os.path.relpath(file, base).replace(os.sep, "/"), path)
         status = os.stat(file)
-        yield SourceImage(key, parent_label(key), status.st_size), Place(file, None, status.st_mtime_ns)
+        yield SourceImage(key, parent_label(key), status.st_size), ImagePlace(file, None, status.st_mtime_ns)
 
 
 # --- tars
 
 
-def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
+def index_tar(path: Path, left_out: LeftOut) -> list[ListedImage]:
     """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
@@ -390,10 +390,10 @@ def index_tar(path: Path, left_out: LeftOut) -> list[Found]:
             texts[name] = cls_texts(members, name, file.fileno(), path)
             label = next(iter(texts[name].values()), None) or parent_label(name)
             image = SourceImage(checked_key(name, path), label, data.size_bytes)
-            found.append((image, Place(str(path), data.offset, mtime_ns)))
+            found.append((image, ImagePlace(str(path), data.offset, mtime_ns)))
     left_out.note_labels([name for name in members if name.lower().endswith(".cls") and visible(name)], texts)
     return found
 
 
-def join(images: Sequence[str | os.PathLike[str]]) -> str:
+def joined(images: Sequence[str | os.PathLike[str]]) -> str:
     return " ".join(os.fspath(image) for image in images) or "IMAGES"

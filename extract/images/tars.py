@@ -10,7 +10,7 @@ LABEL_BYTES = 4096
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Member:
+class TarHeader:
     """What is kept of a tar header (tarfile's own objects are ten times larger).
 
     special: what it is where that is no regular file. link: name of the member it leads to.
@@ -22,16 +22,16 @@ class Member:
     link: str | None
 
 
-def read_headers(path: Path) -> dict[str, Member]:
+def read_headers(path: Path) -> dict[str, TarHeader]:
     """Name -> member. ValueError where the tar is cut, also exactly between two members, or holds a name twice."""
-    members: dict[str, Member] = {}
+    members: dict[str, TarHeader] = {}
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
                 name = info.name.removeprefix("./")
                 if name in members and not info.isdir():
                     raise ValueError(f"{path}: holds {name!r} twice; keys must be unique; repack the tar")
-                members[name] = Member(info.offset_data, info.size, special(info), link_of(info))
+                members[name] = TarHeader(info.offset_data, info.size, special_member(info), link_of(info))
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: gigabytes for ImageNet
             refuse_cut(path, tar.offset)
     except tarfile.TarError as error:
@@ -39,7 +39,7 @@ def read_headers(path: Path) -> dict[str, Member]:
     return members
 
 
-def special(info: tarfile.TarInfo) -> str | None:
+def special_member(info: tarfile.TarInfo) -> str | None:
     """What a member is, for a person, where it is no regular file."""
     if info.issparse():
         return "a sparse file"
@@ -54,9 +54,9 @@ def link_of(info: tarfile.TarInfo) -> str | None:
     return os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)) if info.issym() else None
 
 
-def file_member(members: dict[str, Member], name: str, path: Path) -> Member:
+def file_member(members: dict[str, TarHeader], name: str, path: Path) -> TarHeader:
     """The member that holds the bytes of `name` (links lead to another one)."""
-    member: Member | None = members[name]
+    member: TarHeader | None = members[name]
     for _ in range(8):
         if member is None or member.link is None:
             break
@@ -66,14 +66,14 @@ def file_member(members: dict[str, Member], name: str, path: Path) -> Member:
     return member
 
 
-def cls_names(members: dict[str, Member], name: str) -> list[str]:
+def cls_names(members: dict[str, TarHeader], name: str) -> list[str]:
     """The `.cls` members of an image, the longest stem first: `a.b.jpg` may have `a.b.cls` or, as webdataset groups, `a.cls`."""
     dots = [i for i in range(name.rfind("/") + 1, len(name)) if name[i] == "."]
     stems = [name[:dot] for dot in reversed(dots)]
     return [stem + ".cls" for stem in stems if stem + ".cls" in members]
 
 
-def cls_texts(members: dict[str, Member], name: str, descriptor: int, path: Path) -> dict[str, str]:
+def cls_texts(members: dict[str, TarHeader], name: str, descriptor: int, path: Path) -> dict[str, str]:
     """Texts of the `.cls` members of an image, by their names, the longest first; empty ones are left out."""
     texts = {}
     for cls in cls_names(members, name):

@@ -9,7 +9,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR, PALETTE = 258, 259, 262, 277, 284, 320
 INKS, EXTRA, FORMAT, SUBSAMPLING = 332, 338, 339, 530
 COLOURS = {0: "gray (zero is white)", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
-FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
+SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 
 
 def tiff_defect(tags: Mapping[int, Any]) -> str | None:
@@ -39,7 +39,7 @@ def tiff_defect(tags: Mapping[int, Any]) -> str | None:
 def tiff_in_words(tags: Mapping[int, Any]) -> str:
     """What a TIFF with these tags is, for a person: `TIFF of 3 x 16-bit unsigned samples in planes, RGB, compression 1`."""
     bits, colour, kinds = tags.get(BITS, (1,)), tags.get(PHOTOMETRIC, 0), tags.get(FORMAT, (1,))
-    kind = " and ".join(dict.fromkeys(FORMATS.get(kind, f"format {kind}") for kind in kinds))
+    kind = " and ".join(dict.fromkeys(SAMPLE_FORMATS.get(kind, f"format {kind}") for kind in kinds))
     planes = " in planes" if tags.get(PLANAR, 1) == 2 else ""
     extra = f" + {len(tags[EXTRA])} extra" if EXTRA in tags else ""
     return (f"TIFF of {tags.get(SAMPLES, 1)} x {max(bits)}-bit {kind} samples{planes}, {COLOURS.get(colour, f'photometric {colour}')}"

@@ -20,7 +20,7 @@ from mrmae.shards.commit import read_record
 from mrmae.shards.format import Plan, commit_path, units
 
 Given = tuple[str, str]  # a command, and the folder it was given in
-RECORDED = {
+MAY_BE_RERUN = {
     "extract-features": ("include", "teacher", "crop-scale", "flip", "size", "seed", "append", *(name.replace("_", "-") for name in SAID)),
     "inspect-cache": ("format", "dtype", "drop"),
 }  # fmt: skip
@@ -72,7 +72,7 @@ def prepared(given: Given, programs: Mapping[str, click.Command]) -> tuple[click
     program, *words = shlex.split(text)
     here = f"{text}: is not run by repair: "
     options = [word for word in words if re.match("-[A-Za-z-]", word)]
-    strange = [word for word in options if word.removeprefix("--") not in RECORDED[program]]
+    strange = [word for word in options if word.removeprefix("--") not in MAY_BE_RERUN[program]]
     if strange:
         what = "lets weights run code" if strange[0] == "--allow-torchscript" else "is no option that mrmae writes down"
         raise ValueError(f"{here}{strange[0]} {what}; look at it, and run it yourself (nothing was changed)")

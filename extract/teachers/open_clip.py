@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
 from mrmae.extract.teachers.attention import checked_attention
 from mrmae.extract.teachers.hub import fetch_weights
-from mrmae.extract.teachers.timm import as_tower, norm_tail_of, patch_of, size_of, wanted_size
+from mrmae.extract.teachers.timm import as_tower, norm_tail_of, patch_of, pixels_of_model, wanted_size
 from mrmae.extract.teachers.tower import (
     ImageSize,
     Origin,
@@ -43,16 +43,16 @@ def build_open_clip(request: TeacherRequest, *, grid: int, allow_torchscript: bo
     ViTs run at grid x patch (or `input_size`) with resampled position embeddings, other towers at their configured
     size. ValueError names what does not fit; also for weights trained with another activation than the model has.
     """
-    config = find_config(request)
+    config = clip_config(request)
     tag = find_tag(request)
     quick_gelu = chosen_activation(request, config, tag)
-    weights = read_weights(request, tag, allow_torchscript=allow_torchscript)
+    weights = clip_weights(request, tag, allow_torchscript=allow_torchscript)
     module = build_visual(request, config, quick_gelu=quick_gelu)
     check_trunk_activation(request, module)
     if weights is not None:
         fit_weights(module, visual_part(weights, module, where=request.where), where=request.where)
     sha256 = weights_sha256(module.state_dict())
-    origin = Origin(request.where, request.tag, preprocessing(request, tag), sha256)
+    origin = Origin(request.where, request.tag, clip_preprocessing(request, tag), sha256)
     if isinstance(module, TimmModel):
         return trunk_tower(module, request, origin, grid)
     if isinstance(module, ModifiedResNet):
@@ -67,7 +67,7 @@ def build_open_clip(request: TeacherRequest, *, grid: int, allow_torchscript: bo
 # --- configuration
 
 
-def find_config(request: TeacherRequest) -> dict[str, Any]:
+def clip_config(request: TeacherRequest) -> dict[str, Any]:
     config = open_clip.get_model_config(request.model)
     if config is None:
         raise ValueError(
@@ -125,7 +125,7 @@ def tag_advice(request: TeacherRequest, tags: list[str]) -> str:
     return f"it has {', '.join(tags) or 'none'}{hinted(request.tag or '', tags)}"
 
 
-def preprocessing(request: TeacherRequest, tag: Pretrained) -> Preprocessing:
+def clip_preprocessing(request: TeacherRequest, tag: Pretrained) -> Preprocessing:
     default = PreprocessCfg()
     chosen = request.interpolation or tag.get("interpolation") or default.interpolation
     if chosen not in INTERPOLATIONS:
@@ -189,7 +189,7 @@ def check_trunk_activation(request: TeacherRequest, module: nn.Module) -> None:
 # --- weights and construction
 
 
-def read_weights(request: TeacherRequest, tag: Pretrained, *, allow_torchscript: bool) -> StateDict | None:
+def clip_weights(request: TeacherRequest, tag: Pretrained, *, allow_torchscript: bool) -> StateDict | None:
     if request.weights == "random":
         return None
     if request.file:
@@ -274,7 +274,7 @@ def vit_tower(module: VisionTransformer, request: TeacherRequest, origin: Origin
 def trunk_tower(module: TimmModel, request: TeacherRequest, origin: Origin, grid: int) -> Tower:
     trunk = module.trunk
     patch = patch_of(trunk)
-    native = size_of(trunk, types.SimpleNamespace(input_size=(3, *module.image_size)))
+    native = pixels_of_model(trunk, types.SimpleNamespace(input_size=(3, *module.image_size)))
     size = wanted_size(request, patch, native, grid)
     if size != native and hasattr(trunk, "set_input_size"):
         trunk.set_input_size(size)

@@ -15,12 +15,12 @@ from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
 from mrmae.extract.teachers.attention import checked_attention
 from mrmae.extract.teachers.hub import fetch_weights
 from mrmae.extract.teachers.tower import (
-    Features,
     ImageSize,
     Origin,
     Preprocessing,
     StateDict,
     Tower,
+    TowerOutput,
     activation_of,
     norm_tail,
     tap_index,
@@ -39,25 +39,25 @@ def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -
     A plain ViT is built at grid x patch (or `input_size`) and timm's own loader resamples its position embeddings;
     other models keep their configured size. ValueError names what does not fit.
     """
-    config = find_config(request)
-    weights = read_weights(request, config, allow_torchscript=allow_torchscript)
+    config = timm_config(request)
+    weights = timm_weights(request, config, allow_torchscript=allow_torchscript)
     native = build_loaded(request, config, weights, {})
     sha256 = weights_sha256(native.state_dict(), classifier=classifier_names(config))
     check_activation(request, config, native)
-    patch, native_size = patch_of(native), size_of(native, config)
+    patch, native_size = patch_of(native), pixels_of_model(native, config)
     size = wanted_size(request, patch, native_size, grid)
     model = native
     if size != native_size and config.fixed_input_size:
         model = build_sized(request, config, native, size, native_size)
     tag = request.tag or (config.tag if request.weights == "hub" else None)
-    origin = Origin(request.where, tag, preprocessing(request, config), sha256)
+    origin = Origin(request.where, tag, timm_preprocessing(request, config), sha256)
     return as_tower(model, origin, request.tap, patch, size, norm_tail_of(model) if patch else {})
 
 
 # --- configuration
 
 
-def find_config(request: TeacherRequest) -> Any:
+def timm_config(request: TeacherRequest) -> Any:
     """timm's configuration (a PretrainedCfg) of the model and tag. ValueError with the nearest names."""
     if not timm.is_model(request.model):
         raise ValueError(
@@ -73,7 +73,7 @@ def find_config(request: TeacherRequest) -> Any:
     return timm.models.get_pretrained_cfg(name) or timm.models.PretrainedCfg()
 
 
-def preprocessing(request: TeacherRequest, config: Any) -> Preprocessing:
+def timm_preprocessing(request: TeacherRequest, config: Any) -> Preprocessing:
     chosen = request.interpolation or config.interpolation
     if chosen not in INTERPOLATIONS:
         raise ValueError(
@@ -106,7 +106,7 @@ def check_activation(request: TeacherRequest, config: Any, model: nn.Module) -> 
 # --- weights and construction
 
 
-def read_weights(request: TeacherRequest, config: Any, *, allow_torchscript: bool) -> StateDict | None:
+def timm_weights(request: TeacherRequest, config: Any, *, allow_torchscript: bool) -> StateDict | None:
     """The tensors as timm's files name them; None for random weights."""
     if request.weights == "random":
         return None
@@ -212,7 +212,7 @@ def patch_of(model: nn.Module) -> int | None:
     return int(reductions.pop())
 
 
-def size_of(model: nn.Module, config: Any) -> ImageSize:
+def pixels_of_model(model: nn.Module, config: Any) -> ImageSize:
     """(height, width) in pixels that the model was built for."""
     embed = getattr(model, "patch_embed", None) or getattr(model, "stem", None)
     size = getattr(embed, "img_size", None) or config.input_size[1:]
@@ -253,7 +253,7 @@ def as_tower(
     )
 
 
-def features_at(model: nn.Module, tap: str, patch: int | None, *, where: str, whole: bool) -> Features:
+def features_at(model: nn.Module, tap: str, patch: int | None, *, where: str, whole: bool) -> TowerOutput:
     """Normalised image -> (map, CLS) at the tap. whole: always run every block (the last one's attention is wanted)."""
     stages = len(getattr(model, "feature_info", None) or ())
     if tap == "head" and not patch:

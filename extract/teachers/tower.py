@@ -11,7 +11,7 @@ from mrmae.shards.format import BEHIND, apply_tail, taps_behind
 
 StateDict = dict[str, Tensor]
 ImageSize = tuple[int, int]  # height, width
-Features = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # image -> (map [b, d, gh, gw], CLS [b, d] or None)
+TowerOutput = Callable[[Tensor], tuple[Tensor, Tensor | None]]  # image -> (map [b, d, gh, gw], CLS [b, d] or None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Tower:
     """
 
     module: nn.Module
-    features: Features
+    features: TowerOutput
     attention_row: Callable[[], Tensor] | None
     patch: int | None
     input_size: ImageSize
@@ -89,7 +89,7 @@ def linear_tail(weight: Tensor, bias: Tensor | None) -> StateDict:
     return {key: value.detach().float().cpu().clone().contiguous() for key, value in tail.items()}
 
 
-def with_tail(features: Features, tail: Mapping[str, Tensor], tap: str, *, where: str) -> Features:
+def with_tail(features: TowerOutput, tail: Mapping[str, Tensor], tap: str, *, where: str) -> TowerOutput:
     """`features` followed by the tail in fp32 where `tap` is behind it; ValueError where the tail does not lead there."""
     if tap not in BEHIND:
         return features

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mrmae.common.suggest import nearest
+from mrmae.extract.teachers.tower import StateDict
 from mrmae.extract.teachers.weights_file import kind_of
-
-StateDict = dict[str, Tensor]
 
 # A checkpoint keeps its tensors under one of these names: MAE `model`, timm and open_clip `state_dict`, DINO `teacher`.
 WRAPPERS = ("model", "state_dict", "model_state_dict", "teacher")
@@ -42,7 +41,7 @@ def load_weights(file: str | Path, *, allow_torchscript: bool = False) -> StateD
         case "torchscript":
             return unwrap(read_torchscript(path, allowed=allow_torchscript), path)
         case "checkpoint":
-            return unwrap(read_checkpoint(path), path)
+            return unwrap(read_torch_file(path), path)
 
 
 def read_safetensors(path: Path) -> StateDict:
@@ -65,7 +64,7 @@ def read_torchscript(path: Path, *, allowed: bool) -> StateDict:
     return {name: tensor for name, tensor in weights.items() if name not in NOT_WEIGHTS}
 
 
-def read_checkpoint(path: Path) -> object:
+def read_torch_file(path: Path) -> object:
     """What a checkpoint holds. ValueError where it needs code to load, naming it, or cannot be read."""
     try:
         with open(path, "rb") as opened, torch.serialization.safe_globals([argparse.Namespace]):

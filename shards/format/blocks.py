@@ -63,15 +63,15 @@ class BlockRule:
 def patch_words(hashes: Words, views: Words, l: int, seed: int) -> Words:
     """One word per (sample, patch), no two of a sample equal: the low bits are the patch's index."""
     with np.errstate(over="ignore"):
-        run = mix((STREAM + GOLDEN) ^ np.array([seed], np.uint64))
-        image = mix(hashes ^ mix((run + GOLDEN) ^ views))
+        run = mix_words((STREAM + GOLDEN) ^ np.array([seed], np.uint64))
+        image = mix_words(hashes ^ mix_words((run + GOLDEN) ^ views))
         patches = np.arange(l, dtype=np.uint64)
-        words = mix(image[:, None] + (patches + np.uint64(1)) * GOLDEN)
+        words = mix_words(image[:, None] + (patches + np.uint64(1)) * GOLDEN)
     low = np.uint64((1 << (l - 1).bit_length()) - 1)
     return (words & ~low) | patches
 
 
-def mix(x: Words) -> Words:
+def mix_words(x: Words) -> Words:
     """The splitmix64 finaliser (Steele et al. 2014), as behind the masks."""
     x = (x ^ (x >> np.uint64(30))) * FIRST
     x = (x ^ (x >> np.uint64(27))) * SECOND

@@ -41,18 +41,18 @@ def expect_kind(value: Any, kind: Any, at: str = "", depth: int = DEPTH) -> None
     if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
         expect_fields(value, kind, at, depth)
     elif origin is dict:
-        expect(isinstance(value, dict), at, value, "an object")
+        expect_shape(isinstance(value, dict), at, value, "an object")
         for key, inner in value.items():
-            expect(is_text(key), at, key, "names in Unicode")
+            expect_shape(is_text(key), at, key, "names in Unicode")
             expect_kind(inner, arguments[1], f"{at}.{key}", depth - 1)
     elif origin in (list, tuple):
-        expect(isinstance(value, list), at, value, "a list")
+        expect_shape(isinstance(value, list), at, value, "a list")
         fixed = origin is tuple and arguments[-1] is not ...
-        expect(not fixed or len(value) == len(arguments), at, value, f"a list of {len(arguments)}")
+        expect_shape(not fixed or len(value) == len(arguments), at, value, f"a list of {len(arguments)}")
         for i, inner in enumerate(value):
             expect_kind(inner, arguments[i] if fixed else arguments[0], f"{at}[{i}]", depth - 1)
     else:
-        expect(is_plain(value, kind), at, value, WORDS.get(kind, "null"))
+        expect_shape(is_plain(value, kind), at, value, WORDS.get(kind, "null"))
 
 
 def plain_kind(value: Any) -> Any:
@@ -78,7 +78,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def expect(true: bool, at: str, value: Any, wanted: str) -> None:
+def expect_shape(true: bool, at: str, value: Any, wanted: str) -> None:
     """ValueError unless `true`."""
     if not true:
         text = ascii(value)
@@ -98,7 +98,7 @@ def hints(kind: Any) -> tuple[Mapping[str, Any], frozenset[str]]:
 
 def expect_fields(value: Any, kind: Any, at: str, depth: int) -> None:
     """ValueError unless the fields of a dataclass or typed dict are there and of their types."""
-    expect(isinstance(value, dict), at, value, "an object")
+    expect_shape(isinstance(value, dict), at, value, "an object")
     known, must = hints(kind)
     for name in sorted(must - set(value)):
         raise ValueError(f"{at.lstrip('.') or 'it'} has no {name!r}")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models import vision_transformer_hybrid
 from torch import nn
 
-from mrmae.extract.teachers.open_clip import chosen_activation, find_config, find_tag
+from mrmae.extract.teachers.open_clip import chosen_activation, clip_config, find_tag
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, apply_tail, build_teacher, parse_teacher
 
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
@@ -309,7 +309,7 @@ def activation_advice(text: str) -> str | None:
     """None where the activation is settled, else the request that the error asks for."""
     request = parse_teacher(text)
     try:
-        chosen_activation(request, find_config(request), find_tag(request))
+        chosen_activation(request, clip_config(request), find_tag(request))
     except ValueError as error:
         if "say which" in str(error):
             return text + "?activation=quickgelu"
