@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from timm.models import vision_transformer_hybrid
 from torch import nn
 
+from mrmae.extract.teachers.address import parse_teacher
 from mrmae.extract.teachers.open_clip import chosen_activation, clip_config, find_tag
-from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, apply_tail, build_teacher, parse_teacher
+from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, build_teacher
+from mrmae.shards.format.tail import apply_tail
 
 TEXT = {"context_length": 8, "vocab_size": 16, "width": 32, "heads": 2, "layers": 1}
 VISION = {"layers": 2, "width": 64, "head_width": 16, "patch_size": 16}

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mrmae.extract.teachers.address import OUR_KEYS
-from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, apply_tail, build_teacher, normalise, parse_teacher
-from mrmae.extract.teachers.teacher import timm as timm_teacher
+from mrmae.extract.teachers import timm as timm_teacher
+from mrmae.extract.teachers.address import OUR_KEYS, parse_teacher
+from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, build_teacher, normalise
 from mrmae.shards.format.spec import TeacherSpec, canonical_json
+from mrmae.shards.format.tail import apply_tail
 
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 

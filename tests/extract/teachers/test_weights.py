@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from mrmae.extract.teachers.teacher import hub
+from mrmae.extract.teachers import hub
 from mrmae.extract.teachers.weights import fit_weights, hinted, load_weights, weights_sha256
 
 
