@@ -11,7 +11,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae.extract.teachers import TeacherRequest, fit_weights, parse_teacher
-from mrmae.extract.teachers.timm import classifier_names, timm_config, timm_weights
+from mrmae.extract.teachers.timm import classifier_names, timm_settings, timm_weights
 from mrmae.probe.sources import FeatureSource
 from mrmae.train.method import LN_EPS, MaskedConvViT
 
@@ -102,7 +102,7 @@ def timm_classifier(
     """A timm model built anew with n_classes and drop path, with the frozen one's weights and the classifier that fits."""
     assert source.teacher
     request = parse_teacher(f"probe={source.name}")
-    head = stored_classifier(request, timm_config(request))
+    head = stored_classifier(request, timm_settings(request))
     had = len(next(iter(head.values()))) if head else 0
     if had not in (0, n_classes) and not new_head:
         raise ValueError(
@@ -113,7 +113,7 @@ def timm_classifier(
     if source.teacher.tower.patch:
         options["img_size"] = source.spec.input_size
     model: nn.Module = timm.create_model(f"{request.model}.{request.tag}" if request.tag else request.model, **options)
-    names = classifier_names(timm_config(request))
+    names = classifier_names(timm_settings(request))
     weights = {name: x for name, x in frozen.state_dict().items() if name not in names}
     began = {} if new_head else head
     fit_weights(model, weights | began, where=f"SOURCE {source.name}", classifier=names - set(began))

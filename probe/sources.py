@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mrmae.common.backend import locate
 from mrmae.extract.teachers import Teacher, build_teacher, make_spec, parse_teacher
-from mrmae.extract.teachers.timm import timm_config
+from mrmae.extract.teachers.timm import timm_settings
 from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
@@ -83,7 +83,7 @@ def hashed(spec: TeacherSpec) -> dict[str, Any]:
 def timm_source(text: str, *, size: int, device: str, precision: str) -> FeatureSource:
     """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses."""
     request = parse_teacher(f"probe={text}")
-    own = request.input_size or int(timm_config(request).input_size[-1])
+    own = request.input_size or int(timm_settings(request).input_size[-1])
     request = dataclasses.replace(request, input_size=size or own)
     how: dict[str, Any] = {"grid": 1, "view_size": size or own, "device": device, "precision": precision}
     teacher = build_teacher(request, **how)

@@ -52,7 +52,7 @@ from mrmae.shards.store import Shards, refuse_foreign_entries
 Indices = Sequence[int] | Numbers | Tensor
 
 REMOTE_THREADS = 16
-NEIGHBOURS = 500  # keys compared with one that is not there
+NEAR_KEYS = 500  # keys compared with one that is not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,7 +167,7 @@ class Cache:
         """The key most like this one among its neighbours in the alphabet: comparing a million keys takes minutes."""
         keys = sorted(self.number_of)
         at = bisect.bisect(keys, key)
-        return nearest(key, keys[max(0, at - NEIGHBOURS) : at + NEIGHBOURS], 1, cutoff=0.0)[0]
+        return nearest(key, keys[max(0, at - NEAR_KEYS) : at + NEAR_KEYS], 1, cutoff=0.0)[0]
 
     def read_view(self, number: int, view: int) -> dict[str, Any]:
         """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""

@@ -42,7 +42,7 @@ from mrmae.shards.format import (
 from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body
 from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
-ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
+STORE_ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
@@ -111,7 +111,7 @@ def store(
 
     Where another writer came between, which only a file system without locks allows, the attempt starts again.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(STORE_ATTEMPTS):
         if valid_record(path, plan, *unit) is not None:
             return
         began = time.perf_counter()
@@ -121,7 +121,7 @@ def store(
             commit(path, plan, *unit, {**written_in(began, about), **record})
             return
         except FileExistsError:
-            if attempt == ATTEMPTS - 1:
+            if attempt == STORE_ATTEMPTS - 1:
                 raise
             time.sleep(random.uniform(0, WAIT_SECONDS * 2**attempt))
 

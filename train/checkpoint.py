@@ -16,7 +16,7 @@ import torch
 from mrmae.common.files import TEMPORARY, publish_by
 from mrmae.extract.teachers import first_line, kind_of
 
-FORMAT = 2
+STATE_FORMAT = 2
 _PREFIX, _SUFFIX = "step-", ".pt"
 WRITE_FAILURES = ("PytorchStreamWriter", "inline_container", "open file failed", "Parent directory")
 COMMITTED = "committed images"  # of an unfinished cache
@@ -50,7 +50,7 @@ def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
 def save_checkpoint(folder: Path, state: State, *, step: int, keep: int) -> Path:
     """Write `state` as the checkpoint of `step` and delete all but the newest `keep`; returns its path."""
     path = checkpoint_path(folder, step)
-    save_tensors(path, {"format": FORMAT, **state})
+    save_tensors(path, {"format": STATE_FORMAT, **state})
     for old in list_checkpoints(folder)[:-keep]:
         old.unlink(missing_ok=True)
     return path
@@ -71,8 +71,8 @@ def read_checkpoint(path: Path) -> State:
         raise ValueError(f"{path}: cannot be read back ({type(error).__name__}: {first_line(error)})") from error
     if not isinstance(state, dict) or "format" not in state:
         raise ValueError(f"{path}: is no checkpoint of train-mrmae; one was expected; correct the path")
-    if state["format"] != FORMAT:
-        raise ValueError(f"{path}: has checkpoint format {state.get('format')}; this version reads {FORMAT}")
+    if state["format"] != STATE_FORMAT:
+        raise ValueError(f"{path}: has checkpoint format {state.get('format')}; this version reads {STATE_FORMAT}")
     return state
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PLANAR, PALETTE = 258, 259, 262, 277, 284, 320
-INKS, EXTRA, FORMAT, SUBSAMPLING = 332, 338, 339, 530
+BITS, COMPRESSION, PHOTOMETRIC, SAMPLES_TAG, PLANAR, PALETTE = 258, 259, 262, 277, 284, 320
+INKS, EXTRA, FORMAT_TAG, SUBSAMPLING = 332, 338, 339, 530
 COLOURS = {0: "gray (zero is white)", 1: "gray", 2: "RGB", 3: "palette", 5: "CMYK", 6: "YCbCr", 8: "Lab"}
 SAMPLE_FORMATS = {1: "unsigned", 2: "signed", 3: "floating-point", 5: "complex", 6: "complex"}
 
@@ -20,12 +20,12 @@ def tiff_defect(tags: Mapping[int, Any]) -> str | None:
     several pixels together as if it were not.
     """
     uncompressed, colour = tags.get(COMPRESSION, 1) == 1, tags.get(PHOTOMETRIC, 0)
-    if tags.get(PLANAR, 1) == 2 and tags.get(SAMPLES, 1) > 1:
+    if tags.get(PLANAR, 1) == 2 and tags.get(SAMPLES_TAG, 1) > 1:
         if colour in (0, 1):
             return "save it with its channels interleaved"
         if uncompressed and (max(tags.get(BITS, (1,))) > 8 or tuple(tags.get(EXTRA, (2,))) != (2,)):
             return "save it with its channels interleaved, or compressed"
-    if any(kind not in (1, 4) for kind in tags.get(FORMAT, (1,))):
+    if any(kind not in (1, 4) for kind in tags.get(FORMAT_TAG, (1,))):
         return "white is undefined; save it with 8 or 16 unsigned bits"
     if colour == 6 and uncompressed and tuple(tags.get(SUBSAMPLING, (2, 2))) != (1, 1):
         return "its colour is subsampled without compression; save it as RGB"
@@ -38,11 +38,11 @@ def tiff_defect(tags: Mapping[int, Any]) -> str | None:
 
 def tiff_in_words(tags: Mapping[int, Any]) -> str:
     """What a TIFF with these tags is, for a person: `TIFF of 3 x 16-bit unsigned samples in planes, RGB, compression 1`."""
-    bits, colour, kinds = tags.get(BITS, (1,)), tags.get(PHOTOMETRIC, 0), tags.get(FORMAT, (1,))
+    bits, colour, kinds = tags.get(BITS, (1,)), tags.get(PHOTOMETRIC, 0), tags.get(FORMAT_TAG, (1,))
     kind = " and ".join(dict.fromkeys(SAMPLE_FORMATS.get(kind, f"format {kind}") for kind in kinds))
     planes = " in planes" if tags.get(PLANAR, 1) == 2 else ""
     extra = f" + {len(tags[EXTRA])} extra" if EXTRA in tags else ""
-    return (f"TIFF of {tags.get(SAMPLES, 1)} x {max(bits)}-bit {kind} samples{planes}, {COLOURS.get(colour, f'photometric {colour}')}"
+    return (f"TIFF of {tags.get(SAMPLES_TAG, 1)} x {max(bits)}-bit {kind} samples{planes}, {COLOURS.get(colour, f'photometric {colour}')}"
             f"{extra}, compression {tags.get(COMPRESSION, 1)}")  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -
     A plain ViT is built at grid x patch (or `input_size`) and timm's own loader resamples its position embeddings;
     other models keep their configured size. ValueError names what does not fit.
     """
-    config = timm_config(request)
+    config = timm_settings(request)
     weights = timm_weights(request, config, allow_torchscript=allow_torchscript)
     native = build_loaded(request, config, weights, {})
     sha256 = weights_sha256(native.state_dict(), classifier=classifier_names(config))
@@ -57,7 +57,7 @@ def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -
 # --- configuration
 
 
-def timm_config(request: TeacherRequest) -> Any:
+def timm_settings(request: TeacherRequest) -> Any:
     """timm's configuration (a PretrainedCfg) of the model and tag. ValueError with the nearest names."""
     if not timm.is_model(request.model):
         raise ValueError(

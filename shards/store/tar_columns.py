@@ -78,7 +78,7 @@ def write_column_shard(
     if len(keys) != len(keep):
         raise ValueError(f"{folder} shard {shard}: {len(keys)} keys; expected {len(keep)}, one per row")
     of = belongs_to(id or attributes["column_id"], attributes["view"], shard)
-    members = list(row_members(cut(layout, arrays), keep, keys, shard * layout.shard_samples))
+    members = list(column_members(cut(layout, arrays), keep, keys, shard * layout.shard_samples))
     return shard_record(write_tar(shard_files(folder, layout, shard)[0], members, of), keep)
 
 
@@ -107,7 +107,7 @@ def belongs_to(column_id: str, view: int, shard: int) -> dict[str, Any]:
     return {"column_id": column_id, "view": view, "shard": shard}
 
 
-def row_members(arrays: Mapping[str, Array], keep: Array, keys: Sequence[str], start: int) -> Iterator[Member]:
+def column_members(arrays: Mapping[str, Array], keep: Array, keys: Sequence[str], start: int) -> Iterator[Member]:
     """The members of every row, in order. start: number of the first sample."""
     little = {name: np.ascontiguousarray(a).astype(a.dtype.newbyteorder("<"), copy=False) for name, a in arrays.items()}
     headers = {name: npy_header(array.dtype, array.shape[1:]) for name, array in little.items()}
