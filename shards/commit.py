@@ -283,26 +283,42 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def withdraw_manifest(path: Path, plan: Plan) -> None:
-    """Remove the manifest, where the cache is to be finished again later. ValueError, and nothing changed, where a tail was altered."""
-    refuse_other_tails(path, plan)
+    """Remove the manifest, where the cache is to be finished again later.
+
+    ValueError, and nothing changed, where tails or samples are not those that it vouches for: the next one would vouch for these.
+    """
+    if exists(path / "manifest.json"):
+        refuse_other_tails(path, plan)
+        refuse_other_samples(path, plan)
     remove(path / "manifest.json")
+
+
+def vouched(path: Path) -> Mapping[str, Any] | None:
+    """What the manifest vouches for and no commit record does; None where it cannot be read."""
+    try:
+        told: Mapping[str, Any] = parsed((path / "manifest.json").read_bytes(), ManifestFields)
+        return told
+    except (OSError, ValueError):
+        return None
 
 
 def refuse_other_tails(path: Path, plan: Plan) -> None:
     """ValueError where a tail is not the one of the manifest that is there: a new one would vouch for what was altered."""
-    try:
-        told = {
-            column["name"]: column["tail"]
-            for column in parsed((path / "manifest.json").read_bytes(), ManifestFields)["columns"]
-        }
-    except (OSError, ValueError):
-        return
+    told = vouched(path)
+    tails = {column["name"]: column["tail"] for column in told["columns"]} if told else {}
     for teacher in plan.columns:
-        file = tail_path(path, teacher.name)
-        about = told.get(teacher.column)
+        file, about = tail_path(path, teacher.name), tails.get(teacher.column)
         if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:
             raise ValueError(f"{file}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, delete it "
                              "and run the same command again")  # fmt: skip
+
+
+def refuse_other_samples(path: Path, plan: Plan) -> None:
+    """The same for the table of samples; one that was just written again from the images knows not yet which are valid."""
+    told, table = vouched(path), read_samples(path, plan.numbers)
+    if told and None not in table["valid"] and samples_id(table) != told["samples_id"]:
+        raise ValueError(f"{path / 'samples.parquet'}: its rows are not those of the manifest, so it was altered or damaged; restore "
+                         "it, or see inspect-cache repair (nothing was changed)")  # fmt: skip
 
 
 def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:

@@ -1,6 +1,5 @@
 """JSON of another shape than its writer's is a damaged file, never an error of Python."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,8 +11,8 @@ import torch
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
-from mrmae.shards.commit import RecordFields, committed, finalise, read_record
-from mrmae.shards.format import tail
+from mrmae.shards.commit import RecordFields, committed, finalise, read_record, withdraw_manifest
+from mrmae.shards.format import read_samples, tail, write_samples
 from mrmae.shards.format.plan import PlanFields, load_plan
 from mrmae.shards.format.shape import expect_kind, parsed
 from mrmae.shards.format.spec import content_id
@@ -139,3 +138,16 @@ def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp
     with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
         agree(tmp_path / "c", Wanted(dataclasses.replace(load_plan(tmp_path / "c"), n_views=9)))
     assert (tmp_path / "c/manifest.json").read_bytes() == manifest
+
+
+def test_a_new_manifest_does_not_vouch_for_altered_samples(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    plan = load_plan(tmp_path / "c")
+    table = read_samples(tmp_path / "c", plan.numbers)
+    write_samples(tmp_path / "c", table | {"label": ["other"] * plan.n_rows})
+    with pytest.raises(ValueError, match="samples.parquet: its rows are not those of the manifest"):
+        withdraw_manifest(tmp_path / "c", plan)
+    assert (tmp_path / "c/manifest.json").exists()
+    write_samples(tmp_path / "c", table)
+    withdraw_manifest(tmp_path / "c", plan)
+    assert not (tmp_path / "c/manifest.json").exists()
