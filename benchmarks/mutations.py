@@ -63,7 +63,7 @@ class Mutation:
 
 def mutate(cache: Path, outside: Path, rng: Rng) -> Mutation:
     """Change one file of the cache. outside: a folder that links may lead to; it holds victim.txt."""
-    globs = {glob: found for glob in FILES if (found := sorted(cache.glob(glob)))}
+    globs = {glob: found for glob in FILES if (found := sorted(file for file in cache.glob(glob) if file.is_file()))}
     glob = pick(rng, list(globs), [FILES[glob] for glob in globs])
     file = globs[glob][int(rng.integers(len(globs[glob])))]
     name = file.relative_to(cache).as_posix()
