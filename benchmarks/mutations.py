@@ -45,6 +45,7 @@ NUMBERS = (-1, 0, 1, 2, 3, 255, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64
            0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"))  # fmt: skip
 WORDS = ("", "x", "0", "-1", "1e9", ".", "..", "../victim.txt", "../../victim.txt", "/dev/zero", "/dev/stdin", "a\0b", "a\nb", "\ud800",
          "\x1b[2J", "a/b", "x" * 100_000, "é" * 300, "--allow-torchscript", "{}", "%s%n", "$(touch marker)")  # fmt: skip
+PLANTED = (".digests.jsonl", ".lock", ".planning.lock", "commits/.000000.lock", "commits/.000001.lock", "pictures.png")
 ROWS = 30_000_000  # of a table that takes a few KB
 
 
@@ -67,7 +68,9 @@ def mutate(cache: Path, outside: Path, rng: Rng) -> Mutation:
     glob = pick(rng, list(globs), [FILES[glob] for glob in globs])
     file = globs[glob][int(rng.integers(len(globs[glob])))]
     name = file.relative_to(cache).as_posix()
-    kind = pick(rng, ["content", "bytes", "place", "folder"], [65, 20, 10, 5])
+    kind = pick(rng, ["content", "bytes", "place", "folder", "planted"], [62, 19, 10, 5, 4])
+    if kind == "planted":
+        return Mutation(*plant(cache, outside, rng), False, True)
     if kind == "place":
         return Mutation(name, replace(file, outside, rng), False, False)
     if kind == "folder":
@@ -103,7 +106,8 @@ def mutate_json(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
     """One to three edits of values and of structure, or of the text itself."""
     value, said = json.loads(before), []
     for _ in range(pick(rng, [1, 2, 3], [8, 1, 1])):
-        said.append(edit(value, outside, rng))
+        if value:  # the edit before may have left nothing
+            said.append(edit(value, outside, rng))
     text = json.dumps(value)
     if rng.random() < 0.06:
         what, text = edit_text(text, rng)
@@ -380,6 +384,19 @@ def replace(file: Path, outside: Path, rng: Rng) -> str:
     elif what == "folder":
         file.mkdir()
     return f"replaced: {what}" if what != "gone" else what
+
+
+def plant(cache: Path, outside: Path, rng: Rng) -> tuple[str, str]:
+    """Put something where a command will want to write: a lock, a spool, a picture."""
+    name = pick(rng, list(PLANTED))
+    file = cache / name
+    if not file.exists():
+        file.write_bytes(b"planted")
+    if rng.random() < 0.3:
+        how, after = any_bytes(file.read_bytes(), outside, rng)
+        file.write_bytes(after)
+        return name, how
+    return name, replace(file, outside, rng)
 
 
 def divert(cache: Path, file: Path, outside: Path, rng: Rng) -> tuple[str, str]:

@@ -12,6 +12,7 @@ import csv
 import dataclasses
 import faulthandler
 import functools
+import gc
 import hashlib
 import importlib
 import json
@@ -296,6 +297,8 @@ class Fuzz:
     def __init__(self, work: Path, seed: int) -> None:
         self.place, self.seed = Place(work), seed
         made_caches(work)
+        gc.collect()
+        gc.freeze()  # forked processes then copy few pages
         self.nothing = forked(lambda: None, work, work / "said").bytes
 
     @functools.cache  # noqa: B019

@@ -116,4 +116,6 @@ def refuse_other_numbers(numbers: Any, parts: Sequence[range]) -> int:
     for part, end in zip(parts, itertools.accumulate(map(len, parts))):
         if not np.array_equal(numbers[end - len(part) : end], np.arange(part.start, part.stop)):
             raise ValueError(f"its rows are not numbered {part.start} to {part.stop - 1} as the plan's samples are")
+    if (numbers[n:] < parts[-1].stop).any():  # a killed append leaves rows with higher numbers
+        raise ValueError("it has rows twice")
     return n
