@@ -72,14 +72,14 @@ BASES = {  # options of the extraction that makes a cache, and what ends it befo
 }
 COMMANDS = {  # how often
     "show": 3, "show --json": 1, "verify": 3, "verify --full": 6, "repair --dry-run": 3, "repair --yes": 5, "convert": 6, "drop": 4,
-    "stats": 3, "pictures": 3, "diff": 3, "train --dry-run": 3, "train": 3, "probe": 3, "extract": 5,
+    "stats": 3, "pictures": 3, "diff": 3, "train --dry-run": 3, "train": 3, "probe": 3, "extract": 5, "mend": 5,
 }  # fmt: skip
 TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "--set",
          "student.fused_blocks=[2, 4]", "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--workers", "1", "--panels-every",
          "0", "--allow-partial"]  # fmt: skip
 KINDS = ("crashed", "slow", "memory", "outside", "ran", "unclear", "wrong", "missed")
 NAMED = re.compile(
-    r"\.json\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
+    r"\.json\b|\.jsonl\b|\.lock\b|pictures\.png\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
     re.M,
 )
 
@@ -257,6 +257,21 @@ def words_of(command: str, base: str, place: Place) -> tuple[click.Command, list
     return inspect_cache, [name, cache, *options]
 
 
+def steps_of(command: str, base: str, place: Place) -> list[tuple[click.Command, list[str]]]:
+    """The command lines of a command: `mend` is a repair, then the extraction again."""
+    return [words_of(step, base, place) for step in (("repair --yes", "extract") if command == "mend" else (command,))]
+
+
+def run_steps(steps: list[tuple[click.Command, list[str]]]) -> None:
+    """Run command lines one after the other, up to the first that fails."""
+    for main, words in steps:
+        try:
+            main.main(words)
+        except SystemExit as end:
+            if end.code:
+                raise
+
+
 def unfinished(said: str) -> list[str]:
     """What a command says of how much there is of an unfinished cache: fewer images give another result."""
     return [line for line in said.splitlines() if "UNFINISHED" in line]
@@ -269,7 +284,7 @@ def result(command: str, place: Place) -> dict[str, str]:
             files = list((place.out / "made" / "student").rglob("*.safetensors"))
         case "convert":
             files = list((place.out / "made").rglob("*"))
-        case "extract" | "drop" | "stats" | "pictures":
+        case "mend" | "extract" | "drop" | "stats" | "pictures":
             files = list(place.cache.rglob("*"))
         case "probe":
             return {"knn": found_by_probe(place.out / "made")}
@@ -305,8 +320,8 @@ class Fuzz:
     def whole(self, base: str, command: str) -> tuple[str, dict[str, str]]:
         """What a command says of the whole cache, and its result: it must succeed where the cache is finished."""
         self.place.prepare(base)
-        main, words = words_of(command, base, self.place)
-        ended = forked(lambda: main.main(words), self.place.case / "folder", self.place.work / "said", seconds=120)
+        steps = steps_of(command, base, self.place)
+        ended = forked(lambda: run_steps(steps), self.place.case / "folder", self.place.work / "said", seconds=120)
         if ended.code != 0 and "unfinished" not in base:
             raise RuntimeError(f"{command} fails on the whole cache {base!r}: {ended}")
         return ended.said, result(command, self.place)
@@ -318,8 +333,8 @@ class Fuzz:
         usual, expected = self.whole(base, command)
         self.place.prepare(base)
         mutation = self.mutated(rng)
-        before, (main, words) = self.place.others(), words_of(command, base, self.place)
-        ended = forked(lambda: main.main(words), self.place.case / "folder", self.place.work / "said")
+        before, steps = self.place.others(), steps_of(command, base, self.place)
+        ended = forked(lambda: run_steps(steps), self.place.case / "folder", self.place.work / "said")
         ended = dataclasses.replace(ended, bytes=ended.bytes - self.nothing)
         changed = sorted(name for name, _ in self.place.others().items() ^ before.items())
         changed = [name for name in changed if name != str(self.place.work / "said")]
@@ -330,8 +345,12 @@ class Fuzz:
         )
         if ended.code == 0 and not mutation.forged:
             found, mine = result(command, self.place), f"cache/{mutation.file}"
+            if command == "mend" and not mutation.same:
+                mine = ""  # nothing may be left of the mutation
             other = any(
-                found.get(name) != sha for name, sha in expected.items() if not f"{name}/".startswith(f"{mine}/")
+                found.get(name) != sha
+                for name, sha in expected.items()
+                if not mine or not f"{name}/".startswith(f"{mine}/")
             )
             wrong += ["wrong"] * (other and unfinished(usual) == unfinished(ended.said))
             wrong += ["missed"] * (command == "verify --full" and not mutation.same)

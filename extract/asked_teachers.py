@@ -13,12 +13,12 @@ from mrmae.shards.format import (
     BEHIND,
     Plan,
     TeacherSpec,
+    keep_tail,
     load_plan,
     read_tail,
     tail_path,
     taps_behind,
     units,
-    write_tail,
 )
 from mrmae.shards.manifest import read_manifest
 
@@ -102,5 +102,5 @@ def complete(path: Path, plan: Plan, teacher: TeacherSpec) -> bool:
 def write_tails(path: Path, teachers: Teachers) -> None:
     """Write what follows each built teacher's tokens, where it has such a tail and it is not there yet."""
     for teacher in teachers.built.values():
-        if teacher.tail and not tail_path(path, teacher.spec.name).exists():
-            write_tail(path, teacher.spec.name, teacher.tail)
+        if teacher.tail:
+            keep_tail(path, teacher.spec.name, teacher.tail)

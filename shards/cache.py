@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
-from mrmae.shards.check import refuse_problems, refuse_unfinished
+from mrmae.shards.check import refuse_other_plan, refuse_problems, refuse_unfinished
 from mrmae.shards.commit import bad_images, committed
 from mrmae.shards.format import (
     IN_BLOCKS,
@@ -369,6 +369,8 @@ def open_cache(
         done = committed(path, plan)
         if not allow_partial:
             refuse_unfinished(path, plan, len(done))
+        if not done:
+            refuse_other_plan(path, plan)
         return open_unfinished(path, plan, table, done, threads, columns)
     manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table)

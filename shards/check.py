@@ -161,6 +161,13 @@ def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:
                      "it stopped, or use what is there with --allow-partial (open_cache(..., allow_partial=True))")  # fmt: skip
 
 
+def refuse_other_plan(path: Path, plan: Plan) -> None:
+    """ValueError where nothing is committed for the plan, and yet there are commit records."""
+    if any(exists(commit_path(path, *unit)) for unit in units(plan)):
+        raise ValueError(f"{path / 'plan.json'}: none of the commit records there is of this plan, so it, or all of them, were altered "
+                         "or damaged; restore it, or run the extract-features command again, which says what differs")  # fmt: skip
+
+
 # --- everything
 
 

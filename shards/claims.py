@@ -61,6 +61,10 @@ def take(file: Path, *, shared: bool = False) -> Claim | None:
         try:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
         except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise ValueError(
+                    f"{file}: is a link; expected the lock file of a command, or nothing; delete it"
+                ) from None
             raise explained(error, file) from error
         try:
             if not locked(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):

@@ -32,6 +32,7 @@ from mrmae.shards.format import (
     parsed,
     pixels_of,
     read_samples,
+    read_tail,
     readable_json,
     signed_hashes,
     tail_path,
@@ -308,6 +309,7 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
     tails = {column["name"]: column["tail"] for column in told["columns"]} if told else {}
     for teacher in plan.columns:
         file, about = tail_path(path, teacher.name), tails.get(teacher.column)
+        read_tail(path, teacher.name)  # where no manifest tells what it was, it is a tail at least
         if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:
             raise ValueError(f"{file}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, delete it "
                              "and run the same command again")  # fmt: skip

@@ -313,6 +313,8 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
         opened = open_cache(cache, allow_partial=True)
         if view >= opened.n_views:
             raise ValueError(f"--view {view}: this cache has {opened.n_views} views, numbered from 0")
+        if opened.unfinished:
+            click.echo(f"UNFINISHED cache: {opened.unfinished} are committed; only these can be shown")
         path = write_sheet(opened, samples, out or cache / "pictures.png", view=view)
     click.echo(f"{os.fspath(path)}")
 

@@ -70,6 +70,7 @@ from mrmae.shards.format.tail import (
     apply_tail,
     derived_specs,
     has_norm,
+    keep_tail,
     parse_tail,
     read_tail,
     tail_path,
@@ -155,4 +156,5 @@ __all__ = [
     "write_samples",
     "write_sources",
     "write_tail",
+    "keep_tail",
 ]

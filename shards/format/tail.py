@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -67,6 +68,21 @@ def write_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
     """Store a teacher's final norm and projection beside the cache; replaced if there."""
     data = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     publish(tail_path(path, teacher), data, replace=True)
+
+
+def keep_tail(path: Path, teacher: str, tensors: Mapping[str, Tensor]) -> None:
+    """Store a teacher's tail, unless it is there with these numbers; what is damaged is replaced."""
+    try:
+        there = read_tail(path, teacher)
+    except ValueError:
+        there = {}
+    if there.keys() != tensors.keys() or not all(same(there[name], tensors[name].detach().cpu()) for name in there):
+        write_tail(path, teacher, tensors)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors have one type and equal numbers."""
+    return a.dtype == b.dtype and torch.equal(a, b)
 
 
 def read_tail(path: Path, teacher: str) -> dict[str, Tensor]:

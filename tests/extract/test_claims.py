@@ -150,6 +150,13 @@ def ends(pids: list[int], seconds: float = 90) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
+def test_a_link_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
+    (tmp_path / ".lock").symlink_to("elsewhere")
+    with pytest.raises(ValueError, match="lock: is a link; expected the lock file of a command.*delete it"):
+        claims.at_work(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
 def test_overlapping_parts_and_a_finishing_command_make_the_same_cache(
     extract: Any, begun: Path, made: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,23 @@ def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp
     assert (tmp_path / "c/manifest.json").read_bytes() == manifest
 
 
+def test_a_tail_that_is_none_is_not_vouched_for_and_written_again(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    (tmp_path / "c/manifest.json").unlink()
+    file = tail.tail_path(tmp_path / "c", "a")
+    good, tensors = file.read_bytes(), tail.read_tail(tmp_path / "c", "a")
+    for bad in (b"", good[:-1]):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="a.safetensors: no tail of"):
+            finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+        tail.keep_tail(tmp_path / "c", "a", tensors)
+        assert file.read_bytes() == good
+    kept = file.stat().st_ino
+    tail.keep_tail(tmp_path / "c", "a", tensors)
+    assert file.stat().st_ino == kept, "what is there as it should be is not written again"
+    finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+
+
 def test_a_new_manifest_does_not_vouch_for_altered_samples(tiny_cache: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_cache, tmp_path / "c")
     plan = load_plan(tmp_path / "c")
