@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mrmae.common.backend import Url, read_bytes, size_of
+from mrmae.common.backend import Url, exists, read_bytes, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
 from mrmae.shards.format import (
@@ -40,7 +40,7 @@ from mrmae.shards.format import (
     units,
     write_samples,
 )
-from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body
+from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body, samples_id
 from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
 STORE_ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
@@ -317,7 +317,10 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
 
 def refuse_other_samples(path: Path, plan: Plan) -> None:
     """The same for the table of samples; one that was just written again from the images knows not yet which are valid."""
-    told, table = vouched(path), read_samples(path, plan.numbers)
+    try:
+        told, table = vouched(path), read_samples(path, plan.numbers)
+    except ValueError:  # damaged or lost: it is written again, or refused, by who goes on
+        return
     if told and None not in table["valid"] and samples_id(table) != told["samples_id"]:
         raise ValueError(f"{path / 'samples.parquet'}: its rows are not those of the manifest, so it was altered or damaged; restore "
                          "it, or see inspect-cache repair (nothing was changed)")  # fmt: skip

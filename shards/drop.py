@@ -11,7 +11,7 @@ from mrmae.common.backend import exists, refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, load_plan, readable_json, tail_path
+from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, load_plan, read_samples, readable_json, tail_path
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import column_folder, refuse_foreign_entries
 
@@ -47,7 +47,11 @@ def dropped(path: Path, column: str) -> list[str]:
 
 
 def refuse_damaged(path: Path, plan: Plan) -> None:
-    """ValueError, naming the first, where shards of a finished cache are not committed any more: it would stay unfinished."""
+    """ValueError, naming the first, where shards of a finished cache are not committed any more: it would stay unfinished.
+
+    Also where its samples cannot be read.
+    """
+    read_samples(path, plan.numbers)
     if absent := commits.missing(path, plan):
         raise ValueError(f"{commit_path(path, *absent[0])}: damaged, or a file of its shard is (shard {absent[0][2]} of "
                          f"{absent[0][1]}, view {absent[0][0]}; {len(absent)} in all); expected a whole cache; first run inspect-cache "

@@ -1,5 +1,6 @@
 """JSON of another shape than its writer's is a damaged file, never an error of Python."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
