@@ -45,7 +45,7 @@ NUMBERS = (-1, 0, 1, 2, 3, 255, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64
            0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"))  # fmt: skip
 WORDS = ("", "x", "0", "-1", "1e9", ".", "..", "../victim.txt", "../../victim.txt", "/dev/zero", "/dev/stdin", "a\0b", "a\nb", "\ud800",
          "\x1b[2J", "a/b", "x" * 100_000, "é" * 300, "--allow-torchscript", "{}", "%s%n", "$(touch marker)")  # fmt: skip
-PLANTED = (".digests.jsonl", ".lock", ".planning.lock", "commits/.000000.lock", "commits/.000001.lock", "pictures.png")
+PLANTED = (".digests", ".lock", ".planning.lock", "commits/.000000.lock", "commits/.000001.lock", "pictures.png")
 ROWS = 30_000_000  # of a table that takes a few KB
 
 

@@ -31,7 +31,7 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import read_index, refuse_foreign_entries
 
-DIGESTS = ".digests.jsonl"  # which images were hashed when: what extract-features begins with
+DIGESTS = ".digests"  # which images were hashed when: what extract-features begins with
 EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
 Step = Literal["remove manifest.json", "write samples.parquet", "begin plan.json", "replace plan.json"]
 

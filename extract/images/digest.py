@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
@@ -22,7 +23,7 @@ def digest_images(
 ) -> list[Row]:
     """(key, bytes, sha256) of the images in `order`; one that is not there, or may not be read, counts as empty.
 
-    known_rows: from before; images whose key and byte length still agree are not read again. memory: a JSONL file that keeps
+    known_rows: from before; images whose key and byte length still agree are not read again. memory: a file that keeps
     every row with the time and place of its image; where size, time and place are the same, the image is not read again.
     OSError, naming it, for an image that cannot be read for another reason; what was computed is in `memory`.
     """
@@ -63,9 +64,15 @@ def digest(sources: Sources, i: int) -> Row:
 def note(out: RawIOBase, line: Line, memory: Path) -> None:
     """Write a line of the memory; the newline comes first, as a kill may have cut off the line before. OSError as in publish."""
     try:
-        out.write(f"\n{json.dumps(line)}".encode())
+        out.write(in_text(line))
     except OSError as error:
         raise explained(error, memory) from error
+
+
+def in_text(line: Line) -> bytes:
+    """A line of the memory, its checksum first: a hash that damage changed would refuse an image that did not change."""
+    text = json.dumps(line).encode()
+    return b"\n%08x %s" % (zlib.crc32(text), text)
 
 
 def same_size(row: Row | None, size_bytes: int | None) -> bool:
@@ -86,15 +93,17 @@ def remember(memory: Path) -> Iterator[tuple[str, Line]]:
     with open(memory, encoding="utf-8", errors="replace") as file:
         for text in iter(lambda: file.readline(LONGEST_LINE), ""):
             try:
-                key, *rest = json.loads(text)
+                checksum, _, line = text.strip().partition(" ")
+                key, *rest = json.loads(line)
+                whole = int(checksum, 16) == zlib.crc32(line.encode())
             except (ValueError, TypeError, RecursionError):
                 continue
-            if isinstance(key, str) and [type(value) for value in rest] == [int, str, int, int]:
+            if whole and isinstance(key, str) and [type(value) for value in rest] == [int, str, int, int]:
                 yield key, (key, *rest)
 
 
 def tidy(memory: Path, remembered: Mapping[str, Line]) -> None:
     """Write the memory anew where a kill, damage or images that changed left more in it than one line per image."""
-    size = sum(len(json.dumps(line)) + 1 for line in remembered.values())
+    size = sum(len(in_text(line)) for line in remembered.values())
     if memory.stat().st_size != size:
-        publish(memory, "".join(f"\n{json.dumps(line)}" for line in remembered.values()).encode(), replace=True)
+        publish(memory, b"".join(in_text(line) for line in remembered.values()), replace=True)

@@ -85,7 +85,7 @@ def test_an_error_that_stays_stops_the_command_and_keeps_what_was_hashed(
     monkeypatch.setattr(run, "calibrated", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         extract(images, tmp_path / "c", VIT)
-    lines = [json.loads(line) for line in (tmp_path / "c/.digests.jsonl").read_text().splitlines() if line]
+    lines = [json.loads(line.partition(" ")[2]) for line in (tmp_path / "c/.digests").read_text().splitlines() if line]
     assert reads["003.png"] == before["003.png"] + 1 and sum((reads - before).values()) < 6, "some were kept"
     assert sorted(line[0] for line in lines) == [f"{i:03d}.png" for i in range(6)]
 
@@ -136,17 +136,26 @@ def test_a_cache_that_remembers_no_times_reads_once_and_remembers(
 ) -> None:
     images, cache = photos(tmp_path / "images", 0, 4), tmp_path / "c"
     extract(images, cache, VIT)
-    (cache / ".digests.jsonl").unlink()
+    (cache / ".digests").unlink()
     reads.clear()
     for _ in range(2):
         extract(images, cache, VIT, append=True)
         assert reads == {f"{i:03d}.png": 1 for i in range(4)}
 
 
+def test_a_remembered_hash_that_damage_changed_is_computed_again(tmp_path: Path, reads: Counter[str]) -> None:
+    sources, memory = list_sources([photos(tmp_path / "images", 0, 4)]), tmp_path / "m"
+    expected = digest_images(sources, range(4), [], memory, workers=1)
+    sha256 = expected[2][2]
+    memory.write_text(memory.read_text().replace(sha256, sha256[::-1]))
+    reads.clear()
+    assert digest_images(sources, range(4), [], memory, workers=1) == expected and reads == {"002.png": 1}
+
+
 def test_options_are_refused_before_an_image_is_read(extract: Any, tmp_path: Path, reads: Counter[str]) -> None:
     images, cache = photos(tmp_path / "images", 0, 4), tmp_path / "c"
     extract(images, cache, VIT)
-    (cache / ".digests.jsonl").unlink()
+    (cache / ".digests").unlink()
     photos(images, 4, 2)
     reads.clear()
     wrong: list[tuple[str, tuple[str, ...], dict[str, Any]]] = [
@@ -200,9 +209,9 @@ def test_a_damaged_memory_costs_reading_again_and_nothing_else(tmp_path: Path, r
 def test_the_memory_is_no_content_of_the_cache(extract: Any, tmp_path: Path) -> None:
     images, cache = photos(tmp_path / "images", 0, 3), tmp_path / "c"
     cache.mkdir()
-    (cache / ".digests.jsonl").write_text("")
+    (cache / ".digests").write_text("")
     extract(images, cache, VIT)
-    (cache / ".digests.jsonl").unlink()
+    (cache / ".digests").unlink()
     assert len(open_cache(cache).numbers) == 3
 
 
