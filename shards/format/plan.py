@@ -37,6 +37,7 @@ from mrmae.shards.format.spec import (
 FORMATS = ("zarr", "webdataset")  # how columns can be stored
 PIXELS = "pixels"  # the column that every cache has
 MOST_ROWS = 10**9  # members of tars are named by nine digits
+MOST_PLAN_BYTES = 1 << 23  # a hundred columns of 1,536 channels have 6 MB; the shape of more takes seconds to check
 MOST_EMPTY_ROWS = 4 * 10**6  # before appended parts; every array and list of samples has them
 MOST_SHARD_SAMPLES = 1 << 20  # a shard's index has 16 bytes of each
 MOST_VIEWS = 1024
@@ -308,7 +309,8 @@ def load_plan(path: Path) -> Plan:
     """The plan of the cache at `path`. ValueError when there is none or it is of another format version."""
     file = path / "plan.json"
     try:
-        size_of(file)
+        if (n_bytes := size_of(file)) > MOST_PLAN_BYTES:
+            raise ValueError(f"{n_bytes} bytes; at most {MOST_PLAN_BYTES} were expected")
         fields = parsed(read_bytes(file), dict[str, Any])
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
