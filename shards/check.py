@@ -77,6 +77,7 @@ class Described:
     """A cache as its own files describe it.
 
     manifest, table: None where they are absent, damaged or not this cache's. records: those that can be read, right or wrong.
+    finished: whether there was a manifest, whatever it says; another process may write it while others are checked.
     """
 
     path: Path
@@ -84,11 +85,7 @@ class Described:
     manifest: Manifest | None
     table: SampleTable | None
     records: Mapping[Unit, Record]
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is a manifest, whatever it says."""
-        return exists(self.path / "manifest.json")
+    finished: bool
 
     def entry(self, unit: Unit) -> dict[str, Any]:
         """What the manifest says of a shard; empty where it says nothing."""
@@ -181,7 +178,8 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
         return [Problem(name, what) for name, what in sorted(foreign.items())]
     plan, manifest, wrong_plan = plan_and_manifest(path)
     table, wrong_samples = samples_and_problems(path, plan, manifest)
-    cache = Described(path, plan, manifest, table, read_records(path, plan))
+    finished = manifest is not None or any(problem.file == "manifest.json" for problem in wrong_plan)
+    cache = Described(path, plan, manifest, table, read_records(path, plan), finished)
     found = [
         *wrong_plan,
         *unfinished_problems(cache),

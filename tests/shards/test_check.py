@@ -153,3 +153,19 @@ def test_records_of_one_teacher_are_not_removed_for_an_altered_plan(cache: Path,
     (tmp_path / "c/manifest.json").unlink()
     with pytest.raises(ValueError, match=r"4 of 12 commit records are of another plan.*nothing was changed"):
         prepare_repair(tmp_path / "c", check.find_problems(tmp_path / "c"))
+
+
+def test_a_cache_that_is_finished_while_it_is_checked_is_the_unfinished_one_that_was_looked_at(
+    make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_cache(tmp_path / "c", **SMALL)
+    manifest, real = (path / "manifest.json").read_bytes(), check.read_records
+    (path / "manifest.json").unlink()
+
+    def meanwhile(*given: Any) -> Any:
+        (path / "manifest.json").write_bytes(manifest)
+        return real(*given)
+
+    monkeypatch.setattr(check, "read_records", meanwhile)
+    (problem,) = check.find_problems(path, full=True)
+    assert problem.file == "manifest.json" and "absent: the cache is unfinished" in problem.what
