@@ -169,3 +169,12 @@ def test_a_cache_that_is_finished_while_it_is_checked_is_the_unfinished_one_that
     monkeypatch.setattr(check, "read_records", meanwhile)
     (problem,) = check.find_problems(path, full=True)
     assert problem.file == "manifest.json" and "absent: the cache is unfinished" in problem.what
+
+
+def test_a_plan_that_lost_a_quantiser_is_told_by_its_commit_records(make_cache: Make, tmp_path: Path) -> None:
+    path = make_cache(tmp_path / "c", finalise=False, **SMALL)
+    fields = json.loads((path / "plan.json").read_bytes())
+    del fields["quantisers"]["a.pre_tail"]
+    (path / "plan.json").write_text(json.dumps(fields))
+    found = check.find_problems(path, full=True)
+    assert any("a.pre_tail" in problem.file and "expected None" in problem.what for problem in found)
