@@ -70,7 +70,7 @@ def our_arm(name: str, run: Run, feed: Any, *, compile: bool) -> Arm:
     optim.set_lr(run.optimizer, 1e-6)
     loaded = next(feed)
     with counted_flops() as counter:
-        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, model=run.model)
     flops = counter.get_total_flops() // len(whole[0].samples)
     return Arm(name, lambda: loop.step(run, state, forward), lambda: run.model(*whole)[0], run.model, feed, flops)
 

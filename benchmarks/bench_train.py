@@ -127,7 +127,7 @@ def parts_of(run: Run, feed: Feed, now: Clock, steps: int) -> dict[str, list[flo
         marks = [settled(run.device, now)]
         loaded = next(feed)
         marks.append(settled(run.device, now))
-        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, model=run.model)
         marks.append(settled(run.device, now))
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
             loss, _ = run.model(*whole)

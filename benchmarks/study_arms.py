@@ -88,7 +88,7 @@ ARMS: list[Arm] = [
     arm("mr-mae-half", "1", "mr-mae", epochs=EPOCHS // 2),
     arm("mae-longer", "1", "mae", epochs=30),
     arm("float16", "3", "mr-mae", cache="eurosat-fp16"),
-    arm("blocks", "3", "mr-mae", "--set mask.sampler=block", cache="eurosat-blocks"),
+    arm("blocks", "3", "mr-mae", "--set mask.sampler=stored_block", cache="eurosat-blocks"),
     *(arm(f"clothing-{recipe}", "clothing", recipe, cache="clothing-k1", epochs=8) for recipe in RECIPES),
     arm("weight-0.3", "4", "mr-mae", "--set terms.mimic.weight=0.3"),
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),

@@ -83,7 +83,7 @@ def plan_text(cache: Path, plan: Plan, *, labels: int) -> str:
 def blocks_in_words(blocks: BlockRule, grid: tuple[int, int]) -> str:
     """The rule of the blocks: how many, of how many patches, and what they are good for."""
     n = blocks.rows(grid[0] * grid[1])
-    return f"{blocks.blocks} of {n} patches, seed {blocks.seed}; train-mrmae --set mask.sampler=block reads one of them"
+    return f"{blocks.blocks} of {n} patches, seed {blocks.seed}; train-mrmae --set mask.sampler=stored_block reads one of them"
 
 
 def cost_of_choices(plan: Plan) -> str:

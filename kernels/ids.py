@@ -11,7 +11,14 @@ from torch import Tensor
 WORD = (1 << 64) - 1
 GOLDEN = 0x9E3779B97F4A7C15
 MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
-STREAMS = {"order": 0, "gumbel": 1, "block": 3}  # 2 cuts the blocks of a cache: shards/format/blocks.py
+STREAMS = {
+    "order": 0,
+    "gumbel": 1,
+    "block": 3,
+    "predict": 4,
+    "exchange": 5,
+    "join": 6,
+}  # 2 cuts the blocks of a cache: shards/format/blocks.py
 
 
 def signed(word: int) -> int:
@@ -56,14 +63,16 @@ def hash_patches(samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int,
     return mix(image[:, None] + patch)
 
 
-def patch_noise(samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int) -> Int64[Tensor, "b l"]:
+def patch_noise(
+    samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int, stream: str = "order"
+) -> Int64[Tensor, "b l"]:
     """One unique random key per patch of each image; sorting them gives a uniform random permutation.
 
     samples: hash of each sample's key. The low bits hold the patch index, so no two keys of an image are equal
     and any sort, stable or not, on any device, gives the same order.
     """
     low = (1 << (l - 1).bit_length()) - 1
-    hashed = hash_patches(samples, l, seed=seed, epoch=epoch, stream="order")
+    hashed = hash_patches(samples, l, seed=seed, epoch=epoch, stream=stream)
     return (hashed & ~low) | torch.arange(l, device=samples.device)
 
 
@@ -82,13 +91,15 @@ def random_ids(
     return order[:, :n_keep].sort(dim=1).values, order[:, n_keep:].sort(dim=1).values
 
 
-def gumbel_noise(samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int) -> Float64[Tensor, "b l"]:
+def gumbel_noise(
+    samples: Int64[Tensor, " b"], l: int, *, seed: int, epoch: int, stream: str = "gumbel"
+) -> Float64[Tensor, "b l"]:
     """Standard Gumbel noise per patch; the top k of `log p + noise` are k draws from p without replacement.
 
-    From a stream of its own, independent of `patch_noise`. The uniform under it has the same bits on every device;
+    Streams are independent of each other and of those of `patch_noise`. The uniform under it has the same bits on every device;
     the two logarithms may differ in the last place between CPU and GPU.
     """
-    bits = shift_right(hash_patches(samples, l, seed=seed, epoch=epoch, stream="gumbel"), 12)
+    bits = shift_right(hash_patches(samples, l, seed=seed, epoch=epoch, stream=stream), 12)
     # 52 bits and a half: the smallest and the largest value are exact in float64, so 0 < uniform < 1.
     uniform = (bits.double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform))

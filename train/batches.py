@@ -23,6 +23,7 @@ from mrmae.train.method import (
     NEEDS_STATISTICS,
     Batch,
     CacheInfo,
+    Draw,
     Masks,
     Recipe,
     Rows,
@@ -31,7 +32,7 @@ from mrmae.train.method import (
     target_names,
 )
 
-Loaded = tuple[Batch, Masks | None]  # without masks where they follow from what a teacher in the step will say
+Loaded = tuple[Batch, Masks | Draw]  # a draw where masks follow from what a teacher or the student will say in the step
 
 
 def cache_info(cache: Cache) -> CacheInfo:
@@ -203,7 +204,8 @@ def load_batch(
 
     targets = {teacher: read(columns[teacher], tuple(sorted(arrays))) for teacher, arrays in needed.items() if arrays}
     rows: Rows = "grid" if blocks is None else "visible"
-    return Batch(samples=samples, pixels=cache.read_pixels(numbers, views), targets=targets, rows=rows)
+    pixels = cache.read_pixels(numbers, views)
+    return Batch(samples=samples, pixels=pixels, targets=targets, rows=rows, epoch=torch.tensor(epoch))
 
 
 @dataclass(frozen=True)
@@ -225,21 +227,20 @@ def jobs(start: Position, *, epochs: int, updates: int, accum: int) -> Iterator[
 def tensors_of(loaded: Loaded, change: Callable[[Tensor], Tensor]) -> Loaded:
     """The same batch and masks with every tensor replaced by `change(tensor)`."""
     batch, masks = loaded
-    targets = {t: {name: change(v) for name, v in arrays.items()} for t, arrays in batch.targets.items()}
-    moved = replace(batch, samples=change(batch.samples), pixels=change(batch.pixels), targets=targets)
-    if masks is None:
-        return moved, None
-    return moved, Masks(ids_keep=change(masks.ids_keep), ids_predict=change(masks.ids_predict))
+    return batch.change(change), masks if isinstance(masks, Draw) else masks.change(change)
 
 
 def reads_only_visible(recipe: Recipe) -> bool:
     """Whether teachers' tokens are read at visible patches only, so that the others need not leave the host."""
-    return all(term.positions != "predicted" for term in recipe.terms.values() if term.target == "teachers")
+    return not any(t.at("predicted", "all", "pooled") for t in recipe.terms.values() if t.target == "teachers")
 
 
 def visible_rows(batch: Batch, masks: Masks) -> Batch:
-    """The same batch with only the visible rows of every teacher's tokens and scales: a quarter of the bytes to copy."""
-    rows = torch.arange(len(batch.samples))[:, None]
+    """The same batch with only the visible rows of every teacher's tokens and scales: a quarter of the bytes to copy.
+
+    Of several masks per image, each has rows of its own.
+    """
+    rows = torch.arange(len(masks.ids_keep))[:, None] % len(batch.samples)
     targets = {
         teacher: {name: v[rows, masks.ids_keep] if name in ("tokens", "scale") else v for name, v in arrays.items()}
         for teacher, arrays in batch.targets.items()

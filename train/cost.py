@@ -43,7 +43,7 @@ def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
     loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
     with counted_flops() as counter:
-        whole = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+        whole = with_targets(loaded, run.online, run.needed, model=run.model)
     return whole, int(counter.get_total_flops())
 
 

@@ -28,25 +28,29 @@ def feed_of(run: Run) -> "Feed":
         return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
 
     def load(epoch: int, update: int, micro: int) -> Loaded:
-        return load_masked(run, batches.micro_batch_of(order(epoch), update, micro, run.share), epoch=epoch)
+        numbers = batches.micro_batch_of(order(epoch), update, micro, run.share)
+        return load_masked(run, numbers, epoch=epoch, update=update)
 
     start = batches.Position(run.epoch, run.update)
     todo = batches.jobs(start, epochs=run.recipe.optim.epochs, updates=run.updates, accum=run.share.accum)
     return Feed(load, todo, run.device)
 
 
-def load_masked(run: Run, numbers: Numbers, *, epoch: int) -> Loaded:
-    """These samples on the host as `epoch` shows them, with their masks.
+def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> Loaded:
+    """These samples on the host as an update of `epoch` shows them, with their masks.
 
-    Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention.
+    Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention. Masks that
+    compare the student's own embeddings are drawn in the step, too.
     """
-    draw = draw_of(run.recipe, run.info, epoch)
+    draw = draw_of(run.recipe, run.info, epoch, update)
     if run.online:
-        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), None
+        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), draw
     blocks = None
-    if run.recipe.mask.sampler == "block":
+    if run.recipe.mask.sampler == "stored_block":
         blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
     batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
+    if run.recipe.mask.sampler == "similarity":
+        return batch, draw
     masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)
     gather = batch.rows == "grid" and batches.reads_only_visible(run.recipe)
     return (batches.visible_rows(batch, masks) if gather else batch), masks

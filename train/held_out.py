@@ -15,7 +15,7 @@ from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.batches import Loaded
 from mrmae.train.feed import Feed, load_masked
-from mrmae.train.method import evaluating
+from mrmae.train.method import draw_of, evaluating
 from mrmae.train.online import with_targets
 from mrmae.train.ranks import gather
 from mrmae.train.run import Run
@@ -37,7 +37,7 @@ def held_out_loss(run: Run) -> dict[str, float]:
     total = torch.zeros(2 + len(run.model.terms), dtype=torch.float64)
     with evaluating(run.model):
         for batch, masks in loaded_in_turn(run, chunks_of(run.held_out, run), features=True):
-            whole = with_targets((batch, masks), run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+            whole = with_targets((batch, masks), run.online, run.needed, model=run.model)
             with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 loss, terms = run.model(*whole)
             values = torch.stack([torch.ones_like(loss), loss, *terms.values()]).double().cpu()
@@ -53,7 +53,7 @@ def loaded_in_turn(run: Run, chunks: list[Numbers], *, features: bool) -> Iterat
     def load(_epoch: int, at: int, _micro: int) -> Loaded:
         if features:
             return load_masked(run, chunks[at], epoch=0)
-        return batches.load_batch(run.cache, chunks[at], epoch=0, needed={}), None
+        return batches.load_batch(run.cache, chunks[at], epoch=0, needed={}), draw_of(run.recipe, run.info, 0)
 
     with Feed(load, ((0, at, 0) for at in range(len(chunks))), run.device) as feed:
         yield from feed

@@ -168,9 +168,7 @@ def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
     run.optimizer.zero_grad(set_to_none=True)
     parts, bf16 = [], run.precision == "bf16"
     for micro in range(run.share.accum):
-        batch, masks = with_targets(
-            next(loop.feed), run.online, run.needed, recipe=run.recipe, epoch=run.epoch, info=run.info
-        )
+        batch, masks = with_targets(next(loop.feed), run.online, run.needed, model=run.model)
         last = micro == run.share.accum - 1
         with contextlib.nullcontext() if last else getattr(forward, "no_sync", contextlib.nullcontext)():
             with torch.autocast(run.device.type, torch.bfloat16, enabled=bf16):

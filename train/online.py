@@ -13,7 +13,7 @@ from torch import Tensor
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import TeacherSpec, column_id, compare_specs
-from mrmae.train.method import Batch, CacheInfo, Masks, Recipe, TeacherInfo, draw_masks, draw_of
+from mrmae.train.method import Batch, CacheInfo, Draw, Masks, Pretrainer, TeacherInfo, draw_masks
 
 NOT_COMPARED = ("weights", "tag", "precision", "attention_backend")  # where weights come from and how they are computed
 
@@ -122,17 +122,18 @@ def teach(batch: Batch, teachers: Mapping[str, Teacher], needed: Mapping[str, se
 
 
 def with_targets(
-    loaded: tuple[Batch, Masks | None],
+    loaded: tuple[Batch, Masks | Draw],
     teachers: Mapping[str, Teacher],
     needed: Mapping[str, set[str]],
     *,
-    recipe: Recipe,
-    epoch: int,
-    info: CacheInfo,
+    model: Pretrainer,
 ) -> tuple[Batch, Masks]:
-    """The batch and masks a step trains on: as loaded, or completed by the teachers that run in the step."""
+    """The batch and masks a step trains on: as loaded, or completed by the teachers and the student in the step."""
     batch, masks = loaded
-    if masks is not None:
+    if isinstance(masks, Masks):
         return batch, masks
-    batch = teach(batch, teachers, needed)
-    return batch, draw_masks(batch, draw_of(recipe, info, epoch), recipe=recipe.mask, l=info.n_patches)
+    if teachers:
+        batch = teach(batch, teachers, needed)
+    mask = model.recipe.mask
+    embedded = model.embedded(batch.pixels) if mask.sampler == "similarity" else None
+    return batch, draw_masks(batch, masks, recipe=mask, l=model.info.n_patches, embedded=embedded)

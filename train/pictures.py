@@ -67,7 +67,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
     loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
-    there = with_targets(loaded, run.online, run.needed, recipe=run.recipe, epoch=0, info=run.info)
+    there = with_targets(loaded, run.online, run.needed, model=run.model)
     batch, masks = there[0], there[1]
     columns = {
         "view": batch.pixels.cpu().numpy(),

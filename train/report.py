@@ -142,9 +142,9 @@ def blocks_words(run: Run) -> str:
     rule = run.info.blocks
     if run.online or rule is None or not any("tokens" in arrays for arrays in run.needed.values()):
         return ""
-    if run.recipe.mask.sampler == "block":
+    if run.recipe.mask.sampler == "stored_block":
         return f" (one of {rule.blocks} token blocks)"
-    return f" (all {rule.blocks} token blocks, put in order: {rule.blocks} x the tokens that mask.sampler=block reads)"
+    return f" (all {rule.blocks} token blocks, put in order: {rule.blocks} x the tokens that mask.sampler=stored_block reads)"
 
 
 def feature_bytes(run: Run) -> int:
@@ -152,7 +152,7 @@ def feature_bytes(run: Run) -> int:
     total, l = 0, run.info.n_patches
     if run.online:
         return total
-    rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "block" else l
+    rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "stored_block" else l
     for teacher, arrays in run.needed.items():
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width

@@ -14,8 +14,9 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, Position, Share
 from mrmae.train.feed import BATCHES_AHEAD, Feed
-from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.targets import Batch
 from mrmae.train.method.terms import needed_arrays
 

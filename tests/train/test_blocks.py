@@ -18,7 +18,7 @@ from mrmae.train import batches, loop
 from mrmae.train import run as runs
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
-from mrmae.train.method import masks
+from mrmae.train.method import masks, samplers
 from mrmae.train.method.recipe import MaskRecipe, Recipe
 from mrmae.train.method.targets import Batch
 from mrmae.train.ranks import Ranks
@@ -27,7 +27,7 @@ from mrmae.train.run import Run
 from mrmae.train.setup import Setup
 
 Make = Callable[..., Path]
-BLOCK = "mask.sampler=block"
+BLOCK = "mask.sampler=stored_block"
 SHORT = ("optim.epochs=2", "optim.warmup_epochs=0", "optim.batch_size=8")
 ALONE = Ranks()
 
@@ -96,29 +96,29 @@ def test_only_the_visible_block_leaves_the_disk(
     build: Callable[..., Run], blocked: Path, read_sizes: list[int]
 ) -> None:
     read = {}
-    for sampler in ("block", "random"):
+    for sampler in ("stored_block", "random"):
         run = build(blocked, "mr-mae", f"mask.sampler={sampler}")
         read_sizes.clear()
         load_masked(run, run.numbers[:6], epoch=0)
         crcs = 4 * len(read_sizes)
         assert sum(read_sizes) - crcs == 6 * feature_bytes(run), "what the plan tells"
         read[sampler] = sum(read_sizes)
-    assert read["random"] == 4 * read["block"]
+    assert read["random"] == 4 * read["stored_block"]
 
 
 def test_block_masks_are_blocks_drawn_evenly_and_by_the_hash_alone() -> None:
-    draw, recipe, l = masks.Draw(3, 5, BlockRule(0, 4), 2), MaskRecipe("block"), 16
+    draw, recipe, l = masks.Draw(3, 5, BlockRule(0, 4), 2), MaskRecipe("stored_block"), 16
     samples = torch.randint(-(2**62), 2**62, (400,), generator=torch.Generator().manual_seed(0))
-    whole = masks.draw_masks(Batch(samples, torch.empty(0), {}), draw, recipe=recipe, l=l)
+    whole = samplers.draw_masks(Batch(samples, torch.empty(0), {}), draw, recipe=recipe, l=l)
     both = torch.cat([whole.ids_keep, whole.ids_predict], dim=1).sort(dim=1).values
     assert torch.equal(both, torch.arange(l).expand(400, l))
-    part = masks.draw_masks(Batch(samples[7:9], torch.empty(0), {}), draw, recipe=recipe, l=l)
+    part = samplers.draw_masks(Batch(samples[7:9], torch.empty(0), {}), draw, recipe=recipe, l=l)
     assert torch.equal(part.ids_keep, whole.ids_keep[7:9]) and torch.equal(part.ids_predict, whole.ids_predict[7:9])
-    chosen = [masks.chosen_blocks(samples, draw._replace(epoch=epoch)) for epoch in range(30)]
+    chosen = [samplers.chosen_blocks(samples, draw._replace(epoch=epoch)) for epoch in range(30)]
     counts = torch.stack(chosen).flatten().bincount(minlength=4)
     assert (counts - 3000).abs().max() < 6 * (12000 * 3 / 16) ** 0.5
     assert len({tuple(column) for column in torch.stack(chosen).T.tolist()}) > 390, "samples take turns apart"
-    few = masks.draw_masks(
+    few = samplers.draw_masks(
         Batch(samples, torch.empty(0), {}), draw, recipe=dataclasses.replace(recipe, n_predict=5), l=l
     )
     assert torch.equal(few.ids_keep, whole.ids_keep) and few.ids_predict.shape == (400, 5)
@@ -143,13 +143,13 @@ def test_what_needs_more_than_one_block_is_refused(
     overrides: tuple[str, ...],
     message: str,
 ) -> None:
-    with pytest.raises(ValueError, match="mask.sampler = block: " + message):
+    with pytest.raises(ValueError, match="mask.sampler = stored_block: " + message):
         build(tiny_cache if raster else blocked, name, BLOCK, *overrides)
 
 
 def test_teachers_in_the_step_know_every_patch(build: Callable[..., Run], blocked: Path) -> None:
     run = build(blocked, "mimic-masked")
-    recipe = dataclasses.replace(run.recipe, mask=MaskRecipe("block"))
+    recipe = dataclasses.replace(run.recipe, mask=MaskRecipe("stored_block"))
     masks.check_blocks(recipe, run.info, cached=False)
     with pytest.raises(ValueError, match="hidden patches"):
         masks.check_blocks(recipe, run.info, cached=True)
@@ -160,7 +160,9 @@ def test_the_plan_tells_what_is_read(build: Callable[..., Run], blocked: Path, t
         return next(line for line in plan_lines(build(*args)) if line.startswith("features read"))
 
     assert "(one of 4 token blocks)" in line(blocked, "mr-mae", BLOCK)
-    assert "(all 4 token blocks, put in order: 4 x the tokens that mask.sampler=block reads)" in line(blocked, "mr-mae")
+    assert "(all 4 token blocks, put in order: 4 x the tokens that mask.sampler=stored_block reads)" in line(
+        blocked, "mr-mae"
+    )
     assert "block" not in line(tiny_cache, "mr-mae") and "block" not in line(blocked, "mae")
 
 

@@ -14,9 +14,10 @@ from mrmae.shards.format import tail as tail_files
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.method.masks import draw_masks, draw_of
+from mrmae.train.method.masks import draw_of
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.targets import CacheInfo, TeacherInfo
 from mrmae.train.online import online_info
 from mrmae.train.ranks import Ranks
@@ -44,7 +45,7 @@ def run_of(cache: Cache, recipe: Recipe, out: Path) -> Run:
 
 
 @pytest.mark.parametrize("tap, transform", [("post_ln", "ln0"), ("projected", "none"), ("post_ln", "channel")])
-@pytest.mark.parametrize("sampler", ["random", "block"])
+@pytest.mark.parametrize("sampler", ["random", "stored_block"])
 def test_the_loss_is_that_of_the_derived_column(
     cache: Cache, tiny_recipe: Callable[..., Recipe], tmp_path: Path, tap: str, transform: str, sampler: str
 ) -> None:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.student import sincos_positions
 from mrmae.train.method.targets import Batch, CacheInfo
 

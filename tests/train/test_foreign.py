@@ -14,9 +14,10 @@ from timm.models.vision_transformer import LayerScale
 from torch import Tensor
 
 from mrmae.train.foreign import export_published, init_from, published_weights, to_cpq, to_pqc
-from mrmae.train.method.masks import Draw, draw_masks
+from mrmae.train.method.masks import Draw
 from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.student import sincos_positions
 from mrmae.train.method.targets import Batch, CacheInfo
 

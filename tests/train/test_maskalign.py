@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mrmae.train.method.drop_path import path_factors, path_keys
-from mrmae.train.method.masks import Draw, Masks, draw_masks, saliency
+from mrmae.train.method.masks import Draw, Masks, saliency
 from mrmae.train.method.model import Pretrainer, build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.student import encode_vit
 from mrmae.train.method.taps import Mix, first_weights
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, target_names
@@ -120,8 +121,8 @@ def test_one_map_five_times_is_that_map(info_of_recipe: InfoOf, tiny_batch: Make
 
 
 def test_dropped_paths_follow_the_linear_law_and_keep_the_mean() -> None:
-    samples, keep = torch.arange(4000), torch.arange(4)[None].expand(4000, -1)
-    factors = path_factors(samples, keep, path_keys(5, 0), rate=0.4)
+    samples = torch.arange(4000)
+    factors = path_factors(samples, torch.tensor(3), path_keys(5, 0), rows=len(samples), rate=0.4)
     assert factors.shape == (4000, 5, 2)
     for i, p in enumerate([0.0, 0.1, 0.2, 0.3, 0.4]):
         dropped = (factors[:, i] == 0).double().mean(0)
@@ -131,17 +132,18 @@ def test_dropped_paths_follow_the_linear_law_and_keep_the_mean() -> None:
     assert both == pytest.approx(0.16, abs=0.03)  # the two branches of a block are dropped independently
 
 
-def test_dropped_paths_depend_on_seed_sample_and_mask_only() -> None:
-    samples, keep = torch.tensor([3, 9, -4]), torch.tensor([[0, 1], [2, 5], [0, 1]])
+def test_dropped_paths_depend_on_seed_epoch_sample_and_number_of_the_mask_only() -> None:
+    samples = torch.tensor([3, 9, -4])
 
-    def draw(s: Tensor, k: Tensor, seed: int = 0) -> Tensor:
-        return path_factors(s, k, path_keys(64, seed), rate=0.5)
+    def draw(s: Tensor, epoch: int = 0, rows: int = 3, seed: int = 0) -> Tensor:
+        return path_factors(s, torch.tensor(epoch), path_keys(64, seed), rows=rows, rate=0.5)
 
-    whole = draw(samples, keep)
-    assert torch.equal(draw(samples[1:2], keep[1:2]), whole[1:2])  # not on the batch
-    assert torch.equal(draw(samples, torch.cat([keep, keep]))[3:], whole)  # rows v * b + i
-    assert not torch.equal(whole[0], whole[2]) and not torch.equal(draw(samples, keep, 1), whole)
-    assert not torch.equal(draw(samples, keep + 1), whole)
+    whole = draw(samples)
+    assert torch.equal(draw(samples[1:2], rows=1), whole[1:2])  # not on the batch
+    twice = draw(samples, rows=6)  # rows v * b + i
+    assert torch.equal(twice[:3], whole) and not any(torch.equal(a, b) for a, b in zip(twice[3:], whole))
+    assert not torch.equal(whole[0], whole[2]) and not torch.equal(draw(samples, seed=1), whole)
+    assert not torch.equal(draw(samples, epoch=1), whole)  # also where the mask is the same again
 
 
 def test_drop_path_is_for_training_only_and_reaches_the_loss(

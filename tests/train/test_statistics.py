@@ -12,10 +12,11 @@ from torch import Tensor
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import Stats, compute_stats, write_stats
 from mrmae.train.batches import cache_info, load_batch, stored_statistics
-from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import build_model
 from mrmae.train.method.phi_s import hadamard, phi_s
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
 from mrmae.train.method.terms import needed_arrays
 

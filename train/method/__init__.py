@@ -1,9 +1,10 @@
 """What is learnt, as pure functions of a recipe, a batch and its masks: no files, no cache."""
 
-from mrmae.train.method.masks import Masks, check_blocks, chosen_blocks, counts, draw_masks, draw_of
+from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating
 from mrmae.train.method.recipe import DecoderRecipe, Optim, Recipe, difference, from_dict, load_recipe, to_dict
+from mrmae.train.method.samplers import chosen_blocks, draw_masks
 from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
 from mrmae.train.method.terms import needed_arrays
@@ -13,6 +14,7 @@ __all__ = [
     "Batch",
     "CacheInfo",
     "DecoderRecipe",
+    "Draw",
     "LN_EPS",
     "MaskedConvViT",
     "Masks",

@@ -23,15 +23,15 @@ def path_keys(depth: int, seed: int) -> Int64[Tensor, " 2*depth"]:
 
 
 def path_factors(
-    samples: Int64[Tensor, " b"], ids_keep: Int64[Tensor, "v k"], keys: Int64[Tensor, " 2*depth"], *, rate: float
+    samples: Int64[Tensor, " b"], epoch: Int64[Tensor, ""], keys: Int64[Tensor, " 2*depth"], *, rows: int, rate: float
 ) -> Float64[Tensor, "v depth 2"]:
     """Stochastic depth (drop-path): 0 where a residual branch is dropped, else 1 / (1 - p).
 
-    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, sample, mask): it changes from epoch
-    to epoch with the mask, and like the mask does not depend on batch, rank or resume. keys: from `path_keys`.
+    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, epoch, sample, branch, which mask of
+    the image), not of the mask itself: masks may repeat. keys: from `path_keys`. rows: v = masks per image * b.
     """
-    rows = torch.arange(ids_keep.shape[0], device=samples.device) % samples.shape[0]
-    images = ids.mix(samples[rows] ^ ids.mix(ids_keep + 1).sum(dim=1))
+    row = torch.arange(rows, device=samples.device)
+    images = ids.mix(samples[row % samples.shape[0]] ^ ids.mix((epoch << 16) + row // samples.shape[0] + 1))
     bits = ids.shift_right(ids.mix(images[:, None] + keys), 12)
     uniform = (bits.double() * 2.0**-52).view(images.shape[0], -1, 2)
     p = torch.linspace(0, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]

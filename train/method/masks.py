@@ -1,11 +1,14 @@
-"""Who is visible: samplers from (sample hashes, seed, epoch) to grid indices.
+"""Masks: who is visible and who is predicted, as grid indices, and the maps that samplers may follow.
 
-A mask depends on nothing else, so it is the same for any batch size, worker count, rank count and after resume. Sampling runs
-on the host, before the batch is copied to the device.
+A mask depends on (seed, epoch, sample) alone, so it is the same for any batch size, worker count, rank count and after resume; laws of
+the ratio add the number of the update, and sampler `similarity` the tokens it compares. `samplers.py` draws them, on the host, before the
+batch is copied to the device.
 """
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -14,44 +17,62 @@ from torch import Tensor
 
 from mrmae.kernels import ids
 from mrmae.shards.format import BlockRule
-from mrmae.shards.order import view_of
 from mrmae.train.method.recipe import MaskRecipe, Recipe
 from mrmae.train.method.targets import ADD, Batch, CacheInfo
 
+BUCKETS = 4  # ratios of a law: few shapes, each compiled once
 NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is finite and the noise still orders them
 
 
 @dataclass(frozen=True)
 class Masks:
-    """Grid indices, ascending, the same counts for every image. Several masks per image are rows `v * b + i`."""
+    """Grid indices, ascending, the same counts for every row: mask v of image i is row `v * b + i`.
 
-    ids_keep: Int64[Tensor, "b n_keep"]
-    ids_predict: Int64[Tensor, "b n_predict"]
+    weight: of each predicted patch, for terms that are `weighted`; None: 1 everywhere.
+    """
+
+    ids_keep: Int64[Tensor, "v*b n_keep"]
+    ids_predict: Int64[Tensor, "v*b n_predict"]
+    weight: Float[Tensor, "v*b n_predict"] | None = None
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> "Masks":
+        """The same masks with every tensor replaced by `change(tensor)`."""
+        weight = None if self.weight is None else change(self.weight)
+        return Masks(change(self.ids_keep), change(self.ids_predict), weight)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Masks":
         """The same masks on `device`."""
-        keep, predict = (x.to(device, non_blocking=non_blocking) for x in (self.ids_keep, self.ids_predict))
-        return Masks(keep, predict)
+        return self.change(lambda x: x.to(device, non_blocking=non_blocking))
 
 
 class Draw(NamedTuple):
-    """What decides a mask beside the sample and the patch; of blocks also how the cache cuts them, per view."""
+    """What decides a mask beside the sample and the patch.
+
+    blocks, n_views: how the cache cuts token blocks, per view. epochs: of the whole run, for samplers that change on the way.
+    update: of the epoch, for laws of the ratio. mask: its number among those of its image.
+    """
 
     seed: int
     epoch: int
     blocks: BlockRule | None = None
     n_views: int = 1
-
-
-Sampler = Callable[..., Masks]
+    epochs: int = 1
+    update: int = 0
+    mask: int = 0
 
 
 def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
     """(n_keep, n_predict) in a grid of `l` patches; `int(l * (1 - ratio))` are kept where no number is fixed, as in MAE.
 
-    Raises ValueError when no patch would be visible, or more than l are asked for.
+    Of a law of the ratio: the mean. Raises ValueError when no patch would be visible, or more than l are asked for.
     """
-    n_keep = int(l * (1 - recipe.ratio)) if recipe.n_keep is None else recipe.n_keep
+    n_keep = recipe.n_keep
+    if recipe.law != "fixed":
+        n_keep = round(sum(buckets(recipe, l)) / BUCKETS)
+    elif recipe.sampler == "disjoint":
+        n_keep = kept_cells(recipe, l) * recipe.cell**2
+    elif n_keep is None:
+        n_keep = int(l * (1 - recipe.ratio))
     if not 1 <= n_keep <= l:
         said = f"mask.ratio = {recipe.ratio}" if recipe.n_keep is None else f"mask.n_keep = {n_keep}"
         raise ValueError(
@@ -66,53 +87,67 @@ def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
     return n_keep, n_predict
 
 
-def draw_masks(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """The masks of a batch by the recipe's sampler. Only `batch.samples` and saliency maps are read."""
-    return SAMPLERS[recipe.sampler](batch, draw, recipe=recipe, l=l)
+def kept_cells(recipe: MaskRecipe, l: int) -> int:
+    """Cells that a mask in cells keeps: `int(n * (1 - ratio))` of n. Raises ValueError where cells do not tile a square grid."""
+    side = side_of(l, recipe.sampler)
+    if side % recipe.cell:
+        raise ValueError(
+            f"mask.cell = {recipe.cell}: does not divide a grid of {side} x {side}; a divisor of {side} was expected"
+        )
+    return int(l // recipe.cell**2 * (1 - recipe.ratio))
 
 
-def draw_of(recipe: Recipe, info: CacheInfo, epoch: int) -> Draw:
-    """What decides the masks of a run on a cache in `epoch`."""
-    return Draw(recipe.seed, epoch, info.blocks, info.n_views)
+def side_of(l: int, sampler: str) -> int:
+    """The side of a square grid. Raises ValueError for another one."""
+    side = math.isqrt(l)
+    if side * side != l:
+        raise ValueError(
+            f"mask.sampler = {sampler}: {l} patches; a square grid was expected; extract with another --grid"
+        )
+    return side
 
 
-def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """Keep `n_keep` patches of each image, uniformly without replacement. MAE section 3, "Masking" (arXiv 2111.06377)."""
-    noise = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
-    return split_order(noise.argsort(dim=1), recipe)
+def buckets(recipe: MaskRecipe, l: int) -> list[int]:
+    """How many patches each of a law's BUCKETS ratios keeps: the law's quantiles in the middle of each quarter.
 
-
-def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """Keep `n_keep` patches drawn without replacement with probability proportional to the teachers' saliency.
-
-    Gumbel top-k on log(saliency) with hashed noise has the law of `torch.multinomial(saliency, n_keep)`. draw: `prob` is that;
-    `softmax_prob` takes the softmax of the map first (much flatter); `topk` takes the largest values, without noise.
-    Focused mimicking of MR-MAE (arXiv 2303.05475); the rule is inferred, it is the one of MaskAlign, MILAN and UMT.
+    `truncnormal`: a normal law of mean 1 and deviation 0.25, cut to [0.7, 1], ceil(ratio * l) hidden (Harmon, arXiv 2503.21979).
+    `cosine`: max(cos(pi u / 2), least), max(1, round(ratio * l)) hidden (Meissonic, arXiv 2410.08261). One patch at least stays
+    visible. Their code draws a number per batch or image; quarters instead are ours.
     """
-    share = saliency(batch.targets, recipe.source, l)
-    if recipe.draw != "topk":
-        noise = ids.gumbel_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
-        share = noise + (share.clamp_min(NEVER).log() if recipe.draw == "prob" else share)
-    return split_order(share.argsort(dim=1, descending=True, stable=True), recipe)
+    middles, normal = [(k + 0.5) / BUCKETS for k in range(BUCKETS)], NormalDist(1, 0.25)
+    if recipe.law == "truncnormal":
+        low, high = normal.cdf(0.7), normal.cdf(1)
+        hidden = [math.ceil(normal.inv_cdf(low + u * (high - low)) * l) for u in middles]
+    else:
+        hidden = [max(1, round(max(math.cos(math.pi * u / 2), recipe.least) * l)) for u in middles]
+    return [max(1, l - n) for n in hidden]
 
 
-def block_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """Keep one of the cache's token blocks of each image; of a cache, nothing else need be read.
+def at_update(recipe: MaskRecipe, draw: Draw, l: int) -> MaskRecipe:
+    """The recipe of one update's masks: with the number that a law of the ratio keeps in it, the same on every rank."""
+    if recipe.law == "fixed":
+        return recipe
+    update = torch.tensor([draw.update])
+    return replace(
+        recipe,
+        law="fixed",
+        n_keep=buckets(recipe, l)[int(ids.drawn_block(update, BUCKETS, seed=draw.seed, epoch=draw.epoch))],
+    )
 
-    Every (image, view) has the same few blocks in every epoch, unlike `random`, whose masks never repeat. Ours.
-    """
-    assert draw.blocks is not None, "check_blocks comes first"
-    samples = batch.samples.cpu().numpy()
-    views = view_of(samples, draw.epoch, draw.n_views)
-    keep = torch.from_numpy(draw.blocks.ids(samples, views, chosen_blocks(batch.samples, draw).cpu().numpy(), l))
-    order = ids.patch_noise(batch.samples, l, seed=draw.seed, epoch=draw.epoch)
-    return split_order(order.scatter(1, keep.to(order.device), torch.iinfo(torch.int64).min).argsort(dim=1), recipe)
+
+def reads_saliency(recipe: MaskRecipe) -> bool:
+    """Whether masks follow the map that `mask.source` names."""
+    return recipe.sampler in ("attn_prob", "score") or recipe.predict == "score"
 
 
-def chosen_blocks(samples: Int64[Tensor, " b"], draw: Draw) -> Int64[Tensor, " b"]:
-    """Which block of each image is visible."""
-    assert draw.blocks is not None, "check_blocks comes first"
-    return ids.drawn_block(samples, draw.blocks.blocks, seed=draw.seed, epoch=draw.epoch)
+def draw_of(recipe: Recipe, info: CacheInfo, epoch: int, update: int = 0) -> Draw:
+    """What decides the masks of a run on a cache in an update of `epoch`."""
+    return Draw(recipe.seed, epoch, info.blocks, info.n_views, recipe.optim.epochs, update)
+
+
+def own_hash(batch: Batch, draw: Draw) -> Int64[Tensor, " b"]:
+    """Each image's hash for mask `draw.mask` of it; mask 0 is what an image's only mask would be."""
+    return ids.mix(batch.samples ^ ids.signed(ids.mix_int(draw.mask))) if draw.mask else batch.samples
 
 
 def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
@@ -120,34 +155,27 @@ def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
 
     cached: whether the teachers' tokens come from the cache.
     """
-    if recipe.mask.sampler != "block":
+    if recipe.mask.sampler != "stored_block":
         return
     otherwise = "or use --set mask.sampler=random"
     if info.blocks is None:
         raise ValueError(
-            "mask.sampler = block: the cache stores tokens in raster order; token blocks were expected; extract one with "
+            "mask.sampler = stored_block: the cache stores tokens in raster order; token blocks were expected; extract one with "
             f"extract-features --token-layout blocks, {otherwise}"
         )
     rows, n_keep = info.blocks.rows(info.n_patches), counts(recipe.mask, info.n_patches)[0]
     if n_keep != rows:
         said = f"mask.ratio = {recipe.mask.ratio}" if recipe.mask.n_keep is None else f"mask.n_keep = {n_keep}"
         raise ValueError(
-            f"mask.sampler = block: {said} shows {n_keep} of {info.n_patches} patches; the cache has {info.blocks.blocks} blocks"
+            f"mask.sampler = stored_block: {said} shows {n_keep} of {info.n_patches} patches; the cache has {info.blocks.blocks} blocks"
             f" of {rows}; give --set mask.n_keep={rows}, extract with other --blocks, {otherwise}"
         )
     hidden = [name for name, t in recipe.terms.items() if t.target == "teachers" and t.positions == "predicted"]
     if hidden and cached:
         raise ValueError(
-            f"mask.sampler = block: term {hidden[0]} predicts teachers at hidden patches, whose tokens lie in the blocks that are"
+            f"mask.sampler = stored_block: term {hidden[0]} predicts teachers at hidden patches, whose tokens lie in the blocks that are"
             f" not read; terms at visible patches were expected; drop it with --set terms.{hidden[0]}=null, {otherwise}"
         )
-
-
-def split_order(order: Int64[Tensor, "b l"], recipe: MaskRecipe) -> Masks:
-    """The first `n_keep` patches of each row of `order` are visible, the next `n_predict` predicted."""
-    n_keep, n_predict = counts(recipe, order.shape[1])
-    keep, predict = order[:, :n_keep], order[:, n_keep : n_keep + n_predict]
-    return Masks(keep.sort(dim=1).values, predict.sort(dim=1).values)
 
 
 def saliency_arrays(source: str, info: CacheInfo) -> dict[str, str]:
@@ -202,6 +230,3 @@ def normalised(values: Float[Tensor, "b l"]) -> Float64[Tensor, "b l"]:
         )
     counted = (values.double() * 2.0**24).round().long()
     return counted.double() / counted.sum(dim=1, keepdim=True).clamp_min(1).double()
-
-
-SAMPLERS: dict[str, Sampler] = {"random": random_mask, "attn_prob": attn_prob_mask, "block": block_mask}

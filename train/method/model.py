@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -18,13 +19,13 @@ from mrmae.train.method import mcmae
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.heads import HEADS
-from mrmae.train.method.masks import Masks, counts, saliency_arrays
+from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import build_vit, encode_vit, initialise, sincos_positions
-from mrmae.train.method.taps import Tokens, build_fusions
+from mrmae.train.method.taps import Tokens, build_fusions, tokens_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
-from mrmae.train.method.terms import PixelScale, bind_terms, check_taps, score
+from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_taps, score
 
 
 def build_model(
@@ -59,23 +60,25 @@ class Pretrainer(nn.Module):
         self.recipe, self.info, self.kernels = recipe, info, kernels
         self.n_keep, self.n_predict = counts(recipe.mask, info.n_patches)
         self.terms = bind_terms(recipe, info)
-        if recipe.mask.sampler == "attn_prob":
+        if reads_saliency(recipe.mask):
             saliency_arrays(recipe.mask.source, info)
         self.student = build_student(recipe, info)
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
         self.keep_blocks = check_taps(self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls)
-        self.fusions = build_fusions((term.recipe.tap for term in self.terms), fused, width=width, depth=depth)
-        uses_decoder = decoder is not None and any(term.recipe.tap == "decoder" for term in self.terms)
+        self.fusions = build_fusions(
+            (tap for term in self.terms for tap in term.recipe.taps), fused, width=width, depth=depth
+        )
+        uses_decoder = decoder is not None and any("decoder" in term.recipe.taps for term in self.terms)
         self.decoder = MaskDecoder(width, decoder, info.grid) if decoder is not None and uses_decoder else None
         self.heads = nn.ModuleDict()
         self.statistics = nn.ModuleDict()
         for term in self.terms:
-            width_in = decoder.width if decoder is not None and term.recipe.tap == "decoder" else width
+            width_in = self.width_of(term)
             out = patch**2 * info.channels if term.teacher is None else info.target(term.teacher).width
             self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
-        freeze_unread(self.student, {term.recipe.tap for term in self.terms}, self.keep_blocks)
+        freeze_unread(self.student, {tap for term in self.terms for tap in term.recipe.taps}, self.keep_blocks)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
@@ -93,6 +96,20 @@ class Pretrainer(nn.Module):
         }
         self.statistics.update({name: made[key] for name, key in wanted.items()})
 
+    def width_of(self, term: Term) -> int:
+        """Channels of the tokens that a term's head reads. Raises ValueError where its taps differ."""
+        decoder = self.recipe.student.decoder
+        widths = [
+            decoder.width if decoder is not None and tap == "decoder" else self.student.embed_dim
+            for tap in term.recipe.taps
+        ]
+        if len(set(widths)) > 1:
+            raise ValueError(
+                f"term {term.name}: one head reads taps {term.recipe.tap}, which are {widths} channels wide; equal widths were "
+                f"expected; use --set student.decoder.width={self.student.embed_dim}"
+            )
+        return widths[0]
+
     @property
     def pixels(self) -> PixelScale:
         """How the student reads an image."""
@@ -106,6 +123,7 @@ class Pretrainer(nn.Module):
             self.statistics,
             self.taps(batch, masks, paths=self.paths(batch, masks)),
             batch,
+            masks,
             pixels=self.pixels,
             source=self.recipe.mask.source,
             kernels=self.kernels,
@@ -116,7 +134,8 @@ class Pretrainer(nn.Module):
         final, blocks = self.encode(batch.pixels, masks.ids_keep, paths=paths)
         outputs = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
         outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
-        taps = {name: Tokens(x, masks.ids_keep, self.student.num_prefix_tokens) for name, x in outputs.items()}
+        prefix, shown = self.student.num_prefix_tokens, masks.ids_keep.shape[1]
+        taps = {name: Tokens(x, masks.ids_keep, prefix, shown) for name, x in outputs.items()}
         if self.decoder is not None:
             taps["decoder"] = self.decoder(taps["final"], masks.ids_predict)
         return taps
@@ -139,7 +158,7 @@ class Pretrainer(nn.Module):
         rate = self.recipe.student.drop_path
         if not self.training or rate == 0:
             return None
-        return path_factors(batch.samples, masks.ids_keep, self.path_keys, rate=rate)
+        return path_factors(batch.samples, batch.epoch, self.path_keys, rows=len(masks.ids_keep), rate=rate)
 
     @torch.no_grad()
     def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
@@ -147,6 +166,16 @@ class Pretrainer(nn.Module):
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(pixels.shape[0], -1)
         final, _ = self.encode(pixels, everything)
         return final[:, self.student.num_prefix_tokens :]
+
+    @torch.no_grad()
+    def embedded(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
+        """Every patch's embedding with its position, in the weights' own precision: what sampler `similarity` compares."""
+        assert isinstance(self.student, VisionTransformer) and self.student.pos_embed is not None
+        everything = torch.arange(self.info.n_patches, device=pixels.device).expand(len(pixels), -1)
+        proj = self.student.patch_embed.proj
+        with torch.autocast(pixels.device.type, enabled=False):
+            patches = self.patches_at(pixels, everything)
+            return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.student.pos_embed[:, 1:]
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, masks: Masks) -> Float[Tensor, "b h w c"]:
@@ -160,7 +189,9 @@ class Pretrainer(nn.Module):
             raise ValueError(
                 f"recipe {self.recipe.name}: predicts no pixels; a term with target pixels was expected to draw them"
             )
-        prediction = self.heads[term.name](self.taps(batch, masks)["decoder"].x).to(self.scale.dtype)
+        prediction = self.heads[term.name](tokens_at(self.taps(batch, masks), term.recipe.taps, "predicted").x).to(
+            self.scale.dtype
+        )
         if term.recipe.transform == "norm_pix":
             var, mean = torch.var_mean(self.patches(batch, masks.ids_predict), dim=-1, keepdim=True)
             prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
@@ -174,8 +205,12 @@ class Pretrainer(nn.Module):
 
     def patches(self, batch: Batch, ids: Tensor) -> Float[Tensor, "b n P"]:
         """The patches at `ids` as the student reads them."""
+        return self.patches_at(batch.pixels, ids)
+
+    def patches_at(self, pixels: UInt8[Tensor, "b h w c"], ids: Tensor) -> Float[Tensor, "b n P"]:
+        """The patches of these images at `ids` as the student reads them."""
         return dispatch.gather_patches(
-            batch.pixels,
+            pixels,
             ids,
             patch=self.info.patch,
             scale=self.scale,

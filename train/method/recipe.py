@@ -17,12 +17,12 @@ from mrmae.common.suggest import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
 
-SamplerName = Literal["random", "attn_prob", "block"]
-Positions = Literal["visible", "predicted", "cls", "cls+visible"]
+SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix)[1-9][0-9]*")
+POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class MaskRecipe:
     """Who is visible and what is predicted: `n_keep` of l patches, by default `int(l * (1 - ratio))` as in MAE.
 
     n_keep, n_predict: fixed numbers of patches; without them the ratio decides, and every hidden patch is predicted.
-    source, draw: for samplers that follow a saliency map, see `masks.py`.
+    predict: the law that chooses n_predict of the hidden patches where they are fewer: `uniform`, or by the `score` of a map.
+    masks_per_image: masks of each image, as rows of the batch.
+    law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
+    source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of sampler disjoint's cells.
     """
 
     sampler: SamplerName = "random"
@@ -47,6 +50,12 @@ class MaskRecipe:
     n_predict: int | None = None
     source: str = "mean"
     draw: Literal["prob", "softmax_prob", "topk"] = "prob"
+    predict: Literal["uniform", "score"] = "uniform"
+    masks_per_image: int = 1
+    law: Literal["fixed", "truncnormal", "cosine"] = "fixed"
+    least: float = 0.0
+    cell: int = 1
+    mode: Literal["mask_top", "keep_top", "multinomial"] = "mask_top"
 
 
 @dataclass(frozen=True)
@@ -77,14 +86,17 @@ class StudentRecipe:
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`.
+    tap: `final`, `block<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`; `final+decoder` where one head serves both.
+    positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
+    and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
     target: `pixels`, or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
+    weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
     """
 
     tap: str
-    positions: Positions
+    positions: str
     target: Literal["pixels", "teachers"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
@@ -93,6 +105,16 @@ class TermRecipe:
     distance: DistanceName = "mse"
     weight: float = 1.0
     focus: bool = False
+    weighted: bool = False
+
+    @property
+    def taps(self) -> tuple[str, ...]:
+        """The taps it reads, in order."""
+        return tuple(self.tap.split("+"))
+
+    def at(self, *positions: str) -> bool:
+        """Whether it predicts at any of these positions."""
+        return not set(positions).isdisjoint(self.positions.split("+"))
 
 
 @dataclass(frozen=True)
@@ -203,6 +225,16 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected"
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
     yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
+    yield "mask.masks_per_image", mask.masks_per_image >= 1, "at least 1 was expected"
+    for sampler, many in {"disjoint": 2, "quarters": 4, "stored_block": 1}.items():
+        fits = mask.sampler != sampler or mask.masks_per_image == many
+        yield "mask.masks_per_image", fits, f"{many} was expected with sampler {sampler}"
+    whole = mask.sampler != "disjoint" or mask.n_keep is None
+    yield "mask.n_keep", whole, "null was expected with sampler disjoint: mask.ratio and mask.cell say how many"
+    yield "mask.cell", mask.cell >= 1, "at least 1 was expected"
+    yield "mask.least", 0 <= mask.least < 1, "0 <= ratio < 1 was expected"
+    free = mask.law == "fixed" or (mask.n_keep is None and mask.n_predict in (None, 0))
+    yield "mask.law", free, "fixed was expected where n_keep or n_predict says how many"
     yield (
         "student.fused_blocks",
         len(set(recipe.student.fused_blocks)) == len(recipe.student.fused_blocks),
@@ -228,28 +260,45 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
 
 def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
-        at, pixels, decoded = f"terms.{name}", term.target == "pixels", term.tap == "decoder"
-        is_tap = decoded or ENCODER_TAP.fullmatch(term.tap) is not None
-        yield f"{at}.tap", is_tap, "final, block<i>, mix<i>, mean_ln, learned or decoder was expected"
+        at, pixels, decoded = f"terms.{name}", term.target == "pixels", "decoder" in term.taps
+        is_tap = all(tap == "decoder" or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
+        yield (
+            f"{at}.tap",
+            is_tap,
+            "final, block<i>, mix<i>, mean_ln, learned or decoder was expected, or two joined by +",
+        )
+        yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
         yield (
             f"{at}.tap",
             not decoded or recipe.student.decoder is not None,
             "student.decoder is null; give one, or another tap",
         )
-        wanted = (
-            "predicted was expected: that is what a decoder makes"
-            if decoded
-            else "visible, cls or cls+visible was expected"
-        )
-        yield f"{at}.positions", (term.positions == "predicted") == decoded, f"tap {term.tap}: {wanted}"
-        yield f"{at}.target", not pixels or decoded, "tap decoder was expected with it"
+        asked, held = term.positions.split("+"), held_positions(term.taps)
+        known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
+        yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
+        told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
+        yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
+        yield f"{at}.positions", not pixels or not term.at("cls", "pooled"), "patches were expected with target pixels"
         yield f"{at}.teachers", not (pixels and term.teachers), "none was expected with target pixels"
         yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), "null was expected with target pixels"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
         fits = term.transform in (("none", "norm_pix") if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
         yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2, channel or phi_s"
-        on_cls = "cls" in term.positions and term.transform in ("channel", "phi_s")
+        on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"
         yield f"{at}.distance", not pixels or term.distance == "mse", "mse was expected with target pixels"
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
+        yield (
+            f"{at}.weighted",
+            not term.weighted or term.positions == "predicted",
+            "positions predicted was expected with it",
+        )
+
+
+def held_positions(taps: Iterable[str]) -> set[str]:
+    """Where these taps hold tokens, together."""
+    held: set[str] = set()
+    for tap in taps:
+        held |= {"predicted", "alive"} if tap == "decoder" else {"cls", "pooled", "visible", "alive"}
+    return held | ({"all"} if {"visible", "predicted"} <= held else set())

@@ -7,24 +7,52 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mrmae.train.method.recipe import Positions
+from mrmae.train.method.recipe import POSITIONS
 from mrmae.train.method.student import LN_EPS
 
 Outputs = Mapping[int, Tensor]  # raw block outputs [v, prefix + n, d]
 
 
 class Tokens(NamedTuple):
-    """What a tap holds: `prefix` tokens without a place (CLS), then the patches at the grid indices `ids`, in their order."""
+    """What a tap holds: `prefix` tokens without a place (CLS, pooled), then the patches at the grid indices `ids`.
+
+    visible: how many of the patches are visible ones; they come first, then those that are predicted.
+    """
 
     x: Float[Tensor, "v prefix+n d"]
     ids: Int64[Tensor, "v n"]
     prefix: int = 0
+    visible: int = 0
 
-    def at(self, positions: Positions) -> "Tokens":
-        """Those a term predicts from: CLS alone, the patches alone, or both."""
-        if positions == "cls":
-            return Tokens(self.x[:, : self.prefix], self.ids[:, :0], self.prefix)
-        return self if positions == "cls+visible" else Tokens(self.x[:, self.prefix :], self.ids)
+    def at(self, place: str) -> "Tokens":
+        """Those at one of the recipes' positions; none where the tap holds none there."""
+        patches, shown = self.x[:, self.prefix :], self.visible
+        match place:
+            case "cls":
+                return Tokens(self.x[:, : self.prefix], self.ids[:, :0], self.prefix)
+            case "pooled":
+                pooled = patches[:, :shown].mean(dim=1, keepdim=True)
+                return Tokens(pooled[:, : min(shown, 1)], self.ids[:, :0], min(shown, 1))
+            case "visible":
+                return Tokens(patches[:, :shown], self.ids[:, :shown], visible=shown)
+            case "predicted":
+                return Tokens(patches[:, shown:], self.ids[:, shown:])
+        return Tokens(patches, self.ids, visible=shown)
+
+
+def tokens_at(taps: Mapping[str, Tokens], names: Sequence[str], positions: str) -> Tokens:
+    """The tokens at `positions`, in the order of POSITIONS, each from the first of the taps `names` that holds some there."""
+    asked, parts = positions.replace("all", "visible+predicted").split("+"), []
+    for place in POSITIONS:
+        for name in names if place in asked else ():
+            part = taps[name].at(place)
+            if part.x.shape[1]:
+                parts.append(part)
+                break
+    if len(parts) == 1:
+        return parts[0]
+    prefix, visible = sum(part.prefix for part in parts), sum(part.visible for part in parts)
+    return Tokens(torch.cat([p.x for p in parts], dim=1), torch.cat([p.ids for p in parts], dim=1), prefix, visible)
 
 
 class MeanOfNorms(nn.Module):

@@ -1,6 +1,6 @@
 """What a term can predict: a batch with its cached targets as stored, and what the cache knows about each teacher."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -95,22 +95,25 @@ class Batch:
 
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l].
-    rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [b, n_keep, ...], gathered before the copy or read alone.
+    rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
+    epoch: in which it is trained on.
     """
 
     samples: Int64[Tensor, " b"]
     pixels: UInt8[Tensor, "b h w c"]
     targets: dict[str, dict[str, Tensor]]
     rows: Rows = "grid"
+    epoch: Int64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same batch with every tensor replaced by `change(tensor)`."""
+        targets = {t: {name: change(x) for name, x in arrays.items()} for t, arrays in self.targets.items()}
+        samples, pixels, epoch = change(self.samples), change(self.pixels), change(self.epoch)
+        return replace(self, samples=samples, pixels=pixels, targets=targets, epoch=epoch)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
-        targets = {
-            teacher: {name: x.to(device, non_blocking=non_blocking) for name, x in arrays.items()}
-            for teacher, arrays in self.targets.items()
-        }
-        samples, pixels = (x.to(device, non_blocking=non_blocking) for x in (self.samples, self.pixels))
-        return replace(self, samples=samples, pixels=pixels, targets=targets)
+        return self.change(lambda x: x.to(device, non_blocking=non_blocking))
 
 
 class TeacherStatistics(nn.Module):
@@ -236,7 +239,7 @@ def teachers_of(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]
     teachers = chosen(name, term, info)
     for teacher in teachers:
         column = info.target(teacher)
-        if "cls" in term.positions and not column.has_cls:
+        if term.at("cls") and not column.has_cls:
             raise ValueError(
                 f"term {name}: wants the CLS token of teacher {teacher!r}, which the cache does not hold; a teacher with a "
                 f"CLS token was expected; name others with --set terms.{name}.teachers=[...]"

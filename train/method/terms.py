@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from mrmae.kernels import dispatch
 from mrmae.train.method.distances import DISTANCES
-from mrmae.train.method.masks import saliency, saliency_arrays
+from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
-from mrmae.train.method.taps import Tokens, blocks_behind
+from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
 
 
@@ -76,11 +76,11 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
         if term.teacher is not None:
             target = info.target(term.teacher)
             arrays = needed.setdefault(target.source or term.teacher, set())
-            if "cls" in term.recipe.positions:
+            if term.recipe.at("cls"):
                 arrays.add("cls")
             if term.recipe.positions != "cls":
                 arrays |= {"tokens", "scale"} if target.has_scale else {"tokens"}
-    if recipe.mask.sampler == "attn_prob" or any(term.focus for term in recipe.terms.values()):
+    if reads_saliency(recipe.mask) or any(term.focus for term in recipe.terms.values()):
         for teacher, array in saliency_arrays(recipe.mask.source, info).items():
             needed.setdefault(teacher, set()).add(array)
     return needed
@@ -97,19 +97,20 @@ def check_taps(
     wanted: set[int] = set()
     for term in terms:
         tap, key = term.recipe.tap, term.name.partition("/")[0]
-        blocks = blocks_behind(tap, fused_blocks, depth)
-        if (tap == "mean_ln" and not blocks) or not all(1 <= i <= depth for i in blocks):
+        behind = [blocks_behind(one, fused_blocks, depth) for one in term.recipe.taps]
+        blocks = set[int]().union(*behind)
+        if ("mean_ln" in term.recipe.taps and not fused_blocks) or not all(1 <= i <= depth for i in blocks):
             raise ValueError(
                 f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
                 f"student has {depth}; change terms.{key}.tap or student.fused_blocks"
             )
-        if not has_cls and ("cls" in term.recipe.positions or tap == "learned"):
-            what = "wants a CLS token" if tap != "learned" else "reads tap learned, made for a plain ViT"
+        if not has_cls and (term.recipe.at("cls") or "learned" in term.recipe.taps):
+            what = "wants a CLS token" if term.recipe.at("cls") else "reads tap learned, made for a plain ViT"
             raise ValueError(
                 f"term {term.name}: {what} and the student has no CLS and fuses its stages itself; tap final at visible "
                 f"positions was expected; change terms.{key}"
             )
-        if term.recipe.positions == "predicted" and n_predict == 0:
+        if term.recipe.at("predicted", "all") and n_predict == 0:
             raise ValueError(
                 f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
                 "mask.n_predict or mask.n_keep"
@@ -124,6 +125,7 @@ def score(
     statistics: nn.ModuleDict,
     taps: Mapping[str, Tokens],
     batch: Batch,
+    masks: Masks,
     *,
     pixels: PixelScale,
     source: str,
@@ -135,7 +137,7 @@ def score(
     """
     parts = {}
     for term in terms:
-        tokens = taps[term.recipe.tap].at(term.recipe.positions)
+        tokens = tokens_at(taps, term.recipe.taps, term.recipe.positions)
         prediction = tokens._replace(x=heads[term.name](tokens.x))
         if term.teacher is None:
             errors = pixel_errors(prediction, term, batch, pixels, kernels)
@@ -143,9 +145,23 @@ def score(
             errors = mimic_errors(prediction, term, statistics[term.name], batch, pixels, kernels)
         if term.recipe.focus:
             errors = errors * focus_weights(batch, prediction.ids, pixels, source).to(errors.dtype)
-        parts[term.name] = errors.mean()
+        parts[term.name] = weighted_mean(errors, masks.weight) if term.recipe.weighted else errors.mean()
     loss = torch.stack([term.weight * parts[term.name] for term in terms]).sum()
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def weighted_mean(errors: Float[Tensor, "v m"], weight: Float[Tensor, "v m"] | None) -> Float[Tensor, ""]:
+    """The mean over images of `sum(w * D) / sum(w)`; an image without weight counts as 0.
+
+    Each image by itself, so that ranks and micro-batches need not know of each other: where methods divide by the weights of a
+    whole batch, this differs.
+    """
+    if weight is None:
+        raise ValueError(
+            "terms: a term is weighted and the masks have no weights; a sampler that gives some was expected"
+        )
+    weight = weight.to(errors.dtype)
+    return ((weight * errors).sum(dim=1) / weight.sum(dim=1).clamp_min(torch.finfo(errors.dtype).tiny)).mean()
 
 
 def pixel_errors(
@@ -168,14 +184,16 @@ def pixel_errors(
 def mimic_errors(
     prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: PixelScale, kernels: str
 ) -> Float[Tensor, "b n"]:
-    """Distance of every prediction to its teacher token, CLS first where the prediction holds it: one token among n + 1."""
+    """Distance of every prediction to its teacher token, one token each: CLS and pooled, where it holds them, then patches."""
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
     arrays, distance = batch.targets[statistics.source or term.teacher], DISTANCES[term.recipe.distance]
     told = {"distance": distance.kernel, "beta": distance.beta, "kernels": kernels}
-    cls, patches = prediction.at("cls"), prediction.at("visible")
+    prefix, patches = prediction.at("cls").x, prediction.at("alive")
     parts = []
-    if cls.prefix:
-        parts.append(cls_errors(cls.x, arrays["cls"], term.recipe.transform, statistics, told))
+    if term.recipe.at("cls"):
+        parts.append(cls_errors(prefix[:, :1], arrays["cls"], term.recipe.transform, statistics, told))
+    if term.recipe.at("pooled"):
+        parts.append(pooled_errors(prefix[:, -1:], arrays, term.recipe.transform, statistics, told))
     if patches.ids.shape[1]:
         gathered, l = batch.rows == "visible", n_patches(batch, pixels)
         parts.append(patch_errors(patches, arrays, term.recipe.transform, statistics, told, gathered=gathered, l=l))
@@ -190,10 +208,36 @@ def cls_errors(
     told: Mapping[str, Any],
 ) -> Float[Tensor, "v 1"]:
     """The distance to the teacher's CLS, stored as plain float16: the quantiser describes patch tokens only."""
-    codes: Tensor = cls[:, None]
+    codes: Tensor = cls.repeat(len(prediction) // len(cls), 1)[:, None]
     if statistics.tail_names:
         codes = statistics.values(codes, None, None, None, None, like=prediction)
     return dispatch.mimic_loss(prediction, codes, None, target=transform, gathered=True, **told)
+
+
+def pooled_errors(
+    prediction: Float[Tensor, "v 1 d"],
+    arrays: Mapping[str, Tensor],
+    transform: Transform,
+    statistics: TeacherStatistics,
+    told: Mapping[str, Any],
+) -> Float[Tensor, "v 1"]:
+    """The distance to the mean of the teacher's tokens over its whole grid."""
+    codes = codes_of(arrays["tokens"])
+    whole = prediction[:: len(prediction) // len(codes)][: len(codes)]  # as many rows as images
+    values = statistics.values(
+        codes, None, arrays.get("scale"), statistics.channel_mean, statistics.channel_std, like=whole
+    )
+    pooled = values.mean(dim=1, keepdim=True).repeat(len(prediction) // len(codes), 1, 1)
+    return dispatch.mimic_loss(
+        prediction,
+        pooled,
+        None,
+        target="none" if transform == "phi_s" else transform,
+        stat_mean=statistics.stat_mean,
+        stat_std=statistics.stat_std,
+        gathered=True,
+        **told,
+    )
 
 
 def patch_errors(

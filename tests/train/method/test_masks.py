@@ -6,8 +6,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mrmae.train.method.masks import Draw, Masks, draw_masks, normalised, saliency, saliency_arrays
+from mrmae.train.method.masks import Draw, Masks, normalised, saliency, saliency_arrays
 from mrmae.train.method.recipe import MaskRecipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.targets import Batch, CacheInfo
 
 FOCUSED = [MaskRecipe(sampler="attn_prob", draw=draw) for draw in ("prob", "softmax_prob", "topk")]

@@ -8,10 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mrmae.train.foreign import published_weights
-from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.mcmae import SIZES, MaskedConvViT, Size, build_mcmae, encode_mcmae
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.student import initialise, sincos_positions
 from mrmae.train.method.targets import Batch, CacheInfo
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from mrmae.train.method import heads, masks
+from mrmae.train.method import heads, masks, samplers
 from mrmae.train.method import recipe as recipes
 from mrmae.train.method.distances import DISTANCES
 from mrmae.train.method.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
@@ -84,7 +84,7 @@ def test_every_recipe_draws_as_many_patches_as_it_says(name: str) -> None:
     kept, predicted = {"maskalign": (58, 0), "mimic-only": (49, 0)}.get(name, (49, 147))
     attention = torch.rand(3, 196, generator=torch.Generator().manual_seed(0))
     batch = Batch(torch.tensor([5, -9, 2**40]), torch.empty(0, dtype=torch.uint8), {"t": {"attention": attention}})
-    drawn = masks.draw_masks(batch, masks.Draw(0, 0), recipe=load_recipe(name).mask, l=196)
+    drawn = samplers.draw_masks(batch, masks.Draw(0, 0), recipe=load_recipe(name).mask, l=196)
     for ids, n in ((drawn.ids_keep, kept), (drawn.ids_predict, predicted)):
         assert ids.shape == (3, n) and (ids.diff(dim=1) > 0).all()
     together = torch.cat([drawn.ids_keep, drawn.ids_predict], dim=1)
@@ -136,7 +136,7 @@ def test_each_yaml_opens_with_paper_command_and_result(name: str) -> None:
 
 
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
-    assert set(typing.get_args(recipes.SamplerName)) == set(masks.SAMPLERS)
+    assert set(typing.get_args(recipes.SamplerName)) == set(samplers.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
     assert set(typing.get_args(recipes.DistanceName)) == set(DISTANCES)
 
@@ -163,7 +163,7 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("terms.mimic.tap=block0", "terms.mimic.tap is 'block0'"),
         ("terms.mimic.distance=sl1(3)", "did you mean"),
         ("terms.mimic.weight=-1", "terms.mimic.weight is -1.0; at least 0"),
-        ("terms.mimic.positions=predicted", "tap final: visible, cls or cls+visible was expected"),
+        ("terms.mimic.positions=predicted", "tap final holds cls, pooled, visible, alive"),
         ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2, channel or phi_s"),
         ("terms.pixels.transform=ln0", "pixels: none or norm_pix"),
         ("terms.pixels.tap=final", "predicted"),

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from mrmae.train.method.masks import Draw, Masks, draw_masks
+from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
+from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.taps import Tokens
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
 from mrmae.train.method.terms import PixelScale, Term, bind_terms, focus_weights, needed_arrays, score
@@ -38,13 +39,14 @@ def loss_of(
         nn.ModuleDict({"x": TeacherStatistics(TeacherInfo(D), torch.float32)}),
     )
     cls = torch.full((prediction.shape[0], 1, prediction.shape[2]), 1e9)
-    final = Tokens(torch.cat([cls, prediction], dim=1), masks.ids_keep, 1)
+    final = Tokens(torch.cat([cls, prediction], dim=1), masks.ids_keep, 1, prediction.shape[1])
     loss, parts = score(
         (Term("x", recipe, teacher, recipe.weight),),
         heads,
         statistics,
         {"final": final, "decoder": Tokens(prediction, masks.ids_predict)},
         batch,
+        masks,
         pixels=PixelScale(patch, SCALE, SHIFT),
         source="mean",
         kernels="auto",
@@ -110,8 +112,8 @@ def test_gather_identity_for_cls_and_for_rows_gathered_before_the_copy() -> None
 
     def run(recipe: TermRecipe, tap: torch.Tensor, batch: Batch) -> float:
         common = {"pixels": PixelScale(4, SCALE, SHIFT), "source": "mean", "kernels": "auto"}
-        taps = {"final": Tokens(tap, masks.ids_keep, 1)}
-        loss, _ = score((Term("x", recipe, "t", 1.0),), heads, statistics, taps, batch, **common)  # type: ignore[arg-type]
+        taps = {"final": Tokens(tap, masks.ids_keep, 1, tap.shape[1] - 1)}
+        loss, _ = score((Term("x", recipe, "t", 1.0),), heads, statistics, taps, batch, masks, **common)  # type: ignore[arg-type]
         return loss.item()
 
     tap = torch.cat([tokens[:, 3:4], at(tokens, masks.ids_keep)], dim=1)
