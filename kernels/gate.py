@@ -46,7 +46,7 @@ COLUMNS = (
 N, L, K, M = 4, 196, 49, 147
 
 
-def picture(dtype: torch.dtype, *, channels: int = 3, side: int = 224, channels_last: bool = False) -> Tensor:
+def image_batch(dtype: torch.dtype, *, channels: int = 3, side: int = 224, channels_last: bool = False) -> Tensor:
     """An image batch as the kernels get it: a [b, c, h, w] view."""
     if channels_last:
         return torch.zeros(N, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
@@ -104,20 +104,20 @@ def mimic_case(codes: torch.dtype, target: str, distance: str, *, backward: bool
 
 U8, BF16, FP32 = torch.uint8, torch.bfloat16, torch.float32
 CASES: dict[str, Callable[[], Launch]] = {
-    "gather u8 NCHW -> bf16": lambda: gather_case(picture(U8), BF16),
-    "gather u8 NHWC -> bf16": lambda: gather_case(picture(U8, channels_last=True), BF16),
-    "gather fp32 NCHW -> fp32": lambda: gather_case(picture(FP32), FP32),
-    "gather u8 NHWC -> bf16, patch 14": lambda: gather_case(picture(U8, channels_last=True), BF16, 14),
+    "gather u8 NCHW -> bf16": lambda: gather_case(image_batch(U8), BF16),
+    "gather u8 NHWC -> bf16": lambda: gather_case(image_batch(U8, channels_last=True), BF16),
+    "gather fp32 NCHW -> fp32": lambda: gather_case(image_batch(FP32), FP32),
+    "gather u8 NHWC -> bf16, patch 14": lambda: gather_case(image_batch(U8, channels_last=True), BF16, 14),
     "gather fp32 NCHW -> bf16, 13 channels, patch 8": lambda: gather_case(
-        picture(FP32, channels=13, side=112), BF16, 8
+        image_batch(FP32, channels=13, side=112), BF16, 8
     ),
     "embed bf16 -> fp32": lambda: embed_case(BF16),
-    "pixel forward u8 NCHW, bf16": lambda: pixel_case(picture(U8), BF16, backward=False),
-    "pixel forward u8 NHWC, bf16": lambda: pixel_case(picture(U8, channels_last=True), BF16, backward=False),
-    "pixel backward u8 NCHW, bf16": lambda: pixel_case(picture(U8), BF16, backward=True),
-    "pixel backward u8 NHWC, bf16": lambda: pixel_case(picture(U8, channels_last=True), BF16, backward=True),
+    "pixel forward u8 NCHW, bf16": lambda: pixel_case(image_batch(U8), BF16, backward=False),
+    "pixel forward u8 NHWC, bf16": lambda: pixel_case(image_batch(U8, channels_last=True), BF16, backward=False),
+    "pixel backward u8 NCHW, bf16": lambda: pixel_case(image_batch(U8), BF16, backward=True),
+    "pixel backward u8 NHWC, bf16": lambda: pixel_case(image_batch(U8, channels_last=True), BF16, backward=True),
     "pixel forward u8 NHWC, bf16, patch 14": lambda: pixel_case(
-        picture(U8, channels_last=True), BF16, backward=False, patch=14
+        image_batch(U8, channels_last=True), BF16, backward=False, patch=14
     ),
     "mimic forward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=False),
     "mimic backward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True),
@@ -203,7 +203,7 @@ def resources_of(launch: Launch, sm: int) -> dict[str, int]:
     }
 
 
-def table() -> list[dict[str, Any]]:
+def gate_rows() -> list[dict[str, Any]]:
     """Every case on every architecture."""
     return [{"case": name, **resources_of(case(), sm)} for name, case in CASES.items() for sm in ARCHITECTURES]
 
@@ -218,4 +218,4 @@ def as_csv(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(as_csv(table()))
+    sys.stdout.write(as_csv(gate_rows()))

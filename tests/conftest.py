@@ -1,5 +1,6 @@
 """Small synthetic caches, written through the real writers."""
 
+import functools
 import hashlib
 import importlib.util
 import io
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import browser
 import numpy as np
 import pytest
 import torch
@@ -188,7 +190,28 @@ def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     backend.bucket_of.cache_clear()
 
 
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless browser. Skips where none is installed."""
+    pytest.importorskip("playwright", reason="NO BROWSER: playwright is not installed; pip install -e '.[dev]'")
+    if not browser.program():
+        pytest.skip(f"NO BROWSER: none of {', '.join(browser.NAMES)} is installed; apt-get install chromium")
+    with browser.started() as found:
+        yield found
+
+
+@pytest.fixture
+def open_page(chromium: Any) -> Callable[..., Any]:
+    """The context manager that opens a page in a browser: `with open_page(path) as page`; see browser.py."""
+    return functools.partial(browser.opened, chromium)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
+    unseen = [r for r in terminalreporter.stats.get("skipped", []) if "NO BROWSER" in str(r.longrepr)]
+    if unseen:
+        terminalreporter.write_line(
+            f"!! {len(unseen)} tests of pages SKIPPED: install chromium and playwright", red=True
+        )
     without = [r for r in terminalreporter.stats.get("skipped", []) if "NO S3 SERVER" in str(r.longrepr)]
     if without:
         terminalreporter.write_line(

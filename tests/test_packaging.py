@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ("extract", "kernels", "probe", "shards", "train")
+LAYERS = ("common", "extract", "kernels", "probe", "shards", "train")
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +31,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 def test_wheel_holds_every_module_and_recipe(wheel: zipfile.ZipFile) -> None:
     shipped = set(wheel.namelist())
     for layer in LAYERS:
-        sources = [*(ROOT / layer).rglob("*.py"), *(ROOT / layer).rglob("*.yaml"), ROOT / layer / "py.typed"]
+        kinds = {".py", ".yaml", ".html", ".css", ".js", ".typed"}
+        sources = [path for path in (ROOT / layer).rglob("*") if path.suffix in kinds]
         wanted = {f"mrmae/{path.relative_to(ROOT).as_posix()}" for path in sources}
+        assert f"mrmae/{layer}/py.typed" in wanted
         assert wanted <= shipped, wanted - shipped
         assert any(name.endswith("__init__.py") for name in wanted), layer
 
