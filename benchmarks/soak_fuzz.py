@@ -79,7 +79,7 @@ TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1,
          "0", "--allow-partial"]  # fmt: skip
 KINDS = ("crashed", "slow", "memory", "outside", "ran", "unclear", "wrong", "missed")
 NAMED = re.compile(
-    r"\.json\b|\.jsonl\b|\.lock\b|pictures\.png\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
+    r"\.json\b|\.jsonl\b|\.lock\b|\.digests\b|pictures\.png\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
     re.M,
 )
 
@@ -339,7 +339,7 @@ class Fuzz:
         changed = sorted(name for name, _ in self.place.others().items() ^ before.items())
         changed = [name for name in changed if name != str(self.place.work / "said")]
         wrong = (
-            wrong_end(ended, usual, names=command != "diff")
+            wrong_end(ended, usual, names=command != "diff", everything="--json" in command)
             + ["ran"] * any("RAN" in name for name in changed)
             + ["outside"] * bool(changed)
         )
@@ -380,9 +380,10 @@ def told(said: str) -> str:
     return "\n".join([before[-2000:].strip(), *trace.splitlines()[-12:]]) if mark else said[-2000:].strip()
 
 
-def wrong_end(ended: Ended, usual: str, *, names: bool = True) -> list[str]:
+def wrong_end(ended: Ended, usual: str, *, names: bool = True, everything: bool = False) -> list[str]:
     """Kinds of what is wrong with an end. usual: what the command says of the whole cache. names: it should name a file; the
-    fields that differ are what `diff` names, the images of a part are what a probe names."""
+    fields that differ are what `diff` names, the images of a part are what a probe names. everything: it shows all there is to
+    programs, however long."""
     if ended.code is None:
         return ["slow"]
     memory = ["memory"] * (ended.bytes > BYTES)
@@ -395,7 +396,7 @@ def wrong_end(ended: Ended, usual: str, *, names: bool = True) -> list[str]:
         and ended.said != usual
         and not NAMED.search(ended.said)
     )
-    return memory + ["unclear"] * (unclear or len(ended.said) > SHOWN)
+    return memory + ["unclear"] * (unclear or len(ended.said) > SHOWN and not (everything and ended.code == 0))
 
 
 # --- the soak

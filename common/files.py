@@ -17,6 +17,12 @@ from mrmae.common.backend import refuse_url
 
 Chunk = Any  # anything with a buffer: bytes, memoryview, numpy array
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
+ADVICE = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EISDIR: "a folder lies where this file belongs: move it away",
+    errno.ENOTDIR: "a file lies where a folder belongs: move it away",
+}
 TEMPORARY = ".*.writing"  # glob of what a killed writer leaves behind
 
 
@@ -127,6 +133,8 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
         for folder in missing:
             sync_folder(folder.parent)
+    except FileExistsError:  # and no folder: no other writer's name, which is waited for
+        raise explained(NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)), path) from None
     except OSError as error:
         raise explained(error, path) from error
 
@@ -146,11 +154,7 @@ def sync_folder(path: Path) -> None:
 def explained(error: OSError, path: Path) -> OSError:
     """The same kind of error, saying which file could not be written and what to do."""
     what = error.strerror or str(error)
-    todo = (
-        "free some space"
-        if error.errno in (errno.ENOSPC, errno.EDQUOT)
-        else "check the disk, its space and its permissions"
-    )
+    todo = ADVICE.get(error.errno or 0, "check the disk, its space and its permissions")
     return type(error)(error.errno, f"{path}: could not be written: {what}; everything committed so far stays valid; "
                        f"{todo}, then run the same command again")  # fmt: skip
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from mrmae.common.errors import in_one_line
+
 # As extract.teachers, shards.quantize and shards.storage have them (tested), which take seconds to import: --help need not wait.
 TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 DTYPE_NAMES = ("int8", "fp8", "float16")
@@ -107,13 +109,6 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
         )
         click.echo(f"stopped; {what}", err=True)
         raise SystemExit(130) from None
-
-
-def in_one_line(error: ValueError | OSError) -> str:
-    """The message for a person: without the error number where the text explains itself."""
-    if isinstance(error, OSError) and error.filename is None and error.strerror:
-        return error.strerror
-    return str(error)
 
 
 if __name__ == "__main__":

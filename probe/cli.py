@@ -5,6 +5,8 @@ from typing import Any
 
 import click
 
+from mrmae.common.errors import in_one_line
+
 PROBES = ("knn", "linear", "attentive", "finetune", "dense")
 
 
@@ -55,7 +57,7 @@ def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tupl
     try:
         probe_features(ProbeOptions(source, data, probes, settings_from(sets), **options), say=click.echo)
     except (ValueError, OSError, Unreachable) as error:
-        raise click.ClickException(str(error)) from error
+        raise click.ClickException(in_one_line(error)) from error
 
 
 if __name__ == "__main__":

@@ -124,6 +124,9 @@ def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
 def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Split:
     """The samples of a cache whose keys match, with the first stored view of each."""
     cache = open_cache(path, allow_partial=partial is not None, columns=partial)
+    if not len(cache.numbers):
+        raise ValueError(f"DATA {path}: no image of this cache can be read: no shard is committed in all views and columns that its "
+                         "plan.json tells of, or all images are bad; see inspect-cache verify, or let extract-features run on")  # fmt: skip
     rows = read_sources(locate(path))
     numbers = np.array([n for n in cache.numbers if matches(rows[n].key, include)], np.int64)
     if not len(numbers):

@@ -369,8 +369,7 @@ def open_cache(
         done = committed(path, plan)
         if not allow_partial:
             refuse_unfinished(path, plan, len(done))
-        if not done:
-            refuse_other_plan(path, plan)
+        refuse_other_plan(path, plan, done)
         return open_unfinished(path, plan, table, done, threads, columns)
     manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table)

@@ -8,11 +8,12 @@ where it disagrees with them it is the manifest that is wrong. Opening a cache c
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mrmae.common.backend import Url, exists, file_pieces, read_bytes, size_of
+from mrmae.common.errors import shortened
 from mrmae.shards.commit import (
     bad_images,
     committed,
@@ -34,11 +35,13 @@ from mrmae.shards.format import (
     pixels_of,
     plain,
     read_samples,
+    shown,
     tail_path,
     units,
 )
 from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_id
 from mrmae.shards.store import (
+    MOST_METADATA_BYTES,
     Damaged,
     column_folder,
     foreign_entries,
@@ -69,7 +72,7 @@ class Problem:
     def __str__(self) -> str:
         view, column, shard = self.unit or (0, "", 0)
         whose = f" (shard {shard} of {column}, view {view})" if self.unit else ""
-        return f"{self.file}{whose}: {self.what}"
+        return f"{self.file}{whose}: {shortened(self.what)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ def strange_names(path: Path, plan: Plan, manifest: Manifest) -> Iterator[Proble
     """Names in the manifest's shards that are none of their files."""
     for unit in units(plan):
         for name in sorted(set(entry_of(manifest, unit).get("files", {})) - {*shard_names(path, plan, unit)}):
-            yield Problem("manifest.json", f"{name!r} is no file of shard {unit[2]} of {unit[1]}, view {unit[0]}")
+            yield Problem("manifest.json", f"{shown(name)} is no file of shard {unit[2]} of {unit[1]}, view {unit[0]}")
 
 
 def promised_sizes(path: Path, plan: Plan, manifest: Manifest) -> Iterator[tuple[Path, int | None]]:
@@ -158,11 +161,14 @@ def refuse_unfinished(path: Path, plan: Plan, done: int) -> None:
                      "it stopped, or use what is there with --allow-partial (open_cache(..., allow_partial=True))")  # fmt: skip
 
 
-def refuse_other_plan(path: Path, plan: Plan) -> None:
-    """ValueError where nothing is committed for the plan, and yet there are commit records."""
-    if any(exists(commit_path(path, *unit)) for unit in units(plan)):
-        raise ValueError(f"{path / 'plan.json'}: none of the commit records there is of this plan, so it, or all of them, were altered "
-                         "or damaged; restore it, or run the extract-features command again, which says what differs")  # fmt: skip
+def refuse_other_plan(path: Path, plan: Plan, done: Collection[Unit]) -> None:
+    """ValueError where nothing of a column is committed for the plan, and yet it has commit records. done: what is committed."""
+    columns = {column for _, column, _ in done}
+    others = (unit for unit in units(plan) if unit[1] not in columns and exists(commit_path(path, *unit)))
+    if other := next(others, None):
+        whose = f" of {other[1]}" if done else ""
+        raise ValueError(f"{path / 'plan.json'}: none of the commit records{whose} there is of this plan, so it, or all of them, were "
+                         "altered or damaged; restore it, or run the extract-features command again, which says what differs")  # fmt: skip
 
 
 # --- everything
@@ -310,7 +316,11 @@ def wrong_record(cache: Described, unit: Unit) -> str:
         return wrong
     if others := sorted(set(record["files"]) ^ {*shard_names(cache.path, cache.plan, unit)}):
         named = others[0] in record["files"]
-        return f"it names {others[0]!r}, which is no file of this shard" if named else f"it does not name {others[0]!r}"
+        return (
+            f"it names {shown(others[0])}, which is no file of this shard"
+            if named
+            else f"it does not name {others[0]!r}"
+        )
     first = cache.records.get((0, PIXELS, unit[2]))
     if first and not wrong_in_record(cache.plan, (0, PIXELS, unit[2]), first) and counts_others(record, first):
         return f"{record['valid']} valid images; the pixels of view 0 have {first['valid']}"
@@ -378,13 +388,13 @@ def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows
     """Raise Damaged or ValueError unless sidecar, JPEGs and JSON members of a pixel tar are whole and its own."""
     index = read_index(tar)
     if index.of != pixels_of(plan, view, shard):
-        raise Damaged(tar, None, f"its index belongs to {index.of}")
+        raise Damaged(tar, None, f"its index belongs to {shown(index.of)}")
     for _ in read_members(tar, rows, index.tables["jpg"]):
         pass
     for row, content in enumerate(read_members(tar, range(len(numbers)), index.tables["json"])):
         about = parse_row(content)
         if (about.number, about.key) != (numbers[row], index.keys[row]):
-            raise Damaged(tar, row, f"the member belongs to sample {about.number} ({about.key!r})")
+            raise Damaged(tar, row, f"the member belongs to sample {about.number} ({shown(about.key)})")
 
 
 def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem]:
@@ -396,7 +406,10 @@ def metadata_problems(path: Path, plan: Plan, *, full: bool) -> Iterator[Problem
             name = file.relative_to(folder).as_posix()
             if not exists(file):
                 yield Problem(relative(path, file), "missing metadata of a column")
-            elif full and metadata_fields(read_bytes(file)) != metadata_fields(expected[name]):
+            elif full and (
+                size_of(file) > MOST_METADATA_BYTES
+                or metadata_fields(read_bytes(file)) != metadata_fields(expected[name])
+            ):
                 yield Problem(relative(path, file), "it is not what was written")
 
 

@@ -13,7 +13,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mrmae.common.backend import Url, exists, read_bytes, size_of
+from mrmae.common.backend import Url, exists, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
 from mrmae.shards.format import (
@@ -29,29 +29,40 @@ from mrmae.shards.format import (
     commit_path,
     content_id,
     in_blocks,
-    parsed,
     pixels_of,
+    read_json,
     read_samples,
     read_tail,
     readable_json,
+    shown,
     signed_hashes,
     tail_path,
     tar_path,
     units,
     write_samples,
 )
-from mrmae.shards.manifest import FileFields, ManifestFields, QualityFields, file_summary, manifest_body, samples_id
+from mrmae.shards.manifest import (
+    MOST_MANIFEST_BYTES,
+    FileFields,
+    ManifestFields,
+    QualityFields,
+    file_summary,
+    manifest_body,
+    samples_id,
+)
 from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
 STORE_ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
+MOST_RECORD_BYTES = 1 << 26  # the largest shard's has 14 MB, and reasons of its bad images
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
             "bad", "quality")  # fmt: skip
 
 
 class RecordFields(TypedDict):
-    """A commit record; heights, widths and bad are of the pixels, quality of columns. It may tell more."""
+    """A commit record: first, last, heights, widths and bad of the pixels, quality of columns; from `seconds` on, what lies beside
+    the shard and is in no id."""
 
     format_version: int
     view: int
@@ -62,14 +73,19 @@ class RecordFields(TypedDict):
     count: int
     valid: int
     record_id: str
+    first: NotRequired[str]
+    last: NotRequired[str]
     heights: NotRequired[list[int]]
     widths: NotRequired[list[int]]
     bad: NotRequired[dict[str, str]]
     quality: NotRequired[QualityFields | None]
+    seconds: NotRequired[dict[str, float]]
+    versions: NotRequired[dict[str, Any]]
+    device: NotRequired[str]
     command: NotRequired[str]
     folder: NotRequired[str]
     written: NotRequired[int]
-    seconds: NotRequired[dict[str, float]]
+    extracted: NotRequired[dict[str, Any]]
 
 
 def store_pixels(
@@ -192,7 +208,9 @@ def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
                 "id": plan.shard_ids(shard).get(column), "count": len(numbers)}  # fmt: skip
     for name, value in expected.items():
         if record.get(name) != value:
-            return f"{name} is {record.get(name)!r}; expected {value!r}"
+            return f"{name} is {shown(record.get(name))}; expected {value!r}"
+    if unknown := sorted(set(record) - set(RecordFields.__annotations__)):
+        return f"it tells {shown(unknown[0])}, which no commit record does, so it was edited"
     if record["record_id"] != record_id(record):
         return "it does not match its own id, so it was edited or damaged"
     counted = column != PIXELS or counts_images(record, numbers)
@@ -224,7 +242,7 @@ def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> 
 def read_record(file: Path) -> dict[str, Any] | None:
     """A commit record, None where it cannot be read or is none."""
     try:
-        record: dict[str, Any] = parsed(read_bytes(file), RecordFields)
+        record: dict[str, Any] = read_json(file, RecordFields, MOST_RECORD_BYTES)
         return record
     except (OSError, ValueError):
         return None
@@ -297,7 +315,7 @@ def withdraw_manifest(path: Path, plan: Plan) -> None:
 def vouched(path: Path) -> Mapping[str, Any] | None:
     """What the manifest vouches for and no commit record does; None where it cannot be read."""
     try:
-        told: Mapping[str, Any] = parsed((path / "manifest.json").read_bytes(), ManifestFields)
+        told: Mapping[str, Any] = read_json(path / "manifest.json", ManifestFields, MOST_MANIFEST_BYTES)
         return told
     except (OSError, ValueError):
         return None

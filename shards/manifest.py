@@ -16,12 +16,14 @@ from mrmae.shards.format import (
     TeacherSpec,
     Unit,
     content_id,
-    parsed,
     plain,
+    read_json,
+    shown,
     tail_path,
 )
 
 Manifest = dict[str, Any]
+MOST_MANIFEST_BYTES = 1 << 29  # a KB for each shard of the largest plan
 
 
 class FileFields(TypedDict):
@@ -82,13 +84,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     todo = "run the same extract-features command again to write it anew"
     try:
-        manifest: dict[str, Any] = parsed(read_bytes(file), ManifestFields)
+        manifest: dict[str, Any] = read_json(file, ManifestFields, MOST_MANIFEST_BYTES)
         body = {name: value for name, value in manifest.items() if name != "manifest_id"}
         version, intact = manifest["format_version"], content_id(body) == manifest["manifest_id"]
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); {todo}") from None
     if version != FORMAT_VERSION:
-        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
+        raise ValueError(
+            f"{file}: format version {shown(version)}; this mrmae reads {FORMAT_VERSION}; extract the cache anew"
+        )
     if not intact:
         raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
     if wrong := misnamed(manifest):
@@ -101,7 +105,7 @@ def misnamed(manifest: Mapping[str, Any]) -> str:
     for column in manifest["columns"]:
         name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
         if column["name"] != f"{name}.{tap}":
-            return f"column {column['name']!r} of teacher {name!r}"
+            return f"column {shown(column['name'])} of teacher {shown(name)}"
         if tail is not None and tail["file"] != tail_path(Path(), name).as_posix():
             return f"the tail of {column['name']}"
     return ""

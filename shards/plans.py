@@ -26,6 +26,7 @@ from mrmae.shards.format import (
     read_samples,
     read_sources,
     readable_json,
+    shown,
     tar_path,
     write_sources,
 )
@@ -98,11 +99,11 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
         plan = extended(old, wanted, where)
         return Agreed(plan, (), 0, steps_to(old, plan), old)
     lost, there = found.rows is None, images_there(found, old, wanted, keys)
-    new = set() if there is None else refuse_other_images(found.path, there, wanted, keys)
+    new = set() if there is None else refuse_other_images(found, there, wanted, keys)
     plan = extended(old, wanted, where)
     if there is None or wanted.rows is None:
         return Agreed(plan, there or (), len(new), steps_to(old, plan, samples=lost), old)
-    refuse_other_rows(found.path, old, wanted.plan, there)
+    refuse_other_rows(found.path, old, wanted, there)
     plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new])
     return Agreed(plan, rows, len(new), steps_to(old, plan, samples=lost or bool(new)), old)
 
@@ -197,15 +198,20 @@ def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) 
     return there
 
 
-def refuse_other_images(path: Path, there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> set[str]:
+def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> set[str]:
     """Keys of the images that are new, which only --append may bring. ValueError, with an example, for other images.
 
-    With --append those that the cache has may be left out, without it they must be the cache's own.
+    With --append those that the cache has may be left out, without it they must be the cache's own. Where they differ, the
+    cache's table of them is suspected first.
     """
+    assert found.plan
+    path = found.path
     then = {row.key: row.sha256 for row in there if row.key}
     now = {key: then.get(key) for key in keys} | {row.key: row.sha256 for row in wanted.rows or ()}
     gone, new = [key for key in then if key not in now], [key for key in keys if key not in then]
     changed = [key for key in keys if key in then and now[key] != then[key]]
+    if changed or not wanted.append and (gone or new):
+        refuse_altered_samples(path, found.plan, there)
     if wanted.append and changed:
         raise ValueError(f"{path}: image {changed[0]!r} has other bytes than the image of that key in the cache ({len(changed)} "
                          "such images); a key names one image, and what is cached stays; rename it, leave it out with "
@@ -220,15 +226,26 @@ def refuse_other_images(path: Path, there: Sequence[Source], wanted: Wanted, key
     return set(new)
 
 
-def refuse_other_rows(path: Path, plan: Plan, wanted: Plan, there: Sequence[Source]) -> None:
-    """ValueError where the plan's ids are not those of its images, or `wanted` names other ids for the same images."""
+def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> None:
+    """ValueError where the plan's ids are not those of its images."""
     if not made_of(plan, there):
         raise ValueError(f"{path / 'samples.parquet'}: its images are not those that the plan was made of; expected their "
                          "data set id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
-    if wanted.dataset_id:
-        then, now = ({name: each.to_json().get(name, []) for name in ("dataset_id", "n_samples", "appended")}
-                     for each in (plan, wanted))  # fmt: skip
-        compare_specs(then, now, str(path / "plan.json"))
+
+
+def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[Source]) -> None:
+    """ValueError where the plan's ids are not those of its images, or `wanted` has other labels or ids for the same images."""
+    refuse_altered_samples(path, plan, there)
+    then = {row.key: row.label for row in there if row.key}  # no id is made of labels
+    if other := [row for row in wanted.rows or () if row.key and then.get(row.key, row.label) != row.label]:
+        key, label = other[0].key, other[0].label
+        raise ValueError(f"{path / 'samples.parquet'}: the label of {key!r} is {shown(then[key])} there and {shown(label)} in IMAGES "
+                         f"({len(other)} such images); an image keeps its label; give the images with their labels of then, or if that "
+                         "file was damaged, restore it from a copy or remove it: the same command writes it again")  # fmt: skip
+    if wanted.plan.dataset_id:
+        before, now = ({name: each.to_json().get(name, []) for name in ("dataset_id", "n_samples", "appended")}
+                       for each in (plan, wanted.plan))  # fmt: skip
+        compare_specs(before, now, str(path / "plan.json"))
 
 
 def grown(plan: Plan, there: Sequence[Source], new: Sequence[Source]) -> tuple[Plan, Sequence[Source]]:

@@ -6,7 +6,7 @@ divided by n) over every patch of every readable sample and view, and in its met
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import publish
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import FORMAT_VERSION, Numbers, content_id
+from mrmae.shards.format import FORMAT_VERSION, Numbers, content_id, parsed, shown
 
 DEAD = 1e-6  # of the largest standard deviation: below it is rounding
 TOKENS_AT_ONCE = 1 << 16  # bounds the float64 copy: 0.4 GB at 768 channels
@@ -99,13 +99,26 @@ def read_stats(cache: Cache, column: str) -> Stats:
     todo = f"run inspect-cache stats {cache.path}"
     try:
         data = read_bytes(path)
-        about = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
-        stored = safetensors.torch.load(data)
-        tensors = {name: stored[name] for name in ("mean", "variance", "covariance")}
-        id, n = about["stats_id"], int(about["tokens"])
-    except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError) as error:
+        about = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], dict[str, dict[str, Any]])["__metadata__"]
+        tensors = moments_in(safetensors.torch.load(data), cache.column(column).spec.width)
+        id, n, of = about["stats_id"], int(about["tokens"]), about["of"]
+    except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: there are no moments of this column ({error}); {todo}") from None
     if id != content_id(stats_fields(cache, column)):
-        raise ValueError(f"{path}: these moments are of {about['of']}; this cache is "
+        raise ValueError(f"{path}: these moments are of {shown(of)}; this cache is "
                          f"{json.dumps(stats_fields(cache, column))}; {todo} again")  # fmt: skip
     return Stats(id, n, **tensors)
+
+
+def moments_in(stored: Mapping[str, Tensor], d: int) -> dict[str, Tensor]:
+    """The moments of d channels among these tensors. ValueError where one is missing, or not finite float64 of its shape."""
+    for name, shape in (("mean", (d,)), ("variance", (d,)), ("covariance", (d, d))):
+        tensor = stored.get(name)
+        if (
+            tensor is None
+            or (tensor.dtype, tuple(tensor.shape)) != (torch.float64, shape)
+            or not tensor.isfinite().all()
+        ):
+            found = "missing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise ValueError(f"{name} is {found}; expected finite torch.float64 {list(shape)}")
+    return {name: stored[name] for name in ("mean", "variance", "covariance")}

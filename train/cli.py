@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mrmae.common.errors import in_one_line
+
 SHORTHANDS = {
     "student": "student.model",
     "mean": "prepare.mean",
@@ -120,7 +122,9 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
             return
         summary = loop.train(place, out, resolved, setup, cadence)
     except (ValueError, OSError, Unreachable, loop.Diverged, ranks.OtherRankFailed) as error:
-        raise click.ClickException(str(error)) from error  # a process group with a dead member is not taken leave of
+        raise click.ClickException(
+            in_one_line(error)
+        ) from error  # a process group with a dead member is not taken leave of
     ranks.leave_ranks()
     if not summary["finished"]:
         sys.exit(128 + signal.Signals[summary["stopped"]])

@@ -82,8 +82,8 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
     columns = [info.teachers[teacher].column for teacher in needed]
     cache = open_cache(path, allow_partial=True, columns=columns, threads=threads)
     if cache.unfinished is not None and not len(cache.numbers):
-        raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'};"
-                         " at least one was expected; let extract-features run on")  # fmt: skip
+        raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'}"
+                         " in every view that plan.json tells of; at least one was expected; let extract-features run on")  # fmt: skip
     return cache
 
 

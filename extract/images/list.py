@@ -8,7 +8,6 @@ import errno
 import fnmatch
 import os
 import stat
-import tarfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
-from mrmae.extract.images.tars import cls_texts, file_member, read_headers, read_range
+from mrmae.extract.images.tars import cls_texts, file_member, is_tar, read_headers, read_range
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
@@ -214,7 +213,7 @@ def list_one(root: Path, left_out: LeftOut) -> list[ListedImage]:
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
             raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
-    if head and tarfile.is_tarfile(root):
+    if head and is_tar(root):
         return index_tar(root, left_out)
     return list(read_list(root))
 

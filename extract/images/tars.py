@@ -7,6 +7,7 @@ from pathlib import Path
 
 TAR_BLOCK_BYTES = 512
 LABEL_BYTES = 4096
+ABSURD = (OverflowError, MemoryError)  # what tarfile raises of a header that tells an absurd size
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -22,9 +23,18 @@ class TarHeader:
     link: str | None
 
 
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar does, whatever its first header tells."""
+    try:
+        return tarfile.is_tarfile(path)
+    except ABSURD:
+        return True  # read_headers says what is wrong
+
+
 def read_headers(path: Path) -> dict[str, TarHeader]:
     """Name -> member. ValueError where the tar is cut, also exactly between two members, or holds a name twice."""
     members: dict[str, TarHeader] = {}
+    n_bytes = path.stat().st_size
     try:
         with tarfile.open(path, "r:") as tar:
             while (info := tar.next()) is not None:
@@ -32,10 +42,14 @@ def read_headers(path: Path) -> dict[str, TarHeader]:
                 if name in members and not info.isdir():
                     raise ValueError(f"{path}: holds {name!r} twice; keys must be unique; repack the tar")
                 members[name] = TarHeader(info.offset_data, info.size, special_member(info), link_of(info))
+                if tar.offset > n_bytes:
+                    raise tarfile.ReadError(f"{name!r} reaches behind the end")
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: gigabytes for ImageNet
             refuse_cut(path, tar.offset)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: is not a whole tar ({error}); copy it again, or repack it") from None
+    except (tarfile.TarError, *ABSURD) as error:
+        raise ValueError(
+            f"{path}: is not a whole tar ({str(error) or 'a header of absurd size'}); copy it again, or repack it"
+        ) from None
     return members
 
 

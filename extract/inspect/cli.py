@@ -13,6 +13,7 @@ import click
 from rich.console import Console
 
 from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
+from mrmae.common.errors import in_one_line
 from mrmae.common.progress import Progress, human_bytes
 from mrmae.extract.cli import DTYPE_NAMES, FORMAT_NAMES
 from mrmae.extract.cli import main as extract_command
@@ -46,7 +47,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, Unreachable) as error:
-        raise click.ClickException(str(error)) from None
+        raise click.ClickException(in_one_line(error)) from None
 
 
 @main.command()

@@ -9,6 +9,7 @@ from rich.console import Console, Group
 from rich.table import Table
 
 from mrmae.common.backend import exists
+from mrmae.common.errors import shortened
 from mrmae.common.progress import human_bytes
 from mrmae.extract.estimate import blocks_in_words, teacher_in_words
 from mrmae.shards import commit as commits
@@ -124,13 +125,13 @@ def print_description(found: Mapping[str, Any], plan: Plan, console: Console) ->
         table.add_row(*column_row(column, plan))
     console.print(Group(facts, table))
     for key, reason in list(found["bad_images"].items())[:20]:
-        console.print(f"bad: {key}: {reason}", markup=False)
+        console.print(shortened(f"bad: {key}: {reason}"), markup=False)
 
 
 def column_row(column: Mapping[str, Any], plan: Plan) -> list[str]:
     """A column's line in the table."""
     name, quality = column["name"], column.get("quality")
-    what = "JPEG, quality 95" if name == PIXELS else teacher_in_words(plan.teacher(name), plan.dtype)
+    what = "JPEG, quality 95" if name == PIXELS else shortened(teacher_in_words(plan.teacher(name), plan.dtype), 200)
     what += ", standardised" if column.get("standardised") else ""
     what += ", requantised" if column.get("source") else ""
     measured = [f"{quality['snr_db']:.1f}", f"{quality['p999_one_minus_cos']:.2g}"] if quality else ["", ""]
@@ -183,13 +184,15 @@ def flattened(value: Any, field: str = "") -> Flat:
 
 def difference_line(field: str, a: Any, b: Any) -> str:
     """One difference in a line."""
+    field = shortened(field, 200)
     if field.startswith("shards.") and isinstance(a, list) and isinstance(b, list):
         other = [i for i in range(max(len(a), len(b))) if a[i : i + 1] != b[i : i + 1]]
         return f"{field}: {len(other)} of {max(len(a), len(b))} shards differ, the first is shard {other[0]}"
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and len(a) > 3:
         other = [i for i in range(len(a)) if a[i] != b[i]]
         return (
-            f"{field}: {len(other)} of {len(a)} values differ, the first at [{other[0]}]: {a[other[0]]} | {b[other[0]]}"
+            f"{field}: {len(other)} of {len(a)} values differ, the first at [{other[0]}]: "
+            f"{short(a[other[0]])} | {short(b[other[0]])}"
         )
     return f"{field}: {short(a)} | {short(b)}"
 

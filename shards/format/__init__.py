@@ -45,7 +45,7 @@ from mrmae.shards.format.samples import (
     write_samples,
     write_sources,
 )
-from mrmae.shards.format.shape import parsed
+from mrmae.shards.format.shape import parsed, read_json
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
     NAME,
@@ -63,6 +63,7 @@ from mrmae.shards.format.spec import (
     grown_dataset_id,
     key_hash,
     plain,
+    shown,
     signed_hashes,
 )
 from mrmae.shards.format.tail import (
@@ -142,11 +143,13 @@ __all__ = [
     "plain",
     "quality",
     "quantise",
+    "read_json",
     "read_samples",
     "read_sources",
     "read_tail",
     "readable_json",
     "render",
+    "shown",
     "signed_hashes",
     "summarise",
     "tail_path",

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-from mrmae.common.backend import read_bytes, size_of
+from mrmae.common.errors import shortened
 from mrmae.common.files import publish
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.format.quantiser import DTYPES, Quantiser
 from mrmae.shards.format.samples import Source, read_samples
-from mrmae.shards.format.shape import expect_kind, parsed
+from mrmae.shards.format.shape import expect_kind, read_json
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
     LARGEST_GRID,
@@ -32,6 +32,7 @@ from mrmae.shards.format.spec import (
     geometry_id,
     grown_dataset_id,
     plain,
+    shown,
 )
 
 FORMATS = ("zarr", "webdataset")  # how columns can be stored
@@ -121,12 +122,16 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ValueError(f"plan: format {self.format!r} is not known; expected {' or '.join(FORMATS)}; choose one")
+            raise ValueError(
+                f"plan: format {shown(self.format)} is not known; expected {' or '.join(FORMATS)}; choose one"
+            )
         if self.dtype not in DTYPES:
-            raise ValueError(f"plan: dtype {self.dtype!r} is not known; expected {', '.join(DTYPES)}; choose one")
+            raise ValueError(f"plan: dtype {shown(self.dtype)} is not known; expected {', '.join(DTYPES)}; choose one")
         names = [teacher.column for teacher in self.columns]
         if len(set(names)) < len(names):
-            raise ValueError(f"plan: columns {names} repeat; expected one column per teacher and tap; rename a teacher")
+            raise ValueError(
+                f"plan: columns {shown(names)} repeat; expected one column per teacher and tap; rename a teacher"
+            )
         weights = {teacher.name: teacher.weights_sha256 for teacher in self.columns}
         for teacher in self.columns:
             if weights[teacher.name] != teacher.weights_sha256:
@@ -282,7 +287,7 @@ class Plan:
             what = str(error) if isinstance(error, ValueError) else repr(error)
             if what.startswith(where):
                 raise
-            raise ValueError(f"{where}: damaged ({what}); expected the fields of a plan; restore it, or where the cache "
+            raise ValueError(f"{where}: damaged ({shortened(what)}); expected the fields of a plan; restore it, or where the cache "
                              "was finished, run inspect-cache repair") from None  # fmt: skip
 
 
@@ -309,16 +314,16 @@ def load_plan(path: Path) -> Plan:
     """The plan of the cache at `path`. ValueError when there is none or it is of another format version."""
     file = path / "plan.json"
     try:
-        if (n_bytes := size_of(file)) > MOST_PLAN_BYTES:
-            raise ValueError(f"{n_bytes} bytes; at most {MOST_PLAN_BYTES} were expected")
-        fields = parsed(read_bytes(file), dict[str, Any])
+        fields = read_json(file, dict[str, Any], MOST_PLAN_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
                          "inspect-cache repair; otherwise extract anew") from None  # fmt: skip
     if (version := fields.get("format_version")) != FORMAT_VERSION:
-        raise ValueError(f"{file}: format version {version}; this mrmae reads {FORMAT_VERSION}; extract the cache anew")
+        raise ValueError(
+            f"{file}: format version {shown(version)}; this mrmae reads {FORMAT_VERSION}; extract the cache anew"
+        )
     return Plan.from_json(fields, str(file))
 
 

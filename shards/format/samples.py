@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 
 from mrmae.common.backend import read_bytes
 from mrmae.common.files import publish
-from mrmae.shards.format.spec import canonical_order
+from mrmae.shards.format.spec import canonical_order, shown
 
 SAMPLES = pa.schema([
     ("number", pa.int64()), ("key", pa.string()), ("label", pa.string()), ("bytes", pa.int64()),
@@ -97,7 +97,7 @@ def read_table(data: bytes) -> pa.Table:
         about = parquet.metadata
         claimed = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
         if not parquet.schema_arrow.equals(SAMPLES):
-            raise ValueError(f"its columns are {parquet.schema_arrow.names}; expected {SAMPLES.names}")
+            raise ValueError(f"its columns are {shown(parquet.schema_arrow.names)}; expected {SAMPLES.names}")
         if not 0 < about.num_rows <= len(data) or claimed > MOST_UNPACKED * len(data):
             raise ValueError(
                 f"it says that it holds {about.num_rows} rows and {claimed} bytes, in a file of {len(data)}"

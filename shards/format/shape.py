@@ -11,11 +11,22 @@ import math
 import types
 import typing
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from mrmae.common.backend import read_bytes, size_of
+from mrmae.common.errors import shortened
 
 INTEGERS = range(-(2**63), 2**64)
 DEPTH = 50  # of lists and objects in each other; a cache's own have seven
 WORDS = {int: "an integer of 64 bits", float: "a finite number", bool: "true or false", str: "Unicode text"}
+
+
+def read_json(file: Path, kind: Any, most_bytes: int) -> Any:
+    """The JSON value of type `kind` in a file. OSError, or ValueError where it has more bytes, or holds another value."""
+    if (n_bytes := size_of(file)) > most_bytes:
+        raise ValueError(f"{n_bytes} bytes; at most {most_bytes} were expected")
+    return parsed(read_bytes(file), kind)
 
 
 def parsed(content: bytes, kind: Any) -> Any:
@@ -34,7 +45,7 @@ def expect_kind(value: Any, kind: Any, at: str = "", depth: int = DEPTH) -> None
     if origin in (types.UnionType, typing.Union):
         return None if value is None else expect_kind(value, arguments[0], at, depth)
     if depth == 0:
-        raise ValueError(f"{at}: lists or objects lie too deep in each other")
+        raise ValueError(f"{shortened(at, 200)}: lists or objects lie too deep in each other")
     if kind is Any:
         kind = plain_kind(value)
         origin, arguments = typing.get_origin(kind), typing.get_args(kind)
@@ -82,9 +93,8 @@ def expect_shape(true: bool, at: str, value: Any, wanted: str) -> None:
     """ValueError unless `true`."""
     if not true:
         text = ascii(value)
-        raise ValueError(
-            f"{at.lstrip('.') or 'the whole'} is {text if len(text) < 80 else text[:70] + '...'}; expected {wanted}"
-        )
+        at = shortened(at.lstrip(".") or "the whole", 200)
+        raise ValueError(f"{at} is {text if len(text) < 80 else text[:70] + '...'}; expected {wanted}")
 
 
 @functools.cache
@@ -101,7 +111,7 @@ def expect_fields(value: Any, kind: Any, at: str, depth: int) -> None:
     expect_shape(isinstance(value, dict), at, value, "an object")
     known, must = hints(kind)
     for name in sorted(must - set(value)):
-        raise ValueError(f"{at.lstrip('.') or 'it'} has no {name!r}")
+        raise ValueError(f"{shortened(at.lstrip('.') or 'it', 200)} has no {name!r}")
     for name, inner in known.items():
         if name in value:
             expect_kind(value[name], inner, f"{at}.{name}", depth - 1)

@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from mrmae.common.errors import shortened
+
 Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of samples, views, shards, patches
 
@@ -127,7 +129,7 @@ def from_json(kind: type[Spec], fields: Mapping[str, Any], where: str) -> Spec:
     """`kind` built from a JSON object; ValueError where a field is missing or unknown."""
     known = {field.name for field in dataclasses.fields(kind)}
     if wrong := sorted(known ^ set(fields)):
-        raise ValueError(f"{where}: fields {wrong} are missing or unknown; expected {sorted(known)}; "
+        raise ValueError(f"{where}: fields {shown(wrong)} are missing or unknown; expected {sorted(known)}; "
                          "read it with the version of mrmae that wrote it")  # fmt: skip
     return kind(**fields)
 
@@ -227,7 +229,7 @@ def compare_specs(old: Any, new: Any, where: str, *, field: str = "") -> None:
         for i, (a, b) in enumerate(zip(old, new)):
             compare_specs(a, b, where, field=f"{field}[{i}]")
     elif old != new:
-        raise ValueError(f"{where}: {field} is {shown(old)} there and {shown(new)} in this command; both must agree; "
+        raise ValueError(f"{where}: {shortened(field, 200)} is {shown(old)} there and {shown(new)} in this command; both must agree; "
                          "repeat the first command's options, or write to a new folder (nothing was changed)")  # fmt: skip
 
 

@@ -5,9 +5,11 @@ from mrmae.shards.store.reader import Damaged, read_members
 from mrmae.shards.store.shards import Shards
 from mrmae.shards.store.storage import STORAGES, Shard, column_folder, storage_of, unit_files
 from mrmae.shards.store.tar import PixelRow, TarIndex, index_path, parse_row, read_index, write_pixel_tar
+from mrmae.shards.store.zarr import MOST_METADATA_BYTES
 
 __all__ = [
     "Damaged",
+    "MOST_METADATA_BYTES",
     "PixelRow",
     "STORAGES",
     "Shard",

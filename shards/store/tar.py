@@ -29,6 +29,7 @@ from mrmae.shards.format import (
     canonical_json,
     decode_jpeg,
     parsed,
+    shown,
 )
 from mrmae.shards.store.reader import Damaged, read_members
 
@@ -209,7 +210,7 @@ def own_index(path: Path, of: Mapping[str, Any], keys: Sequence[str] | None, ext
     except ValueError as error:
         raise Damaged(path, None, str(error)) from None
     if index.of != of:
-        raise Damaged(path, None, f"its index belongs to {index.of}")
+        raise Damaged(path, None, f"its index belongs to {shown(index.of)}")
     if keys is not None and index.keys != list(keys):
         raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
     return index if keys is None else dataclasses.replace(index, keys=list(keys))  # one copy of every key in memory
@@ -231,7 +232,7 @@ def parse_row(content: bytes) -> PixelRow:
     view = None
     if about["valid"]:
         if missing := {"crop", "flip", "source"} - set(about):
-            raise ValueError(f"the row of {about['key']!r} has no {min(missing)}")
+            raise ValueError(f"the row of {shown(about['key'])} has no {min(missing)}")
         (top, left, height, width), (source_height, source_width) = about["crop"], about["source"]
         view = View(top, left, height, width, about["flip"], source_height, source_width)
     return PixelRow(about["number"], about["key"], about["label"], view, None, about["reason"])

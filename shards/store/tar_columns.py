@@ -5,7 +5,6 @@ Sample n is NNNNNNNNN.tokens.npy, .scale.npy, ... and NNNNNNNNN.json; of an arra
 them; we read the arrays' bytes in place, by the sidecar index. docs/format.md, "Column tars".
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import google_crc32c
 import numpy as np
 
 from mrmae.common.files import publish
-from mrmae.shards.format import Array, Layout, canonical_json, plain
+from mrmae.shards.format import Array, Layout, canonical_json, plain, shown
 from mrmae.shards.store import zarr
 from mrmae.shards.store.reader import Damaged, File, opened, read_members
 from mrmae.shards.store.tar import Member, TarIndex, index_path, member_name, own_index, write_tar
@@ -193,7 +192,7 @@ class TarShard:
         everyone, valid = range(len(self.index.keys)), set(rows)
         for row, content in enumerate(read_members(self.tar, everyone, self.index.tables["json"])):
             if content != row_json(self.start + row, self.index.keys[row], row in valid):
-                raise Damaged(self.tar, row, f"its JSON is another row's: {json.loads(content)}")
+                raise Damaged(self.tar, row, f"its JSON is another row's: {shown(content)}")
 
 
 def open_shard(

@@ -17,13 +17,13 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
-from mrmae.common.backend import read_bytes
 from mrmae.common.files import Published, publish
-from mrmae.shards.format import DTYPES, IN_BLOCKS, Array, Layout, canonical_json, parsed
+from mrmae.shards.format import DTYPES, IN_BLOCKS, Array, Layout, canonical_json, read_json
 from mrmae.shards.store.reader import ABSENT, ShardFile
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
 METADATA = "zarr.json"
+MOST_METADATA_BYTES = 1 << 24  # a quantiser and a teacher as in the plan
 DIMENSIONS = {
     "tokens": ("sample", "patch", "channel"),
     "scale": ("sample", "patch"),
@@ -105,7 +105,7 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
 def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[str, Any]]:
     """The layout and all attributes of a column that create_column made; file: where in the folder they stand."""
     try:
-        attributes = parsed(read_bytes(folder / file), MetadataFields)["attributes"]
+        attributes = read_json(folder / file, MetadataFields, MOST_METADATA_BYTES)["attributes"]
         return Layout(**attributes["layout"]), attributes
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"{folder}: {file}: this is not a column of a cache ({error}); create it first") from None

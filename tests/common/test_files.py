@@ -31,6 +31,18 @@ def test_a_taken_name_is_refused_and_kept(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"third" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_what_lies_in_the_way_is_to_be_moved_away(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for name in ("file/x", "file/x/y"):
+        with pytest.raises(
+            NotADirectoryError, match="could not be written: Not a directory; .*a file lies .* move it away"
+        ):
+            publish(tmp_path / name, b"")
+    with pytest.raises(OSError, match="folder: could not be written: Is a directory; .*a folder lies .* move it away"):
+        publish(tmp_path / "folder", b"", replace=True)
+
+
 def test_of_many_writers_exactly_one_wins(tmp_path: Path) -> None:
     won: list[int] = []
 

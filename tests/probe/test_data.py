@@ -41,6 +41,16 @@ def test_a_cache_gives_its_stored_views(tiny_cache: Path, tmp_path: Path) -> Non
     assert np.array_equal(data.test.pixels(2, 99, "bicubic"), view)
 
 
+def test_a_cache_of_which_nothing_can_be_read_says_where_to_look(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_cache(tmp_path / "c", n=4, n_views=1, finalise=False)
+    for record in path.glob("commits/0/b.pre_tail/*.json"):
+        record.unlink()
+    with pytest.raises(ValueError, match="no image of this cache can be read: .*plan.json .*inspect-cache verify"):
+        open_data([str(path)], tmp_path, partial=["b.pre_tail"])
+
+
 def test_missing_labels_are_refused(make_images: Callable[..., Path], tmp_path: Path) -> None:
     root = make_images(tmp_path / "images", {"train": 2, "test": 1})
     for path in root.glob("test/*/*.png"):

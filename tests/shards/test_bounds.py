@@ -1,6 +1,7 @@
 """What the files of a cache say of sizes is checked before anything is allocated, and ends in one line that names the file."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,9 @@ import pytest
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
+from mrmae.shards.commit import read_record
 from mrmae.shards.format import SAMPLES, Plan, ViewRecipe, load_plan, read_samples
+from mrmae.shards.manifest import read_manifest
 
 Make = Callable[..., Path]
 
@@ -47,6 +50,11 @@ HOSTILE_PLANS: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "another number of deviations": (("quantisers", "a.pre_tail", "channel_std"), [1.0], "quantiser"),
     "the quantiser of no column": (("quantisers", "zzz"), {"dtype": "int8", "standardised": False, "channel_mean": None,
                                                           "channel_std": None}, "zzz"),
+    "a field of 100,000 letters": (("x" * 10**5,), 1, "damaged"),
+    "a teacher's field of 100,000 letters": (("columns", 0, "x" * 10**5), 1, "are missing or unknown"),
+    "an option of 100,000 letters": (("columns", 0, "model_options"), {"x" * 10**5: float("nan")}, "expected a finite number"),
+    "a quantiser of 100,000 letters": (("quantisers", "x" * 10**5), {"dtype": "int8"}, "has no"),
+    "a version of 100,000 letters": (("format_version",), "x" * 10**5, "format version"),
     "appended images without end": (("appended",), [{"dataset_id": "x", "n_samples": 10**12}], "rows of samples"),
     "appended gaps without end": (("appended",), [{"dataset_id": "x", "n_samples": 1}] * 6, "empty rows"),
     "appended parts without end": (("appended",), [{"dataset_id": "x", "n_samples": 1}] * 3 * 10**5, "bytes"),
@@ -87,6 +95,31 @@ def test_a_plan_must_have_as_many_samples_as_there_are_rows(copy: Path, field: s
     else:
         with pytest.raises(ValueError, match=r"plan\.json: none of the commit records there is of this plan"):
             open_cache(copy, allow_partial=True)
+
+
+def test_a_plan_that_is_not_of_one_columns_records_is_refused(copy: Path) -> None:
+    plan = json.loads((copy / "plan.json").read_bytes())
+    plan["columns"][0]["weights_sha256"] = "0" * 64
+    (copy / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(
+        ValueError, match=r"plan\.json: none of the commit records of a\.pre_tail there is of this plan"
+    ):
+        open_cache(copy, allow_partial=True)
+
+
+def test_a_file_of_json_larger_than_its_writer_makes_is_not_read(copy: Path) -> None:
+    for name, read in (
+        ("plan.json", load_plan),
+        ("manifest.json", read_manifest),
+        ("commits/0/pixels/000000.json", read_record),
+    ):
+        (copy / name).touch()
+        os.truncate(copy / name, 2**40)
+        if read is read_record:
+            assert read(copy / name) is None
+            continue
+        with pytest.raises(ValueError, match=rf"{name}: .*{2**40} bytes; at most"):
+            read(copy)
 
 
 def rewritten(path: Path, change: Callable[[dict[str, list[Any]]], object], **options: Any) -> None:

@@ -59,6 +59,13 @@ MADE = plan(FIRST, quantisers=CALIBRATED)
 FINISHED = Found(CACHE, MADE, FIRST)
 GREW = negotiate(FINISHED, wanted(MORE, append=True))
 GROWN = Found(CACHE, GREW.plan, GREW.rows)
+
+
+def altered(**other: Any) -> Found:
+    """The cache, with another first row in its samples."""
+    return Found(CACHE, MADE, [dataclasses.replace(FIRST[0], **other), *FIRST[1:]])
+
+
 KEYS = {number: row.key for number, row in enumerate(FIRST)}
 CONVERTED = {"a.last": Quantiser("float16", source="sha256:1")}
 
@@ -108,6 +115,11 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
      wanted(MORE), ("write samples.parquet",)),
     ("lost samples of a grown cache, no sidecars", Found(CACHE, GREW.plan), wanted(MORE), "sidecars do not all tell"),
     ("samples of another cache", Found(CACHE, plan(FIRST, dataset_id="sha256:0"), FIRST), wanted(FIRST), "not those that the plan"),
+    ("an altered hash in the samples", altered(sha256="01"), wanted(FIRST), "samples.parquet: its images are not those that the plan"),
+    ("an altered key in the samples", altered(key="z"), wanted(FIRST), "samples.parquet: its images are not those that the plan"),
+    ("an altered hash, append", altered(sha256="01"), wanted(MORE, append=True), "samples.parquet: its images are not those"),
+    ("an altered label", altered(label="x"), wanted(FIRST), "samples.parquet: the label of '..png' is 'x' there and None in IMAGES"),
+    ("an altered label, append", altered(label="x"), wanted(MORE, append=True), "samples.parquet: the label of"),
     ("ids of others", Found(CACHE), wanted(FIRST, dataset_id="sha256:0"), "dataset id is not that of these images"),
     ("same images in other parts", GROWN, dataclasses.replace(wanted(MORE), plan=plan(MORE)), "dataset_id is 'sha256:"),
     ("a damaged plan", Found(CACHE, damage="plan.json: not readable"), wanted(FIRST), "plan.json: not readable"),

@@ -108,6 +108,13 @@ def test_a_record_that_tells_of_other_samples_is_not_valid_whatever_its_id(
     assert any(problem.file.startswith("commits/") for problem in check.find_problems(path, full=True))
 
 
+def test_a_record_that_tells_what_no_record_does_was_edited(path: Path) -> None:
+    edited(path / "commits/0/pixels/000000.json", lambda record: record.update(x=record["last"]), forged=True)
+    (problem,) = check.find_problems(path, full=True)
+    assert str(problem).endswith("it tells 'x', which no commit record does, so it was edited")
+    assert commit.missing(path, plan.load_plan(path)) == [(0, "pixels", 0)]
+
+
 def test_equal_extractions_have_equal_record_ids(make_cache: Make, whole: Path, tmp_path: Path) -> None:
     ids = [[json.loads(file.read_bytes())["record_id"] for file in sorted(path.rglob("commits/*/*/*.json"))]
            for path in (whole, make_cache(tmp_path / "again", **SMALL))]  # fmt: skip

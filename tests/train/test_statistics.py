@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.stats import Stats, compute_stats, write_stats
+from mrmae.shards.stats import Stats, compute_stats, read_stats, write_stats
 from mrmae.train.batches import cache_info, load_batch, stored_statistics
 from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import build_model
@@ -53,6 +53,21 @@ def test_only_what_the_terms_need_is_read(cache: Cache, tiny_recipe: MakeRecipe)
     assert filled.teachers["b"] == info.teachers["b"]
     a = filled.teachers["a"]
     assert a.stat_covariance.shape == (8, 8) and a.stat_id == compute_stats(cache, "a.pre_tail").id
+
+
+@pytest.mark.parametrize("name", ["mean", "variance", "covariance"])
+def test_moments_of_another_shape_are_damage(cache: Cache, name: str) -> None:
+    column, whole = "b.pre_tail", read_stats(cache, "b.pre_tail")
+    values = getattr(whole, name)
+    try:
+        for wrong in (values[:-1], values.float(), values * torch.nan):
+            write_stats(cache, column, replace(whole, **{name: wrong}))
+            with pytest.raises(
+                ValueError, match=rf"b\.pre_tail\.safetensors: .*{name} is .*expected finite torch.float64"
+            ):
+                read_stats(cache, column)
+    finally:
+        write_stats(cache, column, whole)
 
 
 # ---- phi_s

@@ -206,6 +206,15 @@ def test_a_damaged_memory_costs_reading_again_and_nothing_else(tmp_path: Path, r
     assert elsewhere.read_bytes() == b"mine" and not memory.is_symlink()
 
 
+def test_a_folder_in_the_place_of_the_memory_is_named_with_what_to_do(tmp_path: Path) -> None:
+    sources, memory = list_sources([photos(tmp_path / "images", 0, 2)]), tmp_path / ".digests"
+    memory.mkdir()
+    with pytest.raises(
+        OSError, match=r"\.digests: could not be written: Is a directory; .*a folder lies where .*: move it away"
+    ):
+        digest_images(sources, range(2), [], memory, workers=1)
+
+
 def test_the_memory_is_no_content_of_the_cache(extract: Any, tmp_path: Path) -> None:
     images, cache = photos(tmp_path / "images", 0, 3), tmp_path / "c"
     cache.mkdir()

@@ -237,6 +237,18 @@ def test_a_cut_tar_is_refused_even_between_two_members(tmp_path, cut):
         list_sources([path])
 
 
+@pytest.mark.parametrize("kind", [b"0", b"x", b"L", b"S", b"5"])
+@pytest.mark.parametrize("size", [2**30, 2**62, 2**63 - 1, 2**63, 2**80])
+def test_a_member_of_absurd_size_is_damage(tmp_path, kind, size):
+    path = write_tar(tmp_path / "x.tar", {"a.jpg": b"a" * 600, "b.jpg": b"b"})
+    data = bytearray(path.read_bytes())
+    data[124:136], data[156:157], data[148:156] = b"\x80" + size.to_bytes(11, "big"), kind, b" " * 8
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="x.tar: "):
+        list_sources([path])
+
+
 def test_joined_compressed_and_repeating_tars_are_refused(tmp_path):
     one = write_tar(tmp_path / "one.tar", {"a.jpg": b"a"})
     joined = tmp_path / "joined.tar"
