@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import study_arms
 import study_report
 from study_arms import ARMS
@@ -60,27 +59,44 @@ def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
             axis.axhline(float(row["accuracy"]), color="#999999", lw=0.8, zorder=0)
         at = {"x": 0.99, "y": float(row["accuracy"]), "transform": axes[1].get_yaxis_transform()}
         axes[1].text(s="untrained", color="#777777", fontsize=8, ha="right", va="bottom", **at)
-    axes[0].legend(fontsize=8, loc="lower right")
+    order = sorted(axes[0].get_lines(), key=lambda line: -line.get_ydata()[-1])
+    order = [line for line in order if not str(line.get_label()).startswith("_")]
+    axes[0].legend(
+        order, [line.get_label() for line in order], fontsize=8, loc="lower right", title="best first", title_fontsize=8
+    )
     finish(figure, path)
 
 
 def draw_arms(path: Path, rows: Sequence[Row]) -> None:
-    """Every other arm with its intervals, beside `mr-mae` of the same seed."""
-    plt = pyplot()
-    names = ["mr-mae-s0", *(arm["name"] for arm in ARMS if arm["part"] in ("2", "3", "4"))]
-    names = [name for name in names if study_report.chosen(rows, [name], "knn")][::-1]
-    if len(names) < 2:
+    """Every other arm minus `mr-mae` of the same seed, best first by 10-NN; paired intervals, full where they leave 0 out."""
+    plt, usual = pyplot(), "mr-mae-s0"
+    names = [arm["name"] for arm in ARMS if arm["part"] in ("2", "3", "4")]
+    names = [name for name in names if study_report.chosen(rows, [name], "knn")]
+    if not names or not study_report.chosen(rows, [usual], "knn"):
         return
-    figure, axes = plt.subplots(1, 2, figsize=(9, 1 + 0.26 * len(names)), sharey=True, layout="constrained")
-    for axis, probe in zip(axes, ("knn", "linear")):
-        found = [study_report.chosen(rows, [name], probe)[0] for name in names]
-        values = np.array([[float(row[key]) for key in ("accuracy", "low", "high")] for row in found])
-        spread = np.abs(values[:, 1:] - values[:, :1]).T
-        axis.errorbar(values[:, 0], range(len(names)), xerr=spread, fmt="o", color="#0072b2", ms=4, capsize=2)
-        axis.axvline(values[-1, 0], color="#999999", lw=0.8)
-        axis.set_xlabel(f"{study_report.PROBES[probe]} accuracy, EuroSAT test part")
+    found = {probe: {name: minus_usual(rows, name, usual, probe) for name in names} for probe in ("knn", "linear")}
+    names.sort(key=lambda name: found["knn"][name][0])
+    figure, axes = plt.subplots(
+        1, 2, figsize=(9, 1.3 + 0.26 * len(names)), sharey=True, sharex=True, layout="constrained"
+    )
+    for axis, (probe, points) in zip(axes, found.items()):
+        for y, name in enumerate(names):
+            mean, low, high = points[name]
+            colour, clear = COLOURS["mr-mae"], low > 0 or high < 0
+            axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, ms=5, capsize=2,
+                          markerfacecolor=colour if clear else "white")  # fmt: skip
+        axis.axvline(0, color="#999999", lw=0.8)
+        there = float(study_report.chosen(rows, [usual], probe)[0]["accuracy"])
+        axis.set(xlabel="points", title=f"{study_report.PROBES[probe]}: arm − mr-mae ({there:.3f})")
+        axis.title.set_fontsize(10)
     axes[0].set_yticks(range(len(names)), names)
     finish(figure, path)
+
+
+def minus_usual(rows: Sequence[Row], name: str, usual: str, probe: str) -> tuple[float, float, float]:
+    """The difference in points and its paired interval."""
+    ours, theirs = (study_report.chosen(rows, [arm], probe) for arm in (name, usual))
+    return study_report.paired_points(ours, theirs)
 
 
 def pyplot() -> Any:

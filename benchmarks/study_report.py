@@ -104,13 +104,27 @@ def cell(rows: Sequence[Row]) -> str:
     return f"{mean:.3f} ({low:.3f} to {high:.3f}{spread})"
 
 
+def of_shared_seeds(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of the seeds that both have; none where they were tested on different images."""
+    shared = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
+    if not shared or ours[0]["n_test"] != theirs[0]["n_test"]:
+        return [], []
+    return [row for row in ours if row["seed"] in shared], [row for row in theirs if row["seed"] in shared]
+
+
+def paired_points(ours: Sequence[Row], theirs: Sequence[Row]) -> tuple[float, float, float]:
+    """ours - theirs in points, over the seeds that both have, and its paired interval."""
+    ours, theirs = of_shared_seeds(ours, theirs)
+    mean, low, high = mean_and_interval(right_share(ours) - right_share(theirs))
+    return 100 * mean, 100 * low, 100 * high
+
+
 def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     """ours - theirs, in points, over the seeds that both have."""
-    shared = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
-    ours, theirs = ([row for row in rows if row["seed"] in shared] for rows in (ours, theirs))
-    if not shared or ours[0]["n_test"] != theirs[0]["n_test"]:
+    ours, theirs = of_shared_seeds(ours, theirs)
+    if not ours:
         return NONE
-    mean, low, high = (100 * x for x in mean_and_interval(right_share(ours) - right_share(theirs)))
+    mean, low, high = paired_points(ours, theirs)
     each = [100 * (float(a["accuracy"]) - float(b["accuracy"])) for a, b in zip(ours, theirs)]
     spread = f"; by seed {', '.join(f'{x:+.1f}' for x in each)}" if len(each) > 1 else ""
     if len(each) == 3:

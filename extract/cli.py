@@ -11,6 +11,23 @@ from mrmae.common.errors import in_one_line
 TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 DTYPE_NAMES = ("int8", "fp8", "float16")
 FORMAT_NAMES = ("zarr", "webdataset")
+# What show-features takes too.
+device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
+precision_option = click.option(
+    "--precision",
+    default="auto",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.",
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    default=178_956_970,
+    type=click.IntRange(1),
+    help="Larger images are refused undecoded (10 to 18 bytes of memory per pixel).",
+)
+torchscript_option = click.option(
+    "--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds)."
+)
 
 
 @click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
@@ -49,13 +66,8 @@ FORMAT_NAMES = ("zarr", "webdataset")
     help="blocks: cut each view's tokens at random into --blocks parts; training that shows one part reads only that.",
 )
 @click.option("--blocks", default=4, type=click.IntRange(2), help="With --token-layout blocks: parts per view.")
-@click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-@click.option(
-    "--precision",
-    default="auto",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    help="Compute of the teachers; auto: fp16 on CUDA, fp32 elsewhere.",
-)
+@device_option
+@precision_option
 @click.option("--batch-size", default=0, type=click.IntRange(0), help="Views per forward; 0: 64 on CUDA, 8 on a CPU.")
 @click.option(
     "--workers",
@@ -71,13 +83,8 @@ FORMAT_NAMES = ("zarr", "webdataset")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--min-snr", default=20.0, type=float, metavar="DB",
               help="Stop at a shard whose int8 or fp8 codes keep less than this of a teacher; float16 is not measured by it.")  # fmt: skip
-@click.option(
-    "--max-pixels",
-    default=178_956_970,
-    type=click.IntRange(1),
-    help="Larger images are refused undecoded (10 to 18 bytes of memory per pixel).",
-)
-@click.option("--allow-torchscript", is_flag=True, help="Let @FILE be OpenAI's TorchScript .pt (runs code it holds).")
+@max_pixels_option
+@torchscript_option
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."
 )

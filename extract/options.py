@@ -59,9 +59,7 @@ class Options:
         if isinstance(locate(self.cache), Url):
             raise ValueError(f"{locate(self.cache)}: extract-features writes to folders; expected one; extract there, then copy "
                              "it to the URL, manifest.json last")  # fmt: skip
-        if self.recipe.size % self.grid:
-            raise ValueError(f"--size {self.recipe.size}: is not a multiple of --grid {self.grid}; "
-                             "the student's patches tile the view; change one of them")  # fmt: skip
+        refuse_untiled(self.recipe.size, self.grid)
         if rule := self.block_rule():
             rule.rows(self.grid**2)
         rank, ranks = local_rank()
@@ -125,6 +123,13 @@ def asked(
         token_layout=options.block_rule(),
     )
     return Wanted(plan, keys, append=options.append)
+
+
+def refuse_untiled(size: int, grid: int) -> None:
+    """ValueError where a grid does not cut a view into whole pixels."""
+    if size % grid:
+        raise ValueError(f"--size {size}: is not a multiple of --grid {grid}; the student's patches tile the view; change one of "
+                         "them")  # fmt: skip
 
 
 def one_per_tap(text: str) -> list[str]:

@@ -1,7 +1,6 @@
 """Pictures of patch tokens: PCA colours, k-means segments, and where the queries of an attentive probe look."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,8 +9,7 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 from torch import Tensor
 
-from mrmae.common.pictures import pca_rgb
-from mrmae.train.pictures import draw_panels
+from mrmae.common.pictures import Pictures, Strip, as_bytes, draw_sheet, pca_rgb, publish_png
 
 ITERATIONS = 50
 
@@ -40,16 +38,15 @@ def kmeans(x: Float[Tensor, "n d"], k: int, *, seed: int) -> Int64[Tensor, "n"]:
     return rank[at]
 
 
-def segments(tokens: Float[Tensor, "b l d"], grid: tuple[int, int], k: int, *, seed: int) -> np.ndarray[Any, Any]:
-    """k-means of all tokens together as colours [b, grid height, grid width, 3]; one colour means one cluster everywhere.
+def segments(tokens: Float[Tensor, "b l d"], grid: tuple[int, int], k: int, *, seed: int) -> Pictures:
+    """k-means of all tokens together as colours, uint8 [b, *grid, 3]; one colour means one cluster everywhere.
 
     Tokens are layer-normalised and made unit vectors first, so that clusters follow directions.
     """
     flat = F.normalize(F.layer_norm(tokens.float(), tokens.shape[-1:]), dim=-1).flatten(0, 1)
     found = kmeans(flat, k, seed=seed).numpy()
     palette = colormaps["tab10" if k <= 10 else "tab20"]
-    colours: np.ndarray[Any, Any] = palette(found % palette.N)[:, :3]
-    return colours.reshape(len(tokens), *grid, 3)
+    return as_bytes(torch.from_numpy(palette(found % palette.N)[:, :3].reshape(len(tokens), *grid, 3)))
 
 
 def draw_dense(
@@ -58,17 +55,17 @@ def draw_dense(
 ) -> None:  # fmt: skip
     """Write one PNG: image, PCA colours, k-means segments of all images together and of each alone; a row per image."""
     tokens = tokens.float()
-    columns = {
-        "image": pictures.numpy(),
-        "PCA": pca_rgb(tokens, grid).numpy(),
-        f"k-means, k = {clusters}": segments(tokens, grid, clusters, seed=seed),
-        f"each image, k = {parts}": np.concatenate(
-            [segments(one, grid, parts, seed=seed) for one in torch.split(tokens, 1)]
-        ),
-    }
-    note = "PCA and first k-means: over the patch tokens of all these images, one colour means the\n"
-    note += "same in every row. Last column: k-means of each image's own tokens."
-    draw_panels(path, columns, title=title, note=note)
+    each = [segments(one, grid, parts, seed=seed) for one in torch.split(tokens, 1)]
+    columns = [
+        Strip("image", pictures.numpy()),
+        Strip("PCA", as_bytes(pca_rgb(tokens, grid)), "one colour means the same in every row"),
+        Strip(f"k-means, k = {clusters}", segments(tokens, grid, clusters, seed=seed), "of all images together"),
+        Strip(f"k-means, k = {parts}", np.concatenate(each), "of each image alone: colours differ by row"),
+    ]
+    publish_png(
+        path,
+        draw_sheet(columns, title=title, notes=["PCA and first k-means: over the patch tokens of all these images."]),
+    )
 
 
 def draw_attention(
@@ -78,16 +75,18 @@ def draw_attention(
     """Write one PNG: image, mean attention of all queries, and of the `shown` queries that are most concentrated."""
     entropy = -(attention * attention.clamp_min(1e-12).log()).sum(-1).mean(0)
     chosen = entropy.argsort()[:shown_images].tolist()
-    columns = {"image": pictures.numpy(), "mean of queries": attention_heat(attention.mean(1), grid)}
+    columns = [Strip("image", pictures.numpy()), Strip("mean of queries", attention_heat(attention.mean(1), grid))]
     peaks = (attention.amax(-1) * attention.shape[-1]).mean(0)  # over what uniform attention would give
-    columns |= {f"query {i}\npeak {peaks[i]:.1f} x uniform": attention_heat(attention[:, i], grid) for i in chosen}
-    note = f"Each map is scaled from its own minimum to its own maximum; the {len(chosen)} of {attention.shape[1]} queries with the lowest entropy."
-    draw_panels(path, columns, title=title, note=note)
+    columns += [
+        Strip(f"query {i}", attention_heat(attention[:, i], grid), f"peak {peaks[i]:.1f} x uniform") for i in chosen
+    ]
+    note = (f"Each map from its own minimum (dark) to its own maximum (yellow); the {len(chosen)} of {attention.shape[1]} queries "
+            "with the lowest entropy.")  # fmt: skip
+    publish_png(path, draw_sheet(columns, title=title, notes=[note]))
 
 
-def attention_heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> np.ndarray[Any, Any]:
-    """Weights as colours [b, grid height, grid width, 3], each image from its own minimum to its own maximum."""
+def attention_heat(weights: Float[Tensor, "b l"], grid: tuple[int, int]) -> Pictures:
+    """Weights as colours, uint8 [b, *grid, 3], each image from its own minimum to its own maximum."""
     low, high = weights.amin(-1, keepdim=True), weights.amax(-1, keepdim=True)
     scaled = ((weights - low) / (high - low).clamp_min(1e-12)).reshape(-1, *grid).numpy()
-    colours: np.ndarray[Any, Any] = colormaps["viridis"](scaled)[..., :3]
-    return colours
+    return as_bytes(torch.from_numpy(colormaps["viridis"](scaled)[..., :3]))

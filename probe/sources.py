@@ -16,7 +16,7 @@ from torch import Tensor
 from mrmae.common.backend import locate
 from mrmae.extract.teachers import Teacher, build_teacher, make_spec, parse_teacher
 from mrmae.extract.teachers.timm import timm_settings
-from mrmae.probe.students import FORMS, locate_student, read_student, run_folder, student_tower
+from mrmae.probe.students import FORMS, Student, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
 
@@ -121,22 +121,34 @@ def student_source(path: Path, *, size: int, device: str, precision: str) -> Fea
     place = locate_student(path)
     student, out = read_student(place), run_folder(place)
     facts = json.loads((out / "run.json").read_text()) if out else {}
-    tower = student_tower(student, size or student.size, where=f"SOURCE {place}")
-    with torch.no_grad():
-        found, cls = tower.features(torch.zeros(1, len(student.mean), *tower.input_size))
-    request = parse_teacher(f"student=timm:{student.architecture}@file")
-    spec = make_spec(request, tower, found, cls is not None, int(found.shape[-1]), precision)
-    tower.module.to(device)
-    teacher = frozen(Teacher(spec, tower.tail, tower, torch.device(device)))
-    random = [name for name, about in facts.get("teachers", {}).items() if about.get("weights") == "random"]
-    notes = [f"the student's teachers have RANDOM weights: {', '.join(random)}"] if random else []
-    notes += [f"{place.name}: a checkpoint, the run is not finished"] if place.is_file() and path.is_dir() else []
-    notes += resized_note(size, student.size, student.patch)
+    how = {"device": device, "precision": precision}
+    teacher = frozen(as_teacher(student, size or student.size, where=f"SOURCE {place}", **how))
+    notes = [*notes_on_student(path, place), *resized_note(size, student.size, student.patch)]
     trained_on = locate(facts["cache"]) if "cache" in facts else None
     dataset = facts.get("cache_ids", {}).get("dataset")
     return FeatureSource(
         str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes)
     )
+
+
+def as_teacher(student: Student, size: int, *, where: str, device: str, precision: str) -> Teacher:
+    """The student at `size` pixels as a frozen teacher on its own grid, with its attention where it has a CLS token."""
+    tower = student_tower(student, size, where=where)
+    with torch.no_grad():
+        found, cls = tower.features(torch.zeros(1, len(student.mean), *tower.input_size))
+    request = parse_teacher(f"student=timm:{student.architecture}@file")
+    spec = make_spec(request, tower, found, cls is not None, int(found.shape[-1]), precision)
+    tower.module.to(device)
+    return Teacher(spec, tower.tail, tower, torch.device(device))
+
+
+def notes_on_student(path: Path, place: Path) -> list[str]:
+    """What must be said of the student at `place`, asked for as `path`: random teachers, an unfinished run."""
+    out = run_folder(place)
+    teachers = json.loads((out / "run.json").read_text()).get("teachers", {}) if out else {}
+    random = [name for name, about in teachers.items() if about.get("weights") == "random"]
+    notes = [f"the student's teachers have RANDOM weights: {', '.join(random)}"] if random else []
+    return notes + [f"{place.name}: a checkpoint, the run is not finished"] * (place.is_file() and path.is_dir())
 
 
 # --- columns of a cache

@@ -14,6 +14,7 @@ from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
 from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict
 
+STUDENT_FORMS = "OUT of train-mrmae, OUT/student, or a checkpoint OUT/checkpoints/step-N.pt"
 FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]"
 
 
@@ -30,8 +31,8 @@ class Student:
     interpolation: str = "bicubic"
 
 
-def locate_student(path: Path) -> Path:
-    """The exported folder or the checkpoint file behind a SOURCE that exists."""
+def locate_student(path: Path, *, where: str = "SOURCE", forms: str = FORMS) -> Path:
+    """The exported folder or the checkpoint file behind a path. ValueError where there is none, saying which forms there are."""
     if path.is_file() and path.suffix == ".pt":
         return path
     for folder in (path, path / "student"):
@@ -40,7 +41,8 @@ def locate_student(path: Path) -> Path:
     saved = list_checkpoints(path / "checkpoints") if path.is_dir() else []
     if saved:
         return saved[-1]
-    raise ValueError(f"SOURCE {path}: holds no student and no checkpoint; expected {FORMS}; train first, or correct it")
+    what = "holds no student and no checkpoint" if path.exists() else "does not exist"
+    raise ValueError(f"{where} {path}: {what}; expected {forms}; train first, or correct it")
 
 
 def run_folder(place: Path) -> Path | None:

@@ -43,7 +43,7 @@ def test_wheel_names_every_command(wheel: zipfile.ZipFile) -> None:
     entry_points = next(name for name in wheel.namelist() if name.endswith("entry_points.txt"))
     text = wheel.read(entry_points).decode()
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert {"extract-features", "train-mrmae", "inspect-cache", "probe-features"} == set(scripts)
+    assert {"extract-features", "train-mrmae", "inspect-cache", "probe-features", "show-features"} == set(scripts)
     for name, where in scripts.items():
         assert f"{name} = {where}" in text
         module, function = where.split(":")

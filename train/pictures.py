@@ -1,7 +1,7 @@
 """Pictures of a run: what the student reconstructs, what teachers and student see, and how the losses went."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,28 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mrmae.common.files import publish_by
-from mrmae.common.pictures import pca_rgb
+from mrmae.common.pictures import Pictures, Strip, as_bytes, draw_sheet, layer_normalised, palette_of, publish_png
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.method import evaluating
-from mrmae.train.online import with_targets
+from mrmae.train.method import Batch, Masks, Term, as_compared, evaluating, patch_targets
+from mrmae.train.online import teach, with_targets
 from mrmae.train.run import Run, random_teachers
 
+PATCHES = ("visible", "predicted", "all", "alive")
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
 PANEL_ROWS = 5
+COLOUR_IMAGES = 32  # over which colours and the mean at each position are taken
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe-Ito
+BASELINE_STYLES = ((0, (1, 1.5)), (0, (3, 2)), (0, (6, 2)))
 
 
 def masked_view(
-    pixels: UInt8[Tensor, "b h w 3"], ids_keep: Int[Tensor, "b k"], grid: tuple[int, int]
+    pixels: UInt8[Tensor, "b h w 3"], ids_keep: Int64[Tensor, "b k"], grid: tuple[int, int]
 ) -> np.ndarray[Any, Any]:
     """The view as the student got it: hidden patches gray."""
     (gh, gw), (b, h, w, _) = grid, pixels.shape
@@ -38,23 +41,7 @@ def masked_view(
     return torch.where(seen, pixels.cpu(), HIDDEN_GRAY).numpy()
 
 
-def draw_panels(path: Path, columns: Mapping[str, np.ndarray[Any, Any]], *, title: str, note: str = "") -> None:
-    """Write one PNG: a row per image, a labelled column per entry of `columns` ([rows, height, width, 3] each).
-
-    Small maps are enlarged to the same size without smoothing, so one square is one token.
-    """
-    rows, side = len(next(iter(columns.values()))), 1.55
-    width, height = side * len(columns), side * rows + 1.05
-    bounds = {"left": 0.01, "right": 0.99, "top": 1 - 0.62 / height, "bottom": 0.42 / height}
-    with _figure(path, rows, len(columns), figsize=(width, height), squeeze=False) as (figure, axes):
-        for axis, (label, images) in zip(axes.T, columns.items()):
-            axis[0].set_title(label, fontsize=8)
-            for cell, image in zip(axis, images):
-                cell.imshow(image, interpolation="nearest", extent=(0, 1, 0, 1))
-                cell.set_axis_off()
-        figure.suptitle(title, fontsize=10, x=0.01, ha="left", y=1 - 0.12 / height, va="top")
-        figure.text(0.01, 0.06 / height, note, fontsize=7, color="#444444", va="bottom")
-        figure.subplots_adjust(**bounds, wspace=0.04, hspace=0.04)
+# --- panels
 
 
 def panels_path(run: Run, epoch: int) -> Path:
@@ -64,80 +51,202 @@ def panels_path(run: Run, epoch: int) -> Path:
 
 @torch.no_grad()
 def draw_run_panels(run: Run, epoch: int) -> Path:
-    """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs and encodes."""
+    """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs, predicts and encodes."""
     numbers = run.cache.numbers[:PANEL_ROWS]
     loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
-    there = with_targets(loaded, run.online, run.needed, model=run.model)
-    batch, masks = there[0], there[1]
-    columns = {
-        "view": batch.pixels.cpu().numpy(),
-        "seen by the student": masked_view(batch.pixels, masks.ids_keep, run.info.grid),
-    }
+    batch, masks = with_targets(loaded, run.online, run.needed, model=run.model)
+    masks = masks.change(lambda x: x[: len(numbers)])  # of several masks per image the first
+    keys = [run.cache.keys[number] for number in numbers]
+    columns = [
+        Strip("view", batch.pixels.cpu().numpy(), captions=keys),
+        Strip(
+            "seen by the student",
+            masked_view(batch.pixels, masks.ids_keep, run.info.grid),
+            f"{run.model.n_keep} of {run.info.n_patches} patches",
+        ),
+    ]
     with evaluating(run.model), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-        if any(term.teacher is None for term in run.model.terms):
-            columns["reconstruction"] = run.model.reconstruct(*there).float().cpu().numpy()
-        student = run.model.tokens(there[0].pixels)
-    for teacher, tokens in teacher_tokens(run, numbers).items():
-        random = "\n(random weights)" if teacher in random_teachers(run) else ""
-        columns[f"teacher {teacher}{random}"] = pca_rgb(tokens, run.info.grid).numpy()
-    columns["student"] = pca_rgb(student, run.info.grid).numpy()
-    path = panels_path(run, epoch)
-    note = "Colours of teachers and student: the three main directions of each model's own tokens over these images."
-    if any(term.recipe.transform == "norm_pix" for term in run.model.terms):
-        note += "\nPredicted patches take brightness and contrast from the true patch, as in MAE's figures."
-    draw_panels(path, columns, title=f"{run.recipe.name}, epoch {epoch} of {run.recipe.optim.epochs}", note=note)
-    return path
+        columns += reconstructions(run, batch, masks)
+        columns += mimicries(run, batch, masks)
+        columns += unused_teachers(run)
+        columns += [student_colours(run)]
+    title = f"{run.recipe.name}, epoch {epoch} of {run.recipe.optim.epochs}"
+    return publish_png(panels_path(run, epoch), draw_sheet(columns, title=title, notes=panel_notes(run)))
 
 
-def teacher_tokens(run: Run, numbers: Numbers) -> dict[str, Tensor]:
-    """Every teacher's tokens [b, l, d] of these samples' first views: dequantised, or computed where it runs in the step."""
-    views = batches.views_of(run.cache, numbers, epoch=0)
-    found: dict[str, Tensor] = {}
-    if run.setup.online:
-        pixels = run.cache.read_pixels(numbers, views).to(run.device)
-        return {name: teacher.forward(pixels).tokens for name, teacher in run.online.items()}
-    for teacher, about in run.info.teachers.items():
-        found[teacher] = run.cache.read_tokens(about.column, numbers, views)
-    return found
+def panel_notes(run: Run) -> list[str]:
+    """How the panels are to be read."""
+    n = len(colour_numbers(run))
+    return [
+        "Colours of tokens: their three main directions as red, green and blue, after the mean at each position over "
+        f"{n} images is taken out. Grey is that mean: what a predictor that never saw the picture would say.",
+        "A teacher and what is predicted of it share their colours, which are the same in every epoch; the paler a prediction, "
+        "the less it says. The student's own colours change from epoch to epoch and mean nothing across columns.",
+    ]
 
 
-def draw_curves(path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, note: str = "") -> None:
-    """Write one PNG of a run's epoch rows (as in log.jsonl): loss terms, k-NN accuracy where it was measured, schedule.
+def reconstructions(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
+    """The predicted pixels: as MAE draws them, and without anything from the hidden patches."""
+    term = next((term for term in run.model.terms if term.teacher is None), None)
+    if term is None:
+        return []
+    drawn = as_bytes(run.model.reconstruct(batch, masks).float().cpu())
+    if term.recipe.transform != "norm_pix":
+        return [Strip("reconstruction", drawn, "predicted pixels at hidden patches")]
+    alone = as_bytes(run.model.reconstruct(batch, masks, alone=True).float().cpu())
+    return [
+        Strip("reconstruction", drawn, "as in MAE's figures", "BRIGHTNESS AND CONTRAST ARE THE TRUE PATCH'S"),
+        Strip("prediction alone", alone, "brightness and contrast are the visible patches' mean: nothing comes from hidden ones"),
+    ]  # fmt: skip
 
-    Losses of images held out are dashed.
+
+def mimicries(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
+    """Every teacher that is mimicked, as the loss sees it, and beside it what each head predicts of it, in its colours."""
+    columns: list[Strip] = []
+    terms = [term for term in run.model.terms if term.teacher is not None and term.recipe.at(*PATCHES)]
+    whole = whole_grids(run, colour_numbers(run)) if terms else None
+    for term in terms:
+        assert whole is not None
+        targets = patch_targets(term, run.model.statistics[term.name], whole)
+        palette = palette_of(targets, by_position=True)
+        found = run.model.predicted(term, batch, masks)
+        rgb = palette.rgb(as_compared(term, found.x.float()), found.ids)
+        teacher = Strip(f"teacher {term.teacher}", cells(palette.rgb(targets[: len(batch.pixels)]), run.info.grid),
+                         f"as the loss sees it ({term.recipe.transform})", random_warning(run, str(term.teacher)))  # fmt: skip
+        if not any(column.heading == teacher.heading and column.note == teacher.note for column in columns):
+            columns.append(teacher)
+        columns.append(Strip(f"{term.teacher}, predicted", cells(rgb, run.info.grid, found.ids), prediction_note(term)))
+    return columns
+
+
+def prediction_note(term: Term) -> str:
+    """From what a head predicts."""
+    return f"{term.name}, from the " + ("visible patches" if "decoder" in term.recipe.taps else "whole view")
+
+
+def unused_teachers(run: Run) -> list[Strip]:
+    """The teachers of the cache that no term of the recipe predicts."""
+    used = {run.info.target(term.teacher).source or term.teacher for term in run.model.terms if term.teacher}
+    columns, numbers = [], colour_numbers(run)
+    for teacher, about in ({} if run.setup.online else run.info.teachers).items():
+        if teacher not in used:
+            views = batches.views_of(run.cache, numbers, epoch=0)
+            tokens = layer_normalised(run.cache.read_tokens(about.column, numbers, views))
+            warning = f"NOT USED by {run.recipe.name} {random_warning(run, teacher)}"
+            columns.append(Strip(f"teacher {teacher}", own_colours(tokens, run.info.grid), warning=warning))
+    return columns
+
+
+def student_colours(run: Run) -> Strip:
+    """The student's own tokens of the whole views."""
+    numbers = colour_numbers(run)
+    pixels = run.cache.read_pixels(numbers, batches.views_of(run.cache, numbers, epoch=0))
+    tokens = torch.cat(
+        [run.model.tokens(part.to(run.device)).float().cpu() for part in torch.split(pixels, PANEL_ROWS)]
+    )
+    return Strip("student", own_colours(layer_normalised(tokens), run.info.grid), "its tokens of the whole view")
+
+
+def random_warning(run: Run, teacher: str) -> str:
+    """What must stand above the colours of a teacher that knows nothing."""
+    return "RANDOM WEIGHTS" if teacher.partition(":")[0] in {t.partition(":")[0] for t in random_teachers(run)} else ""
+
+
+def colour_numbers(run: Run) -> Numbers:
+    """The images over which colours are taken, those of the panels first."""
+    return run.cache.numbers[:COLOUR_IMAGES]
+
+
+def whole_grids(run: Run, numbers: Numbers) -> Batch:
+    """First views of these samples with the teachers' tokens at every patch: read, or computed where they run in the step."""
+    batch = batches.load_batch(run.cache, numbers, epoch=0, needed={} if run.online else run.needed).to(run.device)
+    return teach(batch, run.online, run.needed) if run.online else batch
+
+
+def own_colours(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Pictures:
+    """The panels' images in the colours of these tokens, those of the panels first."""
+    return cells(palette_of(tokens, by_position=True).rgb(tokens[:PANEL_ROWS]), grid)
+
+
+def cells(rgb: Float[Tensor, "b n 3"], grid: tuple[int, int], ids: Int64[Tensor, "b n"] | None = None) -> Pictures:
+    """Colours of tokens as pictures, one pixel a token; white where there is none."""
+    page = torch.ones(len(rgb), grid[0] * grid[1], 3)
+    page = rgb if ids is None else page.scatter(1, ids.cpu()[..., None].expand(-1, -1, 3), rgb)
+    return as_bytes(page.reshape(len(rgb), *grid, 3))
+
+
+# --- curves
+
+
+def draw_curves(
+    path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, note: str = "",
+    baselines: Mapping[str, Mapping[str, float]] | None = None,
+) -> None:  # fmt: skip
+    """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term, k-NN accuracy where it was measured, learning rate.
+
+    baselines: by term, what predictors that never saw an image would cost, by what they know: dashed lines.
     """
-    scores = [row["knn_top1"] for row in epochs if "knn_top1" in row]
-    ratios = (3, 2, 2) if scores else (3, 2)
-    size = (sum(ratios) * 1.8, 3.6)
-    with _figure(path, 1, len(ratios), figsize=size, width_ratios=ratios, layout="constrained") as (figure, axes):
-        left, right = axes[0], axes[-1]
-        x = [row["epoch"] for row in epochs]
-        marker = "o" if len(x) <= 30 else None
-        names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
+    names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
+    scored = [row for row in epochs if "knn_top1" in row]
+    count = len(names) + bool(scored) + 1
+    across = 2 if count == 4 else min(count, 3)
+    down = -(-count // across)
+    size = (3.9 * across, 3.1 * down + 0.5)
+    with _figure(path, down, across, figsize=size, squeeze=False, layout="constrained") as (figure, axes):
+        free = iter(axes.flat)
         for name, colour in zip(names, _COLOURS * len(names)):
-            y = [_number(row["terms"].get(name)) for row in epochs]
-            left.plot(x, y, label=name, color=colour, marker=marker, markersize=3, linewidth=1.5)
-            if any("held_out" in row for row in epochs):
-                aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
-                left.plot(x, aside, label=f"{name}, held out", color=colour, linestyle="--", linewidth=1.5)
-        if scores:
-            at = [row["epoch"] for row in epochs if "knn_top1" in row]
-            axes[1].plot(
-                at, [100 * score for score in scores], color=_COLOURS[2], marker="o", markersize=3, linewidth=1.5
-            )
-            axes[1].set(xlabel="epoch", ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
-        left.set(xlabel="epoch", ylabel="loss (mean over the epoch)", title="Loss terms, before weighting")
-        right.plot(x, [row["lr"] for row in epochs], color=_COLOURS[-1], marker=marker, markersize=3, linewidth=1.5)
-        right.set(xlabel="epoch", ylabel="learning rate at the epoch's end", title="Schedule")
-        right.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
-        for axis in axes:
-            axis.grid(color="#dddddd", linewidth=0.6)
-            axis.spines[["top", "right"]].set_visible(False)
-            axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.title.set_fontsize(10)
-        if names:  # else no update of the run counted
-            left.legend(frameon=False, fontsize=8)
+            draw_term(next(free), epochs, name, colour, (baselines or {}).get(name, {}))
+        if scored:
+            draw_line(next(free), scored, [100 * row["knn_top1"] for row in scored], _COLOURS[2])
+            axes.flat[len(names)].set(ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
+        last = next(free)
+        draw_line(last, epochs, [row["lr"] for row in epochs], _COLOURS[-1])
+        last.set(title="learning rate at the epoch's end", ylim=(0, None))
+        last.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+        for unused in free:
+            unused.set_axis_off()
+        for axis in axes.flat[:count]:
+            finish_axis(axis, max((row["epoch"] for row in epochs), default=1))
         figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, x=0.01, ha="left")
+
+
+def draw_term(
+    axis: Any, epochs: Sequence[Mapping[str, Any]], name: str, colour: str, baselines: Mapping[str, float]
+) -> None:
+    """One loss term: its mean over each epoch, that of images held out, and what needs no image."""
+    seen = [_number(row["terms"].get(name)) for row in epochs]
+    aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
+    draw_line(axis, epochs, seen, colour, label="training")
+    if not np.isnan(aside).all():
+        draw_line(axis, epochs, aside, colour, label="held out", linestyle=":", markerfacecolor="white")
+    for (what, value), style in zip(baselines.items(), BASELINE_STYLES * len(baselines)):
+        axis.axhline(value, color="#666666", linewidth=1.1, linestyle=style, label=f"{what}: {value:.3g}")
+    values = np.array([*seen, *aside, *baselines.values()])
+    values = values[np.isfinite(values)]
+    if len(values) and 0 < 20 * values.min() < values.max():
+        axis.set_yscale("log")
+    elif len(values) and values.min() >= 0:
+        axis.set_ylim(0, 1.08 * values.max() or 1)
+    axis.set(title=name)
+    axis.legend(frameon=False, fontsize=7)
+
+
+def draw_line(axis: Any, epochs: Sequence[Mapping[str, Any]], y: Collection[float], colour: str, **how: Any) -> None:
+    """Values over epochs; each with a dot where there are few."""
+    x = [row["epoch"] for row in epochs]
+    axis.plot(
+        x, y, **{"color": colour, "marker": "o" if len(x) <= 30 else None, "markersize": 3, "linewidth": 1.5} | how
+    )
+
+
+def finish_axis(axis: Any, last: int) -> None:
+    """Epochs from nought to the last as whole numbers, a pale grid, no box."""
+    axis.set(xlabel="epoch", xlim=(0, 1.03 * last))
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.title.set_fontsize(10)
+    axis.tick_params(labelsize=8)
 
 
 def _number(value: float | None) -> float:

@@ -1,18 +1,26 @@
 """A contact sheet of a cache: per image the view, every teacher's tokens as colours, and its attention."""
 
-import io
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from mrmae.common.files import publish
-from mrmae.common.pictures import Pictures, as_bytes, heat, pca_rgb, tiled
+from mrmae.common.pictures import (
+    COLOUR_NOTE,
+    STRIPES_NOTE,
+    Strip,
+    as_bytes,
+    draw_sheet,
+    heat,
+    pca_rgb,
+    publish_png,
+    ranges,
+    refuse_to_replace,
+)
+from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
-
-PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
@@ -20,38 +28,31 @@ def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
     if not len(cache.numbers):
         raise ValueError(f"{cache.path}: no sample can be read; expected at least one to show")
     numbers = cache.numbers[np.linspace(0, len(cache.numbers) - 1, min(n, len(cache.numbers))).astype(int)]
-    columns = {f"view {view}": cache.read_pixels(numbers, numbers * 0 + view).numpy()}
+    keys = [cache.keys[number] for number in numbers]
+    pixels = cache.read_pixels(numbers, numbers * 0 + view).numpy()
+    columns = [Strip(f"view {view}", pixels, f"as the teachers saw it, {cache.size} px", captions=keys)]
     for name in cache.columns:
-        columns |= teacher_pictures(cache, name, numbers, view)
-    return tiled(columns)
+        columns += teacher_columns(cache, name, numbers, view)
+    rows, per_row = cache.grid
+    title = f"{cache.path.name}: {len(numbers)} of {counted(len(cache.numbers), 'image')}, {rows} x {per_row} patches"
+    return draw_sheet(columns, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE))
 
 
-def teacher_pictures(cache: Cache, name: str, numbers: Numbers, view: int) -> dict[str, Pictures]:
-    """A column's tokens as colours, and its attention (where there is none: token norms), by heading."""
+def teacher_columns(cache: Cache, name: str, numbers: Numbers, view: int) -> Sequence[Strip]:
+    """A teacher's tokens as colours, and its attention (where there is none: token norms)."""
     column, views = cache.columns[name], numbers * 0 + view
-    random = " RANDOM" if column.spec.weights == "random" else ""
+    random = "RANDOM WEIGHTS" if column.spec.weights == "random" else ""
     array = "attention" if "attention" in column.layout.arrays() else "norm"
     scores = cache.read_column(name, numbers, views, (array,))[array].float()
-    return {
-        f"{name}{random}": as_bytes(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid)),
-        f"{name}\n{array}": heat(scores, cache.grid),
-    }
-
-
-def refuse_to_replace(path: Path) -> None:
-    """ValueError where `path` is there and is no PNG."""
-    if not os.path.lexists(path):
-        return
-    content = path.read_bytes()[: len(PNG)] if path.is_file() else b""
-    if content != PNG:
-        raise ValueError(f"{path}: is there and is no PNG; a new name, or that of an older picture, was expected; choose another "
-                         "with --out (nothing was changed)")  # fmt: skip
+    what = "of CLS to each patch, last block" if array == "attention" else "length of each token"
+    tokens = as_bytes(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid))
+    return (
+        Strip(name, tokens, f"{column.spec.model}: tokens as colours", random),
+        Strip(f"{name}, {array}", heat(scores, cache.grid), what, captions=ranges(scores)),
+    )
 
 
 def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:
     """The PNG at `path`; an older PNG there is replaced. ValueError where something else has that name."""
     refuse_to_replace(path)
-    out = io.BytesIO()
-    contact_sheet(cache, n, view=view).save(out, "PNG")
-    publish(path, out.getvalue(), replace=True)
-    return path
+    return publish_png(path, contact_sheet(cache, n, view=view))

@@ -7,7 +7,7 @@ from mrmae.train.method.recipe import DecoderRecipe, Optim, Recipe, difference, 
 from mrmae.train.method.samplers import chosen_blocks, draw_masks
 from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
-from mrmae.train.method.terms import needed_arrays
+from mrmae.train.method.terms import Term, as_compared, needed_arrays, patch_targets
 
 __all__ = [
     "ADD",
@@ -26,6 +26,8 @@ __all__ = [
     "Rows",
     "SIZES",
     "TeacherInfo",
+    "Term",
+    "as_compared",
     "build_mcmae",
     "build_model",
     "build_vit",
@@ -40,6 +42,7 @@ __all__ = [
     "from_dict",
     "load_recipe",
     "needed_arrays",
+    "patch_targets",
     "sincos_positions",
     "target_names",
     "to_dict",

@@ -178,10 +178,21 @@ class Pretrainer(nn.Module):
             return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.student.pos_embed[:, 1:]
 
     @torch.no_grad()
-    def reconstruct(self, batch: Batch, masks: Masks) -> Float[Tensor, "b h w c"]:
+    def predicted(self, term: Term, batch: Batch, masks: Masks) -> Tokens:
+        """What a term's head says of patches: of all, from the whole view, where it reads encoders only; else as it is trained."""
+        positions = term.recipe.positions
+        if "decoder" not in term.recipe.taps:
+            everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
+            masks, positions = Masks(everything, everything[:, :0]), "visible"
+        tokens = tokens_at(self.taps(batch, masks), term.recipe.taps, positions).at("alive")
+        return tokens._replace(x=self.heads[term.name](tokens.x))
+
+    @torch.no_grad()
+    def reconstruct(self, batch: Batch, masks: Masks, *, alone: bool = False) -> Float[Tensor, "b h w c"]:
         """Images in [0, 1]: visible patches as they are, predicted ones by the pixel term, grey where nothing is known.
 
-        Predictions of normalised pixels are de-normalised with the mean and variance of the true patch, as MAE's pictures are.
+        Predictions of normalised pixels are de-normalised with the mean and variance of the true patch, as MAE's pictures are;
+        alone: with those of the image's visible patches together, so that nothing comes from what is hidden.
         Raises ValueError when the recipe predicts no pixels.
         """
         term = next((term for term in self.terms if term.teacher is None), None)
@@ -192,10 +203,13 @@ class Pretrainer(nn.Module):
         prediction = self.heads[term.name](tokens_at(self.taps(batch, masks), term.recipe.taps, "predicted").x).to(
             self.scale.dtype
         )
-        if term.recipe.transform == "norm_pix":
-            var, mean = torch.var_mean(self.patches(batch, masks.ids_predict), dim=-1, keepdim=True)
-            prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
         visible = self.patches(batch, masks.ids_keep)
+        if term.recipe.transform == "norm_pix":
+            var, mean = torch.var_mean(
+                visible if alone else self.patches(batch, masks.ids_predict), dim=-1, keepdim=True
+            )
+            var, mean = (x.mean(1, keepdim=True) if alone else x for x in (var, mean))
+            prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
         b, values = prediction.shape[0], visible.shape[2]
         grey = self.to_values(torch.full_like(visible[:1, :1], 0.5)).expand(b, self.info.n_patches, values)
         known = grey.scatter(1, masks.ids_keep[..., None].expand(-1, -1, values), visible)

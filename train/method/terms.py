@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
-from mrmae.kernels import dispatch
+from mrmae.kernels import dispatch, reference
 from mrmae.train.method.distances import DISTANCES
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
@@ -274,6 +274,24 @@ def patch_errors(
         l=None if ids is None else l,
         **told,
     )
+
+
+@torch.no_grad()
+def patch_targets(term: Term, statistics: nn.Module, batch: Batch) -> Float[Tensor, "b l d"]:
+    """What the term's loss compares predictions with, at every patch of a batch of whole grids; unit vectors where it asks for directions."""
+    assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
+    arrays, s, transform = batch.targets[statistics.source or term.teacher], statistics, term.recipe.transform
+    codes = codes_of(arrays["tokens"])
+    values = s.values(codes, None, arrays.get("scale"), s.channel_mean, s.channel_std, like=codes)
+    plain = "none" if transform == "phi_s" else transform
+    y = reference.mimic_target(values, None, None, None, None, s.stat_mean, s.stat_std, target=plain, n_rows=len(values),
+                               work=values.dtype)  # fmt: skip
+    return as_compared(term, y)
+
+
+def as_compared(term: Term, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    """Predictions or targets with what the term's distance does not see taken out: their lengths, where it compares directions."""
+    return reference.unit(tokens) if DISTANCES[term.recipe.distance].kernel == "cosd" else tokens
 
 
 def n_patches(batch: Batch, pixels: PixelScale) -> int:

@@ -15,6 +15,7 @@ import zarr
 from click.testing import CliRunner
 from PIL import Image
 
+from mrmae.common import pictures
 from mrmae.common.pictures import heat, pca_rgb
 from mrmae.extract.cli import main as extract_features
 from mrmae.extract.inspect.cli import main
@@ -249,12 +250,15 @@ def test_pictures_show_the_stored_views(extracted: Path, tmp_path: Path) -> None
     code, text = inspect("pictures", extracted, "--out", tmp_path / "sheet.png", "--samples", 3)
     assert code == 0 and text.strip() == str(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
-    assert sheet.shape == (34 + 3 * 166, 5 * 166 + 6, 3)
+    step = pictures.CELL + pictures.GAP
+    assert sheet.shape[1] == 2 * pictures.MARGIN + 5 * step - pictures.GAP and sheet.shape[0] > 3 * step
+    assert (sheet == pictures.RED).all(-1).any(), "the teachers' weights are random"
     cache = open_cache(extracted)
-    small = Image.fromarray(cache.read_pixels(cache.numbers[:1], [0])[0].numpy()).resize(
-        (160, 160), Image.Resampling.NEAREST
-    )
-    assert np.abs(sheet[34:194, 6:166] - np.asarray(small).astype(int)).mean() < 8
+    view = cache.read_pixels(cache.numbers[:1], [0])[0].numpy()
+    whole = np.asarray(pictures.enlarged(view)).astype(int)
+    x = slice(pictures.MARGIN, pictures.MARGIN + pictures.CELL)
+    off = [np.abs(sheet[y : y + pictures.CELL, x] - whole).mean() for y in range(step)]
+    assert min(off) == 0, "the first sample's view stands somewhere below the title"
     assert "--view 2: this cache has 2 views" in inspect("pictures", extracted, "--view", 2)[1]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -236,6 +237,35 @@ def test_a_perfect_prediction_reconstructs_the_image(
 
     model.heads["pixels"] = Oracle()
     assert (model.reconstruct(batch, masks) - batch.pixels.double() / 255).abs().max() < 1e-9
+
+
+def test_a_reconstruction_alone_takes_nothing_from_hidden_patches(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae"), info)
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    hidden = torch.ones(2, 16).scatter(1, masks.ids_keep, 0.0).reshape(2, 4, 4)
+    hidden = hidden.repeat_interleave(4, 1).repeat_interleave(4, 2)[..., None].bool()
+    other = replace(batch, pixels=torch.where(hidden, batch.pixels // 2, batch.pixels))
+    for alone in (False, True):
+        same = torch.equal(*(model.reconstruct(b, masks, alone=alone) for b in (batch, other)))
+        assert same == alone
+
+
+def test_an_encoders_head_speaks_of_every_patch_and_a_decoders_of_the_hidden_ones(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    info = tiny_info()
+    model = build_model(tiny_recipe("mr-mae"), info).eval()
+    batch = tiny_batch(info)
+    masks = masks_of(model, batch)
+    mimic, pixels = model.terms[0], model.terms[-1]
+    found = model.predicted(mimic, batch, masks)
+    assert torch.equal(found.ids, torch.arange(16).expand(2, -1)) and found.prefix == 0
+    assert torch.allclose(found.x, model.heads[mimic.name](model.tokens(batch.pixels)), atol=1e-6)
+    assert torch.equal(model.predicted(pixels, batch, masks).ids, masks.ids_predict)
 
 
 def test_visible_patches_stay_and_unknown_ones_are_grey(

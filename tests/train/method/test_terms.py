@@ -13,7 +13,16 @@ from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
 from mrmae.train.method.samplers import draw_masks
 from mrmae.train.method.taps import Tokens
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
-from mrmae.train.method.terms import PixelScale, Term, bind_terms, focus_weights, needed_arrays, score
+from mrmae.train.method.terms import (
+    PixelScale,
+    Term,
+    bind_terms,
+    focus_weights,
+    mimic_errors,
+    needed_arrays,
+    patch_targets,
+    score,
+)
 
 D = 8
 SCALE, SHIFT = torch.ones(3), torch.zeros(3)
@@ -171,6 +180,26 @@ def test_cosine_distances(distance: str, factor: float) -> None:
     assert loss_of(recipe, 3 * x, x, masks) == pytest.approx(0, abs=1e-6)
     assert loss_of(recipe, x.roll(1, dims=1), x, masks) == pytest.approx(factor)
     assert loss_of(recipe, -x, x, masks) == pytest.approx(2 * factor)
+
+
+@pytest.mark.parametrize("transform", ["none", "ln0", "l2", "channel", "phi_s"])
+@pytest.mark.parametrize("distance", ["mse", "2-2cos"])
+def test_who_predicts_the_targets_that_pictures_show_has_no_loss(
+    tiny_recipe: Callable[..., Recipe], tiny_info: Callable[..., CacheInfo], tiny_batch: Callable[..., Batch],
+    transform: str, distance: str,
+) -> None:  # fmt: skip
+    info = tiny_info()
+    known = {name: replace(about, stat_mean=torch.randn(about.width), stat_std=torch.rand(about.width) + 0.5,
+                           stat_covariance=torch.eye(about.width) + 0.1) for name, about in info.teachers.items()}  # fmt: skip
+    info = replace(info, teachers=known)
+    recipe = tiny_recipe("mimic-only", f"terms.mimic.transform={transform}", f"terms.mimic.distance={distance}")
+    model, batch = build_model(recipe, info), tiny_batch(info)
+    for term in model.terms:
+        shown = patch_targets(term, model.statistics[term.name], batch)
+        ids = torch.tensor([[1, 5, 9], [0, 2, 15]])
+        errors = [mimic_errors(Tokens(at(x, ids), ids), term, model.statistics[term.name], batch, model.pixels, "auto")
+                  for x in (shown, shown.flip(1))]  # fmt: skip
+        assert errors[0].abs().max() < 1e-5 and errors[1].mean() > 0.01
 
 
 def test_an_ln0_target_has_variance_1_and_ignores_a_scale_per_token() -> None:
