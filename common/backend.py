@@ -241,10 +241,10 @@ class RemoteFile:
             self.expect([(offset, n_bytes)])
         return bytes(self._read[offset, n_bytes])
 
-    def read_into(self, buffers: Sequence[Any], offset: int) -> int:
-        """Fill the buffers from offset; how many bytes there were."""
+    def read_into(self, buffers: Sequence[Any], offset: int, n_bytes: int) -> int:
+        """Fill the buffers, n_bytes in all, from offset; how many bytes there were."""
         flat = [np.frombuffer(buffer, np.uint8) for buffer in buffers]
-        data, at = np.frombuffer(self.read(sum(len(buffer) for buffer in flat), offset), np.uint8), 0
+        data, at = np.frombuffer(self.read(n_bytes, offset), np.uint8), 0
         for buffer in flat:
             part = data[at : at + len(buffer)]
             buffer[: len(part)] = part

@@ -62,11 +62,11 @@ class LocalFile:
             offset += len(part)
         return b"".join(parts)
 
-    def read_into(self, buffers: Sequence[Any], offset: int) -> int:
-        """Fill the buffers from offset; how many bytes there were. A call may give fewer than there are (2 GiB at most)."""
-        got = 0
-        while (wanted := behind(buffers, got)) and (more := os.preadv(self.descriptor, wanted, offset + got)):
-            got += more
+    def read_into(self, buffers: Sequence[Any], offset: int, n_bytes: int) -> int:
+        """Fill the buffers, n_bytes in all, from offset; how many bytes there were. A call may give fewer (2 GiB at most)."""
+        got = more = os.preadv(self.descriptor, buffers, offset)
+        while more and got < n_bytes:
+            got += (more := os.preadv(self.descriptor, behind(buffers, got), offset + got))
         return got
 
 
@@ -133,7 +133,7 @@ class ShardFile:
         if n_bytes != out.nbytes + 4:
             raise Damaged(self.path, row, f"the chunk has {n_bytes} bytes; expected {out.nbytes + 4}")
         crc = bytearray(4)
-        got = file.read_into([out, crc], offset)
+        got = file.read_into([out, crc], offset, n_bytes)
         if got != n_bytes:
             raise Damaged(self.path, row, f"the file ends within the chunk ({got} of {n_bytes} bytes)")
         if google_crc32c.value(out) != int.from_bytes(crc, "little"):

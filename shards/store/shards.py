@@ -4,7 +4,6 @@ import concurrent.futures
 import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,8 +80,10 @@ class Shards:
         stored = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in out.items() if name in cut}
         buffers = {name: list(stored[name]) if name in stored else [array[i] for i in positions]
                    for name, array in out.items()}  # fmt: skip
-        with self.explained(unit, int(numbers[0])):
+        try:  # no context manager: this runs once per shard and batch
             self.opened(unit).read(rows, buffers, None if blocks is None else blocks[positions].tolist())
+        except (Damaged, Unreachable) as error:
+            raise self.told(error, unit, int(numbers[0])) from None
         if stored:
             order = self.stored_order(numbers, unit[0])
             for name, array in stored.items():
@@ -102,8 +103,10 @@ class Shards:
     def crop(self, number: int, view: int) -> View:
         """The recorded crop and flip of one sample's view."""
         shard, row = divmod(number, self.plan.shard_samples)
-        with self.explained((view, PIXELS, shard), number):
+        try:
             return self.pixels(view, shard).crop(row)
+        except (Damaged, Unreachable) as error:
+            raise self.told(error, (view, PIXELS, shard), number) from None
 
     def pixels(self, view: int, shard: int) -> PixelShard:
         """The views of one shard."""
@@ -125,17 +128,12 @@ class Shards:
             opened = storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)
         return self._opened.setdefault(unit, opened)
 
-    @contextmanager
-    def explained(self, unit: Unit, number: int) -> Iterator[None]:
-        """What is damaged or does not answer is raised anew, with what a user should know. number: the first sample read."""
-        try:
-            yield
-        except Damaged as error:
-            raise ValueError(self.repair_text(error, unit)) from None
-        except Unreachable as error:
-            view, column, shard = unit
-            raise Unreachable(f"sample {number} ({self.keys[number]!r}), shard {shard} of {column}, view {view}: "
-                              f"{error}") from None  # fmt: skip
+    def told(self, error: Damaged | Unreachable, unit: Unit, number: int) -> ValueError | Unreachable:
+        """What is damaged or does not answer, with what a user should know. number: the first sample read."""
+        if isinstance(error, Damaged):
+            return ValueError(self.repair_text(error, unit))
+        view, column, shard = unit
+        return Unreachable(f"sample {number} ({self.keys[number]!r}), shard {shard} of {column}, view {view}: {error}")
 
     def repair_text(self, error: Damaged, unit: Unit) -> str:
         """What is damaged, whose sample it is, and how to repair it."""

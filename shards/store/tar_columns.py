@@ -177,7 +177,7 @@ class TarShard:
         if n_bytes != NPY_HEADER + out.nbytes:
             raise Damaged(self.tar, row, f"the member has {n_bytes} bytes; expected {NPY_HEADER + out.nbytes}")
         header = bytearray(NPY_HEADER)
-        got = file.read_into([header, out], offset)
+        got = file.read_into([header, out], offset, n_bytes)
         if got != n_bytes:
             raise Damaged(self.tar, row, f"the file ends within the member ({got} of {n_bytes} bytes)")
         if header != expected:

@@ -43,7 +43,7 @@ def test_a_short_read_is_no_damage(make_cache: Make, tmp_path: Path, a_few_bytes
 def test_a_file_that_ends_early_still_is(tmp_path: Path, a_few_bytes_at_a_time: None) -> None:
     (tmp_path / "f").write_bytes(bytes(range(20)))
     file, (first, second) = LocalFile(tmp_path / "f"), (np.zeros(6, np.uint16), bytearray(30))
-    assert file.read_into([first, second], 4) == 16
+    assert file.read_into([first, second], 4, 16) == 16
     assert bytes(first) + bytes(second[:4]) == bytes(range(4, 20))
     assert file.read(100, 15) == bytes(range(15, 20)) and file.read(5, 2**70) == b""
 
