@@ -6,11 +6,14 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test check soak study clean
 
+# Pip's output goes to a file; of a failure its errors are shown, in one line.
+LOG := $(VENV)/install.log
 $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(f"python {sys.version.split()[0]}: mrmae needs Python >= 3.11; run make PYTHON=python3.11 ...") if sys.version_info < (3, 11) else None'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable '.[dev,demo]'
+	@echo "installing mrmae and its libraries into $(VENV): minutes the first time (tail -f $(LOG) shows how far it is)"
+	@mkdir -p $(VENV)
+	@{ $(PYTHON) -m venv $(VENV) && $(BIN)/python -m pip install --upgrade pip && $(BIN)/python -m pip install --editable '.[dev]'; } >$(LOG) 2>&1 \
+	  || { echo "installing into $(VENV) failed: $$(grep -iE '^ *error' $(LOG) | tail -n 1 | grep . || tail -n 1 $(LOG)); all output is in $(LOG)" >&2; exit 1; }
 	@touch $@
 
 # make demo [IMAGES=folder] [DEMO='--quick'] [OUT=demo-output]

@@ -1,111 +1,177 @@
-"""The whole product on real photographs in a few minutes: views and teacher features, then a trained student.
+"""The whole product in a few minutes on two cores: images → a teacher's features → two students → one page that says what they are worth.
 
-Photographs: those that come inside scikit-image, cut into overlapping tiles, or `--images FOLDER`. Teachers: CLIP and DINO
-where their weights can be had, else the same models with random weights, said loudly. Stop it with Ctrl-C whenever you
-like: the same command goes on.
+Without `--images` all it needs is here (examples/data): satellite images and a small teacher that was really pre-trained. `mae` and
+`mr-mae` train equal students for equally many updates; k-NN tells what both, untrained weights and the teacher are worth on
+images that no student saw. Stop it with Ctrl-C whenever you like: the same command goes on.
 """
 
 import json
+import os
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
-from PIL import Image
 
-# Names of functions of skimage.data whose images are files of the package itself (nothing is downloaded).
-PHOTOGRAPHS = (
-    "astronaut", "brick", "camera", "cat", "cell", "clock", "coffee", "coins", "grass", "gravel",
-    "hubble_deep_field", "immunohistochemistry", "moon", "retina", "rocket",
+from mrmae.common.files import publish
+
+DATA = Path(os.path.relpath(Path(__file__).parent / "data"))
+TILES = DATA / "eurosat.tar"
+GALILEO = (
+    f"galileo=timm:vit_tiny_patch16_224@{DATA / 'galileo_nano.safetensors'}?embed_dim=128&depth=4&num_heads=8&patch_size=8"
+    "&class_token=False&global_pool=&fc_norm=False&mean=-0.306276,-0.177525,-0.160025&std=1.589351,1.328435,1.334842&input_size=64"
+)
+HUB = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
+SMALL_VIEWS = ("--size", "64", "--grid", "8", "--views", "4")
+SMALL_STUDENT = (
+    "--student", "test_vit", "--set", "student.decoder.depth=1", "--set", "student.decoder.width=64",
+    "--set", "student.decoder.heads=2", "--batch-size", "50", "--blr", "4e-3",
 )  # fmt: skip
-REAL = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
-RANDOM = ("clip=open_clip:ViT-B-16-quickgelu/random", "dino=timm:vit_base_patch16_224.dino/random")
-TILES = 3  # per side of a photograph: 9 tiles, each half as wide and high as it, overlapping by half
+LARGE_STUDENT = (
+    "--student", "vit_tiny_patch16_224", "--set", "student.decoder.depth=2", "--set", "student.decoder.width=192",
+    "--set", "student.decoder.heads=3", "--batch-size", "27", "--blr", "4e-3",
+)  # fmt: skip
+EPOCHS, LARGE_EPOCHS, QUICK_EPOCHS = 100, 40, 2
+RECIPES = ("mae", "mr-mae")
 
 
-def write_photographs(folder: Path) -> None:
-    """Cut scikit-image's photographs into `folder/NAME/NAME-RC.png`, square tiles of at most 256 px."""
-    from skimage import data
+@click.command()
+@click.option("--images", type=click.Path(exists=True, path_type=Path), help="A folder of your own images instead.")
+@click.option("--out", default="demo-output", type=click.Path(path_type=Path), show_default=True)
+@click.option("--quick", is_flag=True, help="Two epochs: shows that everything runs, and teaches nothing.")
+def main(images: Path | None, out: Path, quick: bool) -> None:
+    """Run the product's commands one after the other, and say what to open."""
+    state = begin(out, {"images": str(images) if images else None, "quick": quick})
+    if images:
+        on_photos(images, out, state)
+    elif (page := out / "index.html").exists():
+        click.echo(
+            f"All is done: open {page}. To run it again, delete {out} first, or choose another folder (make demo OUT=...)."
+        )
+    else:
+        on_tiles(out, state)
 
-    for name in PHOTOGRAPHS:
-        photo = Image.fromarray(getattr(data, name)()).convert("RGB")
-        photo.thumbnail((512, 512))
-        side = min(photo.size) // 2 + min(photo.size) % 2
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        for row in range(TILES):
-            for column in range(TILES):
-                left = (photo.width - side) * column // (TILES - 1)
-                top = (photo.height - side) * row // (TILES - 1)
-                photo.crop((left, top, left + side, top + side)).save(folder / name / f"{name}-{row}{column}.png")
+
+def begin(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """What OUT remembers of this demo. ClickException where it holds one of other images or another length."""
+    path = out / "demo.json"
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**wanted, "seconds": {}}
+    if changed := [name for name in wanted if state[name] != wanted[name]]:
+        what = f"with {changed[0]} {json.dumps(state[changed[0]])}, not {json.dumps(wanted[changed[0]])}"
+        raise click.ClickException(f"{out}: holds a demo {what}; expected the same; delete it, or choose another OUT")
+    out.mkdir(parents=True, exist_ok=True)
+    remember(out, state)
+    return state
 
 
-def must(command: list[str]) -> None:
-    """Print the command as one would type it and run it; on failure end the demo with its exit code.
+def remember(out: Path, state: Mapping[str, Any]) -> None:
+    publish(out / "demo.json", (json.dumps(state, indent=1) + "\n").encode(), replace=True)
+
+
+# --- the demo's own images
+
+
+def on_tiles(out: Path, state: dict[str, Any]) -> None:
+    """Extract, train, probe, and write the page."""
+    import demo_page  # imports torch
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # models this small gain nothing from a second one
+    commands = tile_commands(out, epochs=QUICK_EPOCHS if state["quick"] else EPOCHS)
+    for name, command in commands.items():
+        run(command, name, out, state)
+    page = demo_page.write(out, commands, state["seconds"], images=TILES)
+    click.secho(f"\nOpen {page}", bold=True)
+
+
+def tile_commands(out: Path, *, epochs: int) -> dict[str, list[str]]:
+    """Every command by what it is for: a cache, three students (the last one as it began), four probes."""
+    cache, length = str(out / "cache"), ["--epochs", str(epochs), "--panels-every", str(max(1, epochs // 10))]
+    how = {recipe: ["--recipe", recipe, *length] for recipe in RECIPES}
+    how["untrained"] = ["--recipe", "mae", "--epochs", "1", "--blr", "1e-12", "--panels-every", "0"]
+    probed = {name: str(out / name) for name in how} | {"teacher": GALILEO.partition("=")[2]}
+    return {
+        "features": ["extract-features", str(TILES), cache, "--include", "train/*", *SMALL_VIEWS, "--teacher", GALILEO],
+        **{name: ["train-mrmae", cache, str(out / name), *SMALL_STUDENT, *extra] for name, extra in how.items()},
+        **{f"k-NN of {name}": ["probe-features", source, str(TILES), "--out", str(out / "probes")]
+           for name, source in probed.items()},
+    }  # fmt: skip
+
+
+# --- images of one's own
+
+
+def on_photos(images: Path, out: Path, state: dict[str, Any]) -> None:
+    """Extract and train `mr-mae` on a folder, with CLIP and DINO where they can be had, else with the demo's own teacher."""
+    if "teachers" not in state:
+        state["teachers"], state["reason"] = choose_teachers()
+        remember(out, state)
+    if state["reason"]:
+        click.secho(NO_HUB.format(reason=state["reason"], out=out), fg="yellow", bold=True, err=True)
+    for name, command in photo_commands(images, out, state["teachers"], quick=state["quick"]).items():
+        run(command, name, out, state)
+    student = out / "run" / "student"
+    click.secho(f"\nOpen {out / 'run'}: curves.png, and the newest of panels/", bold=True)
+    click.echo(f"and load the student: timm.create_model('local-dir:{student}', pretrained=True)")
+
+
+NO_HUB = """
+  !!  No CLIP and no DINO: {reason}
+  !!  This goes on with the teacher that the demo carries, a small one that knows SATELLITE IMAGES only, at 64 px: it shows
+  !!  that everything runs on your images. What the student learns of photographs is little.
+  !!  With a network, delete {out} and run it again."""
+
+
+def choose_teachers() -> tuple[list[str], str]:
+    """CLIP and DINO where their weights are at hand or the hub answers, else the demo's own, and why."""
+    from mrmae.extract.teachers import build_teacher, parse_teacher
+
+    try:
+        for text in HUB:
+            build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
+    except (ValueError, OSError) as error:
+        return [GALILEO], str(error)
+    return list(HUB), ""
+
+
+def photo_commands(images: Path, out: Path, teachers: Sequence[str], *, quick: bool) -> dict[str, list[str]]:
+    """Two commands; views, student and epochs follow the teachers."""
+    small = list(teachers) == [GALILEO]
+    views, student, epochs = (SMALL_VIEWS, SMALL_STUDENT, EPOCHS) if small else ((), LARGE_STUDENT, LARGE_EPOCHS)
+    named = [word for text in teachers for word in ("--teacher", text)]
+    length = ["--epochs", str(QUICK_EPOCHS if quick else epochs)]
+    return {
+        "features": ["extract-features", str(images), str(out / "cache"), *views, *named],
+        "mr-mae": ["train-mrmae", str(out / "cache"), str(out / "run"), *student, *length],
+    }
+
+
+# --- commands
+
+
+def run(command: Sequence[str], name: str, out: Path, state: dict[str, Any]) -> None:
+    """Print a command as one would type it and run it; its seconds are added to `state`. If it fails the demo ends with its exit code.
 
     Ctrl-C reaches the command too, which saves before it ends: wait for it.
     """
     click.secho("\n$ " + shlex.join(command), bold=True)
+    sys.stdout.flush()
+    began, stopped = time.monotonic(), False
     process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]])
-    stopped = False
     while process.poll() is None:
         try:
             process.wait()
         except KeyboardInterrupt:
             stopped = True
+    state["seconds"][name] = state["seconds"].get(name, 0) + time.monotonic() - began
+    remember(out, state)
     if stopped:
         click.secho("\nstopped; the same command goes on from here", bold=True)
     if process.returncode or stopped:
         sys.exit(abs(process.returncode) or 130)
-
-
-def choose_teachers(remembered: Path) -> tuple[str, ...]:
-    """CLIP and DINO where their weights are at hand or the hub answers, else random ones, said loudly; kept for next time."""
-    from mrmae.extract.teachers import build_teacher, parse_teacher
-
-    reason = "as found the first time"
-    if not remembered.exists():
-        teachers = REAL
-        try:
-            for text in REAL:
-                build_teacher(parse_teacher(text), grid=14, view_size=224, device="cpu", precision="fp32")
-        except (ValueError, OSError) as error:
-            teachers, reason = RANDOM, str(error)
-        remembered.write_text(json.dumps(teachers))
-    teachers = tuple(json.loads(remembered.read_text()))
-    if teachers == RANDOM:
-        banner = f"""
-  !!  No pre-trained teachers: {reason}
-  !!  This demo goes on with RANDOM weights: it shows that everything runs, and teaches the student nothing
-  !!  that CLIP and DINO know. Features, reports and the student's model card will say "random".
-  !!  With a network, delete {remembered.parent} and run it again."""
-        click.secho(banner, fg="yellow", bold=True, err=True)
-    return teachers
-
-
-@click.command()
-@click.option("--images", type=click.Path(exists=True, path_type=Path), help="A folder of your own images.")
-@click.option("--out", default="demo-output", type=click.Path(path_type=Path), show_default=True)
-@click.option("--quick", is_flag=True, help="One tile of each photograph and four epochs.")
-def main(images: Path | None, out: Path, quick: bool) -> None:
-    """Run extract-features and train-mrmae on photographs and say which pictures to open."""
-    out.mkdir(parents=True, exist_ok=True)
-    if images is None:
-        images = out / "photos"
-        write_photographs(images)
-    chosen = ["--include", "*-11.*"] if quick and images == out / "photos" else []
-    teachers = [word for text in choose_teachers(out / "teachers.json") for word in ("--teacher", text)]
-    cache, run_folder = out / "cache", out / "run"
-    must(["extract-features", str(images), str(cache), *chosen, *teachers, "--batch-size", "9"])
-    must([
-        "train-mrmae", str(cache), str(run_folder), "--student", "vit_tiny_patch16_224",
-        "--epochs", "4" if quick else "40", "--batch-size", "5" if quick else "27", "--blr", "4e-3",
-        "--set", "student.decoder.depth=2", "--set", "student.decoder.width=192", "--set", "student.decoder.heads=3",
-    ])  # fmt: skip
-    click.secho("\nOpen these:", bold=True)
-    for picture in [*sorted((run_folder / "panels").glob("*.png"))[-1:], run_folder / "curves.png"]:
-        click.echo(f"  {picture}")
-    click.echo(f"and load the student: timm.create_model('local-dir:{run_folder / 'student'}', pretrained=True)")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,210 @@
+"""The demo's page: what its commands have left behind, as numbers with intervals, pictures and curves."""
+
+import os
+import platform
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import safetensors.numpy
+
+from mrmae.common import page
+from mrmae.common.files import publish_by
+from mrmae.probe.data import open_data
+from mrmae.probe.report import Result, all_results, result_path
+from mrmae.train.log import read_rows
+
+Right = np.ndarray[Any, np.dtype[np.float64]]  # 1 where an image's class was found
+Interval = tuple[float, float, float]  # value, low, high
+STUDENTS = {
+    "mr-mae": "mimics the teacher on visible patches, reconstructs hidden ones",
+    "mae": "reconstructs hidden patches",
+    "untrained": "the weights that both began with",
+}
+PAIRS = (("mr-mae", "mae"), ("mr-mae", "untrained"), ("mae", "untrained"), ("teacher", "mr-mae"))
+RESAMPLES = 2000
+
+
+def write(out: Path, commands: Mapping[str, Sequence[str]], seconds: Mapping[str, float], *, images: Path) -> Path:
+    """OUT/index.html, from what the commands found. seconds: what each took."""
+    found = {name: result_of(out / "probes", commands[f"k-NN of {name}"][1]) for name in ("teacher", *STUDENTS)}
+    right = right_ones(out / "probes", found, images)
+    accuracies = {name: percent(result) for name, result in found.items()}
+    differences = {f"{a} − {b}": difference(right[a], right[b]) for a, b in PAIRS}
+    parts = [
+        page.section("What they are worth", *worth(found, accuracies, differences)),
+        page.section("What the students see", *panels(out)),
+        page.section("How the losses went", *curves(out)),
+        page.section("What it took, and how to repeat it", *repeat(commands, seconds)),
+        page.section("Read this before quoting it", *limits(found)),
+    ]
+    draw_summary(
+        out / "demo.png",
+        newest_panel(out / "mr-mae"),
+        accuracies,
+        f"{found['mae']['headline']} on {found['mae']['n_test']} images that no student saw",
+    )
+    text = page.document("mrmae: what the demo has measured", *parts, lead=verdict(differences["mr-mae − mae"], found))
+    return page.write_document(out / "index.html", text)
+
+
+# --- numbers
+
+
+def result_of(home: Path, source: str) -> Result:
+    """The newest k-NN result of a source."""
+    mine = [result for result in all_results(home) if (result["source"], result["probe"]) == (source, "knn")]
+    return max(mine, key=lambda result: result_path(home, "knn", result["id"]).stat().st_mtime)
+
+
+def right_ones(home: Path, found: Mapping[str, Result], images: Path) -> dict[str, Right]:
+    """For every result, which test images' class it found."""
+    data = open_data([str(images)], home)
+    truth = data.labels(data.test).numpy()
+    files = {name: result_path(home, "knn", result["id"]).with_suffix(".safetensors") for name, result in found.items()}
+    return {
+        name: (safetensors.numpy.load_file(file)["predicted"] == truth).astype(float) for name, file in files.items()
+    }
+
+
+def difference(ours: Right, theirs: Right) -> Interval:
+    """Ours less theirs in percentage points, with its 95 % bootstrap interval: both answered about the same images."""
+    each = 100 * (ours - theirs)
+    drawn = np.random.default_rng(0).integers(len(each), size=(RESAMPLES, len(each)))
+    low, high = np.quantile(each[drawn].mean(1), [0.025, 0.975])
+    return float(each.mean()), float(low), float(high)
+
+
+def verdict(gain: Interval, found: Mapping[str, Result]) -> str:
+    """The first sentence: who is ahead, and whether the interval allows to say so."""
+    ours, theirs = (100 * found[name]["accuracy"] for name in ("mr-mae", "mae"))
+    words = f"Of {found['mae']['n_test']} images that no student saw, {ours:.1f} % are classified right with the features of mr-mae's student and {theirs:.1f} % with those of mae's"
+    value, low, high = gain
+    seen = "the interval excludes zero" if low > 0 or high < 0 else "the interval holds zero, so neither is ahead"
+    return f"{words}: {value:+.1f} points ({low:+.1f} to {high:+.1f}); {seen}."
+
+
+def percent(result: Result) -> Interval:
+    """Accuracy and interval in percent."""
+    low, high = result["interval"]
+    return 100 * result["accuracy"], 100 * low, 100 * high
+
+
+def worth(
+    found: Mapping[str, Result], accuracies: Mapping[str, Interval], differences: Mapping[str, Interval]
+) -> list[page.Html]:
+    """Accuracies and their paired differences, as dots and as tables."""
+    about = {"teacher": "Galileo-nano, frozen, all patches visible", **STUDENTS}
+    first = found["mae"]
+    return [
+        page.paragraph(f"{first['headline']}: the class of an image is voted by its nearest neighbours among {first['n_train']} labelled images, on pooled"
+                       f" patch features; {first['n_test']} test images, {first['n_classes']} classes, chance is {100 / first['n_classes']:.0f} %. Labels are used here only."),
+        page.beside(page.intervals("Right of 100 test images", accuracies, x="%"),
+                    page.intervals("Differences, on the same test images", differences, x="percentage points", zero=True)),
+        page.table(["features of", "what it is", "%", "95 % interval"],
+                   [(name, about[name], f"{v:.1f}", f"{low:.1f} to {high:.1f}") for name, (v, low, high) in accuracies.items()]),
+        page.table(["difference", "points", "95 % interval, paired"],
+                   [(name, f"{v:+.1f}", f"{low:+.1f} to {high:+.1f}") for name, (v, low, high) in differences.items()]),
+    ]  # fmt: skip
+
+
+# --- pictures and curves
+
+
+def panels_of(run: Path) -> dict[str, Path]:
+    """A run's panels by their epoch, in order."""
+    return {f"epoch {int(path.stem.rpartition('-')[2])}": path for path in sorted((run / "panels").glob("epoch-*.png"))}
+
+
+def newest_panel(run: Path) -> Path:
+    """The panels drawn at a run's end."""
+    return list(panels_of(run).values())[-1]
+
+
+def panels(out: Path) -> list[page.Html]:
+    """Each run's panels, a picture per epoch."""
+    parts = [page.paragraph("Five images of the training part, with the same masks in every picture.")]
+    for name in ("mr-mae", "mae"):
+        parts.append(page.slider(panels_of(out / name), alt=f"What the student of {name} is shown, reconstructs and encodes",
+                                 caption=f"{name}: {STUDENTS[name]}. One square of colour is one patch."))  # fmt: skip
+    return parts
+
+
+def curves(out: Path) -> list[page.Html]:
+    """Every loss term of both runs over epochs."""
+    rows = {
+        name: [row for row in read_rows(out / name / "log.jsonl") if row["kind"] == "epoch"]
+        for name in ("mr-mae", "mae")
+    }
+    terms = dict.fromkeys(term for found in rows.values() for row in found for term in row["terms"])
+    charts = []
+    for term in terms:
+        lines = [page.Curve(name, [row["epoch"] for row in found], [row["terms"].get(term) for row in found], hue=hue)
+                 for hue, (name, found) in enumerate(rows.items()) if any(term in row["terms"] for row in found)]  # fmt: skip
+        charts.append(page.chart(f"Loss term {term}, mean of an epoch", lines, x="epoch"))
+    return [page.beside(*charts)]
+
+
+def draw_summary(path: Path, panel: Path, accuracies: Mapping[str, Interval], title: str) -> None:
+    """The accuracies with their intervals and the last panel of a run, as one PNG that can be sent."""
+    picture = plt.imread(panel)
+    width = 11.0
+    heights = (1.9, width * picture.shape[0] / picture.shape[1])
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(width, sum(heights)), height_ratios=heights, layout="constrained"
+    )
+    for row, (value, low, high) in enumerate(accuracies.values()):
+        top.errorbar(value, row, xerr=[[value - low], [high - value]], fmt="o", color="#0072b2", capsize=4)
+        top.annotate(f"{value:.1f}", (value, row), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=9)
+    top.set_yticks(range(len(accuracies)), accuracies)
+    top.set(xlabel="% right, 95 % interval", ylim=(len(accuracies) - 0.4, -0.8))
+    top.grid(axis="x", color="#dddddd", linewidth=0.6)
+    top.spines[["top", "right"]].set_visible(False)
+    top.set_title(title, fontsize=10, loc="left")
+    bottom.imshow(picture, interpolation="antialiased")
+    bottom.set_axis_off()
+    publish_by(path, lambda aside: figure.savefig(aside, format="png", dpi=130))
+    plt.close(figure)
+
+
+# --- words
+
+
+def repeat(commands: Mapping[str, Sequence[str]], seconds: Mapping[str, float]) -> list[page.Html]:
+    """Times per command on this machine, the commands themselves, and how the student is loaded."""
+    student = Path(commands["mr-mae"][2]) / "student"
+    return [
+        page.table(["command", "seconds"], [*((name, f"{s:.0f}") for name, s in seconds.items()), ("together", f"{sum(seconds.values()):.0f}")],
+                   caption=f"Wall-clock time, start of each command included: {os.cpu_count()} cores, {processor()}"),
+        page.folded("The commands", page.code("\n".join(shlex.join(command) for command in commands.values()))),
+        page.paragraph("To use the student:"),
+        page.code(f'import timm\n\nmodel = timm.create_model("local-dir:{student}", pretrained=True)\ntokens = model.forward_features(images)'),
+    ]  # fmt: skip
+
+
+def processor() -> str:
+    """The processor's name, as far as the system tells."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def limits(found: Mapping[str, Result]) -> list[page.Html]:
+    """What these numbers do not say."""
+    return [
+        page.paragraph("The intervals are over test images, with everything else held fixed: one run of each recipe, one seed. What another seed gives is in docs/measured.md."),
+        page.paragraph("Epochs, learning rate and the mimic term's target were chosen on 1,500 other EuroSAT images, not on these."),
+        page.paragraph("The teacher was pre-trained without labels on far more satellite images than these, so a student that mimics it gets what mae cannot see here: that is the point of a"
+                       " teacher, and no fair race of two methods. Small students, small images: nothing here speaks of ImageNet or of ViT-B."),
+        *(page.paragraph(f"{name}: {note}", "quiet") for name, result in found.items() for note in result["notes"]),
+    ]  # fmt: skip
