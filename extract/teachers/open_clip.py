@@ -1,4 +1,4 @@
-"""Any open_clip image tower: its own ViT, a timm trunk (MobileCLIP, SigLIP, ...) or CLIP's ResNet. No text tower is built."""
+"""Any open_clip image tower: its own ViT, a timm trunk (MobileCLIP, SigLIP, ...) or CLIP's ResNet. The text tower is left out."""
 
 import dataclasses
 import types
@@ -8,7 +8,7 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.convert import convert_state_dict
-from open_clip.model import CLIPVisionCfg, _build_vision_tower, resize_pos_embed
+from open_clip.model import CLIP, CLIPVisionCfg, resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg
@@ -34,6 +34,8 @@ from mrmae.extract.teachers.tower import (
 from mrmae.extract.teachers.weights import first_line, fit_weights, hinted, load_weights, weights_sha256
 
 DEFAULT_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+# The text tower of a CLIP that is built for its image tower.
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 Pretrained = dict[str, Any]  # open_clip's record of a tag: hub, mean, std, interpolation, quick_gelu
 
 
@@ -224,7 +226,8 @@ def build_visual(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            module = _build_vision_tower(request.options.get("embed_dim", config["embed_dim"]), vision, quick_gelu)
+            width = request.options.get("embed_dim", config["embed_dim"])
+            module = CLIP(width, vision, NO_TEXT, quick_gelu).visual  # the same tower in a CoCa and beside other texts
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise ValueError(
                 f"{request.where}: open_clip cannot build it with {request.options or 'its defaults'} ({error})"

@@ -2,14 +2,14 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
-from unittest import mock
 
 import timm
 import timm.models
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
 from mrmae.extract.teachers.attention import checked_attention
@@ -134,21 +134,78 @@ def build_loaded(
         raise ValueError(f"{request.where}: ?img_size= follows from the grid; use ?input_size= to choose it yourself")
     if request.activation:
         options["act_layer"] = {"quickgelu": "quick_gelu"}.get(request.activation, request.activation)
-    with torch.random.fork_rng(devices=[]), timm_loader_recorded() as recorded:
-        torch.manual_seed(0)
-        try:
-            model = timm.create_model(
-                f"{request.model}.{request.tag}" if request.tag else request.model, pretrained=True, **options
-            )
-        except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
-            raise ValueError(
-                f"{request.where}: timm cannot build it with {options or 'its defaults'} ({error}); correct the options"
-            ) from None
-    if weights is not None:
+    if weights is None:
+        model = build_random(request, options)
+    else:
         names = classifier_names(config)
-        converted = converted_weights(weights, model, recorded["filter_fn"], where=request.where, classifier=names)
+        model, converted = build_converting(request, options, weights, names)
         fit_weights(model, converted, where=request.where, classifier=names)
     return model.eval().requires_grad_(False)
+
+
+def build_random(request: TeacherRequest, options: Mapping[str, Any]) -> nn.Module:
+    """The model with random weights, the same ones every time. ValueError where timm has no such options."""
+    try:
+        return create_timm(request, options)
+    except (TypeError, ValueError, AssertionError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{request.where}: timm cannot build it with {options or 'its defaults'} ({error}); correct the options"
+        ) from None
+
+
+def build_converting(
+    request: TeacherRequest, options: Mapping[str, Any], weights: Mapping[str, Tensor], classifier: set[str]
+) -> tuple[nn.Module, StateDict]:
+    """The model, its own weights still random, and `weights` under its names and shapes, by timm's conversion for it.
+
+    ValueError where timm cannot build it or convert them.
+    """
+    # With a classifier timm would cut its weights, or load them without asking whether the others fit.
+    source = {"state_dict": dict(weights), "classifier": None}
+    try:
+        with loading_noted() as noted:
+            model = create_timm(request, options, pretrained=True, pretrained_cfg_overlay=source)
+        model.pretrained_cfg.pop("state_dict")  # type: ignore[operator, union-attr]  # a copy of all weights
+        return model, noted
+    except Exception as error:  # made for the right weights, timm's conversions fail anyhow on others
+        plain = build_random(request, options)  # says whether the options are what is wrong
+        fit_weights(plain, weights, where=request.where, classifier=classifier)  # says which tensor does not fit
+        raise ValueError(f"{request.where}: timm cannot convert the weights ({first_line(error)}); choose the model they "
+                         "were made for") from None  # fmt: skip
+
+
+def create_timm(request: TeacherRequest, options: Mapping[str, Any], **how: Any) -> nn.Module:
+    name = f"{request.model}.{request.tag}" if request.tag else request.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return timm.create_model(name, **how, **options)
+
+
+@contextlib.contextmanager
+def loading_noted() -> Iterator[StateDict]:
+    """Inside, a new model that loads weights keeps its own instead; what it would have loaded is in the dict afterwards.
+
+    timm converts a checkpoint for a model (names, position embeddings) on the way to load_state_dict and gives the result
+    away nowhere else; and not for every model does it then load strictly.
+    """
+    noted: StateDict = {}
+
+    def note(module: nn.Module, weights: StateDict, prefix: str, *_: object) -> None:
+        if not prefix:  # not a part of the model that loads
+            noted.update(weights)
+            weights.clear()
+            weights.update(module.state_dict())
+
+    with contextlib.ExitStack() as hooks:
+        watched: set[nn.Module] = set()
+
+        def watch(parent: nn.Module, _name: str, _child: nn.Module | None) -> None:
+            if parent not in watched:
+                watched.add(parent)
+                hooks.callback(parent.register_load_state_dict_pre_hook(note).remove)  # type: ignore[no-untyped-call]
+
+        hooks.callback(register_module_module_registration_hook(watch).remove)
+        yield noted
 
 
 def build_sized(
@@ -162,39 +219,6 @@ def build_sized(
         raise ValueError(
             f"{request.where}: cannot run at {size[0]} px, which the grid asks for ({reason}); "
             f"run it at its own size with ?input_size={native_size[0]} (its map is then resampled to the grid)"
-        ) from None
-
-
-@contextlib.contextmanager
-def timm_loader_recorded() -> Iterator[dict[str, Any]]:
-    """Inside, `create_model(pretrained=True)` loads nothing; what it would have loaded with is in the dict.
-
-    Only so can a model's own checkpoint conversion (`filter_fn`: names, position embeddings) be had without timm's
-    downloads, and without its loading that is not strict once a head differs.
-    """
-    recorded: dict[str, Any] = {"filter_fn": None}
-    with mock.patch("timm.models._builder.load_pretrained", lambda _model, **how: recorded.update(how)):
-        yield recorded
-
-
-def converted_weights(
-    weights: Mapping[str, Tensor],
-    model: nn.Module,
-    filter_fn: Callable[..., StateDict] | None,
-    *,
-    where: str,
-    classifier: Collection[str],
-) -> Mapping[str, Tensor]:
-    """`weights` under the names and shapes of `model`, by timm's own conversion for it. ValueError where it cannot."""
-    if filter_fn is None:
-        return weights
-    given = (dict(weights), model) if len(inspect.signature(filter_fn).parameters) > 1 else (dict(weights),)
-    try:
-        return filter_fn(*given)
-    except Exception as error:  # made for the right weights, timm's conversions fail anyhow on others
-        fit_weights(model, weights, where=where, classifier=classifier)  # says which tensor does not fit
-        raise ValueError(
-            f"{where}: timm cannot convert the weights ({first_line(error)}); choose the model they were made for"
         ) from None
 
 

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mrmae.extract.teachers import timm as timm_teacher
-from mrmae.extract.teachers.address import OUR_KEYS, parse_teacher
+from mrmae.extract.teachers.address import parse_teacher
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, build_teacher, normalise
 from mrmae.shards.format.spec import TeacherSpec, canonical_json
 from mrmae.shards.format.tail import apply_tail
@@ -272,7 +271,7 @@ def test_weights_of_another_model_name_the_first_tensor_and_both_shapes(tmp_path
     ):
         build(f"a=timm:test_vit@{file}")
     safetensors.torch.save_file({"x": torch.zeros(1)}, file)
-    with pytest.raises(ValueError, match="tensors missing in the weights: cls_token.*1 tensors in the weights only: x"):
+    with pytest.raises(ValueError, match="tensors missing in the weights: cls_token.*1 tensor in the weights only: x"):
         build(f"a=timm:test_vit@{file}")
 
 
@@ -314,50 +313,6 @@ def test_without_a_network_the_error_says_how_to_pass_a_file(empty_cache, no_net
     assert capfd.readouterr() == ("", "")
 
 
-# --- what a person writes
-
-
-def test_the_forms_of_a_request():
-    clip, dino = (parse_teacher(text) for text in DEFAULT_TEACHERS)
-    assert (clip.name, clip.library, clip.model, clip.tag) == ("clip", "open_clip", "ViT-B-16-quickgelu", "openai")
-    assert (dino.library, dino.model, dino.tag, dino.weights) == ("timm", "vit_base_patch16_224", "dino", "hub")
-    assert dino.where == "dino=timm:vit_base_patch16_224.dino"
-    cnn = parse_teacher("cnn=timm:mobilenetv2_100@/a b/x?y@z.pt?pad_type=same&mean=0.5&depth=2&x=(1,2)&y=true&tap=LAST")
-    assert (cnn.file, cnn.weights, cnn.tap, cnn.mean) == ("/a b/x?y@z.pt", "file", "last", (0.5, 0.5, 0.5))
-    assert cnn.options == {"pad_type": "same", "depth": 2, "x": (1, 2), "y": True}
-    assert parse_teacher("a=timm:m@what?.pth").file == "what?.pth"
-    random = parse_teacher("a=timm:vit_base_patch16_224.dino/random")
-    assert (random.weights, random.tag, random.where) == ("random", "dino", "a=timm:vit_base_patch16_224/random")
-    assert parse_teacher("a=open_clip:M/t@f").tag == "t"
-    assert set(OUR_KEYS) == {"tap", "mean", "std", "interpolation", "input_size", "activation"}
-
-
-@pytest.mark.parametrize(
-    "text, message",
-    [
-        ("vit_base_patch16_224", "has no name or no library; expected NAME=LIBRARY:MODEL"),
-        ("a=vit", "has no name or no library"),
-        ("a.b=timm:vit", "'a.b' cannot name a teacher"),
-        ("pixels=timm:vit", "'pixels' cannot name a teacher"),
-        ("a=tim:vit", "unknown library 'tim'; expected open_clip or timm"),
-        ("a=timm:@f", "has no model or an empty @FILE"),
-        ("a=timm:vit@", "has no model or an empty @FILE"),
-        ("a=timm:hf-hub:x/y", "has no model or an empty @FILE"),
-        ("a=timm:vit/random@f", "random weights and for a file"),
-        ("a=timm:vit?mean=0.5,0.5", r"\?mean=0.5,0.5: has 2 numbers"),
-        ("a=timm:vit?std=0", "a standard deviation must be above zero"),
-        ("a=timm:vit?mean=x", "could not convert"),
-        ("a=timm:vit?input_size=big", "a whole number above zero"),
-        ("a=timm:vit?interpolation=lanczos", "expected bilinear, bicubic, nearest"),
-        ("a=timm:vit?x=1&x=2", "'x=2' is not key=value, or the key stands twice"),
-        ("a=timm:vit?x=1&y", "'y' is not key=value"),
-    ],
-)
-def test_a_wrong_request_is_refused_with_what_is_wrong(text, message):
-    with pytest.raises(ValueError, match=message):
-        parse_teacher(text)
-
-
 # --- real weights
 
 
@@ -377,13 +332,40 @@ def test_mobilenet_with_real_weights_equals_a_plain_forward(tap, width, real_fil
     assert_near(teacher.forward(views(224)).tokens, expected.flatten(2).transpose(1, 2))
 
 
-def test_a_conversion_that_fails_on_other_weights_names_the_tensor_or_the_reason():
+def test_a_conversion_that_fails_on_other_weights_names_the_tensor_or_the_reason(tmp_path, monkeypatch):
     def failing(weights, model):
         raise RuntimeError("shape '[1, 14]' is invalid\nand a page more")
 
-    model = torch.nn.Linear(2, 3)
-    how = {"where": "a=timm:x", "classifier": ()}
-    with pytest.raises(ValueError, match=r"a=timm:x: weight has shape \[3, 9\] in the weights"):
-        timm_teacher.converted_weights(model.state_dict() | {"weight": torch.zeros(3, 9)}, model, failing, **how)
-    with pytest.raises(ValueError, match=r"cannot convert the weights .shape '\[1, 14\]' is invalid.; choose"):
-        timm_teacher.converted_weights(model.state_dict(), model, failing, **how)
+    monkeypatch.setattr("timm.models.vision_transformer.checkpoint_filter_fn", failing)
+    model = timm.create_model("test_vit")
+    file = random_weights_file(tmp_path / "w.safetensors", model)
+    with pytest.raises(
+        ValueError, match=r"a=timm:test_vit: timm cannot convert .* .shape '\[1, 14\]' is invalid.; choose"
+    ):
+        build(f"a=timm:test_vit@{file}")
+    safetensors.torch.save_file(model.state_dict() | {"cls_token": torch.zeros(1, 1, 96)}, file)
+    with pytest.raises(ValueError, match=r"a=timm:test_vit: cls_token has shape \[1, 1, 96\] in the weights"):
+        build(f"a=timm:test_vit@{file}")
+    with pytest.raises(ValueError, match="timm cannot build it with .*dept.*correct the options"):
+        build(f"a=timm:test_vit@{file}?dept=2")
+
+
+def test_weights_are_loaded_strictly_also_where_timm_is_not_strict_itself(tmp_path):
+    weights = timm.create_model(
+        "dla46_c"
+    ).state_dict()  # timm passes over what is missing of a DLA, and what is too much
+    del weights["base_layer.0.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(
+        ValueError, match="1 tensor missing in the weights: base_layer.0.weight; 0 tensors in the weights only"
+    ):
+        build(f"a=timm:dla46_c@{tmp_path}/w.safetensors")
+
+
+def test_a_model_is_left_as_timm_makes_it(tmp_path):
+    file = random_weights_file(tmp_path / "w.safetensors", timm.create_model("test_vit"))
+    model = build(f"a=timm:test_vit@{file}").tower.module
+    assert "state_dict" not in model.pretrained_cfg  # no second copy of the weights
+    weights = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    model.load_state_dict(weights)  # what took timm's weights from it is gone
+    assert not any(tensor.any() for tensor in model.state_dict().values())
