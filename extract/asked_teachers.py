@@ -14,7 +14,6 @@ from mrmae.shards.format import (
     Plan,
     TeacherSpec,
     keep_tail,
-    load_plan,
     read_tail,
     tail_path,
     taps_behind,
@@ -31,21 +30,21 @@ class Teachers:
     built: Mapping[str, Teacher]
 
 
-def asked_teachers(options: Options, say: Callable[[str], None]) -> Teachers:
+def asked_teachers(options: Options, there: Plan | None, say: Callable[[str], None]) -> Teachers:
     """The teachers of the options, built where something of theirs may have to be computed.
 
-    What follows from another column and its tail is left out, aloud.
+    there: the plan of the cache, if there is one. What follows from another column and its tail is left out, aloud.
     """
     requests = [parse_teacher(text) for text in options.teachers]
     specs: dict[int, TeacherSpec] = {}
     built: dict[str, Teacher] = {}
     for i in sorted(range(len(requests)), key=lambda i: requests[i].tap in BEHIND):
         name, tap = requests[i].name, requests[i].tap
-        if tap in BEHIND and follows(options, requests[i], list(specs.values()), built):
+        if tap in BEHIND and follows(options, there, requests[i], list(specs.values()), built):
             say(f"{name}.{tap}: is not stored twice, it follows from {name}.pre_tail and the tail: readers know it as a column, "
                 f"recipes as terms.NAME.teacher_tap={tap}, probes as CACHE#{name}.{tap}")  # fmt: skip
             continue
-        spec = complete_teacher(options, options.teachers[i])
+        spec = complete_teacher(options, there, options.teachers[i])
         if spec is None:
             teacher = build_teacher(requests[i], grid=options.grid, view_size=options.recipe.size, device=options.device,
                                     precision=options.precision, allow_torchscript=options.allow_torchscript)  # fmt: skip
@@ -56,36 +55,36 @@ def asked_teachers(options: Options, say: Callable[[str], None]) -> Teachers:
 
 
 def follows(
-    options: Options, request: TeacherRequest, specs: Sequence[TeacherSpec], built: Mapping[str, Teacher]
+    options: Options,
+    there: Plan | None,
+    request: TeacherRequest,
+    specs: Sequence[TeacherSpec],
+    built: Mapping[str, Teacher],
 ) -> bool:
     """Whether the asked-for tap follows from a column of `specs`; not where the cache stores it already."""
     source, column = f"{request.name}.pre_tail", f"{request.name}.{request.tap}"
     if source not in [spec.column for spec in specs]:
         return False
-    if (options.cache / "plan.json").exists() and column in {t.column for t in load_plan(options.cache).columns}:
+    if there is not None and column in {teacher.column for teacher in there.columns}:
         return False
     tail = built[source].tail if source in built else read_tail(options.cache, request.name)
     return request.tap in taps_behind(tail)
 
 
-def complete_teacher(options: Options, text: str) -> TeacherSpec | None:
+def complete_teacher(options: Options, there: Plan | None, text: str) -> TeacherSpec | None:
     """The spec of the asked-for teacher where the cache has every shard of it and the same text made them; else None.
 
     Such a teacher need not be built: nothing of it will be computed.
     """
-    if options.append:
-        return None  # new images need every teacher
-    try:
-        plan = load_plan(options.cache)
-    except (ValueError, OSError):
-        return None  # no cache yet, or one that is refused later, with its reason
+    if there is None or options.append:  # new images need every teacher
+        return None
     request = parse_teacher(text)
-    found = [t for t in plan.columns if t.name == request.name and request.tap in (None, t.tap)]
-    if len(found) != 1 or options.views > plan.n_views or found[0].precision != options.precision:
+    found = [t for t in there.columns if t.name == request.name and request.tap in (None, t.tap)]
+    if len(found) != 1 or options.views > there.n_views or found[0].precision != options.precision:
         return None
     here = with_folder(text, Path.cwd())
     same = here in recorded_teachers(options.cache, found[0].column)
-    return found[0] if same and complete(options.cache, plan, found[0]) else None
+    return found[0] if same and complete(options.cache, there, found[0]) else None
 
 
 def complete(path: Path, plan: Plan, teacher: TeacherSpec) -> bool:

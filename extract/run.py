@@ -38,7 +38,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     sources = list_sources(options.images, options.include)
     keys = [image.key for image in sources]
     lead_say: Say = say if options.part.leads else lambda line: None
-    teachers = asked_teachers(options, lead_say)
+    teachers = asked_teachers(options, found.plan, lead_say)
     wanted = asked(options, found.plan, teachers.specs, keys)
     lead_say(plan_text(options.cache, wanted.plan, labels=len({image.label for image in sources} - {None})))
     for note in sources.notes:
