@@ -74,7 +74,7 @@ class Progress:
         self._already += already
         self._task.completed += already
         self._bar.update(self._task.id, advance=n)
-        self._bar.update(self._task.id, description=self.rates())
+        self._bar.update(self._task.id, description=self.rates().lstrip())
         if self._bar.disable and self._bar.get_time() - self._said >= PLAIN_LINE_SECONDS:
             self._said = self._bar.get_time()
             self.console.print(f"{self.what} {self.line()}")
@@ -90,10 +90,11 @@ class Progress:
         return left / rate if rate > 0 else 0.0 if left <= 0 else math.inf
 
     def rates(self) -> str:
-        """Rate, bytes so far and ETA."""
+        """Rate, bytes so far and ETA; no rate where nothing was done but what was found done."""
         written = f"  {human_bytes(self.bytes)}" if self.bytes else ""
-        return f"{self.rate():.3g} {self.unit}/s{written}  ETA {human_time(self.seconds_left())}"
+        rate = f"  {self.rate():.3g} {self.unit}/s" if self.rate() else ""
+        return f"{rate}{written}  ETA {human_time(self.seconds_left())}"
 
     def line(self) -> str:
         """One plain line: how many of how many, and the rates."""
-        return f"{self._task.completed:.0f}/{self._task.total:.0f} {self.unit}  {self.rates()}"
+        return f"{self._task.completed:.0f}/{self._task.total:.0f} {self.unit}{self.rates()}"

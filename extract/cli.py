@@ -7,7 +7,7 @@ import click
 
 from mrmae.common.errors import in_one_line
 
-# As extract.teachers, shards.quantize and shards.storage have them (tested), which take seconds to import: --help need not wait.
+# As extract/teachers, shards/format and shards/store have them (tested), which take seconds to import: --help need not wait.
 TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 DTYPE_NAMES = ("int8", "fp8", "float16")
 FORMAT_NAMES = ("zarr", "webdataset")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mrmae.common.files import write_durably
-from mrmae.common.progress import human_bytes, human_time
+from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.images import Sources, decoded, read_image
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import Teacher
@@ -67,8 +67,8 @@ def plan_text(cache: Path, plan: Plan, *, labels: int) -> str:
         rows.append((teacher.column, teacher_in_words(teacher, plan.dtype), size))
     per_view = sum(row[2] for row in rows)
     lines = [
-        f"{cache}: {plan.n_samples} images, {labels} labels, {plan.n_views} view{'s' * (plan.n_views > 1)} each, "
-        f"{plan.n_shards} shards of {plan.shard_samples}, {plan.format}",
+        f"{cache}: {counted(plan.n_samples, 'image')}, {counted(labels, 'label')}, {counted(plan.n_views, 'view')} each, "
+        f"{counted(plan.n_shards, 'shard')} of {plan.shard_samples}, {plan.format}",
         f"crops of {recipe.crop_scale[0]:g} to {recipe.crop_scale[1]:g} of the area, flip {recipe.flip:g}, "
         f"seed {recipe.seed}",
         *([f"token blocks: {blocks_in_words(rule, plan.grid)}"] if rule and plan.columns else []),
@@ -202,7 +202,7 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
     lines += [f"          {column} {1 / spent:.3g} views/s" for column, spent in rates.forward_s.items()]
     lines += [
         f"          disk {human_bytes(rates.write_bytes_per_s)}/s = {1 / write_s:.3g} views/s",
-        f"estimate: {human_time(total)} for {images * options.views} views, limited by {worst}",
+        f"estimate: {human_time(total)} for {counted(images * options.views, 'view')}, limited by {worst}",
         worth_it(forward_s, view_bytes, rates.write_bytes_per_s, total),
     ]
     return "\n".join(lines)

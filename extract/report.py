@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mrmae.common.progress import human_bytes, human_time
+from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.pipeline import ExtractJob
 from mrmae.shards import commit as commits
 
@@ -42,7 +42,8 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
     """What was made, how large it is, and how faithful the stored features are."""
     size = sum(file["bytes"] for columns in manifest["shards"].values() for shards in columns.values()
                for shard in shards for file in shard["files"].values())  # fmt: skip
-    head = f"{job.path}: {manifest['n_valid']} images, {job.plan.n_views} view(s), {human_bytes(size)}"
+    held = f"{counted(manifest['n_valid'], 'image')}, {counted(job.plan.n_views, 'view')}"
+    head = f"{job.path}: {held}, {human_bytes(size)}"
     lines = [head + (", complete before; nothing was left to do" if nothing_done else f", {human_time(seconds)}")]
     for column in manifest["columns"]:
         quality, teacher = column["quality"], column["teacher"]
@@ -52,5 +53,7 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
                      f"p99.9 of 1 - cos {quality['p999_one_minus_cos']:.2g}{made}{weights}")  # fmt: skip
     bad = commits.bad_images(job.path, job.plan)
     if bad:
-        lines.append(f"{len(bad)} images cannot be read; their rows are kept and flagged:\n{bad_list(job, bad)}")
+        lines.append(
+            f"{counted(len(bad), 'image')} cannot be read; every row is kept and flagged:\n{bad_list(job, bad)}"
+        )
     return "\n".join(lines)

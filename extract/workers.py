@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mrmae.common.progress import human_time
+from mrmae.common.progress import counted, human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
@@ -168,7 +168,7 @@ def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dic
 
     return wait_until(
         ready,
-        lambda: f"{path}: waiting for the writers of {len(left)} shards, the first is shard {min(left)}",
+        lambda: f"{path}: waiting for the writers of {counted(len(left), 'shard')}, the first is shard {min(left)}",
         lambda: next((who for shard in left if (who := claims.held_by(claims.shard_lock(path, shard)))), None),
         "stop them, then run this command again",
     )
@@ -190,7 +190,8 @@ def wait_for_shards(path: Path, plan: Plan) -> None:
     wait_until(
         ready,
         lambda: (
-            f"{path}: waiting for other processes: {len(left)} shards are not committed yet: {units_in_words(left)}"
+            f"{path}: waiting for other processes: {counted(len(left), 'shard is', 'shards are')} not committed yet: "
+            f"{units_in_words(left)}"
         ),
         living,
         "run the same command again, it does them",

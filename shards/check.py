@@ -14,6 +14,7 @@ from typing import Any
 
 from mrmae.common.backend import Url, exists, file_pieces, read_bytes, size_of
 from mrmae.common.errors import shortened
+from mrmae.common.progress import counted
 from mrmae.shards.commit import (
     bad_images,
     committed,
@@ -105,7 +106,7 @@ def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTab
         more = [f"... and {len(found) - SHOWN_AT_OPENING} more"] if len(found) > SHOWN_AT_OPENING else []
         todo = ("upload these files again from the folder it was extracted to" if isinstance(path, Url) else
                 "run the same extract-features command again, it rewrites what is missing")  # fmt: skip
-        raise ValueError(f"{path}: {len(found)} problems; the cache cannot be trusted; {todo}:\n  "
+        raise ValueError(f"{path}: {counted(len(found), 'problem')}; the cache cannot be trusted; {todo}:\n  "
                          + "\n  ".join(found[:SHOWN_AT_OPENING] + more))  # fmt: skip
 
 

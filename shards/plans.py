@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from mrmae.common.files import TEMPORARY, publish
+from mrmae.common.progress import counted
 from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
 from mrmae.shards.commit import withdraw_manifest
 from mrmae.shards.format import (
@@ -220,7 +221,7 @@ def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, k
         example = next(f"{what} {keys[0]!r}" for what, keys in
                        (("gone is", gone), ("new is", new), ("changed is", changed)) if keys)  # fmt: skip
         added = ", add --append to append the new ones" if new and not changed and wanted.extend else ""
-        raise ValueError(f"{path}: it was begun with {len(then)} images and this command has {len(keys)}: {len(gone)} gone, "
+        raise ValueError(f"{path}: it was begun with {counted(len(then), 'image')} and this command has {len(keys)}: {len(gone)} gone, "
                          f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
                          f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
     return set(new)

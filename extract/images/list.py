@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from braceexpand import braceexpand
 
+from mrmae.common.progress import counted
 from mrmae.extract.images.tars import cls_texts, file_member, is_tar, read_headers, read_range
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
@@ -82,16 +83,21 @@ class LeftOut:
 
     def notes(self) -> list[str]:
         """What a person should hear about it, line by line."""
-        kinds = f"files that are no images were passed over ({' '.join(sorted(self.suffixes))})"
-        notes = [f"{self.suffixes.total()} {kinds}"] if self.suffixes else []
-        said = {
-            "names of images that are no regular files were passed over, unopened": self.special,
-            "labels (.cls) are empty or belong to no image of their tar": self.labels,
-            "images have no label (.cls) in a tar that has some; their folder's name is taken, where there is one": self.unlabelled,
-            "images have several labels (.cls) that differ; that of the longest name is taken": self.unclear,
-            "images share their label (.cls) with another image, as webdataset groups names at the first dot": self.shared,
-        }
-        return notes + [f"{len(names)} {what}: {some(names)}" for what, names in said.items() if names]
+        others = counted(self.suffixes.total(), "file that is no image was", "files that are no images were")
+        notes = [f"{others} passed over ({' '.join(sorted(self.suffixes))})"] if self.suffixes else []
+        for names, one, many, what in (
+            (self.special, "name of an image that is no regular file was", "names of images that are no regular files were",
+             "passed over, unopened"),
+            (self.labels, "label (.cls) is empty or belongs to", "labels (.cls) are empty or belong to", "no image of its tar"),
+            (self.unlabelled, "image has", "images have",
+             "no label (.cls) in a tar that has some; the folder's name is taken, where there is one"),
+            (self.unclear, "image has", "images have",
+             "several labels (.cls) that differ; that of the longest name is taken"),
+            (self.shared, "image shares its", "images share their",
+             "label (.cls) with another image, as webdataset groups names at the first dot"),
+        ):  # fmt: skip
+            notes += [f"{counted(len(names), one, many)} {what}: {some(names)}"] if names else []
+        return notes
 
 
 class Sources:
@@ -184,7 +190,7 @@ def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str
     chosen = [pair for pair in found if matches(pair[0].key, include)]
     if not chosen:
         raise ValueError(
-            f"--include {' '.join(include)}: matches none of the {len(found)} images; "
+            f"--include {' '.join(include)}: matches none of the {counted(len(found), 'image')}; "
             f"keys look like {found[0][0].key!r}; correct the pattern"
         )
     refuse_duplicates(chosen)

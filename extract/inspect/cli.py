@@ -14,7 +14,7 @@ from rich.console import Console
 
 from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
 from mrmae.common.errors import in_one_line
-from mrmae.common.progress import Progress, human_bytes
+from mrmae.common.progress import Progress, counted, human_bytes
 from mrmae.extract.cli import DTYPE_NAMES, FORMAT_NAMES
 from mrmae.extract.cli import main as extract_command
 
@@ -96,14 +96,21 @@ def verify(
             raise SystemExit(1)
 
 
-def report(cache: Path, problems: "list[Problem]") -> None:
-    """Print the problems and how to repair them."""
+def list_problems(problems: "list[Problem]") -> None:
+    """Print the first problems, and how many more there are."""
     for problem in problems[:SHOWN_PROBLEMS]:
         click.echo(str(problem))
     if len(problems) > SHOWN_PROBLEMS:
         click.echo(f"... and {len(problems) - SHOWN_PROBLEMS} more")
+
+
+def report(cache: Path, problems: "list[Problem]") -> None:
+    """Print the problems and how to repair them."""
+    list_problems(problems)
     if problems:
-        click.echo(f"{cache}: {len(problems)} problems; to repair: inspect-cache repair {shlex.quote(str(cache))}")
+        click.echo(
+            f"{cache}: {counted(len(problems), 'problem')}; to repair: inspect-cache repair {shlex.quote(str(cache))}"
+        )
 
 
 def verified_live(
@@ -116,7 +123,7 @@ def verified_live(
     for column in found:
         extra = "".join(f", {name} {value:.6f}" for name in ("cls", "attention")
                         if (value := getattr(column, name)) is not None)  # fmt: skip
-        click.echo(f"{column.column}: {column.samples} samples, cosine {column.cosine:.6f} (lowest {column.lowest:.6f})"
+        click.echo(f"{column.column}: {counted(column.samples, 'sample')}, cosine {column.cosine:.6f} (lowest {column.lowest:.6f})"
                    f", SNR {column.snr_db:.1f} dB{extra}: {'good' if column.good else 'FAILS'}, {column.limit}")  # fmt: skip
     if mirror:
         click.echo("the teachers saw mirrored views: " + ("this failed, as it must" if not any(c.good for c in found)
@@ -141,7 +148,7 @@ def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
             click.echo(f"{cache}: nothing to repair")
             return
         doomed = files_to_remove(cache, problems)
-        report_damage(cache, problems)
+        report_damage(problems)
         click.echo(f"to be removed: {files_in_words(doomed)}: records of damaged shards, and what is written again from others"
                    + (", and plan.json is written anew from manifest.json" * any(p.file == "plan.json" for p in problems)))  # fmt: skip
         commands = commands_of(cache, problems)
@@ -150,7 +157,7 @@ def repair(cache: Path, run: bool, dry_run: bool, yes: bool) -> None:
             click.echo(f"then to be run:{in_lines(commands)}")
         if not dry_run:
             ask(f"Remove this from {cache}{' and run that' * run}?", yes)
-            click.echo(f"removed {len(prepare_repair(cache, problems))} files")
+            click.echo(f"removed {counted(len(prepare_repair(cache, problems)), 'file')}")
         if not run:
             click.echo("to write them anew, run" + (f":{in_lines(commands)}" if commands else
                        " the extract-features command that made this cache"))  # fmt: skip
@@ -183,15 +190,14 @@ def ask(question: str, yes: bool) -> None:
 
 def files_in_words(files: Sequence[Path]) -> str:
     """How many files, and how large."""
-    return f"{len(files)} file{'s' * (len(files) != 1)}, {human_bytes(sum(file.lstat().st_size for file in files))}"
+    return f"{counted(len(files), 'file')}, {human_bytes(sum(file.lstat().st_size for file in files))}"
 
 
-def report_damage(cache: Path, problems: "list[Problem]") -> None:
-    """Print every problem and, per column, the shards to be written again."""
+def report_damage(problems: "list[Problem]") -> None:
+    """Print the problems and, per column, the shards to be written again."""
     from mrmae.shards.repair import damaged_shards
 
-    for problem in problems[:SHOWN_PROBLEMS]:
-        click.echo(str(problem))
+    list_problems(problems)
     for column, shards in damaged_shards(problems).items():
         click.echo(f"{column}: shards {', '.join(map(str, shards))}")
 
@@ -263,7 +269,7 @@ def drop(cache: Path, column: str, yes: bool) -> None:
         if len(named) > 1:
             raise ValueError(f"{cache}: teacher {column} has {len(named)} columns: {', '.join(named)}; name one")
         column = named[0] if named else column
-        click.echo(f"{cache}: {column} in {plan.n_views} view(s) is {files_in_words(files_of_column(cache, column))}, which go; "
+        click.echo(f"{cache}: {column} in {counted(plan.n_views, 'view')} is {files_in_words(files_of_column(cache, column))}, which go; "
                    "plan.json and manifest.json are written anew; only the teacher can compute it again")  # fmt: skip
         ask(f"Remove {column}?", yes)
         left = drop_column(cache, column)
@@ -291,7 +297,7 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
         total = sum(1 for _ in units(wanted))
         with Progress("converting", total, "shards") as progress:
             manifest = convert_cache(opened, out, wanted, about=about, progress=lambda n: progress.add(1, bytes=n))
-    click.echo(f"{out}: {manifest['n_valid']} images, {', '.join(c['name'] for c in manifest['columns']) or 'no teacher'}, "
+    click.echo(f"{out}: {counted(manifest['n_valid'], 'image')}, {', '.join(c['name'] for c in manifest['columns']) or 'no teacher'}, "
                f"{wanted.dtype} in {wanted.format}")  # fmt: skip
     for column in manifest["columns"]:
         if source := column["quantiser"].get("source"):
@@ -313,7 +319,7 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
         expect_utf8(out or "", "--out")
         opened = open_cache(cache, allow_partial=True)
         if view >= opened.n_views:
-            raise ValueError(f"--view {view}: this cache has {opened.n_views} views, numbered from 0")
+            raise ValueError(f"--view {view}: this cache has {counted(opened.n_views, 'view')}, numbered from 0")
         if opened.unfinished:
             click.echo(f"UNFINISHED cache: {opened.unfinished} are committed; only these can be shown")
         path = write_sheet(opened, samples, out or cache / "pictures.png", view=view)

@@ -10,7 +10,7 @@ from rich.table import Table
 
 from mrmae.common.backend import exists
 from mrmae.common.errors import shortened
-from mrmae.common.progress import human_bytes
+from mrmae.common.progress import counted, human_bytes
 from mrmae.extract.estimate import blocks_in_words, teacher_in_words
 from mrmae.shards import commit as commits
 from mrmae.shards.format import PIXELS, Plan, Unit, derived_specs, load_plan, plain, read_samples, read_tail, units
@@ -103,7 +103,7 @@ def print_description(found: Mapping[str, Any], plan: Plan, console: Console) ->
     recipe, (h, w) = found["recipe"], found["grid"]
     facts = Table.grid(padding=(0, 2))
     facts.add_row("cache", f"{found['path']}, {state}, {human_bytes(found['bytes'])}")
-    facts.add_row("images", f"{found['images']} ({len(found['bad_images'])} bad), {found['labels']} labels")
+    facts.add_row("images", f"{found['images']} ({len(found['bad_images'])} bad), {counted(found['labels'], 'label')}")
     if len(parts := found["parts"]) > 1:
         facts.add_row("appended", ", ".join(f"{part['images']} from sample {part['first']}" for part in parts[1:]))
     facts.add_row("views", f"{found['views']} of {recipe['size']} px, crop {recipe['crop_scale'][0]:g} to "

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from mrmae.common.progress import counted
 from mrmae.common.suggest import nearest
 from mrmae.extract.teachers.tower import StateDict
 from mrmae.extract.teachers.weights_file import kind_of
@@ -143,7 +144,7 @@ def fit_weights(
 def listed(names: list[str], what: str) -> str:
     """`3 tensors missing in the weights: a, b, c`, at most five of them by name."""
     more = ", ..." if len(names) > 5 else ""
-    return f"{len(names)} tensors {what}" + (f": {', '.join(names[:5])}{more}" if names else "")
+    return f"{counted(len(names), 'tensor')} {what}" + (f": {', '.join(names[:5])}{more}" if names else "")
 
 
 def hint(missing: list[str], extra: list[str]) -> str:

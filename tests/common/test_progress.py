@@ -78,3 +78,10 @@ def test_nothing_to_do_is_not_spoken_of() -> None:
     with Progress("hashing", 0, console=console):
         pass
     assert text_of(console) == ""
+
+
+def test_where_all_was_found_done_no_rate_is_told() -> None:
+    console = console_of(Clock())
+    with Progress("extracting", 10, console=console) as progress:
+        progress.add(0, already=10)
+    assert text_of(console) == "extracting 10/10 images  ETA 0 s\n"

@@ -47,7 +47,7 @@ def test_drop_says_what_goes_and_nothing_goes_unasked(cache: Path) -> None:
     n_bytes = sum(len(before[name]) for name in doomed)
     for answer in (None, "y\n"):
         code, text = inspect("drop", cache, "b", input=answer)
-        assert code == 1 and f"b.pre_tail in 1 view(s) is {len(doomed)} files, {n_bytes / 1e3:.3g} kB" in text
+        assert code == 1 and f"b.pre_tail in 1 view is {len(doomed)} files, {n_bytes / 1e3:.3g} kB" in text
         assert "there is no terminal to ask at; --yes was expected" in text
         assert contents(cache) == before
     code, text = inspect("drop", cache, "b", "--yes")

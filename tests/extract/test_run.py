@@ -275,7 +275,7 @@ def test_files_that_are_no_images_are_counted_aloud(tmp_path: Path) -> None:
     os.mkfifo(images / "p.jpg")
     code, output = cli([images, tmp_path / "c", "--teacher", VIT, "--size", "32", "--grid", "4"])
     assert code == 0 and "3 files that are no images were passed over (.pdf .txt)" in output
-    assert "1 names of images that are no regular files were passed over, unopened: p.jpg (a FIFO)" in output
+    assert "1 name of an image that is no regular file was passed over, unopened: p.jpg (a FIFO)" in output
 
 
 def test_features_that_codes_cannot_hold_stop_the_run(folder: Path, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def spoiled(weights: dict[str, Tensor], how: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ("missing", "1 tensors missing in the file: blocks.2.norm1.bias"),
+        ("missing", "1 tensor missing in the file: blocks.2.norm1.bias"),
         ("deeper", "2 tensors in the file only: blocks.6.norm1.bias, blocks.6.norm1.weight"),
         ("distilled", "in the file only: dist_token"),
         ("no position for CLS", r"pos_embed has shape \[1, 16, 64\]; \[1, 1 \+ patches of a square grid, width\]"),

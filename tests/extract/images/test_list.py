@@ -207,7 +207,7 @@ def test_labels_that_match_nothing_or_more_than_one_image_are_said_aloud(tmp_pat
     said = {note.partition(": ")[2]: note for note in notes}
     assert said["lost.cls, d.cls"].startswith("2 labels (.cls) are empty or belong to no image")
     assert said["a.jpg, d.jpg"].startswith("2 images have no label (.cls) in a tar that has some")
-    assert said["c.1.jpg"].startswith("1 images have several labels (.cls) that differ")
+    assert said["c.1.jpg"].startswith("1 image has several labels (.cls) that differ")
     assert said["b.0.jpg, b.jpg"].startswith("2 images share their label (.cls)")
     assert len(notes) == 4
     assert not list_sources([write_tar(tmp_path / "y.tar", {"a/x.jpg": b"", "a/y.jpg": b""})]).notes
