@@ -1,4 +1,4 @@
-"""Commit records, resume and the manifest. docs/format.md, "Commit protocol".
+"""Commit records: what is done, what is left to do, and the end, when all is. docs/format.md, "Commit protocol".
 
 Shards are written in any order, each followed by its commit record; the manifest comes last. What is missing is always
 plan minus valid commits, so a killed extraction leaves nothing to clean up by hand.

@@ -1,4 +1,4 @@
-"""What a stranger installs: the built wheel holds every module, every recipe and the two commands."""
+"""What a stranger installs: the built wheel holds every module, every recipe and the commands."""
 
 import importlib
 import subprocess

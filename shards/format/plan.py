@@ -1,7 +1,7 @@
 """The plan of a cache (plan.json): what will be written, under which names, and what proves it.
 
 The plan is written first and never changes, except that calibration freezes the quantisers in it, once.
-docs/format.md, "Plan". Commit records, resume and the manifest are in commit.py.
+docs/format.md, "Plan". What a command makes of it is decided in shards/plans.py.
 """
 
 import dataclasses

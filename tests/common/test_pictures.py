@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mrmae.common import pictures
-from mrmae.common.pictures import Strip, draw_sheet, marked, palette_of, pca_rgb, refuse_to_replace
+from mrmae.common.pictures import Strip, draw_sheet, heat, marked, palette_of, pca_rgb, refuse_to_replace
 
 GRID = (4, 3)
 
@@ -91,3 +91,13 @@ def test_only_a_png_is_replaced(tmp_path: Path) -> None:
     for path in (tmp_path / "text.png", tmp_path):
         with pytest.raises(ValueError, match="is there and is no PNG.*nothing was changed"):
             refuse_to_replace(path)
+
+
+def test_colours_and_heat_keep_the_raster() -> None:
+    tokens = torch.zeros(1, 6, 4)
+    tokens[0, 4] = torch.tensor([3.0, -1, 0, 0])
+    picture = pca_rgb(tokens, (2, 3)).numpy()
+    assert picture.shape == (1, 2, 3, 3)
+    other = [(i, j) for i in range(2) for j in range(3) if not np.array_equal(picture[0, i, j], picture[0, 0, 0])]
+    assert other == [(1, 1)]
+    assert heat(torch.arange(6.0)[None], (2, 3))[0, ..., 0].tolist() == [[0, 51, 102], [153, 204, 255]]

@@ -1,10 +1,7 @@
 """Reading: exact values by number, key or batch, from every thread and process; damage is always named."""
 
-import os
 import pickle
-import re
 import shutil
-import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -17,13 +14,13 @@ import torch
 import zarr
 
 from mrmae.extract.images.decode import decode_rgb
+from mrmae.shards import check
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format import commit_path, plan, units
+from mrmae.shards.format import commit_path
 from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.views import draw_view, encode_jpeg, render
 from mrmae.shards.order import view_of
-from mrmae.shards.store import reader, unit_files
 
 Make = Callable[..., Path]
 
@@ -109,25 +106,6 @@ def test_an_empty_batch_is_empty(tiny_cache: Path) -> None:
     cache = open_cache(tiny_cache)
     assert cache.read_pixels([], []).shape == (0, 32, 32, 3)
     assert cache.read_column("a.pre_tail", [], [])["tokens"].shape == (0, 16, 8)
-
-
-def test_threads_read_the_same(tiny_cache: Path) -> None:
-    cache = open_cache(tiny_cache, threads=3)
-    rng = np.random.default_rng(0)
-    expected = [stored(tiny_cache, view, "tokens") for view in range(2)]
-    wrong: list[Any] = []
-
-    def read(numbers: Any, views: Any) -> None:
-        tokens = cache.read_column("a.pre_tail", numbers, views, ("tokens",))["tokens"].numpy()
-        if not all(np.array_equal(t, expected[v][n]) for t, n, v in zip(tokens, numbers, views)):
-            wrong.append(numbers)
-
-    threads = [threading.Thread(target=read, args=(rng.integers(0, 24, 50), rng.integers(0, 2, 50))) for _ in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
 
 
 def test_an_opened_cache_can_be_sent_to_a_spawned_process(tiny_cache: Path) -> None:
@@ -232,136 +210,6 @@ def test_edited_or_exchanged_metadata_are_refused(copy: Path, make_cache: Make, 
     open_cache(copy)
 
 
-def read_everything(path: Path) -> None:
-    """Read every byte that a trainer may read."""
-    cache = open_cache(path, threads=1)
-    for view in range(cache.n_views):
-        views = np.full_like(cache.numbers, view)
-        cache.read_pixels(cache.numbers, views)
-        for number in cache.numbers.tolist():
-            cache.read_crop(number, view)
-        for name, column in cache.columns.items():
-            cache.read_column(name, cache.numbers, views, tuple(column.layout.arrays()))
-
-
-def test_every_flipped_bit_is_found_and_the_repair_is_true(copy: Path, make_cache: Make) -> None:
-    """Bits that carry data; a tar's headers and padding, which the reader never touches, are left to full hashing."""
-    read_everything(copy)
-    rng = np.random.default_rng(0)
-    made = plan.load_plan(copy)
-    files = [(unit, file) for unit in units(made) for file in unit_files(copy, made, *unit)]
-    for case in range(60):
-        unit, file = files[rng.integers(len(files))]
-        content = file.read_bytes()
-        at = int(rng.integers(len(content)))
-        if file.suffix == ".tar" and not in_a_member(content, at):
-            continue
-        if file.suffix == ".npz":
-            continue  # the next test
-        file.write_bytes(content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :])
-        record = commit_path(copy, *unit)
-        with pytest.raises(
-            ValueError, match=rf"{file.name}.*(crc32c|seal).*delete {re.escape(str(record))} and run the same"
-        ):
-            read_everything(copy)
-        if case == 0:
-            record.unlink()
-            make_cache(copy)
-            assert file.read_bytes() == content, "only following the advice repairs it"
-        file.write_bytes(content)
-    read_everything(copy)
-
-
-def test_a_flipped_bit_in_a_sidecar_never_gives_other_data(copy: Path) -> None:
-    sidecar = copy / "views/1/pixels/000001.index.npz"
-    content, rng = sidecar.read_bytes(), np.random.default_rng(2)
-    numbers, views = np.arange(8, 16), np.ones(8, np.int64)
-    clean, found = open_cache(copy).read_pixels(numbers, views), 0
-    for _ in range(80):
-        at = int(rng.integers(len(content)))
-        sidecar.write_bytes(content[:at] + bytes([content[at] ^ (1 << int(rng.integers(8)))]) + content[at + 1 :])
-        try:
-            assert torch.equal(open_cache(copy).read_pixels(numbers, views), clean)
-        except ValueError as error:
-            assert "000001.tar" in str(error) and "to repair, delete" in str(error)
-            found += 1
-    assert found > 30
-
-
-EXCHANGES = {
-    "shards of one array": ("views/0/a.pre_tail.zarr/tokens/c/0/0/0", "views/0/a.pre_tail.zarr/tokens/c/1/0/0"),
-    "views of one array": ("views/0/a.pre_tail.zarr/norm/c/0/0", "views/1/a.pre_tail.zarr/norm/c/0/0"),
-    "arrays of one shape": ("views/0/a.pre_tail.zarr/norm/c/0/0", "views/0/a.pre_tail.zarr/scale/c/0/0"),
-    "teachers of one shape": ("views/0/a.pre_tail.zarr/norm/c/0/0", "views/0/b.pre_tail.zarr/norm/c/0/0"),
-    "pixels of two views": ("views/0/pixels/000000", "views/1/pixels/000000"),
-    "pixels of two shards": ("views/0/pixels/000000", "views/0/pixels/000001"),
-}
-
-
-@pytest.mark.parametrize("what", EXCHANGES)
-def test_exchanged_shards_are_found_when_they_are_read(copy: Path, what: str) -> None:
-    """Also where every chunk's crc32c and every file's size is right."""
-    cache = open_cache(copy)
-    one, other = (copy / name for name in EXCHANGES[what])
-    for suffix in (".tar", ".index.npz") if "pixels" in what else ("",):
-        a, b = one.with_name(one.name + suffix), other.with_name(other.name + suffix)
-        content = a.read_bytes()
-        a.write_bytes(b.read_bytes())
-        b.write_bytes(content)
-    with pytest.raises(ValueError, match="another shard|its index belongs to|keys of its index"):
-        cache.read_view(0, 0)
-
-
-def in_a_member(tar: bytes, at: int) -> bool:
-    """Whether a byte of a tar lies in a member's content."""
-    offset = 0
-    while offset < len(tar) and tar[offset]:
-        size = int(tar[offset + 124 : offset + 135], 8)
-        if offset + 512 <= at < offset + 512 + size:
-            return True
-        offset += 512 + size + -size % 512
-    return False
-
-
-def test_damaged_indices_exchanged_shards_and_holes_are_found(copy: Path) -> None:
-    tokens = [copy / f"views/0/a.pre_tail.zarr/tokens/c/{shard}/0/0" for shard in (0, 1)]
-    sidecar = copy / "views/0/pixels/000000.index.npz"
-    other_keys = (copy / "views/0/pixels/000001.index.npz").read_bytes()
-    cases: list[tuple[Path, bytes, str]] = [
-        (tokens[0], bytes(tokens[0].stat().st_size), "index fails its crc32c|never written|crc32c"),
-        (copy / "views/0/pixels/000000.tar", bytes((copy / "views/0/pixels/000000.tar").stat().st_size), "crc32c"),
-        (sidecar, other_keys, "its index belongs to"),
-    ]
-    for file, content, message in cases:
-        before = file.read_bytes()
-        assert len(content) == len(before)
-        file.write_bytes(content)
-        with pytest.raises(ValueError, match=message):
-            read_everything(copy)
-        file.write_bytes(before)
-    read_everything(copy)
-
-
-def test_a_file_that_vanishes_or_shrinks_after_opening_is_named(copy: Path) -> None:
-    cache = open_cache(copy)
-    file = copy / "views/0/a.pre_tail.zarr/norm/c/0/0"
-    content = file.read_bytes()
-    file.write_bytes(content[:40])
-    with pytest.raises(ValueError, match=r"norm/c/0/0: the file is too short for its index; .*to repair, delete"):
-        cache.read_column("a.pre_tail", [0], [0], ("norm",))
-    file.unlink()
-    with pytest.raises(ValueError, match="cannot be opened"):
-        cache.read_column("a.pre_tail", [0], [0], ("norm",))
-    file.write_bytes(content)
-    row = cache.read_column("a.pre_tail", [3], [0], ("norm",))
-    file.write_bytes(content[:10])
-    with pytest.raises(
-        ValueError, match=rf"ends within the chunk .* for sample 3 \({re.escape(repr(cache.keys[3]))}\)"
-    ):
-        cache.read_column("a.pre_tail", [3], [0], ("norm",))
-    assert torch.isfinite(row["norm"]).all()
-
-
 def test_attributes_are_enough_to_dequantise_with_plain_zarr(tiny_cache: Path) -> None:
     group = zarr.open_group(tiny_cache / "views/1/a.pre_tail.zarr", mode="r")
     q: Any = group.attrs["quantiser"]
@@ -373,23 +221,20 @@ def test_attributes_are_enough_to_dequantise_with_plain_zarr(tiny_cache: Path) -
     assert group.attrs["column_id"] == cache.ids["a.pre_tail"]
 
 
-def test_what_is_not_in_memory_is_asked_for_side_by_side(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here the page cache never has it; where it always has, nothing is asked for."""
-    numbers = np.array([3, 6, 1, 17])  # three of one shard, one of another
-    expected = open_cache(tiny_cache).read_column("a.pre_tail", numbers, numbers * 0)["tokens"]
-    asked: list[int] = []
-    real = os.preadv
+def test_a_cache_of_the_first_version_must_be_extracted_anew(copy: Path) -> None:
+    for name in ("plan.json", "manifest.json"):
+        (copy / name).write_text((copy / name).read_text().replace('"format_version": 2', '"format_version": 1'))
+    for attempt in (open_cache, check.find_problems):
+        with pytest.raises(ValueError, match="format version 1; this mrmae reads 2; extract the cache anew"):
+            attempt(copy)
 
-    def preadv(file: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags:
-            raise BlockingIOError
-        return real(file, buffers, offset)
 
-    monkeypatch.setattr(reader.os, "posix_fadvise", lambda _file, _offset, n_bytes, _advice: asked.append(n_bytes))
-    cache = open_cache(tiny_cache)
-    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
-    assert not asked, "just read: it lies in memory"
-    monkeypatch.setattr(reader.os, "preadv", preadv)
-    monkeypatch.setattr(reader, "NOT_WAITING", 8)
-    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
-    assert asked == [16 * 8 + 4] * 3, "one alone has no company"
+def test_a_path_without_a_plan_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no cache here .no plan.json.; run extract-features first"):
+        open_cache(tmp_path)
+    (tmp_path / "plan.json").write_text("{")
+    with pytest.raises(ValueError, match="not readable as JSON"):
+        open_cache(tmp_path)
+    (tmp_path / "plan.json").write_text('{"format_version": 99}')
+    with pytest.raises(ValueError, match="format version 99; this mrmae reads 2; extract the cache anew"):
+        open_cache(tmp_path)

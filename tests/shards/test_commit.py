@@ -1,5 +1,6 @@
-"""Plan, commit, resume, manifest: whatever happens, the same command again ends in the same cache."""
+"""Commit records and resuming: whatever happens, the same command again ends in the same cache, and no edited record is believed."""
 
+import contextlib
 import dataclasses
 import errno
 import json
@@ -13,14 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mrmae.common import files as write
-from mrmae.shards import commit
+from mrmae.shards import check, commit, convert
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import commit_path, plan, samples
-from mrmae.shards.format.quantiser import Quantiser
-from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import ViewRecipe
+from mrmae.shards.commit import committed, finalise, read_record, withdraw_manifest
+from mrmae.shards.format import commit_path, plan, read_samples, samples, tail, write_samples
+from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.spec import content_id
 from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import unit_files
 
@@ -44,6 +46,12 @@ def test_equal_runs_give_equal_manifests_samples_and_shards(
 
 def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture
+def path(uninterrupted: Path, tmp_path: Path) -> Path:
+    """A copy of the uninterrupted cache, to be altered."""
+    return shutil.copytree(uninterrupted, tmp_path / "copy")
 
 
 class Stopped(BaseException):
@@ -209,94 +217,180 @@ def test_views_that_disagree_about_bad_images_are_refused(make_cache: Make, tmp_
         commit.finalise(path, plan.load_plan(path))
 
 
-DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
-    "size": ({"size": 32}, r"recipe\.size is 16 there and 32"),
-    "grid": ({"grid": 4}, r"grid\[0\] is 2 there and 4"),
-    "views": ({"n_views": 2}, r"n_views is 1 there and 2"),
-    "shards": ({"shard_samples": 3}, r"shard_samples is 4 there and 3"),
-    "dtype": ({"dtype": "float16"}, r"dtype is 'int8' there and 'float16'"),
-    "teacher": ({"teachers": {"a": {"width": 9, "has_cls": True, "has_attention": True}}}, r"columns is "),
-    "more images": ({"n": 7}, r"begun with 6 images and this command has 7: 0 gone, 1 new, 0 changed \(new is"),
-    "fewer images": ({"n": 5}, r"1 gone, 0 new, 0 changed \(gone is 'class 2/bild 005"),
-    "changed images": ({"seed": 5}, r"0 gone, 0 new, 5 changed"),
+def record_of(path: Path, shard: int) -> dict[str, Any]:
+    """The record of a shard of the pixels."""
+    return dict(json.loads((path / f"commits/0/pixels/{shard:06d}.json").read_bytes()))
+
+
+def edited(file: Path, change: Callable[[dict[str, Any]], object], *, forged: bool) -> None:
+    """Change a commit record; forged: with the id that then belongs to it."""
+    record = json.loads(file.read_bytes())
+    change(record)
+    if forged:
+        record["record_id"] = commit.record_id(record)
+    file.write_text(json.dumps(record))
+
+
+def taller(record: dict[str, Any]) -> None:
+    record["heights"][0] += 1
+
+
+EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
+    "a height": ("pixels", taller),
+    "a reason": ("pixels", lambda record: record["bad"].update({key: "ugly" for key in record["bad"]})),
+    "a quality": ("a.pre_tail", lambda record: record["quality"].update(snr_db=99.0)),
+    "a count": ("a.pre_tail", lambda record: record.update(valid=record["valid"] - 1)),
+    "a sha256": ("b.pre_tail", lambda record: next(iter(record["files"].values())).update(sha256="0" * 64)),
 }
 
 
-@pytest.mark.parametrize("what", DIFFERENCES)
-def test_other_options_are_refused_and_change_nothing(make_cache: Make, uninterrupted: Path, what: str) -> None:
-    change, message = DIFFERENCES[what]
-    before = contents(uninterrupted)
-    with pytest.raises(ValueError, match=message):
-        make_cache(uninterrupted, **{**SMALL, **change})
-    assert contents(uninterrupted) == before
+# What is named once the record matches its own id again: records win, so it is what disagrees with them.
+FORGED = {
+    "a height": ["samples.parquet", "manifest.json"],
+    "a reason": ["samples.parquet", "manifest.json"],
+    "a quality": ["manifest.json"],
+    "a count": ["commits/0/a.pre_tail/000000.json"],
+    "a sha256": ["views/0/b.pre_tail.zarr/norm/c/0/0"],
+}
 
 
-def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("do not touch")
-    with pytest.raises(ValueError, match="no cache .* holds 'thesis.tex'"):
-        make_cache(tmp_path, **SMALL)
-    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    (tmp_path / "thesis.tex").rename(tmp_path / "samples.parquet")
-    with pytest.raises(ValueError, match="no cache .* holds 'samples.parquet'"):
-        make_cache(tmp_path, **SMALL)
-    assert (tmp_path / "samples.parquet").read_text() == "do not touch"
+@pytest.mark.parametrize("what", EDITS)
+def test_an_edited_commit_record_is_noticed_and_never_used(path: Path, tmp_path: Path, what: str) -> None:
+    column, change = EDITS[what]
+    made, before, opened = plan.load_plan(path), (path / "manifest.json").read_bytes(), open_cache(path)
+    shard = next(s for s in range(2) if column != "pixels" or record_of(path, s)["bad"])
+    name = f"commits/0/{column}/{shard:06d}.json"
+    edited(path / name, change, forged=False)
+    for full in (False, True):
+        assert [problem.file for problem in check.find_problems(path, full=full)] == [name]
+    assert commit.missing(path, made) == [(0, column, shard)], "the same extraction writes it anew"
+    with pytest.raises(ValueError, match="1 of .* shards are not committed"):
+        commit.finalise(path, made)
+    wanted = convert.converted_plan(opened, format=None, dtype=None, drop=())
+    with pytest.raises(ValueError, match=f"{name}: the commit record is missing, or is not the one that was written"):
+        convert.convert_cache(opened, tmp_path / "out", wanted, about={}, progress=lambda _: None)
+    edited(path / name, lambda _: None, forged=True)  # now it matches its own id, and not the manifest
+    assert [problem.file for problem in check.find_problems(path, full=True)] == FORGED[what]
+    with pytest.raises(ValueError, match="is not the one that was written"):
+        convert.convert_cache(opened, tmp_path / "other", wanted, about={}, progress=lambda _: None)
+    assert (path / "manifest.json").read_bytes() == before
 
 
-def test_a_path_without_a_plan_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no cache here .no plan.json.; run extract-features first"):
-        open_cache(tmp_path)
-    (tmp_path / "plan.json").write_text("{")
-    with pytest.raises(ValueError, match="not readable as JSON"):
-        open_cache(tmp_path)
-    (tmp_path / "plan.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99; this mrmae reads 2; extract the cache anew"):
-        open_cache(tmp_path)
+@pytest.mark.parametrize("change", [
+    lambda record: record["heights"].pop(), lambda record: record["bad"].update({"999": "x"}),
+    lambda record: record.update(bad=None), lambda record: record.update(heights="12"), lambda record: record.pop("files"),
+    lambda record: record["widths"].__setitem__(0, float("nan")),
+])  # fmt: skip
+def test_a_record_that_tells_of_other_samples_is_not_valid_whatever_its_id(
+    path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    edited(path / "commits/0/pixels/000000.json", change, forged=False)
+    with contextlib.suppress(ValueError):  # NaN has no id
+        edited(path / "commits/0/pixels/000000.json", lambda _: None, forged=True)
+    assert commit.missing(path, plan.load_plan(path)) == [(0, "pixels", 0)]
+    assert any(problem.file.startswith("commits/") for problem in check.find_problems(path, full=True))
 
 
-def test_quantisers_are_frozen_once(uninterrupted: Path) -> None:
-    made = plan.load_plan(uninterrupted)
-    with pytest.raises(ValueError, match=r"quantisers\..*dtype is 'int8' there and 'float16'"):
-        plan.freeze_quantisers(uninterrupted, made, {name: Quantiser("float16") for name in made.quantisers})
-    with pytest.raises(ValueError, match="one for every column"):
-        plan.freeze_quantisers(uninterrupted, made, {})
+def test_a_record_that_tells_what_no_record_does_was_edited(path: Path) -> None:
+    edited(path / "commits/0/pixels/000000.json", lambda record: record.update(x=record["last"]), forged=True)
+    (problem,) = check.find_problems(path, full=True)
+    assert str(problem).endswith("it tells 'x', which no commit record does, so it was edited")
+    assert commit.missing(path, plan.load_plan(path)) == [(0, "pixels", 0)]
 
 
-def test_a_quantiser_of_another_dtype_is_refused(make_cache: Make, tmp_path: Path) -> None:
-    made = plan.load_plan(make_cache(tmp_path / "c", **SMALL))
-    fresh = dataclasses.replace(made, quantisers={})
-    write.publish(tmp_path / "c/plan.json", plan.readable_json(fresh.to_json()), replace=True)
-    with pytest.raises(ValueError, match="a quantiser is of fp8; the cache has int8"):
-        plan.freeze_quantisers(tmp_path / "c", fresh, {name: Quantiser("fp8") for name in made.quantisers})
+def test_equal_extractions_have_equal_record_ids(make_cache: Make, uninterrupted: Path, tmp_path: Path) -> None:
+    ids = [[json.loads(file.read_bytes())["record_id"] for file in sorted(path.rglob("commits/*/*/*.json"))]
+           for path in (uninterrupted, make_cache(tmp_path / "again", **SMALL))]  # fmt: skip
+    assert ids[0] == ids[1] and len(set(ids[0])) == 6
 
 
-def test_plans_survive_json_and_give_the_same_ids(uninterrupted: Path) -> None:
-    made = plan.load_plan(uninterrupted)
-    again = dataclasses.replace(made)
-    assert again.to_json() == made.to_json() == json.loads((uninterrupted / "plan.json").read_bytes())
-    assert again.ids == made.ids and set(made.ids) == {"pixels", "a.pre_tail", "b.pre_tail"}
+def test_record_ids_are_golden_and_know_nothing_of_time_host_and_command() -> None:
+    record = {"format_version": 2, "view": 0, "column": "pixels", "shard": 1, "id": "sha256:x", "files": {}, "count": 2, "valid": 1,
+              "first": "a", "last": "b", "heights": [3, 0], "widths": [4, 0], "bad": {"3": "no image"}}  # fmt: skip
+    beside = {
+        "written": 5,
+        "seconds": {"write": 0.1},
+        "versions": {"torch": "2"},
+        "command": "x",
+        "folder": "/",
+        "device": "cpu",
+    }
+    assert (
+        commit.record_id(record)
+        == commit.record_id({**record, **beside})
+        == "sha256:34cf3ff6ad1bfe633700c5a037595cb3cdb641e5a74c19449e108358db8e63c2"
+    )
 
 
-def test_contradictory_plans_are_refused(uninterrupted: Path) -> None:
-    made = plan.load_plan(uninterrupted)
-    for change, message in (({"columns": made.columns + made.columns[:1]}, "repeat"), ({"n_views": 0}, "0 views"),
-                            ({"grid": (3, 3)}, "one grid")):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            dataclasses.replace(made, **change)  # type: ignore[arg-type]
+def altered(tiny_cache: Path, to: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
+    """A copy of the cache with a JSON file changed; the manifest's id fits."""
+    shutil.copytree(tiny_cache, to)
+    value = json.loads((to / file).read_bytes())
+    change(value)
+    if file == "manifest.json":
+        value["manifest_id"] = content_id({name: inner for name, inner in value.items() if name != "manifest_id"})
+    (to / file).write_text(json.dumps(value))
+    return to
 
 
-def test_a_plan_of_an_unknown_dtype_is_refused(uninterrupted: Path) -> None:
-    with pytest.raises(ValueError, match="dtype 'int8x' is not known; expected int8, fp8, float16"):
-        dataclasses.replace(plan.load_plan(uninterrupted), dtype="int8x")
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda record: record.update(heights=[40.5] * 8),
+        lambda record: record.update(heights=[40]),
+        lambda record: record.update(bad={"x": "broken"}),
+        lambda record: record.update(bad={"99": "broken"}),
+        lambda record: record.update(count=3),
+        lambda record: record.update(seconds=[None]),
+        lambda record: record["files"].update(x=None),
+    ],
+)
+def test_a_commit_record_of_another_shape_commits_nothing(
+    tiny_cache: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    path = altered(tiny_cache, tmp_path / "c", change, "commits/0/pixels/000001.json")
+    assert (0, "pixels", 1) not in committed(path, load_plan(path))
+    (path / "manifest.json").unlink()
+    assert open_cache(path, allow_partial=True).numbers.tolist() == [*range(8), *range(16, 24)]
+    assert read_record(tiny_cache / "commits/0/pixels/000001.json") is not None
 
 
-def test_shard_ranges_and_the_default_size() -> None:
-    assert plan.shard_ranges(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
-    assert plan.default_shard_samples(100, 150_528) == 64
-    assert plan.default_shard_samples(6400, 150_528) == 100
-    assert plan.default_shard_samples(1_281_167, 150_528) == 512 * 10**6 // 150_528
+def test_a_new_manifest_does_not_vouch_for_an_altered_tail(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    manifest = (tmp_path / "c/manifest.json").read_bytes()
+    tail.write_tail(tmp_path / "c", "a", {"norm.weight": torch.zeros(8), "norm.bias": torch.zeros(8)})
+    with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
+        finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+    with pytest.raises(ValueError, match="a.safetensors: its sha256 is not that of the manifest.*delete it"):
+        agree(tmp_path / "c", Wanted(dataclasses.replace(load_plan(tmp_path / "c"), n_views=9)))
+    assert (tmp_path / "c/manifest.json").read_bytes() == manifest
 
 
-def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
-    made = plan.Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
-    with pytest.raises(ValueError, match="dataset id is not that of these images"):
-        agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00")]))
+def test_a_tail_that_is_none_is_not_vouched_for_and_written_again(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    (tmp_path / "c/manifest.json").unlink()
+    file = tail.tail_path(tmp_path / "c", "a")
+    good, tensors = file.read_bytes(), tail.read_tail(tmp_path / "c", "a")
+    for bad in (b"", good[:-1]):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="a.safetensors: no tail of"):
+            finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+        tail.keep_tail(tmp_path / "c", "a", tensors)
+        assert file.read_bytes() == good
+    kept = file.stat().st_ino
+    tail.keep_tail(tmp_path / "c", "a", tensors)
+    assert file.stat().st_ino == kept, "what is there as it should be is not written again"
+    finalise(tmp_path / "c", load_plan(tmp_path / "c"))
+
+
+def test_a_new_manifest_does_not_vouch_for_altered_samples(tiny_cache: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_cache, tmp_path / "c")
+    plan = load_plan(tmp_path / "c")
+    table = read_samples(tmp_path / "c", plan.numbers)
+    write_samples(tmp_path / "c", table | {"label": ["other"] * plan.n_rows})
+    with pytest.raises(ValueError, match="samples.parquet: its rows are not those of the manifest"):
+        withdraw_manifest(tmp_path / "c", plan)
+    assert (tmp_path / "c/manifest.json").exists()
+    write_samples(tmp_path / "c", table)
+    withdraw_manifest(tmp_path / "c", plan)
+    assert not (tmp_path / "c/manifest.json").exists()

@@ -1,7 +1,7 @@
-"""What a command goes on with, as a table: what is found, what is wanted, and what is agreed or refused. No file is touched."""
+"""What a command goes on with, as a table: what is found, what is wanted, and what is agreed or refused; then the same on a disk."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from mrmae.shards.format import (
     canonical_sources,
     dataset_id,
 )
-from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, negotiate
+from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, agree, negotiate
 
 CACHE = Path("/nowhere/c")
 Steps = tuple[str, ...]
@@ -185,3 +185,57 @@ def test_an_appended_part_begins_with_a_shard_of_its_own() -> None:
 def test_a_new_teacher_comes_behind_and_a_plan_without_an_id_gets_it_from_the_images() -> None:
     assert negotiate(FINISHED, wanted(FIRST, columns=(B, A))).plan.columns == (A, B)
     assert negotiate(Found(CACHE), wanted(FIRST)).plan == plan(FIRST)
+
+
+Make = Callable[..., Path]
+
+
+SMALL = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 4, "bad": (2,)}
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(make_cache: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_cache(tmp_path_factory.mktemp("made") / "c", **SMALL)
+
+
+DIFFERENCES: dict[str, tuple[dict[str, Any], str]] = {
+    "size": ({"size": 32}, r"recipe\.size is 16 there and 32"),
+    "grid": ({"grid": 4}, r"grid\[0\] is 2 there and 4"),
+    "views": ({"n_views": 2}, r"n_views is 1 there and 2"),
+    "shards": ({"shard_samples": 3}, r"shard_samples is 4 there and 3"),
+    "dtype": ({"dtype": "float16"}, r"dtype is 'int8' there and 'float16'"),
+    "teacher": ({"teachers": {"a": {"width": 9, "has_cls": True, "has_attention": True}}}, r"columns is "),
+    "more images": ({"n": 7}, r"begun with 6 images and this command has 7: 0 gone, 1 new, 0 changed \(new is"),
+    "fewer images": ({"n": 5}, r"1 gone, 0 new, 0 changed \(gone is 'class 2/bild 005"),
+    "changed images": ({"seed": 5}, r"0 gone, 0 new, 5 changed"),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENCES)
+def test_other_options_are_refused_and_change_nothing(make_cache: Make, made: Path, what: str) -> None:
+    change, message = DIFFERENCES[what]
+    before = contents(made)
+    with pytest.raises(ValueError, match=message):
+        make_cache(made, **{**SMALL, **change})
+    assert contents(made) == before
+
+
+def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("do not touch")
+    with pytest.raises(ValueError, match="no cache .* holds 'thesis.tex'"):
+        make_cache(tmp_path, **SMALL)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "thesis.tex").rename(tmp_path / "samples.parquet")
+    with pytest.raises(ValueError, match="no cache .* holds 'samples.parquet'"):
+        make_cache(tmp_path, **SMALL)
+    assert (tmp_path / "samples.parquet").read_text() == "do not touch"
+
+
+def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
+    made = Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
+    with pytest.raises(ValueError, match="dataset id is not that of these images"):
+        agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00")]))

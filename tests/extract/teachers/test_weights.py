@@ -1,20 +1,12 @@
 import argparse
 import hashlib
-import http.server
-import io
-import os
-import socket
 import struct
-import threading
-import time
-import zipfile
 
 import pytest
 import safetensors.torch
 import torch
 from torch import nn
 
-from mrmae.extract.teachers import hub
 from mrmae.extract.teachers.weights import fit_weights, hinted, load_weights, weights_sha256
 
 
@@ -102,64 +94,6 @@ def test_missing_cut_and_foreign_files_are_named(tmp_path, weights):
         load_weights(tmp_path / "w.pth")
 
 
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 346284714\n"
-HUGE = (2**40).to_bytes(8, "little") + b'{"a":{}}' + bytes(64)
-
-
-def zipped(name: str) -> bytes:
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr(name, "x")
-    return out.getvalue()
-
-
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth", ".bin"])
-@pytest.mark.parametrize(
-    "content, told",
-    [
-        (b"", "is empty; .*; copy or download the file again"),
-        (
-            LFS,
-            "is a git-LFS pointer of 134 bytes, in place of 346,284,714; .*; fetch the file itself with git lfs pull",
-        ),
-        (
-            b"\n<!DOCTYPE html><html><title> Sign in </title>",
-            "is an HTML page titled 'Sign in': a download's error page",
-        ),
-        (b'<?xml version="1.0"?><Error><Code>AccessDenied', "is XML that begins with '<.xml"),
-        (b'{"error": "Repository not found"}', "is JSON text that begins with"),
-        (b'{"abcde{": 1}', "is JSON text that begins with"),  # a brace where safetensors has its own
-        ("# Größe\n".encode() * 900, "is a text file that begins with '# Größe"),
-        (zipped("photo.jpg"), "is a zip archive that is no checkpoint .it holds 'photo.jpg'.; .*; unpack it"),
-        (zipped("a/data.pkl")[:-9], "is a zip archive that is cut off or damaged"),
-        (zipped("a/data.pkl"), "cannot be read as a PyTorch checkpoint"),
-        (b"\x1f\x8b\x08" + bytes(99), "is a gzip archive; .*; unpack it"),
-        (bytes(257) + b"ustar" + bytes(99), "is a tar archive"),
-        (b"\x89HDF\r\n\x1a\n" + bytes(99), "is an HDF5 file, as Keras writes"),
-        (bytes(9999), "is nothing but zeros at its beginning"),
-        (bytes(range(99)), "is no weights: it begins with the bytes 00 01 02"),
-        (HUGE, "is safetensors with a header of 1,099,511,627,776 bytes in a file of 80"),
-        (b"\x80\x02cos\nsystem\n(X\x02\x00\x00\x00lstR.", "cannot be read as|needs more than tensors"),
-        (b"\x80\x04\x95\x00", "cannot be read as a PyTorch checkpoint .its pickle is cut off, damaged"),
-    ],
-)
-def test_what_is_no_weights_is_named_in_one_line_without_advice_to_trust_it(tmp_path, content, told, suffix):
-    path = tmp_path / f"w{suffix}"
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=told) as error:
-        load_weights(path)
-    text = str(error.value)
-    assert text.startswith(f"{path}: ") and "\n" not in text and "weights_only" not in text and len(text) < 400
-
-
-def test_what_is_no_file_is_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="w.pth: is no regular file .a pipe or device."):
-        load_weights(tmp_path / "w.pth")
-    with pytest.raises(ValueError, match="is a folder; .*; give the file in it"):
-        load_weights(tmp_path)
-
-
 def test_cut_anywhere_weights_are_refused_in_one_line(tmp_path, weights):
     safetensors.torch.save_file(weights, tmp_path / "w.safetensors")
     torch.save(weights, tmp_path / "w.pth")
@@ -220,93 +154,3 @@ def test_the_sha256_is_of_fp32_values_under_sorted_names():
 def test_nearest_names_only_what_is_near():
     assert hinted("resnet5", ["resnet50", "vit"]) == "; nearest: resnet50"
     assert hinted("zzz", ["resnet50"]) == ""
-
-
-# --- the hub
-
-
-def fetch(**how):
-    given = {"repository": "o/r", "names": ["m.safetensors", "m.bin"], "url": None, "local_hint": "a=timm:x@FILE"}
-    return hub.fetch_weights("a=timm:x", **(given | how))
-
-
-@pytest.fixture
-def hub_at(monkeypatch):
-    def use(port):
-        monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-                            f"http://127.0.0.1:{port}/{{repo_id}}/resolve/{{revision}}/{{filename}}")  # fmt: skip
-
-    return use
-
-
-@pytest.fixture
-def server(hub_at):
-    """A hub on this machine; its files by address, and a repository `o/gated` that it keeps to itself."""
-
-    class Answer(http.server.BaseHTTPRequestHandler):
-        files = {"/o/r/resolve/main/m.bin": b"weights", "/w.pth": b"more"}
-
-        def do_HEAD(self):
-            content = self.files.get(self.path)
-            self.send_response(200 if content else 404)
-            self.send_header("X-Error-Code", "GatedRepo" if "gated" in self.path else "EntryNotFound")
-            self.send_header("X-Repo-Commit", "c0ffee")
-            self.send_header("ETag", '"etag"')
-            self.send_header("Content-Length", str(len(content or b"")))
-            self.end_headers()
-            return content
-
-        def do_GET(self):
-            self.wfile.write(self.do_HEAD() or b"")
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
-        hub_at(server.server_port)
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def test_the_first_name_that_the_hub_has_is_downloaded_else_the_url(empty_cache, server):
-    assert fetch().read_bytes() == b"weights"
-    assert fetch(repository="o/none", url=f"{server}/w.pth") == empty_cache / "torch" / "checkpoints" / "w.pth"
-
-
-def test_what_the_hub_says_is_one_line(empty_cache, server):
-    with pytest.raises(ValueError, match="o/none: Entry Not Found for url.*; expected a network.*a=timm:x@FILE"):
-        fetch(repository="o/none")
-    with pytest.raises(ValueError, match="o/gated: Cannot access gated repo.*w.pth: HTTP Error 404") as error:
-        fetch(repository="o/gated", url=f"{server}/no/w.pth")
-    assert "\n" not in str(error.value)
-
-
-def test_a_host_that_does_not_answer_gives_one_error_in_time(empty_cache, hub_at, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes the connection and says nothing
-        port = silent.getsockname()[1]
-        hub_at(port)
-        monkeypatch.setattr(hub, "LOOK_SECONDS", 0.3)
-        start = time.monotonic()
-        with pytest.raises(ValueError, match="a=timm:x: the weights are not in the local cache.*pass a local file"):
-            fetch(url=f"http://127.0.0.1:{port}/w.pth")
-        assert 0.6 <= time.monotonic() - start < 3
-
-
-def test_offline_mode_asks_no_host(empty_cache, no_network, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE is set; pass a local file instead: a=timm:x@FILE"):
-        fetch()
-
-
-def test_cached_files_are_found_without_a_network(empty_cache, no_network):
-    target = empty_cache / "torch" / "checkpoints" / "w.pth"
-    target.parent.mkdir(parents=True)
-    target.write_bytes(b"x")
-    assert fetch(url="https://example.com/a/w.pth") == target
-    snapshot = empty_cache / "hub" / "models--o--r" / "snapshots" / "c0ffee"
-    snapshot.mkdir(parents=True)
-    (snapshot.parents[1] / "refs").mkdir()
-    (snapshot.parents[1] / "refs" / "main").write_text("c0ffee")
-    (snapshot / "m.bin").write_bytes(b"y")
-    assert fetch() == snapshot / "m.bin"

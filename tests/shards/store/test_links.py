@@ -156,11 +156,3 @@ def test_no_path_of_a_commit_record_is_used(cache: Path, tmp_path: Path) -> None
     problems = check.find_problems(cache, full=True)
     assert any("which is no file of this shard" in str(problem) for problem in problems)
     assert record in prepare_repair(cache, problems) and (tmp_path / "victim.txt").exists()
-
-
-def test_a_quantiser_of_no_column_is_a_damaged_plan(cache: Path) -> None:
-    fields = json.loads((cache / "plan.json").read_bytes())
-    fields["quantisers"]["../../x"] = fields["quantisers"]["a.pre_tail"]
-    (cache / "plan.json").write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=r"a quantiser is of '../../x', which is no column"):
-        plan.load_plan(cache)

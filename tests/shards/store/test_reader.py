@@ -1,8 +1,6 @@
 """Reading bytes: a call that gives fewer than asked for is asked again, and an index leads nowhere outside its file."""
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+import torch
 
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.plan import load_plan
@@ -72,14 +71,23 @@ def test_an_index_that_leads_outside_its_file_is_damage(
     assert caught.value.row == 1
 
 
-def test_samples_are_read_without_arrows_threads(tiny_cache: Path) -> None:
-    """One that outlives the read by a moment holds Python's bytes, and a process that ends in that moment aborts."""
-    code = """
-import os, sys, pathlib
-from mrmae.shards.format.samples import read_samples
-before = len(os.listdir("/proc/self/task"))
-read_samples(pathlib.Path(sys.argv[1]))
-print(len(os.listdir("/proc/self/task")) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code, tiny_cache], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0"]
+def test_what_is_not_in_memory_is_asked_for_side_by_side(tiny_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here the page cache never has it; where it always has, nothing is asked for."""
+    numbers = np.array([3, 6, 1, 17])  # three of one shard, one of another
+    expected = open_cache(tiny_cache).read_column("a.pre_tail", numbers, numbers * 0)["tokens"]
+    asked: list[int] = []
+    real = os.preadv
+
+    def preadv(file: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags:
+            raise BlockingIOError
+        return real(file, buffers, offset)
+
+    monkeypatch.setattr(reader.os, "posix_fadvise", lambda _file, _offset, n_bytes, _advice: asked.append(n_bytes))
+    cache = open_cache(tiny_cache)
+    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
+    assert not asked, "just read: it lies in memory"
+    monkeypatch.setattr(reader.os, "preadv", preadv)
+    monkeypatch.setattr(reader, "NOT_WAITING", 8)
+    assert torch.equal(cache.read_column("a.pre_tail", numbers, numbers * 0, ("tokens",))["tokens"], expected)
+    assert asked == [16 * 8 + 4] * 3, "one alone has no company"

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mrmae.shards.format.plan import PIXELS
 from mrmae.shards.format.views import View, decode_jpeg, encode_jpeg
 from mrmae.shards.store import tar
+from mrmae.shards.store.reader import Damaged
 from mrmae.shards.store.tar import PixelRow, index_path, parse_row, read_index, write_pixel_tar
 
 KEYS = ["a/1.2.840.10008 x.jpg", "ü" * 120 + ".png", "bad.jpg", "c.tar/d.png"]
@@ -163,3 +165,23 @@ def test_a_header_is_tarfiles_own(name: str, size: int) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o644
     assert tar.header(name, size) == info.tobuf(tarfile.USTAR_FORMAT)
+
+
+def test_views_are_decoded_into_their_buffers_and_what_is_another_shards_is_damage(tmp_path: Path) -> None:
+    path, of = tmp_path / "000000.tar", {"geometry_id": "sha256:1", "view": 0, "shard": 0}
+    write_pixel_tar(path, rows(), of)
+    shard, buffers = tar.open_pixels(path, of, KEYS), [np.zeros((8, 8, 3), np.uint8) for _ in range(2)]
+    shard.read([3, 1], {PIXELS: buffers})
+    for buffer, row in zip(buffers, (rows()[3], rows()[1])):
+        assert (
+            row.jpeg is not None
+            and np.array_equal(buffer, decode_jpeg(row.jpeg))
+            and shard.crop(row.number - 5) == row.view
+        )
+    with pytest.raises(Damaged, match="there is no such member") as caught:
+        shard.read([1, 2], {PIXELS: buffers})
+    assert caught.value.row == 2
+    with pytest.raises(Damaged, match="its index belongs to"):
+        tar.open_pixels(path, of | {"shard": 1}, KEYS)
+    with pytest.raises(Damaged, match="keys of its index are not those of samples.parquet"):
+        tar.open_pixels(path, of, KEYS[::-1])

@@ -1,22 +1,20 @@
 """Writers of one cache do not meet: every shard has one writer, changes of the whole wait for nobody else, and no wait is without end."""
 
-import contextlib
 import errno
 import fcntl
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from locks import elsewhere
 
 from mrmae.extract import pipeline as engine
 from mrmae.extract import run
@@ -59,65 +57,6 @@ def begun(extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.
     return tmp_path / "c"
 
 
-@contextlib.contextmanager
-def elsewhere(file: Path, *, shared: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds a lock until the end; killed then."""
-    script = f"""
-from pathlib import Path
-from mrmae.shards import claims
-claim = claims.take(Path({str(file)!r}), shared={shared})
-print("holds", flush=True)
-import time; time.sleep(60)
-"""
-    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None and process.stdout.readline() == "holds\n"
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def test_a_lock_has_one_holder_and_goes_with_it(tmp_path: Path) -> None:
-    file = tmp_path / "x.lock"
-    with elsewhere(file) as process:
-        assert claims.take(file) is None and claims.take(file, shared=True) is None
-        assert (claims.held_by(file) or "").startswith(f"process {process.pid} on ")
-    assert file.exists() and claims.held_by(file) is None, "killed: the file stays, the lock does not"
-    with claims.take(file) or pytest.fail("it is free"):
-        assert claims.take(file) is None, "nor has another thread of this process"
-    assert not file.exists()
-    one, two = (claims.take(file, shared=True) for _ in range(2))
-    assert one and two and claims.take(file) is None
-    one.release()
-    assert file.exists() and claims.take(file) is None
-    two.release()
-    assert not file.exists()
-
-
-def test_a_lock_file_removed_while_one_waits_for_it_is_not_held_by_two(tmp_path: Path) -> None:
-    """Many threads take and release one lock; whoever has it is alone."""
-    file, inside, most = tmp_path / "x.lock", [0], [0]
-
-    def work() -> None:
-        done = 0
-        while done < 50:
-            if (claim := claims.take(file)) is None:
-                continue
-            inside[0] += 1
-            most[0] = max(most[0], inside[0])
-            inside[0] -= 1
-            claim.release()
-            done += 1
-
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-    assert most == [1] and not file.exists()
-
-
 def forked(work: Callable[[], object]) -> int:
     """The id of a child that does this and ends with 0, with 1 where it fails."""
     if pid := os.fork():
@@ -148,13 +87,6 @@ def ends(pids: list[int], seconds: float = 90) -> list[int]:
         os.kill(pid, signal.SIGKILL)
         codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     return [codes[pid] for pid in pids]
-
-
-def test_a_link_in_the_place_of_a_lock_is_named(tmp_path: Path) -> None:
-    (tmp_path / ".lock").symlink_to("elsewhere")
-    with pytest.raises(ValueError, match="lock: is a link; expected the lock file of a command.*delete it"):
-        claims.at_work(tmp_path)
-    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_overlapping_parts_and_a_finishing_command_make_the_same_cache(

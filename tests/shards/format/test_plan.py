@@ -1,34 +1,72 @@
-"""What the files of a cache say of sizes is checked before anything is allocated, and ends in one line that names the file."""
+"""plan.json: it survives itself, is frozen once, and what it sizes beyond reason is refused in one line before anything is allocated."""
 
+import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
+from mrmae.common import files as write
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import read_record
-from mrmae.shards.format import SAMPLES, Plan, ViewRecipe, load_plan, read_samples
+from mrmae.shards.format import (
+    Plan,
+    plan,
+)
+from mrmae.shards.format.plan import PlanFields, load_plan
+from mrmae.shards.format.quantiser import Quantiser
+from mrmae.shards.format.shape import expect_kind
+from mrmae.shards.format.spec import ViewRecipe
 from mrmae.shards.manifest import read_manifest
 
 Make = Callable[..., Path]
 
 
-@pytest.fixture(scope="module")
-def unfinished(make_cache: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small cache without a manifest. Do not change it."""
-    return make_cache(tmp_path_factory.mktemp("bounds") / "c", n=6, size=16, grid=2, n_views=1, finalise=False)
+def test_quantisers_are_frozen_once(tiny_cache: Path) -> None:
+    made = plan.load_plan(tiny_cache)
+    with pytest.raises(ValueError, match=r"quantisers\..*dtype is 'int8' there and 'float16'"):
+        plan.freeze_quantisers(tiny_cache, made, {name: Quantiser("float16") for name in made.quantisers})
+    with pytest.raises(ValueError, match="one for every column"):
+        plan.freeze_quantisers(tiny_cache, made, {})
 
 
-@pytest.fixture
-def copy(unfinished: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(unfinished, tmp_path / "c")
+def test_a_quantiser_of_another_dtype_is_refused(make_cache: Make, tmp_path: Path) -> None:
+    made = plan.load_plan(make_cache(tmp_path / "c", n=6, size=16, grid=2, n_views=1))
+    fresh = dataclasses.replace(made, quantisers={})
+    write.publish(tmp_path / "c/plan.json", plan.readable_json(fresh.to_json()), replace=True)
+    with pytest.raises(ValueError, match="a quantiser is of fp8; the cache has int8"):
+        plan.freeze_quantisers(tmp_path / "c", fresh, {name: Quantiser("fp8") for name in made.quantisers})
+
+
+def test_plans_survive_json_and_give_the_same_ids(tiny_cache: Path) -> None:
+    made = plan.load_plan(tiny_cache)
+    again = dataclasses.replace(made)
+    assert again.to_json() == made.to_json() == json.loads((tiny_cache / "plan.json").read_bytes())
+    assert again.ids == made.ids and set(made.ids) == {"pixels", "a.pre_tail", "b.pre_tail"}
+
+
+def test_contradictory_plans_are_refused(tiny_cache: Path) -> None:
+    made = plan.load_plan(tiny_cache)
+    for change, message in (({"columns": made.columns + made.columns[:1]}, "repeat"), ({"n_views": 0}, "0 views"),
+                            ({"grid": (3, 3)}, "one grid")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(made, **change)  # type: ignore[arg-type]
+
+
+def test_a_plan_of_an_unknown_dtype_is_refused(tiny_cache: Path) -> None:
+    with pytest.raises(ValueError, match="dtype 'int8x' is not known; expected int8, fp8, float16"):
+        dataclasses.replace(plan.load_plan(tiny_cache), dtype="int8x")
+
+
+def test_shard_ranges_and_the_default_size() -> None:
+    assert plan.shard_ranges(7, 3) == [range(0, 3), range(3, 6), range(6, 7)]
+    assert plan.default_shard_samples(100, 150_528) == 64
+    assert plan.default_shard_samples(6400, 150_528) == 100
+    assert plan.default_shard_samples(1_281_167, 150_528) == 512 * 10**6 // 150_528
 
 
 HOSTILE_PLANS: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
@@ -122,31 +160,17 @@ def test_a_file_of_json_larger_than_its_writer_makes_is_not_read(copy: Path) -> 
             read(copy)
 
 
-def rewritten(path: Path, change: Callable[[dict[str, list[Any]]], object], **options: Any) -> None:
-    table = pq.read_table(path / "samples.parquet").to_pydict()
-    change(table)
-    pq.write_table(pa.table(table, SAMPLES), path / "samples.parquet", **options)
+def test_a_quantiser_of_no_column_is_a_damaged_plan(copy: Path) -> None:
+    fields = json.loads((copy / "plan.json").read_bytes())
+    fields["quantisers"]["../../x"] = fields["quantisers"]["a.pre_tail"]
+    (copy / "plan.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"a quantiser is of '../../x', which is no column"):
+        plan.load_plan(copy)
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        (lambda t: t["number"].__setitem__(-1, 10**9), "numbered 0 to 5"),
-        (lambda t: t["number"].__setitem__(2, 2**63 - 1), "numbered 0 to 5"),
-        (lambda t: t["number"].__setitem__(0, None), "'?number'? has rows without a value|column number"),
-        (lambda t: t["key"].__setitem__(0, None), "column key has rows without a value"),
-        (lambda t: t["key"].__setitem__(0, "x" * 10**7), "it says that it holds 6 rows"),
-        (lambda t: [values.clear() for values in t.values()], "it says that it holds 0 rows"),
-        (lambda t: [values.extend(values[:1] * 10**6) for values in t.values()], "it says that it holds"),
-        (lambda t: [values.extend(values) for values in t.values()], "rows twice"),
-    ],
-    ids=["a number", "64 bits", "no number", "no key", "a bomb", "empty", "rows out of nothing", "twice"],
-)
-def test_samples_that_would_fill_the_memory_are_refused_before(copy: Path, change: Any, said: str) -> None:
-    rewritten(copy, change, compression="zstd")
-    parts = load_plan(copy).numbers
-    with pytest.raises(ValueError, match=rf"samples\.parquet: cannot be read \(.*({said})"):
-        read_samples(copy, parts)
-    with pytest.raises(ValueError, match=r"samples\.parquet"):
-        open_cache(copy, allow_partial=True)
-    assert [problem.file for problem in check.find_problems(copy) if "samples" in problem.file] == ["samples.parquet"]
+def test_a_plan_says_which_field_is_of_another_type(tiny_cache: Path) -> None:
+    fields = load_plan(tiny_cache).to_json()
+    expect_kind(fields, PlanFields)
+    fields["columns"][1]["width"] = "6"
+    with pytest.raises(ValueError, match=r"^columns\[1\].width is '6'; expected an integer"):
+        expect_kind(fields, PlanFields)
