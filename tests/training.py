@@ -15,7 +15,7 @@ def train_quietly(
     cache: Path | str, out: Path | str, recipe: Recipe, console: Console | None = None, **options: Any
 ) -> dict[str, Any]:
     """The summary of `train`. options: fields of Setup and Cadence."""
-    options = {"device": "cpu", "panels_every": 0, "tensorboard": False} | options
+    options = {"device": "cpu", "panels_every": 0, "tensorboard": False, "page": False} | options
     setup, cadence = (
         kind(**{field.name: options.pop(field.name) for field in dataclasses.fields(kind) if field.name in options})
         for kind in (Setup, Cadence)

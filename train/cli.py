@@ -99,7 +99,7 @@ SHORTHANDS = {
 def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Train a student on CACHE (from extract-features; a folder or an s3://, gs:// or az:// URL); all goes to the folder OUT.
 
-    Ends with OUT/student (load it with timm), OUT/curves.png and OUT/panels. The same command again continues a run that was
+    Ends with OUT/student (load it with timm), OUT/report.html, OUT/curves.png and OUT/panels. The same command again continues a run that was
     stopped or killed; more --epochs than before may be asked for. Several GPUs: torchrun --nproc-per-node N -m mrmae.train.cli
     CACHE OUT.
     """

@@ -20,20 +20,37 @@ BACKWARD = 2  # the backward pass of a matrix product is two of its size
 STATE_BYTES = 16  # per parameter: fp32 weight, gradient, and AdamW's two moments
 
 
+def count_costs(run: Run) -> dict[str, float]:
+    """What a step costs per image, in numbers: FLOP, bytes read, memory; and the parameters that are trained.
+
+    encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it.
+    """
+    whole, teachers = teacher_flops(run)
+    forward = student_flops(run, *whole)
+    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
+    frozen = sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
+    return {
+        "parameters": parameters,
+        "encoder_flops": encoder_flops(run, whole[0]),
+        "forward_flops": forward,
+        "teacher_flops": teachers,
+        "step_flops": (1 + BACKWARD) * forward + teachers,
+        "feature_bytes": feature_bytes(run),
+        "view_bytes": view_bytes(run),
+        "state_bytes": STATE_BYTES * parameters + frozen,
+        "saved_bytes": saved_bytes(run, *whole),
+    }
+
+
 def cost_facts(run: Run) -> dict[str, str]:
     """FLOPs, bytes and memory per image of this run, in words, for the plan."""
-    whole, teachers = teacher_flops(run)
-    student = student_flops(run, *whole)
-    saved, micro = saved_bytes(run, *whole), run.share.micro_size
-    parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
-    state = STATE_BYTES * parameters + sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
-    step = (1 + BACKWARD) * student + teachers
-    online = f", teachers {teachers / 1e9:.3g}" if run.online else ""
+    cost, micro = count_costs(run), run.share.micro_size
+    features, view, state, saved = (cost[f"{name}_bytes"] for name in ("feature", "view", "state", "saved"))
+    online = f", teachers {cost['teacher_flops'] / 1e9:.3g}" if run.online else ""
     return {
-        "operations": f"{step / 1e9:.3g} GFLOP per image and step (forward {student / 1e9:.3g}, x 3 with backward{online}),"
-        f" {step * run.recipe.optim.batch_size / 1e12:.3g} TFLOP per update",
-        "bytes read": f"{human_bytes(feature_bytes(run) + view_bytes(run))} per image: features"
-        f" {human_bytes(feature_bytes(run))}, view {human_bytes(view_bytes(run))}",
+        "operations": f"{cost['step_flops'] / 1e9:.3g} GFLOP per image and step (forward {cost['forward_flops'] / 1e9:.3g},"
+        f" x 3 with backward{online}), {cost['step_flops'] * run.recipe.optim.batch_size / 1e12:.3g} TFLOP per update",
+        "bytes read": f"{human_bytes(features + view)} per image: features {human_bytes(features)}, view {human_bytes(view)}",
         "memory": f"about {human_bytes(state + micro * saved)} per process: weights, gradients and moments {human_bytes(state)},"
         f" kept for backward {human_bytes(saved)} per image x {micro}",
     }
@@ -68,6 +85,13 @@ def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
     """FLOPs of the forward pass on one image."""
     with counted_flops() as counter:
         run.model(batch, masks)
+    return int(counter.get_total_flops())
+
+
+def encoder_flops(run: Run, batch: Batch) -> int:
+    """FLOPs of the student alone on one whole image."""
+    with counted_flops() as counter:
+        run.model.tokens(batch.pixels)
     return int(counter.get_total_flops())
 
 

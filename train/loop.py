@@ -42,6 +42,7 @@ from mrmae.train.ranks import (
 )
 from mrmae.train.resume import begin_or_resume, save
 from mrmae.train.run import Run, build_run
+from mrmae.train.run_page import write_run_page
 from mrmae.train.setup import CADENCE, SETUP, Cadence, Setup
 
 MAX_SKIPPED_IN_A_ROW = 3
@@ -83,7 +84,7 @@ def train(
     """Train the student of `recipe` on a finished cache; returns a summary of the run.
 
     out: a new or empty folder, or one holding the same run, which then continues. Filled with checkpoints/, log.jsonl,
-    tensorboard/, panels/, curves.png, student/ (for timm), recipe.yaml, run.json and README.md.
+    tensorboard/, panels/, curves.png, report.html, student/ (for timm), recipe.yaml, run.json and README.md.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
     seconds, images_per_s and stall (since this start), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
@@ -299,7 +300,7 @@ def save_state(run: Run, loop: Loop) -> None:
 
 
 def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
-    """Export the student and draw the curves of a finished run, or say how to continue a stopped one; the summary."""
+    """Export the student of a finished run and draw its curves and its page, or say how to continue a stopped one; the summary."""
     seconds = time.perf_counter() - loop.started
     finished = run.epoch == run.recipe.optim.epochs
     summary: dict[str, Any] = {
@@ -323,6 +324,8 @@ def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
         if finished:
             summary["student"] = str(write_results(run))
             log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
+            if run.cadence.page:
+                log.attempt("report.html", lambda: draw_run_page(run))
         for line in report.closing_lines(run, summary, command):
             log.say(line)
     result: dict[str, Any] = agree_on(summary, run.ranks)
@@ -335,6 +338,12 @@ def write_results(run: Run) -> Path:
     if run.setup.export == "mae":
         export_published(run.model, run.out / "published.pth")
     return run.out / "student"
+
+
+def draw_run_page(run: Run) -> None:
+    """Write OUT/report.html from all that lies in OUT by now, with what a step cost."""
+    report.add_costs(run, cost.count_costs(run))
+    write_run_page(run.out)
 
 
 def draw_run_curves(run: Run, rows: Path) -> None:

@@ -46,9 +46,22 @@ def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
         "git": git_state(Path(__file__).parent),
         "notes": run.notes,
     }
-    facts = {**source_of(run), "starts": [*starts, start]}
+    warning = random_line(run)
+    facts = {
+        **({"warning": warning} if warning else {}),
+        **source_of(run),
+        "updates_per_epoch": run.updates,
+        "load": how_to_load(run),
+        "starts": [*starts, start],
+    }
     write_text(path, json.dumps(facts, indent=2) + "\n")
     write_text(run.out / "README.md", readme(run, command))
+
+
+def add_costs(run: Run, costs: Mapping[str, float]) -> None:
+    """Note in run.json what a step cost."""
+    path = run.out / "run.json"
+    write_text(path, json.dumps({**json.loads(path.read_text()), "costs": costs}, indent=2) + "\n")
 
 
 def source_of(run: Run) -> dict[str, Any]:
@@ -167,6 +180,7 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
     if summary["finished"]:
         lines = [
             f"finished: {counted(run.recipe.optim.epochs, 'epoch')}, {human_time(summary['seconds'])} since this start",
+            f"report    {run.out / 'report.html'}",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
             f"student   {how_to_load(run)}",
         ]
@@ -201,6 +215,7 @@ def readme(run: Run, command: str) -> str:
             "",
             "| file | holds |",
             "| --- | --- |",
+            "| `report.html` | the run as one page: open it, or send it |",
             "| `student/` | the encoder as timm loads it |",
             "| `published.pth` | with `--export mae`: what MAE's (for its student MCMAE's) fine-tuning scripts load |",
             "| `recipe.yaml` | everything that decides the result, resolved |",

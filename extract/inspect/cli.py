@@ -326,5 +326,22 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
     click.echo(f"{os.fspath(path)}")
 
 
+@main.command(name="report")
+@CACHE
+@click.option("--out", type=click.Path(path_type=Path), help="The HTML file; default: CACHE/report.html.")
+@click.option("--samples", default=8, type=click.IntRange(1), help="Rows of the contact sheet.")
+def write_report(cache: Path, out: Path | None, samples: int) -> None:
+    """Write what CACHE holds as one HTML page: images, labels, columns and their quality, pictures, times."""
+    from mrmae.common.page import write_document
+    from mrmae.extract.inspect.cache_page import cache_page
+
+    with one_line_errors():
+        expect_utf8(out or "", "--out")
+        if out is None and isinstance(cache, Url):
+            raise ValueError(f"{cache}: a cache at a URL can only be read; say with --out where the page goes")
+        path = write_document(out or cache / "report.html", cache_page(cache, rows=samples))
+    click.echo(f"{os.fspath(path)}")
+
+
 if __name__ == "__main__":
     main()

@@ -20,21 +20,29 @@ from mrmae.shards.store import refuse_foreign_entries
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences
 Flat = dict[str, Any]
+Records = Mapping[Unit, Mapping[str, Any]]
 
 
 def description(path: Path) -> dict[str, Any]:
     """Everything that `show` shows, as JSON. Also of an unfinished cache. ValueError where there is none."""
+    return described(path, *contents(path))
+
+
+def contents(path: Path) -> tuple[Plan, Records, dict[str, list[Any]]]:
+    """What a description is made of: the plan, the valid commit records by unit, and the columns of samples.parquet."""
     refuse_foreign_entries(path)
     plan = load_plan(path)
-    finished = exists(path / "manifest.json")
-    if finished:
+    if exists(path / "manifest.json"):
         read_manifest(path)
-    records = commits.valid_records(path, plan, units(plan))
-    table = read_samples(path, plan.numbers)
+    return plan, commits.valid_records(path, plan, units(plan)), read_samples(path, plan.numbers)
+
+
+def described(path: Path, plan: Plan, records: Records, table: Mapping[str, list[Any]]) -> dict[str, Any]:
+    """The description, of what was read before."""
     bad = commits.bad_in(records)
     return {
         "path": str(path),
-        "finished": finished,
+        "finished": exists(path / "manifest.json"),
         "shards_committed": len(records),
         "shards": sum(1 for _ in units(plan)),
         "dataset_id": plan.parts[-1].dataset_id,
@@ -69,7 +77,7 @@ def unit_bytes(record: Mapping[str, Any]) -> int:
     return sum(file["bytes"] for file in record["files"].values())
 
 
-def column_description(path: Path, plan: Plan, name: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
+def column_description(path: Path, plan: Plan, name: str, records: Records) -> dict[str, Any]:
     """One column: id, teacher, shape, progress, bytes, worst quality, seconds spent."""
     mine = [record for (_, column, _), record in records.items() if column == name]
     seconds: dict[str, float] = {}

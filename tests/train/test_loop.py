@@ -338,11 +338,14 @@ def test_a_picture_that_fails_is_one_warning_and_the_state_is_saved_before_it(
 
     monkeypatch.setattr(loop, "draw_run_panels", fail)
     monkeypatch.setattr(loop, "draw_curves", fail)
-    summary = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), panels_every=1)
+    monkeypatch.setattr(loop, "write_run_page", fail)
+    summary = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), panels_every=1, page=True)
     assert summary["finished"] and (tmp_path / "out" / "student" / "model.safetensors").exists()
-    assert saved == [UPDATES, 2 * UPDATES, 2 * UPDATES]
+    assert saved == [UPDATES, *[2 * UPDATES] * 3]
     warnings = [line for line in summary["said"].splitlines() if line.startswith("WARNING")]
-    assert [line.split(":")[0] for line in warnings] == ["WARNING panels", "WARNING curves.png"]
+    assert [line.split(":")[0] for line in warnings] == [
+        "WARNING panels", "WARNING curves.png", "WARNING report.html"
+    ]  # fmt: skip
     assert "LinAlgError: no convergence at all" in warnings[0]
 
 

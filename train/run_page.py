@@ -1,0 +1,236 @@
+"""OUT/report.html: what a run leaves, as a page that one can send. It is drawn from the files in OUT alone."""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mrmae.common import page
+from mrmae.common.page import Curve, Html
+from mrmae.common.progress import counted, human_bytes, human_time
+from mrmae.train.log import read_rows
+
+MOST_POINTS = 500  # of a curve: more are means of neighbours
+Facts = Mapping[str, Any]
+LogRows = Sequence[Facts]
+
+
+def write_run_page(out: Path) -> Path:
+    """OUT/report.html, written from what lies in OUT. Raises ValueError, OSError or KeyError where OUT holds no run."""
+    return page.write_document(out / "report.html", run_page(out))
+
+
+def run_page(out: Path) -> str:
+    """The page of the run in `out`: from run.json, recipe.yaml, log.jsonl, panels/ and probes/results."""
+    run = json.loads((out / "run.json").read_text())
+    recipe = (out / "recipe.yaml").read_text()
+    epochs, steps = read_rows(out / "log.jsonl", "epoch"), read_rows(out / "log.jsonl", "step")
+    panels = {
+        f"epoch {int(path.stem.removeprefix('epoch-'))}": path for path in sorted((out / "panels").glob("epoch-*.png"))
+    }
+    probes = [json.loads(path.read_bytes()) for path in sorted((out / "probes" / "results").glob("*.json"))]
+    sections = [
+        page.section("What was trained on what", *origin(run, recipe, epochs)),
+        page.section("Losses", *losses(run, epochs, steps)),
+        page.section("What it is worth", *worth(epochs, probes)),
+        *([page.section("What it sees", panel_slider(panels))] if panels else []),
+        page.section("Speed", *speed(run, steps)),
+        page.section("What it costs", *costs(run, trained_images(recipe, epochs))),
+        page.section("Load the student", *loading(run)),
+    ]
+    return page.document(
+        f"{run['recipe']}: {run['student']}", *sections, lead=lead(run, epochs), warnings=warnings_of(run)
+    )
+
+
+def lead(run: Facts, epochs: LogRows) -> str:
+    """How much was trained, in a sentence."""
+    seconds = sum(row["seconds"] for row in epochs)
+    done = counted(len(epochs), "epoch") if epochs else "no whole epoch"
+    begun = run["starts"][0]["started"].partition("T")[0]
+    return f"{done} on {counted(run['images'], 'image')}, {human_time(seconds)} of training, begun on {begun}"
+
+
+def warnings_of(run: Facts) -> list[str]:
+    """What nobody may overlook: teachers that know nothing, a cache that was not finished."""
+    found = [run["warning"]] if run.get("warning") else []
+    if "unfinished_cache" in run:
+        found.append(f"UNFINISHED CACHE: it held {run['unfinished_cache']}; only these were trained on")
+    return found
+
+
+def origin(run: Facts, recipe: str, epochs: LogRows) -> Iterator[Html]:
+    """Recipe, data, teachers, ids, versions, and the command that repeats it."""
+    last = run["starts"][-1]
+    yield page.facts({
+        "recipe": run["recipe"],
+        "student": run["student"],
+        "images": f"{run['images']:,}" + (f", and {run['held_out']:,} held out" if run["held_out"] else ""),
+        "cache": run["cache"],
+        **{f"teacher {name}": teacher_line(about, run["teachers_run"]) for name, about in run["teachers"].items()},
+        "computed on": f"{last['device']}, {last['precision']}, {counted(last['ranks'], 'process', 'processes')}",
+    })  # fmt: skip
+    if not run["teachers"]:
+        yield page.paragraph("No teacher: this recipe reads none.", "quiet")
+    yield page.paragraph("The same again, from the same cache:")
+    yield page.code(last["command"])
+    yield page.folded("Ids of what was read", page.facts(run["cache_ids"]))
+    yield page.folded("Versions", page.facts({**last["versions"], "git": last["git"] or "no checkout"}))
+    yield page.folded("The recipe, resolved", page.code(recipe))
+    starts = [
+        [start["started"], f"{start['from_step']:,}", start["device"], " ".join(start["notes"])]
+        for start in run["starts"]
+    ]
+    yield page.folded(counted(len(starts), "start"), page.table(["started", "from update", "device", "notes"], starts))
+
+
+def teacher_line(about: Facts, how: str) -> str:
+    """A teacher in a line; random weights are said loudly."""
+    weights = "RANDOM weights, it knows nothing" if about["weights"] == "random" else f"{about['weights']} weights"
+    return f"{about['model']}, {weights}, {about['tap']}, run {how}"
+
+
+def losses(run: Facts, epochs: LogRows, steps: LogRows) -> Iterator[Html]:
+    """A table of every term at the first and the last epoch, and the curves."""
+    if not epochs:
+        yield page.paragraph("No epoch was ended.")
+        return
+    names = ["loss", *dict.fromkeys(name for row in epochs for name in row["terms"])]
+    held = any("held_out" in row for row in epochs)
+    yield page.table(
+        ["", "first epoch", "last epoch", *(["held out, last"] if held else [])],
+        [["weighted sum" if name == "loss" else name,
+          *(loss_words(loss_of(row, name)) for row in (epochs[0], epochs[-1])),
+          *([loss_words(epochs[-1].get("held_out", {}).get(name))] if held else [])] for name in names],
+        caption="Mean losses over an epoch; every term before its weight.",
+    )  # fmt: skip
+    per_epoch = run.get("updates_per_epoch", 1)
+    curves = []
+    for hue, name in enumerate(names[1:]):
+        rows = steps if len(epochs) < 30 and len(steps) > len(epochs) else epochs
+        xs, ys = thinned([row["step"] / per_epoch for row in rows], [row["terms"].get(name) for row in rows])
+        curves.append(Curve(name, xs, ys, hue=hue))
+        if held:
+            aside = [row.get("held_out", {}).get(name) for row in epochs]
+            curves.append(Curve(f"{name}, held out", [row["epoch"] for row in epochs], aside, dashed=True, hue=hue))
+    yield page.chart("Loss per term, before weighting", curves, x="epoch", y="loss")
+
+
+def loss_of(row: Facts, name: str) -> float | None:
+    """A term's loss in a row of the log, or the weighted sum."""
+    found: float | None = row["loss"] if name == "loss" else row["terms"].get(name)
+    return found
+
+
+def loss_words(value: float | None) -> str:
+    """A loss in a table."""
+    return "not finite" if value is None or not math.isfinite(value) else f"{value:.4f}"
+
+
+def thinned(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float | None]]:
+    """At most MOST_POINTS points of a curve: the means of neighbours, at the last one's place; gaps stay where all are."""
+    at_once = math.ceil(len(xs) / MOST_POINTS) or 1
+    found: list[float | None] = []
+    for start in range(0, len(ys), at_once):
+        known = [y for y in ys[start : start + at_once] if y is not None and math.isfinite(y)]
+        found.append(sum(known) / len(known) if known else None)
+    ends = [min(start + at_once, len(xs)) - 1 for start in range(0, len(xs), at_once)]
+    return [xs[end] for end in ends], found
+
+
+def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
+    """k-NN while training and what probes found, with intervals; where there is neither, how to find out."""
+    scores = [row for row in epochs if "knn_top1" in row]
+    measured = [found for found in probes if found.get("accuracy") is not None]
+    if measured:
+        yield page.intervals(
+            "Probes: share of test images classified rightly, with 95 % intervals",
+            {
+                f"{found['probe']}: {found['headline']}, {found['data']}": (found["accuracy"], *found["interval"])
+                for found in measured
+            },
+            x="accuracy",
+        )
+        yield page.table(
+            ["probe", "what", "accuracy [95 %]", "train / test / classes", "data"],
+            [[found["probe"], found["headline"], interval_words(found), f"{found['n_train']} / {found['n_test']} / {found['n_classes']}",
+              found["data"]] for found in measured],
+        )  # fmt: skip
+    if scores:
+        curve = Curve("k-NN", [row["epoch"] for row in scores], [100 * row["knn_top1"] for row in scores])
+        yield page.chart("k-NN top-1 of the images held out", [curve], x="epoch", y="%")
+    if not measured and not scores:
+        yield page.paragraph("Nothing was measured yet. On labelled images that the student has not seen:")
+        yield page.code("probe-features OUT DATA --probe knn --probe linear")
+
+
+def interval_words(found: Facts) -> str:
+    """`0.812 [0.790, 0.833]`."""
+    low, high = found["interval"]
+    return f"{found['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def panel_slider(panels: Mapping[str, Path]) -> Html:
+    """The panels of all epochs."""
+    return page.slider(panels, alt="Views, what the student sees of them, its reconstruction, and tokens as colours",
+                       caption="The same images and masks at every epoch. Same colour, same kind of token, within a column.")  # fmt: skip
+
+
+def speed(run: Facts, steps: LogRows) -> Iterator[Html]:
+    """Images per second, waiting, memory and learning rate over the run."""
+    if not steps:
+        yield page.paragraph("No update was logged.")
+        return
+    per_epoch = run.get("updates_per_epoch", 1)
+    drawn: list[tuple[str, str, Callable[[Facts], float | None]]] = [
+        ("Images per second", "images/s", lambda row: row["images_per_s"]),
+        ("Stall: share of the time that a step waits for data", "%", lambda row: 100 * row["stall"]),
+        ("Learning rate", "", lambda row: row["lr"]),
+        ("Memory of the first process", "MiB", lambda row: row["memory_mib"]),
+    ]
+    charts = []
+    for title, unit, value in drawn:
+        xs, ys = thinned([row["step"] / per_epoch for row in steps], [value(row) for row in steps])
+        charts.append(page.chart(title, [Curve(unit or title, xs, ys)], x="epoch", y=unit))
+    yield page.beside(*charts)
+
+
+def trained_images(recipe: str, epochs: LogRows) -> int:
+    """Images of all updates so far, an image counted every time it came."""
+    return int(epochs[-1]["step"] * yaml.safe_load(recipe)["optim"]["batch_size"]) if epochs else 0
+
+
+def costs(run: Facts, seen: int) -> Iterator[Html]:
+    """Multiply-accumulates and bytes, per image and of the whole run."""
+    if not (cost := run.get("costs")):
+        yield page.paragraph("Not counted.")
+        return
+    rows = [("parameters that are trained", f"{cost['parameters']:,}", ""),
+            ("student alone, a whole image, forward", macs(cost["encoder_flops"]), ""),
+            ("a step's forward pass", macs(cost["forward_flops"]), macs(cost["forward_flops"] * seen)),
+            ("a step, with backward", macs(cost["step_flops"]), macs(cost["step_flops"] * seen)),
+            ("features read", human_bytes(cost["feature_bytes"]), human_bytes(cost["feature_bytes"] * seen)),
+            ("views read", human_bytes(cost["view_bytes"]), human_bytes(cost["view_bytes"] * seen))]  # fmt: skip
+    if cost["teacher_flops"]:
+        rows.insert(3, ("of it, teachers", macs(cost["teacher_flops"]), macs(cost["teacher_flops"] * seen)))
+    yield page.table(["", "per image", f"whole run, {counted(seen, 'image')}"], rows)
+    yield page.paragraph(
+        "MAC: multiply-accumulate of matrix products, attention and convolutions, counted on one image; two FLOP each.",
+        "quiet",
+    )
+
+
+def macs(flops: float) -> str:
+    """Multiply-accumulates in words, from FLOP."""
+    n, units = flops / 2, ["MAC", "kMAC", "MMAC", "GMAC", "TMAC", "PMAC", "EMAC"]
+    while n >= 999.5 and len(units) > 1:
+        n, units = n / 1000, units[1:]
+    return f"{n:.3g} {units[0]}"
+
+
+def loading(run: Facts) -> Iterator[Html]:
+    """The lines of Python that load the student."""
+    yield page.code(run["load"])
