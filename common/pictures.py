@@ -24,7 +24,9 @@ PNG = b"\x89PNG\r\n\x1a\n"
 Pictures = np.ndarray[Any, np.dtype[np.uint8]]
 COLOUR_NOTE = ("Tokens as colours: a model's three main directions over all these images as red, green and blue; equal colours mean "
                "similar tokens in every row of a column, and nothing across columns.")  # fmt: skip
-STRIPES_NOTE = "What every row of a column has in common (stripes, borders, corners) is the position, not the picture."
+STRIPES_NOTE = ("What every row of a column has in common (stripes, borders, corners) is the position, not the picture; where it says "
+                "content, the mean over the images at each position is taken out, and is grey.")  # fmt: skip
+ENOUGH_IMAGES = 4  # for a mean at each position that is not mostly the image itself
 
 
 # --- tokens and scores
@@ -89,6 +91,12 @@ def pca_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Float[Tens
     """
     x = layer_normalised(tokens)
     return palette_of(x).rgb(x).reshape(len(tokens), *grid, 3)
+
+
+def content_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Float[Tensor, "b rows columns 3"]:
+    """The same of what is left without the mean over the images at each position: what one shows there and others do not."""
+    x = layer_normalised(tokens)
+    return palette_of(x, by_position=True).rgb(x).reshape(len(tokens), *grid, 3)
 
 
 def layer_normalised(tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 from torch import Tensor
 
-from mrmae.common.pictures import Pictures, Strip, as_bytes, draw_sheet, pca_rgb, publish_png
+from mrmae.common.pictures import Pictures, Strip, as_bytes, content_rgb, draw_sheet, pca_rgb, publish_png
 
 ITERATIONS = 50
 
@@ -59,6 +59,7 @@ def draw_dense(
     columns = [
         Strip("image", pictures.numpy()),
         Strip("PCA", as_bytes(pca_rgb(tokens, grid)), "one colour means the same in every row"),
+        Strip("PCA, content", as_bytes(content_rgb(tokens, grid)), "without the mean over the images at each position"),
         Strip(f"k-means, k = {clusters}", segments(tokens, grid, clusters, seed=seed), "of all images together"),
         Strip(f"k-means, k = {parts}", np.concatenate(each), "of each image alone: colours differ by row"),
     ]

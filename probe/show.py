@@ -17,9 +17,11 @@ from mrmae.common.backend import expect_utf8
 from mrmae.common.device import resolve_device
 from mrmae.common.pictures import (
     COLOUR_NOTE,
+    ENOUGH_IMAGES,
     STRIPES_NOTE,
     Strip,
     as_bytes,
+    content_rgb,
     draw_sheet,
     heat,
     marked,
@@ -65,23 +67,35 @@ def show_features(options: ShowOptions, *, say: Callable[[str], None] = print) -
     ValueError for images that cannot be shown, no model, and a patch outside the grid.
     """
     check_request(options)
-    models, size, grid = [], options.size or 224, options.grid or 14
     student = student_of(options, say)
-    if student is not None:
-        size, grid = options.size or student.spec.input_size[0], options.grid or student.spec.grid[0]
+    size, grid = geometry_of(options, student)
+    patch = compared_patch(options, grid)
+    views = torch.from_numpy(np.stack([whole_view(path, size, options.max_pixels) for path in options.images]))
+    framed, names = marked(views.numpy(), patch, (grid, grid)), [path.name for path in options.images]
+    strips = [Strip("view", framed, f"{size} px, patch {patch[0]},{patch[1]} framed", captions=names)]
+    models = [*teachers_of_command(options, size, grid), *([] if student is None else [student])]
+    for model in models:
+        of = f"{options.student}: " if model is student else ""
+        strips += model_strips(model, view_features(model, views), patch, grid, of=of)
+    title = f"{counted(len(views), 'image')} as seen by {' and '.join(model.spec.name for model in models)}"
+    return publish_png(options.out, draw_sheet(strips, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE, SCORES_NOTE)))
+
+
+def geometry_of(options: ShowOptions, student: Teacher | None) -> tuple[int, int]:
+    """Pixels per side of a view, and patches."""
+    own = (224, 14) if student is None else (student.spec.input_size[0], student.spec.grid[0])
+    size, grid = options.size or own[0], options.grid or own[1]
     refuse_untiled(size, grid)
+    return size, grid
+
+
+def compared_patch(options: ShowOptions, grid: int) -> tuple[int, int]:
+    """(column, row) of the patch that the others are compared with. ValueError where it is outside the grid."""
     patch = options.patch or (grid // 2, grid // 2)
     if not all(0 <= at < grid for at in patch):
         raise ValueError(f"--patch {patch[0]},{patch[1]}: is outside the grid of {grid} x {grid} patches; 0,0 (top left) to "
                          f"{grid - 1},{grid - 1} were expected; give another, or another --grid")  # fmt: skip
-    views = torch.from_numpy(np.stack([whole_view(path, size, options.max_pixels) for path in options.images]))
-    models += [*teachers_of_command(options, size, grid), *([student] if student is not None else [])]
-    columns = [Strip("view", marked(views.numpy(), patch, (grid, grid)), f"{size} px, patch {patch[0]},{patch[1]} framed",
-                      captions=[path.name for path in options.images])]  # fmt: skip
-    for model in models:
-        columns += model_columns(model, view_features(model, views), patch, grid)
-    title = f"{counted(len(views), 'image')} as seen by {' and '.join(model.spec.name for model in models)}"
-    return publish_png(options.out, draw_sheet(columns, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE, SCORES_NOTE)))
+    return patch
 
 
 SCORES_NOTE = ("Attention: of CLS to each patch in the last block, mean over heads; where there is none, the length of each token. "
@@ -162,15 +176,22 @@ def view_features(model: Teacher, views: UInt8[Tensor, "b h w 3"]) -> Features:
 # --- pictures
 
 
-def model_columns(model: Teacher, found: Features, patch: tuple[int, int], grid: int) -> list[Strip]:
-    """What one model makes of the views."""
+def model_strips(model: Teacher, found: Features, patch: tuple[int, int], grid: int, *, of: str = "") -> list[Strip]:
+    """What one model makes of the views. of: what is said before its architecture."""
     spec, name = model.spec, model.spec.column
     random = "RANDOM WEIGHTS" if spec.weights == "random" else ""
     scores, what = (found.norm, "norm") if found.attention is None else (found.attention, "attention")
     at = (place_on(spec.grid[1], patch[0], grid), place_on(spec.grid[0], patch[1], grid))
     near = similarity(found.tokens, at[1] * spec.grid[1] + at[0])
+    strips = [
+        Strip(name, as_bytes(pca_rgb(found.tokens, spec.grid)), f"{of}{spec.model}, {spec.input_size[0]} px", random)
+    ]
+    if len(found.tokens) >= ENOUGH_IMAGES:
+        strips.append(
+            Strip(f"{name}, content", as_bytes(content_rgb(found.tokens, spec.grid)), "without the position's mean")
+        )
     return [
-        Strip(name, as_bytes(pca_rgb(found.tokens, spec.grid)), f"{spec.model}, {spec.input_size[0]} px", random),
+        *strips,
         Strip(f"{name}, {what}", heat(scores, spec.grid), captions=ranges(scores)),
         Strip(f"{name}, similarity", marked(heat(near, spec.grid), at, spec.grid), captions=ranges(near)),
     ]

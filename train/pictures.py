@@ -28,7 +28,12 @@ HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
 PANEL_ROWS = 5
 COLOUR_IMAGES = 32  # over which colours and the mean at each position are taken
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe-Ito
-BASELINE_STYLES = ((0, (1, 1.5)), (0, (3, 2)), (0, (6, 2)))
+BASELINES = {  # what predictors that never saw an image may know: name, line
+    "zero": ("zero", (0, (1, 1.5))),
+    "constant": ("one constant", (0, (3, 2))),
+    "position": ("one per position", (0, (6, 2))),
+    "patch_mean": ("each patch's mean", (0, (6, 2))),
+}
 
 
 def masked_view(
@@ -184,7 +189,7 @@ def draw_curves(
 ) -> None:  # fmt: skip
     """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term, k-NN accuracy where it was measured, learning rate.
 
-    baselines: by term, what predictors that never saw an image would cost, by what they know: dashed lines.
+    baselines: by term, what predictors that never saw an image would cost, by BASELINES: dashed lines.
     """
     names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
     scored = [row for row in epochs if "knn_top1" in row]
@@ -219,9 +224,11 @@ def draw_term(
     draw_line(axis, epochs, seen, colour, label="training")
     if not np.isnan(aside).all():
         draw_line(axis, epochs, aside, colour, label="held out", linestyle=":", markerfacecolor="white")
-    for (what, value), style in zip(baselines.items(), BASELINE_STYLES * len(baselines)):
-        axis.axhline(value, color="#666666", linewidth=1.1, linestyle=style, label=f"{what}: {value:.3g}")
-    values = np.array([*seen, *aside, *baselines.values()])
+    there = {kind: baselines[kind] for kind in BASELINES if kind in baselines}
+    for kind, value in there.items():
+        name_of, style = BASELINES[kind]
+        axis.axhline(value, color="#666666", linewidth=1.1, linestyle=style, label=f"{name_of}: {value:.3g}")
+    values = np.array([*seen, *aside, *there.values()])
     values = values[np.isfinite(values)]
     if len(values) and 0 < 20 * values.min() < values.max():
         axis.set_yscale("log")

@@ -1,6 +1,5 @@
 """A contact sheet of a cache: per image the view, every teacher's tokens as colours, and its attention."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,11 @@ from PIL import Image
 
 from mrmae.common.pictures import (
     COLOUR_NOTE,
+    ENOUGH_IMAGES,
     STRIPES_NOTE,
     Strip,
     as_bytes,
+    content_rgb,
     draw_sheet,
     heat,
     pca_rgb,
@@ -22,34 +23,44 @@ from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
 
+CONTENT_IMAGES = 32  # over which the mean at each position is taken
+
 
 def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
     """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms."""
     if not len(cache.numbers):
         raise ValueError(f"{cache.path}: no sample can be read; expected at least one to show")
-    numbers = cache.numbers[np.linspace(0, len(cache.numbers) - 1, min(n, len(cache.numbers))).astype(int)]
-    keys = [cache.keys[number] for number in numbers]
+    numbers = spread(cache.numbers, n)
     pixels = cache.read_pixels(numbers, numbers * 0 + view).numpy()
-    columns = [Strip(f"view {view}", pixels, f"as the teachers saw it, {cache.size} px", captions=keys)]
+    keys = [cache.keys[number] for number in numbers]
+    strips = [Strip(f"view {view}", pixels, f"as the teachers saw it, {cache.size} px", captions=keys)]
     for name in cache.columns:
-        columns += teacher_columns(cache, name, numbers, view)
+        strips += teacher_strips(cache, name, numbers, view)
     rows, per_row = cache.grid
     title = f"{cache.path.name}: {len(numbers)} of {counted(len(cache.numbers), 'image')}, {rows} x {per_row} patches"
-    return draw_sheet(columns, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE))
+    return draw_sheet(strips, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE))
 
 
-def teacher_columns(cache: Cache, name: str, numbers: Numbers, view: int) -> Sequence[Strip]:
-    """A teacher's tokens as colours, and its attention (where there is none: token norms)."""
-    column, views = cache.columns[name], numbers * 0 + view
+def spread(numbers: Numbers, n: int) -> Numbers:
+    """At most n of the numbers, from the first to the last."""
+    chosen: Numbers = numbers[np.linspace(0, len(numbers) - 1, min(n, len(numbers))).astype(int)]
+    return chosen
+
+
+def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list[Strip]:
+    """A teacher's tokens as colours, with and without what the position says, and its attention (where there is none: norms)."""
+    column = cache.columns[name]
     random = "RANDOM WEIGHTS" if column.spec.weights == "random" else ""
     array = "attention" if "attention" in column.layout.arrays() else "norm"
-    scores = cache.read_column(name, numbers, views, (array,))[array].float()
+    scores = cache.read_column(name, numbers, numbers * 0 + view, (array,))[array].float()
     what = "of CLS to each patch, last block" if array == "attention" else "length of each token"
-    tokens = as_bytes(pca_rgb(cache.read_tokens(name, numbers, views), cache.grid))
-    return (
-        Strip(name, tokens, f"{column.spec.model}: tokens as colours", random),
-        Strip(f"{name}, {array}", heat(scores, cache.grid), what, captions=ranges(scores)),
-    )
+    every = np.concatenate([numbers, np.setdiff1d(spread(cache.numbers, CONTENT_IMAGES), numbers)])
+    tokens = cache.read_tokens(name, every, every * 0 + view)
+    strips = [Strip(name, as_bytes(pca_rgb(tokens[: len(numbers)], cache.grid)), column.spec.model, random)]
+    if len(every) >= ENOUGH_IMAGES:
+        content = as_bytes(content_rgb(tokens, cache.grid)[: len(numbers)])
+        strips.append(Strip(f"{name}, content", content, f"without the position's mean over {len(every)} images"))
+    return [*strips, Strip(f"{name}, {array}", heat(scores, cache.grid), what, captions=ranges(scores))]
 
 
 def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:

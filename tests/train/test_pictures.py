@@ -56,7 +56,7 @@ def test_curves_are_written(tmp_path: Path) -> None:
 def test_a_term_has_its_baselines_as_dashed_lines_within_its_axis() -> None:
     figure, axis = plt.subplots()
     rows = [{"epoch": e, "terms": {"mimic/gal": 0.4 - 0.01 * e}, "held_out": {"mimic/gal": 0.41}} for e in (1, 2, 3)]
-    pictures.draw_term(axis, rows, "mimic/gal", "#0072b2", {"one constant": 0.476, "one per position": 0.282})
+    pictures.draw_term(axis, rows, "mimic/gal", "#0072b2", {"constant": 0.476, "position": 0.282, "images": 300.0})
     lines = {line.get_label(): line for line in axis.get_lines()}
     assert set(lines) == {"training", "held out", "one constant: 0.476", "one per position: 0.282"}
     assert lines["one constant: 0.476"].is_dashed() and not lines["training"].is_dashed()
@@ -141,6 +141,16 @@ def test_a_decoders_predictions_stand_where_patches_are_hidden(
     seen = shown[0]["seen by the student"].pictures.reshape(5, 4, 8, 4, 8, 3)
     hidden = (seen == 128).all((2, 4, 5))
     assert hidden.sum() == 5 * 12 and not white[hidden].any() and white[~hidden].all()
+
+
+def test_one_head_behind_encoder_and_decoder_speaks_of_every_patch_and_of_several_masks_the_first_is_drawn(
+    tiny_cache: Path, tmp_path: Path, shown: list[dict[str, Strip]]
+) -> None:
+    own = ["student.decoder.width=64", "terms.mimic.tap=final+decoder", "terms.mimic.positions=visible+predicted"]
+    run = built(tiny_cache, tmp_path, "mr-mae", *own, "mask.masks_per_image=2")
+    pictures.draw_run_panels(run, 1)
+    assert {len(strip.pictures) for strip in shown[0].values()} == {5}
+    assert not (shown[0]["a, predicted"].pictures == 255).all(-1).any()
 
 
 def test_a_teacher_that_no_term_predicts_is_marked(

@@ -242,7 +242,7 @@ def test_pictures_show_the_stored_views(extracted: Path, tmp_path: Path) -> None
     assert code == 0 and text.strip() == str(tmp_path / "sheet.png")
     sheet = np.asarray(Image.open(tmp_path / "sheet.png")).astype(int)
     step = pictures.CELL + pictures.GAP
-    assert sheet.shape[1] == 2 * pictures.MARGIN + 5 * step - pictures.GAP and sheet.shape[0] > 3 * step
+    assert sheet.shape[1] == 2 * pictures.MARGIN + 7 * step - pictures.GAP and sheet.shape[0] > 3 * step
     assert (sheet == pictures.RED).all(-1).any(), "the teachers' weights are random"
     cache = open_cache(extracted)
     view = cache.read_pixels(cache.numbers[:1], [0])[0].numpy()
