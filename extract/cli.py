@@ -41,6 +41,12 @@ torchscript_option = click.option(
     help="Keep keys that match (repeatable); * crosses '/': 'train/*' is the whole folder.",
 )
 @click.option(
+    "--limit",
+    default=0,
+    type=click.IntRange(0),
+    help="Take only the first so many images in canonical order, a random sample; 0: all. More later: --append.",
+)
+@click.option(
     "--teacher",
     "teachers",
     multiple=True,

@@ -31,6 +31,7 @@ from mrmae.shards.format import (
     key_hash,
     render,
 )
+from mrmae.shards.order import views_words
 from mrmae.shards.store import STORAGES
 
 # Measured on photographs of people, clothes and streets: quality 95, 4:4:4, 224 px. Busy textures take twice as much.
@@ -94,9 +95,12 @@ def cost_of_choices(plan: Plan) -> str:
     lines = []
     for name, kept in every.items():
         size = jpeg_bytes(plan.recipe) + sum(sample_bytes(t, name.partition(",")[0], plan.format, blocks) for t in kept)
-        whole = "  ".join(f"{human_bytes(size * k * plan.n_samples):>8} with {k}" for k in sorted({1, 2, plan.n_views}))
+        whole = "  ".join(
+            f"{human_bytes(size * k * plan.n_samples):>8} with {k}" for k in sorted({1, 2, 4, plan.n_views})
+        )
         lines.append(f"  {name:<40} {human_bytes(size):>8}/view  {whole}")
-    return "\n".join([f"choices, by views per image ({plan.format}):", *lines, *read_in_blocks(teachers)])
+    views = f"  training shows one stored view of an image per epoch: {views_words()}; more can be added later"
+    return "\n".join([f"choices, by views per image ({plan.format}):", *lines, views, *read_in_blocks(teachers)])
 
 
 def read_in_blocks(teachers: Sequence[TeacherSpec], blocks: int = 4) -> list[str]:
@@ -197,15 +201,22 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
     worst = max(stages, key=lambda name: stages[name])
     # On a CPU decoding and teachers share the cores; on an accelerator every stage runs beside the others.
     seconds = max(rates.decode_s + forward_s, write_s) if on_cpu else max(stages.values())
-    total = seconds * images * options.views
+    total, of = seconds * images * options.views / options.part.of, options.part.of
     lines = [f"measured: decoding {1 / rates.decode_s:.3g} views/s with {options.workers} threads"]
     lines += [f"          {column} {1 / spent:.3g} views/s" for column, spent in rates.forward_s.items()]
     lines += [
         f"          disk {human_bytes(rates.write_bytes_per_s)}/s = {1 / write_s:.3g} views/s",
-        f"estimate: {human_time(total)} for {counted(images * options.views, 'view')}, limited by {worst}",
+        f"estimate: {human_time(total)} for {counted(images * options.views, 'view')}, limited by {worst}, {shared_words(of)}",
         worth_it(forward_s, view_bytes, rates.write_bytes_per_s, total),
     ]
     return "\n".join(lines)
+
+
+def shared_words(processes: int) -> str:
+    """By how many processes the work is shared."""
+    if processes == 1:
+        return "in this one process; with N like it (torchrun, or --shards I/N on other machines) an Nth"
+    return f"with {processes} processes like this one"
 
 
 def worth_it(forward_s: float, view_bytes: float, bytes_per_s: float, total_s: float) -> str:

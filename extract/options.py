@@ -15,7 +15,7 @@ from mrmae.shards.format import DTYPES, BlockRule, Plan, TeacherSpec, ViewRecipe
 from mrmae.shards.plans import Wanted
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
-        "max_pixels")  # fmt: skip
+        "max_pixels", "limit")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Options:
     """What extract-features can be told. 0, -1 and "auto" choose; see the command's --help.
 
     grid: patches per side of the student; recipe.size must be a multiple of it. shards: 'i/n', this process's part of
-    the shards. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
+    the shards. limit: only the first so many images in canonical order, 0 for all. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
     """
 
     images: Sequence[str | os.PathLike[str]]
@@ -31,6 +31,7 @@ class Options:
     recipe: ViewRecipe = dataclasses.field(default_factory=lambda: ViewRecipe(224))
     teachers: Sequence[str] = DEFAULT_TEACHERS
     include: Sequence[str] = ()
+    limit: int = 0
     views: int = 1
     grid: int = 14
     dtype: str = "int8"
@@ -122,7 +123,7 @@ def asked(
         format=options.format,
         token_layout=options.block_rule(),
     )
-    return Wanted(plan, keys, append=options.append)
+    return Wanted(plan, keys, append=options.append, limit=options.limit)
 
 
 def refuse_untiled(size: int, grid: int) -> None:

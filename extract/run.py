@@ -35,7 +35,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     began, options = time.monotonic(), options.resolved()
     found = look(options.cache, images=dry_run)
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
-    sources = list_sources(options.images, options.include)
+    sources = list_sources(options.images, options.include).first(options.limit)
     keys = [image.key for image in sources]
     lead_say: Say = say if options.part.leads else lambda line: None
     teachers = asked_teachers(options, found.plan, lead_say)
@@ -45,8 +45,8 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
         lead_say(note)
     if dry_run:
         negotiate(found, wanted)
-        say(cost_of_choices(wanted.plan))
-        say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
+        lead_say(cost_of_choices(wanted.plan))
+        lead_say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     with contextlib.ExitStack() as held:
         job, kept = (begin if options.part.leads else join_leader)(options, sources, teachers, wanted, say, held)

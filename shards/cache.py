@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,12 +119,37 @@ class Cache:
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
         self.shards = Shards(path, plan, self.keys, threads)
+        self.complete = bool(manifest)  # all that was asked for is committed
         self._tails: dict[str, dict[str, Tensor]] = {}
+
+    def narrowed(self, columns: Sequence[str] | None, views: int | None) -> "Cache":
+        """The same cache as if it held only these columns and the first so many views; None leaves all of them.
+
+        What is read of them is the same, however many more the cache has by now. Raises ValueError for what it does not hold.
+        """
+        kept = [teacher.column for teacher in self.plan.columns] if columns is None else columns
+        n_views = self.n_views if views is None else views
+        if lacking := [name for name in kept if name not in self.columns and name in (columns or ())]:
+            raise ValueError(f"{self.path}: there is no column {lacking[0]!r}; it holds {', '.join(self.columns) or 'none'}; "
+                             "choose one, or extract with that teacher")  # fmt: skip
+        if not 1 <= n_views <= self.n_views:
+            raise ValueError(f"{self.path}: {n_views} views of every image are wanted and {self.n_views} are stored; at most that "
+                             "was expected; extract with more --views, or choose fewer")  # fmt: skip
+        plan = dataclasses.replace(
+            self.plan,
+            columns=tuple(teacher for teacher in self.plan.columns if teacher.column in kept),
+            quantisers={name: made for name, made in self.plan.quantisers.items() if name in kept},
+            n_views=n_views,
+        )
+        table: dict[str, list[Any]] = {"key": self.keys, "label": self.labels, "reason": self.reasons}
+        cache = Cache(self.path, plan, self.manifest, table, self.readable.tolist(), self.threads)
+        cache.complete = self.complete
+        return cache
 
     @property
     def unfinished(self) -> str | None:
         """How much of an unfinished cache is read, with an id of which samples; None for a finished one."""
-        if self.manifest:
+        if self.complete:
             return None
         return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
@@ -347,13 +372,16 @@ def open_cache(
     *,
     allow_partial: bool = False,
     columns: Sequence[str] | None = None,
+    views: int | None = None,
     threads: int | None = None,
 ) -> Cache:
     """The cache at `path`, after checking that every file is there and of its size.
 
     path: a folder, or a URL: s3://, gs://, az://BUCKET/PATH, with credentials in the environment.
-    allow_partial: also open an unfinished cache, with the samples whose every view is committed, in the pixels and in `columns`
-    (default: all); other columns may then lack samples.
+    columns, views: what is asked for, where not all: these columns and the first so many views. An unfinished cache that has them
+    whole, as one has that another teacher or more views are being added to, is opened like a finished one.
+    allow_partial: also open an unfinished cache, with the samples that are committed in all that is asked for and in the pixels;
+    what is not asked for may then lack samples.
     threads: for reading; default: as many as there are cores, at most 8; at a URL 16, which mostly wait.
     Raises ValueError with all problems at once, or with how far an unfinished cache is; Unreachable where a URL does not
     answer.
@@ -367,21 +395,29 @@ def open_cache(
     table = read_samples(path, plan.numbers)
     if not exists(path / "manifest.json"):
         done = committed(path, plan)
-        if not allow_partial:
+        asked = {unit for unit in units(plan) if is_asked(unit, columns, views)}
+        complete = asked <= done and not (columns is None and views is None)
+        if not (allow_partial or complete):
             refuse_unfinished(path, plan, len(done))
         refuse_other_plan(path, plan, done)
-        return open_unfinished(path, plan, table, done, threads, columns)
+        cache = open_unfinished(path, plan, table, {shard for _, _, shard in asked - done}, threads)
+        cache.complete = complete
+        return cache
     manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table)
     return Cache(path, plan, manifest, table, table["valid"], threads)
 
 
+def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bool:
+    """Whether a unit belongs to the pixels or to these columns, in the first so many views; None: to any."""
+    view, column, _ = unit
+    return (columns is None or column in (PIXELS, *columns)) and (views is None or view < views)
+
+
 def open_unfinished(
-    path: Path, plan: Plan, table: dict[str, list[Any]], done: set[Unit], threads: int, columns: Sequence[str] | None
+    path: Path, plan: Plan, table: dict[str, list[Any]], missing: Collection[int], threads: int
 ) -> Cache:
-    """A cache without a manifest, restricted to the shards whose every view is committed in the pixels and these columns."""
-    wanted = {PIXELS, *([teacher.column for teacher in plan.columns] if columns is None else columns)}
-    missing = {shard for view, column, shard in units(plan) if column in wanted and (view, column, shard) not in done}
+    """A cache without a manifest, restricted to the shards that are not `missing`."""
     whole = [shard not in missing for shard in range(plan.n_shards)]
     bad = bad_images(path, plan)
     readable = [whole[number // plan.shard_samples] and bool(key) and number not in bad

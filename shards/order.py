@@ -9,6 +9,8 @@ import numpy as np
 
 from mrmae.shards.format import Numbers
 
+VIEWS_FOR, MOST_USEFUL_VIEWS = ((25, 1), (100, 2)), 4  # (epochs at most, views)
+
 
 def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> Numbers:
     """Sample numbers in the order of one epoch: shards permuted, samples shuffled within every `window` shards.
@@ -37,3 +39,18 @@ def view_of(hashes: Numbers, epoch: int, n_views: int) -> Numbers:
     """
     unsigned = np.asarray(hashes).view(np.uint64)
     return ((epoch + (unsigned % np.uint64(n_views)).astype(np.int64)) % n_views).astype(np.int64)
+
+
+def views_for(epochs: int) -> int:
+    """How many stored views of an image a run of so many epochs should go through in turn.
+
+    One for short runs: in 20 epochs of docs/evidence.md two and four made no difference. More for longer ones is a rule of thumb,
+    not measured: MAE draws a new crop in every epoch.
+    """
+    return next((views for longest, views in VIEWS_FOR if epochs <= longest), MOST_USEFUL_VIEWS)
+
+
+def views_words() -> str:
+    """The same for a person."""
+    steps = ", ".join(f"{views} for up to {longest} epochs" for longest, views in VIEWS_FOR)
+    return f"{steps}, {MOST_USEFUL_VIEWS} for more (up to 20 epochs measured, beyond a rule of thumb)"

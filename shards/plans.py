@@ -61,7 +61,7 @@ class Wanted:
 
     plan: without quantisers; dataset_id "" leaves the id to the images. keys: of its images, once they are listed. rows: the
     same, once they are hashed, in canonical order, or by number where the plan names its parts.
-    append: images may be new. extend: teachers and views may be.
+    append: images may be new. extend: teachers and views may be. limit: the images are the first so many of those given, 0: all.
     """
 
     plan: Plan
@@ -69,6 +69,7 @@ class Wanted:
     rows: Sequence[Source] | None = None
     append: bool = False
     extend: bool = True
+    limit: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +222,13 @@ def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, k
         example = next(f"{what} {keys[0]!r}" for what, keys in
                        (("gone is", gone), ("new is", new), ("changed is", changed)) if keys)  # fmt: skip
         added = ", add --append to append the new ones" if new and not changed and wanted.extend else ""
+        limit = (
+            f" (--limit {wanted.limit} takes the first in canonical order of all that IMAGES are now)"
+            if wanted.limit
+            else ""
+        )
         raise ValueError(f"{path}: it was begun with {counted(len(then), 'image')} and this command has {len(keys)}: {len(gone)} gone, "
-                         f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images; "
+                         f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images{limit}; "
                          f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
     return set(new)
 

@@ -4,6 +4,7 @@ A checkpoint holds plain tensors and numbers only, so `torch.load(weights_only=T
 it: views, masks and order are functions of (seed, epoch, sample).
 """
 
+import contextlib
 import errno
 import pickle
 import zipfile
@@ -98,6 +99,14 @@ def latest_checkpoint(folder: Path, *, warn: Callable[[str], None]) -> State | N
         return state
     if paths:
         raise ValueError(f"{folder}: none of {len(paths)} checkpoints can be read; delete the folder to start over")
+    return None
+
+
+def newest_readable(folder: Path) -> State | None:
+    """The newest state that can be read, None where there is none; nothing in `folder` changes."""
+    for path in reversed(list_checkpoints(folder)):
+        with contextlib.suppress(ValueError):
+            return read_checkpoint(path)
     return None
 
 

@@ -105,7 +105,7 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
     """
     from mrmae.common.backend import Unreachable, locate
     from mrmae.common.device import keep_memory
-    from mrmae.train import loop, ranks  # torch takes seconds to import: --help need not wait
+    from mrmae.train import loop, ranks, rehearsal  # torch takes seconds to import: --help need not wait
     from mrmae.train.method import load_recipe
     from mrmae.train.setup import Cadence, Setup
 
@@ -117,7 +117,7 @@ def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: boo
         setup = Setup(**of_kind(Setup, options), command=same_command())
         cadence = Cadence(**of_kind(Cadence, options))
         if dry_run:
-            for line in loop.dry_run(place, out, resolved, setup, cadence):
+            for line in rehearsal.dry_run(place, out, resolved, setup, cadence):
                 click.echo(line)
             return
         summary = loop.train(place, out, resolved, setup, cadence)

@@ -98,7 +98,10 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     aside = dict(row.get("held_out", {}))
     held = f"  held out {_losses(aside.pop('loss'), aside)}" if aside else ""
     knn = f"  k-NN top-1 {100 * row['knn_top1']:.1f} %" if "knn_top1" in row else ""
-    return f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{held}{knn}"
+    resumed = f"  (continued after update {', '.join(map(str, row['resumed']))})" if row.get("resumed") else ""
+    return (
+        f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{held}{knn}{resumed}"
+    )
 
 
 def _losses(loss: float | None, terms: Mapping[str, float]) -> str:

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from mrmae.common.backend import expect_utf8, locate
 from mrmae.common.device import memory_mib
-from mrmae.common.progress import counted
+from mrmae.common.progress import counted, human_time
 from mrmae.train import cost, optim, report
-from mrmae.train.checkpoint import checkpoint_path, list_checkpoints
+from mrmae.train.checkpoint import checkpoint_path
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.foreign import export_published
@@ -31,7 +31,6 @@ from mrmae.train.method import Recipe
 from mrmae.train.online import with_targets
 from mrmae.train.pictures import draw_curves, draw_run_panels, panels_path
 from mrmae.train.ranks import (
-    Ranks,
     StopRequest,
     agree_on,
     failing_together,
@@ -41,12 +40,13 @@ from mrmae.train.ranks import (
     stop_requests,
 )
 from mrmae.train.resume import begin_or_resume, save
-from mrmae.train.run import Run, build_run
+from mrmae.train.run import Run
 from mrmae.train.run_page import write_run_page
 from mrmae.train.setup import CADENCE, SETUP, Cadence, Setup
 
 MAX_SKIPPED_IN_A_ROW = 3
-ROW_SECONDS = 10.0  # a log row comes at least this often, however slow the updates are
+TIMED_UPDATES = 10  # after the first one, which compiles and warms up
+SHOWN_SECONDS = 10.0  # progress is shown at least this often, however many updates a log row is of
 
 
 class Diverged(RuntimeError):
@@ -66,6 +66,8 @@ class Loop:
     readback: Readback = field(default_factory=Readback)
     started: float = field(default_factory=time.perf_counter)
     row_at: float = field(default_factory=time.perf_counter)
+    shown_at: float = field(default_factory=time.perf_counter)
+    timed_at: float = field(default_factory=time.perf_counter)
     saved_at: float = field(default_factory=time.perf_counter)
     epoch_at: float = field(default_factory=time.perf_counter)
     row_waited_s: float = 0.0
@@ -86,7 +88,7 @@ def train(
     out: a new or empty folder, or one holding the same run, which then continues. Filled with checkpoints/, log.jsonl,
     tensorboard/, panels/, curves.png, report.html, student/ (for timm), recipe.yaml, run.json and README.md.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
-    seconds, images_per_s and stall (since this start), notes.
+    updates, seconds, images_per_s and stall (since this start), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
     Raises ValueError for anything in recipe, cache or OUT that does not fit; OSError where OUT cannot be written; Diverged
     after three updates in a row that were not finite, and again when such a run is continued; OtherRankFailed where another
@@ -129,17 +131,19 @@ def check_converges(run: Run) -> None:
         )
 
 
-def dry_run(
-    cache_path: str | Path, out: str | Path, recipe: Recipe, setup: Setup = SETUP, cadence: Cadence = CADENCE
-) -> list[str]:
-    """The resolved plan of `train` with these arguments, in lines; nothing is written. Raises ValueError like `train`."""
-    expect_utf8(out, "OUT")
-    run = build_run(locate(cache_path), Path(out), recipe, Ranks(), setup, cadence)
-    saved = list_checkpoints(run.out / "checkpoints")
-    return [
-        *report.plan_lines(run, cost.cost_facts(run)),
-        f"OUT holds {saved[-1].name}: the run would continue from it" if saved else f"OUT {run.out}",
-    ]
+def tell_time(run: Run, loop: Loop) -> None:
+    """Say, ten updates after the first, how long all that are left will take."""
+    take_losses(run, loop, wait=True)  # until the device has done them
+    now = time.perf_counter()
+    if loop.updates == 1:
+        loop.timed_at = now
+    elif loop.log is not None:
+        seconds = (now - loop.timed_at) / TIMED_UPDATES
+        left = run.total - run.step
+        until = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + left * seconds))
+        loop.log.say(
+            f"{TIMED_UPDATES} updates took {seconds * TIMED_UPDATES:.3g} s: about {human_time(left * seconds)} for the {left:,} that are left, until {until}"
+        )
 
 
 def run_epochs(run: Run, loop: Loop, forward: Callable[..., Any]) -> None:
@@ -152,6 +156,8 @@ def run_epochs(run: Run, loop: Loop, forward: Callable[..., Any]) -> None:
         loop.updates += 1
         loop.readback.push(run.step, values)
         take_losses(run, loop)
+        if loop.updates in (1, 1 + TIMED_UPDATES):
+            tell_time(run, loop)
         stopping = loop.stop.agreed()
         if run.update == run.updates:
             end_epoch(run, loop)
@@ -190,7 +196,7 @@ def forward_of(run: Run) -> Callable[..., Any]:
 
 
 def take_losses(run: Run, loop: Loop, *, wait: bool = False) -> None:
-    """Take in the losses that have arrived, all of them with `wait`; write a log row when one is due.
+    """Take in the losses that have arrived, all of them with `wait`; write the log row of every `log_every` updates.
 
     Asks for a stop, and marks the run as diverged, when too many updates in a row were skipped.
     """
@@ -205,17 +211,31 @@ def take_losses(run: Run, loop: Loop, *, wait: bool = False) -> None:
                 f"update {at}: the last {MAX_SKIPPED_IN_A_ROW} updates were not finite and were skipped:"
                 f" {optim.culprit(terms)}"
             )
-        slow = time.perf_counter() - loop.row_at > ROW_SECONDS
-        if at % run.cadence.log_every == 0 or slow or at == run.total:
-            write_row(run, loop, at)
+        at_row = at % run.cadence.log_every == 0 or at == run.total
+        if at_row or time.perf_counter() - loop.shown_at > SHOWN_SECONDS:
+            show_row(run, loop, at, write=at_row)
 
 
-def write_row(run: Run, loop: Loop, at: int) -> None:
-    """One log row of the updates since the row before: losses, speed, stall, learning rate, memory, time left."""
+def show_row(run: Run, loop: Loop, at: int, *, write: bool) -> None:
+    """Show where the run is and, with `write`, write the log row and begin the next one."""
+    row = row_of(run, loop, at)
+    loop.shown_at = time.perf_counter()
+    if loop.log is not None:
+        loop.log.show(row, always=at == run.total)
+    if not write:
+        return
+    if loop.log is not None:
+        loop.log.write(row)
+    run.interval, loop.row_at = Sums(), loop.shown_at
+    loop.row_updates, loop.row_waited_s = loop.updates, loop.feed.waited_s
+
+
+def row_of(run: Run, loop: Loop, at: int) -> dict[str, Any]:
+    """A log row of the updates since the row before: losses, speed, stall, learning rate, memory, time left."""
     now = time.perf_counter()
     seconds, updates = max(now - loop.row_at, 1e-9), loop.updates - loop.row_updates
     means = run.interval.means()
-    row = {
+    return {
         "kind": "step",
         "epoch": (at - 1) // run.updates + 1,
         "epochs": run.recipe.optim.epochs,
@@ -231,11 +251,6 @@ def write_row(run: Run, loop: Loop, at: int) -> None:
         "eta_s": (now - loop.started) / loop.updates * (run.total - at),
         "time": time.time(),
     }
-    if loop.log is not None:
-        loop.log.write(row)
-        loop.log.show(row, always=at == run.total)
-    run.interval, loop.row_at = Sums(), now
-    loop.row_updates, loop.row_waited_s = loop.updates, loop.feed.waited_s
 
 
 def end_epoch(run: Run, loop: Loop) -> None:
@@ -252,6 +267,7 @@ def end_epoch(run: Run, loop: Loop) -> None:
         **held_out_row(run, done),
         "lr": run.lr(run.step),
         "skipped": run.sums.skipped,
+        **({"resumed": run.resumed} if run.resumed else {}),
         "seconds": run.epoch_seconds + time.perf_counter() - loop.epoch_at,
         "memory_mib": memory_mib(run.device),
         "time": time.time(),
@@ -260,7 +276,7 @@ def end_epoch(run: Run, loop: Loop) -> None:
     if loop.log is not None:
         loop.log.write(row)
         loop.log.show_epoch(row)
-    run.epoch, run.update, run.sums = done, 0, Sums()
+    run.epoch, run.update, run.sums, run.resumed = done, 0, Sums(), []
     save_state(run, loop)
     draw_due_panels(run, loop)
 
@@ -302,7 +318,7 @@ def save_state(run: Run, loop: Loop) -> None:
 def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
     """Export the student of a finished run and draw its curves and its page, or say how to continue a stopped one; the summary."""
     seconds = time.perf_counter() - loop.started
-    finished = run.epoch == run.recipe.optim.epochs
+    finished = run.finished
     summary: dict[str, Any] = {
         "out": str(run.out),
         "student": None,
@@ -311,6 +327,7 @@ def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
         "epoch": run.epoch,
         "epochs": run.recipe.optim.epochs,
         "step": run.step,
+        "updates": loop.updates,
         "seconds": seconds,
         "images_per_s": loop.updates * run.share.batch_size / seconds,
         "stall": loop.feed.waited_s / seconds,

@@ -122,6 +122,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         ),
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
+        **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
         **described,
         "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
@@ -135,7 +136,20 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     warning = random_line(run)
-    return [*lines, *([warning] if warning else []), *run.notes]
+    return [*lines, *([warning] if warning else []), *run.notes, *progress_words(run)]
+
+
+def progress_words(run: Run) -> list[str]:
+    """How far a run is that was begun before; nothing of one at its beginning."""
+    if run.finished:
+        return [
+            f"this run is finished: all {counted(run.recipe.optim.epochs, 'epoch')} are done, nothing is left to train"
+        ]
+    if run.step == 0:
+        return []
+    return [
+        f"continuing from epoch {run.epoch + 1}, update {run.update} of {run.updates} ({run.step:,} of {run.total:,} are done)"
+    ]
 
 
 def left_out(n: int) -> str:
@@ -147,7 +161,21 @@ def teacher_words(run: Run, teacher: str) -> str:
     """One teacher, and the arrays that training reads from its column or asks of it in the step."""
     spec, arrays = teacher_specs(run)[teacher], ", ".join(sorted(run.needed[teacher]))
     how = f"in the step, {spec.precision}; gives" if run.online else f"{run.cache.dtype}; reads"
-    return f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width}, {how} {arrays}"
+    what = f"{spec.library}:{spec.model}, {spec.weights} weights, {spec.tap}, width {spec.width}, {how} {arrays}"
+    return f"{what}, for {asking_words(run, teacher)}"
+
+
+def asking_words(run: Run, teacher: str) -> str:
+    """Which parts of the recipe read a teacher, and whether they name it."""
+    asking = {}
+    for term in run.model.terms:
+        if term.teacher is not None and teacher in (term.teacher, run.info.target(term.teacher).source):
+            named = " names it" if term.recipe.teachers else " names no teacher: all there are"
+            asking[f"terms.{term.name.partition('/')[0]}"] = named
+    return (
+        ", ".join(f"{key} ({words.strip()})" for key, words in asking.items())
+        or f"mask.source {run.recipe.mask.source}"
+    )
 
 
 def blocks_words(run: Run) -> str:
@@ -179,7 +207,8 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
     warning = random_line(run)
     if summary["finished"]:
         lines = [
-            f"finished: {counted(run.recipe.optim.epochs, 'epoch')}, {human_time(summary['seconds'])} since this start",
+            f"finished: {counted(run.recipe.optim.epochs, 'epoch')}, "
+            + (f"{human_time(summary['seconds'])} since this start" if summary["updates"] else "before this start"),
             f"report    {run.out / 'report.html'}",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
             f"student   {how_to_load(run)}",

@@ -1,5 +1,6 @@
 """A run continues: which state it is brought back to, and why it may go on from there."""
 
+import contextlib
 import fcntl
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from mrmae.common.versions import versions
 from mrmae.train import checkpoint
 from mrmae.train.foreign import init_from
 from mrmae.train.log import Sums
-from mrmae.train.method import Recipe, difference, from_dict, to_dict
+from mrmae.train.method import Recipe, as_begun, difference, from_dict, to_dict
 from mrmae.train.ranks import Ranks, agree_on
 from mrmae.train.run import Run, build_run, cache_ids
 from mrmae.train.setup import Cadence, Setup
@@ -34,20 +35,51 @@ def begin_or_resume(
 
     Raises ValueError for anything that does not fit: cache, recipe, batch, device, or what `out` holds.
     """
-    run = build_run(cache_path, out, recipe, ranks, setup, cadence)
-    run.lock = claim_out(out) if ranks.rank == 0 else None
-    try:
-        state = newest_state(out, ranks, warn)
-        if state is not None:
-            run.notes += check_continues(state, run)
-            restore_run(run, state)
-        elif setup.init is not None:
+    begun = agree_on(bool(checkpoint.list_checkpoints(out / "checkpoints")), ranks)
+    with contextlib.ExitStack() as held:
+        lock = held.enter_context(claim_out(out)) if begun and ranks.rank == 0 else None
+        run = continued(
+            newest_state(out, ranks, warn) if begun else None, cache_path, out, recipe, ranks, setup, cadence
+        )
+        if not begun and ranks.rank == 0:  # only now: what does not fit leaves no folder behind
+            lock = held.enter_context(claim_out(out))
+            refuse_begun_meanwhile(out)
+        if not begun and setup.init is not None:
             run.notes += init_from(run.model, setup.init)
-    except BaseException:
-        if run.lock is not None:
-            run.lock.close()
-        raise
+        run.lock = lock
+        held.pop_all()
     return run
+
+
+def continued(
+    state: checkpoint.State | None,
+    cache_path: Path,
+    out: Path,
+    recipe: Recipe,
+    ranks: Ranks,
+    setup: Setup,
+    cadence: Cadence,
+) -> Run:
+    """The run of these arguments as `state` left it, or at its beginning; nothing is written.
+
+    What the recipe leaves open is as the run began with. Raises ValueError where they do not go on from `state`.
+    """
+    if state is None:
+        return build_run(cache_path, out, recipe, ranks, setup, cadence)
+    notes = check_recipe(state, recipe := as_begun(recipe, from_dict(state["recipe"])), out)
+    run = build_run(cache_path, out, recipe, ranks, setup, cadence)
+    check_continues(state, run)
+    restore_run(run, state)
+    run.notes += notes
+    return run
+
+
+def refuse_begun_meanwhile(out: Path) -> None:
+    """ValueError where a run was begun in `out` since it was looked at."""
+    if checkpoint.list_checkpoints(out / "checkpoints"):
+        raise ValueError(
+            f"{out}: another process has begun a run in it meanwhile; the same command again continues that one"
+        )
 
 
 def claim_out(out: Path) -> IO[bytes]:
@@ -87,25 +119,30 @@ def newest_state(out: Path, ranks: Ranks, warn: Callable[[str], None]) -> checkp
     )
 
 
-def check_continues(state: checkpoint.State, run: Run) -> list[str]:
-    """What the user should hear about continuing `state`. Raises ValueError for another cache or another recipe.
+def check_recipe(state: checkpoint.State, recipe: Recipe, out: Path) -> list[str]:
+    """What the user should hear about continuing `state` with this recipe. Raises ValueError for another one.
 
     More epochs may be asked for, with another warm-up: the schedule is a function of both, so from here on the learning rate
     follows the longer curve, and the run is not the one that was planned longer from its beginning.
     """
     old = from_dict(state["recipe"])
-    longer = run.recipe.optim.epochs > old.optim.epochs
+    longer = recipe.optim.epochs > old.optim.epochs
 
     def may_change(field: str, *_: Any) -> bool:
         return longer and field in ("optim.epochs", "optim.warmup_epochs")
 
-    if old.name != run.recipe.name:
+    if old.name != recipe.name:
         raise ValueError(
-            f"{run.out}: another recipe: name was {old.name} and is now {run.recipe.name}; the same one was expected; give"
+            f"{out}: another recipe: name was {old.name} and is now {recipe.name}; the same one was expected; give"
             f" --recipe {old.name}, or a new OUT"
         )
-    differences = difference(old, run.recipe)
-    changed = checkpoint.check_same_recipe(differences, where=str(run.out), may_change=may_change)
+    changed = checkpoint.check_same_recipe(difference(old, recipe), where=str(out), may_change=may_change)
+    told = ", ".join(f"{field} {was} -> {now}" for field, was, now in changed)
+    return [f"longer run: {told}; from here the learning rate follows the longer schedule"] if changed else []
+
+
+def check_continues(state: checkpoint.State, run: Run) -> None:
+    """Raise ValueError where `state` was trained on another cache, or on other images of it."""
     parts = [part.dataset_id for part in run.cache.plan.parts]
     checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out), parts=parts)
     held = state.get("hold_out", 0.0)
@@ -114,8 +151,6 @@ def check_continues(state: checkpoint.State, run: Run) -> list[str]:
             f"{run.out}: this run holds out {held:g} of the images and --hold-out is now {run.setup.hold_out:g}; the same"
             f" share was expected; give --hold-out {held:g}, or a new OUT"
         )
-    told = ", ".join(f"{field} {was} -> {now}" for field, was, now in changed)
-    return [f"longer run: {told}; from here the learning rate follows the longer schedule"] if changed else []
 
 
 def save(run: Run) -> Path:
@@ -130,6 +165,7 @@ def save(run: Run) -> Path:
         "sums": run.sums.state(),
         "interval": run.interval.state(),
         "epoch_seconds": run.epoch_seconds,
+        "resumed": run.resumed,
         "skipped_in_a_row": int(run.skipped_in_a_row),
         "diverged": run.diverged,
         "recipe": to_dict(run.recipe),
@@ -146,5 +182,6 @@ def restore_run(run: Run, state: checkpoint.State) -> None:
     run.optimizer.load_state_dict(state["optimizer"])
     run.epoch, run.update = state["epoch"], state["update"]
     run.sums, run.interval, run.epoch_seconds = Sums(**state["sums"]), Sums(**state["interval"]), state["epoch_seconds"]
+    run.resumed = sorted({*state.get("resumed", []), *([run.update] if run.update else [])})
     run.skipped_in_a_row = torch.tensor(float(state["skipped_in_a_row"]), device=run.device)
     run.diverged = state["diverged"]

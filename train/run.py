@@ -1,5 +1,6 @@
 """A run before its first step: what is trained, on what, on which device, and how far it is."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -13,8 +14,19 @@ from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
+from mrmae.train.fit import fitted_decoder, fitted_to_data, small_rate_words
 from mrmae.train.log import Sums
-from mrmae.train.method import CacheInfo, Pretrainer, Recipe, build_model, check_blocks, needed_arrays
+from mrmae.train.method import (
+    CacheInfo,
+    Pretrainer,
+    Recipe,
+    as_begun,
+    build_model,
+    check_blocks,
+    needed_arrays,
+    replaced,
+    student_size,
+)
 from mrmae.train.ranks import Ranks
 from mrmae.train.setup import CADENCE, Cadence, Setup, check_fit, open_needed
 
@@ -23,9 +35,10 @@ from mrmae.train.setup import CADENCE, Cadence, Setup, check_fit, open_needed
 class Run:
     """One process's part of a run: what is trained, on what, and how far it is (`update` updates of `epoch`, from 0).
 
-    numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
+    recipe: nothing in it is open any more. cache: as the run knows it, with no other columns and views. unread: what it holds
+    besides, and why that is not read. numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
-    what the epoch took until it was last saved. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
+    what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
     update there were too many of them, and why; such a run does not go on.
     """
 
@@ -34,6 +47,7 @@ class Run:
     setup: Setup
     cadence: Cadence
     cache: Cache
+    unread: dict[str, str]
     numbers: Numbers
     held_out: Numbers
     info: CacheInfo
@@ -52,6 +66,7 @@ class Run:
     sums: Sums = field(default_factory=Sums)
     interval: Sums = field(default_factory=Sums)
     epoch_seconds: float = 0.0
+    resumed: list[int] = field(default_factory=list)
     diverged: str | None = None
     notes: list[str] = field(default_factory=list)
     lock: IO[bytes] | None = None
@@ -60,6 +75,11 @@ class Run:
     def step(self) -> int:
         """Updates done since the beginning of the run."""
         return self.epoch * self.updates + self.update
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done."""
+        return self.epoch == self.recipe.optim.epochs
 
     @property
     def total(self) -> int:
@@ -79,13 +99,15 @@ def build_run(
     cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setup, cadence: Cadence = CADENCE
 ) -> Run:
     """A run at its beginning; nothing is written. Raises ValueError where cache, recipe, batch and device do not fit."""
-    cache = open_needed(cache_path, recipe, setup)
+    whole = open_needed(cache_path, recipe, setup)
+    cache = whole.narrowed(recipe.prepare.columns, recipe.prepare.views)
     numbers, held_out = batches.split_off(cache, setup.hold_out)
     if cadence.knn_every:
         batches.check_knn(cache, numbers, held_out)
     where = resolve_device(setup.device, ranks.local)
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
+    recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum)
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     info = batches.cache_info(cache)
     check_fit(recipe, info, share, len(numbers))
@@ -96,6 +118,10 @@ def build_run(
         info = online.online_info(info, teachers)
     info = batches.stored_statistics(info, cache, recipe)
     needed = needed_arrays(recipe, info)
+    if "student.decoder" in recipe.fit:
+        recipe, more = fitted_decoder(recipe, *student_size(recipe, info))
+        notes += more
+    recipe = pinned(recipe, cache, info, needed or (info.teachers if setup.online else ()))
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
     return Run(
         out=out,
@@ -103,6 +129,7 @@ def build_run(
         setup=setup,
         cadence=cadence,
         cache=cache,
+        unread=unread(whole, cache, {info.teachers[name].column for name in needed}),
         numbers=numbers,
         held_out=held_out,
         info=info,
@@ -116,7 +143,27 @@ def build_run(
         precision=resolve_precision(recipe.optim.precision, where),
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
         skipped_in_a_row=torch.zeros((), device=where),
+        notes=[*notes, *small_rate_words(recipe)],
     )
+
+
+def pinned(recipe: Recipe, cache: Cache, info: CacheInfo, needed: Collection[str]) -> Recipe:
+    """`recipe` with nothing open: with the views and columns that it reads of `cache`, which may grow later.
+
+    Of a teacher that is read, every tap: they decide by what name its targets go.
+    """
+    teachers = {info.teachers[name].column.rpartition(".")[0] for name in needed}
+    columns = tuple(name for name, column in cache.columns.items() if column.spec.name in teachers)
+    return as_begun(recipe, replaced(recipe, {"prepare.views": cache.n_views, "prepare.columns": columns}))
+
+
+def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
+    """What `whole` holds and a run does not read, and why. cache: as the run knows it; read: its columns that are."""
+    why = {True: "no term of this recipe asks for it", False: "not among the run's columns (prepare.columns)"}
+    found = {f"column {name}": why[name in cache.columns] for name in whole.columns if name not in read}
+    if cache.n_views < whole.n_views:
+        found["views"] = f"the run keeps to the first {cache.n_views} of {whole.n_views} (prepare.views)"
+    return found
 
 
 def cache_ids(run: Run) -> dict[str, Any]:

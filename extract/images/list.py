@@ -17,6 +17,7 @@ from braceexpand import braceexpand
 
 from mrmae.common.progress import counted
 from mrmae.extract.images.tars import cls_texts, file_member, is_tar, read_headers, read_range
+from mrmae.shards.format import canonical_order
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
@@ -120,6 +121,19 @@ class Sources:
 
     def __iter__(self) -> Iterator[SourceImage]:
         return iter(self.images)
+
+    def first(self, n: int) -> "Sources":
+        """The first `n` images in canonical order, a random sample; all of them where n is 0 or there are no more."""
+        if not 0 < n < len(self):
+            return self
+        found = [(self.images[i], self._places[i]) for i in canonical_order([image.key for image in self])[:n]]
+        return Sources(
+            found,
+            [
+                *self.notes,
+                f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample",
+            ],
+        )
 
     def where(self, i: int) -> str:
         """A person's name for the place of image i: its file, or its tar and member."""

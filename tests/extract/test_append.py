@@ -270,3 +270,22 @@ def test_repair_names_the_command_of_the_damaged_part_and_the_cache_where_it_lie
         assert words[:2] == [str(made / "images"), str(path)] and "--append" in words, text
         extract(images, path, VIT, append=True, shard_samples=8)
         assert inspect("verify", path, "--full").exit_code == 0
+
+
+def test_a_limit_is_a_random_sample_that_grows_by_appending(extract: Any, tmp_path: Path) -> None:
+    images, cache = photos(tmp_path / "images", 0, 10), tmp_path / "c"
+    said: list[str] = []
+    extract(images, cache, VIT, shard_samples=4, limit=4, say=said.append)
+    assert "4 of 10 images are taken (--limit): the first in canonical order, a random sample" in said
+    keys = sorted(path.relative_to(images).as_posix() for path in images.rglob("*.png"))
+    order = [keys[i] for i in canonical_order(keys)]
+    assert open_cache(cache).keys == order[:4]
+    extract(images, cache, VIT, limit=4, say=said.append)
+    assert "complete before" in said[-1]
+    with pytest.raises(
+        ValueError, match="2 new, 0 changed .*--limit 6 takes the first in canonical order .*add --append"
+    ):
+        extract(images, cache, VIT, limit=6)
+    extract(images, cache, VIT, limit=6, append=True)
+    assert open_cache(cache).keys == order[:6]
+    assert "--limit 6 --append" in json.loads((cache / "commits/0/vit.pre_tail/000001.json").read_text())["command"]

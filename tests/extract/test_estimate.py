@@ -1,5 +1,6 @@
 """The dry run's estimate: measured rates, the slowest stage, the time, the verdict."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,16 @@ def test_a_dry_run_measures_every_stage_and_leaves_nothing(
     for word in ("decoding", "vit.pre_tail", "disk", "estimate:", "20 views, limited by", "verdict:"):
         assert word in said[-1], word
     assert "1.06 kB per image of int8 tokens, and 264 B with --token-layout blocks" in "\n".join(said)  # 16 x (64 + 2)
+    assert "1 for up to 25 epochs, 2 for up to 100 epochs, 4 for more" in "\n".join(said)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_share_the_time(tmp_path: Path) -> None:
+    one = options(tmp_path, tmp_path / "c")
+    text = [estimate.estimate_text(Rates(0.01, {"vit.pre_tail": 0.09}, 1e9), [SPEC], each.resolved(), 1000)
+            for each in (one, dataclasses.replace(one, shards="3/4"))]  # fmt: skip
+    assert "1 min 40 s for 1,000 views, limited by the teachers, in this one process; with N like it" in text[0]
+    assert "25 s for 1,000 views, limited by the teachers, with 4 processes like this one" in text[1]
 
 
 @pytest.mark.parametrize(

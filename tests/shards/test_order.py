@@ -3,7 +3,7 @@
 import numpy as np
 
 from mrmae.shards.format.spec import key_hash, signed_hashes
-from mrmae.shards.order import epoch_order, view_of
+from mrmae.shards.order import epoch_order, view_of, views_for
 
 
 def test_every_sample_comes_once() -> None:
@@ -48,3 +48,7 @@ def test_views_cycle_by_the_unsigned_hash() -> None:
         for epoch in (0, 1, 7):
             expected = [(epoch + key_hash(key)) % n_views for key in keys]
             assert view_of(signed_hashes(keys), epoch, n_views).tolist() == expected
+
+
+def test_longer_runs_are_recommended_more_views() -> None:
+    assert [views_for(epochs) for epochs in (1, 25, 26, 100, 101, 1600)] == [1, 1, 2, 2, 4, 4]

@@ -48,8 +48,10 @@ def plan(rows: Sequence[Source], **other: Any) -> Plan:
     return Plan(**{**about, **other})
 
 
-def wanted(rows: Sequence[Source], *, append: bool = False, extend: bool = True, **other: Any) -> Wanted:
-    return Wanted(plan(rows, **{"dataset_id": "", **other}), rows=rows, append=append, extend=extend)
+def wanted(
+    rows: Sequence[Source], *, append: bool = False, extend: bool = True, limit: int = 0, **other: Any
+) -> Wanted:
+    return Wanted(plan(rows, **{"dataset_id": "", **other}), rows=rows, append=append, extend=extend, limit=limit)
 
 
 A, B = teacher("a"), teacher("b")
@@ -94,6 +96,11 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("more images", FINISHED, wanted(MORE), "0 gone, 2 new, 0 changed .new is .*add --append"),
     ("fewer images", FINISHED, wanted(images("abcd")), "1 gone, 0 new, 0 changed .gone is 'e.png'"),
     ("changed images", FINISHED, wanted(images("abcde", "01")), "0 gone, 0 new, 5 changed"),
+    ("the same limit", FINISHED, wanted(FIRST, limit=5), ()),
+    ("a larger limit", FINISHED, wanted(MORE, limit=7), "2 new, .*--limit 7 takes the first in canonical order.*add --append"),
+    ("a larger limit, append", FINISHED, wanted(MORE, limit=7, append=True), APPEND),
+    ("a smaller limit", FINISHED, wanted(images("abcd"), limit=4), "1 gone, 0 new.*--limit 4 takes the first in canonical order"),
+    ("a smaller limit, append", FINISHED, wanted(images("abcd"), limit=4, append=True), ()),
     ("other seed", FINISHED, wanted(FIRST, recipe=ViewRecipe(8, seed=1)), "recipe.seed is 0 there and 1"),
     ("other size", FINISHED, wanted(FIRST, recipe=ViewRecipe(16)), "recipe.size is 8 there and 16"),
     ("other crops", FINISHED, wanted(FIRST, recipe=ViewRecipe(8, crop_scale=(0.5, 1.0))), r"recipe.crop_scale\[0\] is"),

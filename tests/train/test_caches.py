@@ -1,7 +1,10 @@
 """Caches that are not a finished folder: at a URL, unfinished, or grown since the run began."""
 
 import dataclasses
+import io
 import json
+import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,17 +12,23 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from rich.console import Console
 from training import train_quietly
 
+from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_command
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.samples import Source
+from mrmae.shards.format.spec import ViewRecipe
 from mrmae.shards.plans import Wanted, agree
-from mrmae.train import checkpoint
+from mrmae.train import checkpoint, loop
 from mrmae.train.cli import main as train_command
+from mrmae.train.log import read_rows
 from mrmae.train.method.recipe import load_recipe
+from mrmae.train.rehearsal import dry_run
+from mrmae.train.setup import Setup
 
 QUICK = ("student.model=test_vit", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "optim.epochs=1",
          "optim.batch_size=8", "optim.warmup_epochs=0.5")  # fmt: skip
@@ -133,3 +142,117 @@ def test_a_run_is_not_continued_on_a_cache_that_has_grown(make_cache: Callable[.
     assert len(open_cache(path, allow_partial=True).numbers) == 24
     with pytest.raises(ValueError, match="images were appended to the cache since this run began: dataset was sha256:"):
         train(path, tmp_path / "out", allow_partial=True)
+
+
+# ---- a cache gets another view, another tap and another teacher
+
+SMALL = load_recipe(
+    "mr-mae", [*QUICK, "optim.epochs=2", "optim.batch_size=4"]
+)  # two updates per epoch, of eight images
+
+
+def extract(images: Path, cache: Path, teachers: tuple[str, ...], views: int) -> None:
+    how: dict[str, Any] = {"grid": 4, "device": "cpu", "workers": 1, "views": views, "teachers": teachers}
+    extract_features(Options([images], cache, recipe=ViewRecipe(32), **how), say=lambda _: None)
+
+
+@pytest.fixture(scope="module")
+def grown(tiny_images: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A cache of eight images with one view and one teacher, and the same one after it got more of both."""
+    root = tmp_path_factory.mktemp("grown")
+    for key, data in list(tiny_images.items())[:8]:
+        (root / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        (root / "images" / key).write_bytes(data)
+    extract(root / "images", root / "small", ("vit=timm:test_vit/random",), 1)
+    shutil.copytree(root / "small", root / "grown")
+    more = ("vit=timm:test_vit/random?tap=pre_tail,block_2", "cnn=timm:test_convnext/random")
+    extract(root / "images", root / "grown", more, 2)
+    return root / "small", root / "grown"
+
+
+@pytest.fixture(scope="module")
+def begun(grown: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run on the cache as it was first."""
+    out = tmp_path_factory.mktemp("begun") / "out"
+    train_quietly(grown[0], out, SMALL)
+    return out
+
+
+def said(cache: Path, out: Path, recipe: Any) -> str:
+    """What a run says, until its end."""
+    console = Console(file=io.StringIO(), width=250)
+    train_quietly(cache, out, recipe, console)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def assert_same_weights(out: Path, other: Path) -> None:
+    one, two = weights(out), weights(other)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_goes_on_with_what_it_began_with_though_its_cache_has_grown_or_is_growing(
+    grown: tuple[Path, Path], begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = grown
+    step = loop.step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            loop,
+            "step",
+            lambda run, *rest: (run.step == 2 and signal.raise_signal(signal.SIGTERM), step(run, *rest))[1],
+        )
+        assert train_quietly(small, tmp_path / "out", SMALL)["stopped"] == "SIGTERM"
+    growing = tmp_path / "growing"
+    shutil.copytree(large, growing)
+    (growing / "manifest.json").unlink()
+    next(growing.glob("commits/1/cnn.*/000000.json")).unlink()
+    told = "\n".join(dry_run(growing, tmp_path / "out", SMALL, Setup(device="cpu")))
+    assert "continuing from epoch 2, update 1 of 2 (3 of 4 are done)" in told and "growing: 8 images x 1 view" in told
+    for part in (
+        ": not among the run's columns (prepare.columns); column ",
+        "column vit.block_2: not",
+        "the first 1 of 2 (prepare.views)",
+    ):
+        assert part in told, told
+    assert "continuing from epoch 2, update 1 of 2" in said(growing, tmp_path / "out", SMALL)
+    assert_same_weights(tmp_path / "out", begun)
+    rows = [read_rows(out / "log.jsonl", "epoch") for out in (tmp_path / "out", begun)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    assert [row.get("resumed") for row in rows[0]] == [None, [1]] and "resumed" not in rows[1][1]
+    told = "\n".join(dry_run(large, tmp_path / "out", SMALL, Setup(device="cpu")))
+    assert "this run is finished: all 2 epochs are done, nothing is left to train" in told
+    again = said(large, tmp_path / "out", SMALL)
+    assert "this run is finished" in again and "finished: 2 epochs, before this start" in again
+    assert_same_weights(tmp_path / "out", begun)
+
+
+def test_a_new_run_takes_all_that_the_cache_has_and_the_old_runs_recipe_what_it_had(
+    grown: tuple[Path, Path], begun: Path, tmp_path: Path
+) -> None:
+    told = said(grown[1], tmp_path / "new", SMALL)
+    assert (
+        "8 images x 2 views" in told
+        and "terms.mimic (names no teacher: all there are)" in told
+        and "not read" not in told
+    )
+    assert facts(tmp_path / "new")["teachers"].keys() == {"vit:pre_tail", "vit:block_2", "cnn"}
+    train_quietly(grown[1], tmp_path / "old", load_recipe(str(begun / "recipe.yaml")))
+    assert_same_weights(tmp_path / "old", begun)
+    one = load_recipe("mr-mae", [*QUICK, "prepare.views=1", "terms.mimic.teachers=[cnn]"])
+    told = "\n".join(dry_run(grown[1], tmp_path / "none", one, Setup(device="cpu")))
+    assert "8 images x 1 view," in told and "column vit.block_2: no term of this recipe asks for it" in told
+    assert "terms.mimic (names it)" in told
+
+
+def test_views_and_columns_that_are_not_there_are_refused(
+    grown: tuple[Path, Path], begun: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="grown: 3 views of every image are wanted and 2 are stored"):
+        train_quietly(grown[1], tmp_path / "out", load_recipe("mr-mae", [*QUICK, "prepare.views=3"]))
+    with pytest.raises(ValueError, match="there is no column 'dino.pre_tail'; it holds vit.pre_tail, "):
+        train_quietly(grown[1], tmp_path / "out", load_recipe("mr-mae", [*QUICK, "prepare.columns=[dino.pre_tail]"]))
+    with pytest.raises(ValueError, match="another recipe: prepare.views was 1 and is now 2"):
+        train_quietly(
+            grown[1], begun, load_recipe("mr-mae", [*QUICK, "optim.epochs=2", "optim.batch_size=4", "prepare.views=2"])
+        )
+    assert not (tmp_path / "out").exists()

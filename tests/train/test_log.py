@@ -154,6 +154,11 @@ def test_progress_line_says_where_how_fast_and_how_long() -> None:
     assert "2 skipped" in line and "ETA 3 min 20 s" in line
 
 
+def test_the_line_of_an_epoch_that_was_continued_says_after_which_updates() -> None:
+    line = log.epoch_line(_row(12, kind="epoch", resumed=[3, 10]))
+    assert line.endswith("mean loss 2.0000 (pixels 1.0000, mimic/clip 1.0000)  (continued after update 3, 10)")
+
+
 def test_plain_lines_are_rationed_and_the_last_one_always_comes(tmp_path: Path) -> None:
     console = _quiet()
     run = log.RunLog(tmp_path, step=0, total=10, console=console, tensorboard=False)

@@ -182,6 +182,7 @@ def test_log_rows_and_the_epochs_seconds_go_on_over_a_restart(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = quick("mr-mae", "optim.epochs=2")
+    monkeypatch.setattr(loop, "SHOWN_SECONDS", -1.0)  # shown after every update, written every four
     _train(tiny_cache, tmp_path / "whole", recipe, log_every=4)
     with monkeypatch.context() as patch:
         _raise_signal_at(9, "SIGTERM", patch)  # saved after update 10; the row of update 12 begins with update 9
@@ -208,10 +209,12 @@ def test_a_damaged_newest_checkpoint_costs_its_updates_only(tiny_cache: Path, tm
 
 def test_a_finished_run_is_recognised_and_its_results_written_again(tiny_cache: Path, tmp_path: Path) -> None:
     recipe = quick("mae", "optim.epochs=2")
-    _train(tiny_cache, tmp_path / "out", recipe)
+    first = _train(tiny_cache, tmp_path / "out", recipe)
+    assert "10 updates took" in first["said"] and "for the 1 that are left, until" in first["said"]
     (tmp_path / "out" / "student" / "model.safetensors").unlink()
     again = _train(tiny_cache, tmp_path / "out", recipe)
-    assert again["finished"] and again["step"] == 2 * UPDATES
+    assert again["finished"] and again["step"] == 2 * UPDATES and again["updates"] == 0
+    assert "this run is finished: all 2 epochs are done" in again["said"] and "before this start" in again["said"]
     assert (tmp_path / "out" / "student" / "model.safetensors").exists()
 
 
@@ -354,7 +357,8 @@ def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> N
     assert facts["teachers"]["a"]["weights"] == "random"
     assert facts["cache_ids"]["dataset"].startswith("sha256:") and "column a" in facts["cache_ids"]
     assert facts["starts"][0]["device"] == "cpu" and "torch" in facts["starts"][0]["versions"]
-    assert load_recipe(str(whole / "recipe.yaml")) == quick()
+    resolved = load_recipe(str(whole / "recipe.yaml"))
+    assert resolved == quick("mr-mae", "prepare.views=2", "prepare.columns=[a.pre_tail, b.pre_tail]")
     text = (whole / "README.md").read_text()
     assert "RANDOM WEIGHTS" in text and "timm.create_model" in text and "same command" in text
     card = (whole / "student" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""examples/slurm.sh with SLURM's commands stubbed: pre-emption saves the run and queues it again, an error does not."""
+"""examples/slurm*.sh with SLURM's commands stubbed: pre-emption saves what is done and queues the job again, an error does not."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import pytest
 
 from mrmae.train.log import read_rows
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "slurm.sh"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 RECIPE = (
     "student.model=test_vit",
     "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
@@ -27,18 +27,24 @@ STUBS = {
     "srun": '#!/bin/sh\nexec "$@"\n',
     "scontrol": '#!/bin/sh\n[ "$1" = show ] && echo localhost && echo other || echo "$*" >> "$ASKED"\n',
     "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
+    "extract-features": f'#!/bin/sh\nexec {sys.executable} -m mrmae.extract.cli "$@"\n',
 }
 Submit = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
 def submit(tmp_path: Path) -> Iterator[Submit]:
-    """`submit(*arguments, **stubs)`: the script as a job of two processes on one node; its output goes to tmp_path/said."""
+    """`submit(*arguments, **stubs)`: a script as a job of two processes on one node; its output goes to tmp_path/said.
+
+    array: the task's number and how many there are.
+    """
     started: list[subprocess.Popen[bytes]] = []
 
-    def run(*arguments: str, job: int = 77, **stubs: str) -> subprocess.Popen[bytes]:
+    def run(
+        *arguments: str, job: int = 77, script: str = "slurm.sh", array: tuple[int, int] | None = None, **stubs: str
+    ) -> subprocess.Popen[bytes]:
         folder = tmp_path / "bin"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for name, text in {**STUBS, **stubs}.items():
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
@@ -46,8 +52,11 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
             **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "ASKED": str(tmp_path / "asked"),
             "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
         }  # fmt: skip
+        if array is not None:
+            number, of = map(str, array)
+            environment |= {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": number, "SLURM_ARRAY_TASK_COUNT": of}
         with open(tmp_path / "said", "w") as said:
-            started.append(subprocess.Popen(["bash", str(SCRIPT), *arguments], stdout=said, stderr=said, env=environment,
+            started.append(subprocess.Popen(["bash", str(EXAMPLES / script), *arguments], stdout=said, stderr=said, env=environment,
                                             start_new_session=True))  # fmt: skip
         return started[-1]
 
@@ -98,3 +107,45 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(tmp_path: Path, submit: S
         name: words[words.index(f"<--{name}>") + 1] for name in ("nnodes", "nproc-per-node", "rdzv-endpoint", "rdzv-id")
     }
     assert told == {"nnodes": "<1>", "nproc-per-node": "<2>", "rdzv-endpoint": "<localhost:30077>", "rdzv-id": "<77>"}
+
+
+def test_an_array_extracts_in_parts_and_an_array_of_one_finishes(
+    tiny_images: dict[str, bytes], tmp_path: Path, submit: Submit
+) -> None:
+    for key, data in list(tiny_images.items())[:8]:
+        (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / key).write_bytes(data)
+    cache = tmp_path / "the cache"
+    options = (
+        "--size",
+        "32",
+        "--grid",
+        "4",
+        "--teacher",
+        "vit=timm:test_vit/random",
+        "--device",
+        "cpu",
+        "--shard-samples",
+        "4",
+    )
+    for array, finished in (((0, 2), False), ((0, 1), True)):
+        job = submit(str(tmp_path / "images"), str(cache), *options, script="slurm-extract.sh", array=array)
+        assert job.wait(100) == 0, (tmp_path / "said").read_text()
+        assert (cache / "manifest.json").exists() == finished
+        assert ("part 0/2 is committed" in (tmp_path / "said").read_text()) != finished
+    assert not (tmp_path / "asked").exists()
+
+
+def test_a_pre_empted_part_is_queued_again_and_one_that_fails_is_not(tmp_path: Path, submit: Submit) -> None:
+    busy = '#!/bin/sh\necho "<$*>"\nsleep 60 & wait $!\n'
+    job = submit("IMAGES", "CACHE", script="slurm-extract.sh", array=(3, 8), **{"extract-features": busy})
+    end = time.monotonic() + 30
+    while not (tmp_path / "said").read_text() and time.monotonic() < end:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(30) == 0 and (tmp_path / "asked").read_text() == "requeue 70_3\n"
+    assert (tmp_path / "said").read_text().splitlines()[0] == "<IMAGES CACHE --shards 3/8>"
+    (tmp_path / "asked").unlink()
+    failing = {"extract-features": "#!/bin/sh\nexit 1\n"}
+    assert submit("IMAGES", "CACHE", script="slurm-extract.sh", array=(3, 8), **failing).wait(30) == 1
+    assert not (tmp_path / "asked").exists()

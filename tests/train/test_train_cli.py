@@ -93,12 +93,20 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tiny_cache: Path, tmp_path: 
         "mr-mae (seed 0)", "24 images x 2 views", "column a", "random weights", "test_vit as patch 8 at 32 px",
         "4 of 16 patches visible, 12 predicted", "5 encoder, 17 decoder", "8 images per update; 3 updates per epoch",
         "4.69e-06 = 0.00015 x 8 / 256, warm-up 1 epoch, cosine to 0", "10 epochs; every image in every epoch",
-        "1 block of width 16", "RANDOM WEIGHTS",
+        "1 block of width 16", "RANDOM WEIGHTS", "for 240 images in this one process", "10 micro-batches of 8 took", "small learning rate: 4.69e-06",
     ):  # fmt: skip
         assert part in result.output, part
     kib = (16 * (8 + 2) + 16 * (6 + 2)) / 1024  # int8 codes and a 2-byte scale per token, two teachers
     assert f"{kib:.1f} KiB per image" in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_recommends_more_views_for_a_long_run(tiny_cache: Path, tmp_path: Path) -> None:
+    args = [tiny_cache, tmp_path / "out", *SMALL, "--batch-size", 8, "--dry-run"]
+    assert (
+        "views: 200 epochs show 2 stored crops of every image in turn; 4 are recommended: about" in _run(*args).output
+    )
+    assert "are recommended" not in _run(*args, "--epochs", 100).output
 
 
 def test_trains_and_the_same_command_again_is_done(tiny_cache: Path, tmp_path: Path) -> None:

@@ -2,8 +2,18 @@
 
 from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.model import Pretrainer, build_model, evaluating
-from mrmae.train.method.recipe import DecoderRecipe, Optim, Recipe, difference, from_dict, load_recipe, to_dict
+from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size
+from mrmae.train.method.recipe import (
+    DecoderRecipe,
+    Optim,
+    Recipe,
+    as_begun,
+    difference,
+    from_dict,
+    load_recipe,
+    replaced,
+    to_dict,
+)
 from mrmae.train.method.samplers import chosen_blocks, draw_masks
 from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
@@ -27,6 +37,7 @@ __all__ = [
     "SIZES",
     "TeacherInfo",
     "Term",
+    "as_begun",
     "as_compared",
     "build_mcmae",
     "build_model",
@@ -43,7 +54,9 @@ __all__ = [
     "load_recipe",
     "needed_arrays",
     "patch_targets",
+    "replaced",
     "sincos_positions",
+    "student_size",
     "target_names",
     "to_dict",
 ]

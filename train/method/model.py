@@ -283,6 +283,13 @@ def check_channels(recipe: Recipe, info: CacheInfo) -> None:
         )
 
 
+def student_size(recipe: Recipe, info: CacheInfo) -> tuple[int, int]:
+    """(width, depth) of the recipe's student; nothing is allocated. Raises ValueError like `build_student`."""
+    with torch.device("meta"):
+        student = build_student(recipe, info)
+    return student.embed_dim, len(student.blocks)
+
+
 def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | MaskedConvViT:
     """The recipe's student for this cache's size and grid. Raises ValueError for unknown names and what does not fit them."""
     name, rate = recipe.student.model, recipe.student.drop_path

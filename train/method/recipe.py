@@ -4,9 +4,10 @@ A recipe says everything that changes the result: how pixels are prepared, who i
 optimiser. Where and how it runs (paths, device, workers) are options of the command. Unknown keys and wrong values are refused.
 """
 
+import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,16 +22,24 @@ SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint",
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
+OPEN = ("prepare.views", "prepare.columns")  # where null: decided when a run begins
+FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix)[1-9][0-9]*")
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """How the student sees pixels: `(value / 255 - mean) / std`, one number per channel (default ImageNet's)."""
+    """What is read of the cache, and how the student sees pixels: `(value / 255 - mean) / std` per channel (ImageNet's).
+
+    views: how many of each image's stored views, the first ones. columns: the cache's columns that there are for this run. None:
+    all that the cache holds when the run begins; the run keeps to them, whatever the cache gets later.
+    """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    views: int | None = None
+    columns: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,11 @@ class Optim:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that changes the result of a run."""
+    """Everything that changes the result of a run.
+
+    fit: keys whose values give way to what fits a small cache or student when a run begins: of a shipped recipe those of `FIT` that
+    nobody has set.
+    """
 
     name: str
     terms: dict[str, TermRecipe]
@@ -142,6 +155,7 @@ class Recipe:
     mask: MaskRecipe = field(default_factory=MaskRecipe)
     student: StudentRecipe = field(default_factory=StudentRecipe)
     optim: Optim = field(default_factory=Optim)
+    fit: tuple[str, ...] = field(default=(), compare=False)
 
 
 def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -162,7 +176,15 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     for override in overrides:
         strict_yaml.override(values, override)
+    if name_or_path in recipe_names():
+        values.setdefault("fit", [key for key in FIT if not any(touches(override, key) for override in overrides)])
     return from_dict(values, where=f"recipe {name_or_path}")
+
+
+def touches(override: str, key: str) -> bool:
+    """Whether an override like `optim.epochs=100` sets a key, a part of it, or what it is a part of."""
+    given = override.partition("=")[0].strip()
+    return f"{given}.".startswith(f"{key}.") or f"{key}.".startswith(f"{given}.")
 
 
 def recipe_names() -> list[str]:
@@ -194,9 +216,28 @@ def from_dict(values: Mapping[str, Any], *, where: str = "recipe") -> Recipe:
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:
-    """Plain dicts, lists, numbers and strings; `from_dict` gives the same recipe back."""
+    """Plain dicts, lists, numbers and strings, without `fit`; `from_dict` gives an equal recipe back."""
     plain: dict[str, Any] = strict_yaml.plain_values(asdict(recipe))
-    return plain
+    return {key: value for key, value in plain.items() if key != "fit"}
+
+
+def open_keys(recipe: Recipe) -> list[str]:
+    """The keys that a recipe leaves to the cache: decided when a run begins, and kept."""
+    return [*(key for key in OPEN if operator.attrgetter(key)(recipe) is None), *recipe.fit]
+
+
+def replaced(recipe: Recipe, values: Mapping[str, Any]) -> Recipe:
+    """`recipe` with other values of these dotted keys, like `prepare.views`."""
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        recipe = replace(recipe, **{section: replace(getattr(recipe, section), **{name: value})})
+    return recipe
+
+
+def as_begun(recipe: Recipe, begun: Recipe) -> Recipe:
+    """`recipe` with what it leaves open as it was decided for the run of `begun`."""
+    kept = {key: operator.attrgetter(key)(begun) for key in open_keys(recipe)}
+    return replace(replaced(recipe, kept), fit=())
 
 
 def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
@@ -219,8 +260,19 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     """(field, holds, what was expected), without the terms."""
     mask, decoder, optim = recipe.mask, recipe.student.decoder, recipe.optim
     yield "terms", bool(recipe.terms), "at least one term was expected"
+    yield "fit", set(recipe.fit) <= set(FIT), f"some of {', '.join(FIT)} were expected"
     yield "seed", -(2**63) <= recipe.seed < 2**63, "a 64-bit integer was expected"
     yield "prepare.mean", len(recipe.prepare.mean) == len(recipe.prepare.std) > 0, "as many numbers as in prepare.std"
+    yield (
+        "prepare.views",
+        recipe.prepare.views is None or recipe.prepare.views >= 1,
+        "at least 1, or null, was expected",
+    )
+    yield (
+        "prepare.columns",
+        len(set(recipe.prepare.columns or ())) == len(recipe.prepare.columns or ()),
+        "no column twice",
+    )
     yield "prepare.std", all(s > 0 for s in recipe.prepare.std), "numbers above 0 were expected"
     yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected"
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"

@@ -1,0 +1,82 @@
+"""What a shipped recipe leaves to the size of the data and of the student, where nobody has said otherwise.
+
+Recipes are published for a million images and a ViT-B. On fewer than `SMALL_DATA` images a batch of 2048 is the whole data set or more, and
+forty epochs of warm-up are a few updates; behind a narrow student the published decoder is most of the model. Keys that were set, and
+whatever is of the published size, stay as they are.
+"""
+
+from mrmae.train import optim
+from mrmae.train.method import DecoderRecipe, Recipe, replaced
+
+SMALL_DATA = 32_768  # images: sixteen batches of the published 2048
+LEAST_BATCH, BATCHES = 64, 16
+PUBLISHED_WIDTH = 768  # of the student that the decoder of 8 x 512 was published with
+SMALL_LR, STUDY_LR = (
+    1e-4,
+    1e-3,
+)  # below the first a peak is said to be small; docs/evidence.md has trained at the second
+
+
+def fitted_to_data(recipe: Recipe, n_images: int, parts: int = 1) -> tuple[Recipe, list[str]]:
+    """`recipe` with a batch and a warm-up for this many images, and what to tell of it.
+
+    The batch is a power of two, about a sixteenth of the images but at least 64 (of fewer than 128 images half), and a multiple of
+    `parts`, processes times micro-batches; the warm-up that of a run of one's own length.
+    """
+    o = recipe.optim
+    usual = {
+        "optim.batch_size": fitting_batch(o.batch_size, n_images, parts),
+        "optim.warmup_epochs": optim.usual_warmup(o.epochs),
+    }
+    changed = {
+        key: value
+        for key, value in usual.items()
+        if key in recipe.fit and value != getattr(o, key.partition(".")[2]) and n_images < SMALL_DATA
+    }
+    told = [
+        f"{key} is {value:g} instead of the published {getattr(o, key.partition('.')[2]):g}"
+        for key, value in changed.items()
+    ]
+    note = f"small data, {n_images:,} images: {' and '.join(told)}; --set decides otherwise"
+    return replaced(recipe, changed), [note] if told else []
+
+
+def fitting_batch(published: int, n_images: int, parts: int) -> int:
+    """A batch for this many images, at most the published one; a multiple of `parts`."""
+    most = max(n_images // BATCHES, min(LEAST_BATCH, n_images // 2), 1)
+    if most >= published:
+        return published
+    size = 1 << (most.bit_length() - 1)
+    return max(size - size % parts, parts)
+
+
+def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list[str]]:
+    """`recipe` with a decoder for a student of this width and depth, and what to tell of it.
+
+    Two thirds of the student's width, as MAE's 512 behind ViT-B's 768, in heads of 32 channels, and at most two thirds as deep.
+    """
+    decoder = recipe.student.decoder
+    if decoder is None or "student.decoder" not in recipe.fit or width >= PUBLISHED_WIDTH:
+        return recipe, []
+    channels = max(32, width * decoder.width // PUBLISHED_WIDTH // 32 * 32)
+    fitting = DecoderRecipe(
+        max(1, min(decoder.depth, round(depth * 2 / 3))), channels, channels // 32, decoder.mlp_ratio
+    )
+    note = (
+        f"narrow student of {width} channels: a decoder of {fitting.depth} x {fitting.width} instead of the published {decoder.depth} x"
+        f" {decoder.width}; --set student.decoder=... decides otherwise"
+    )
+    return replaced(recipe, {"student.decoder": fitting}), [note]
+
+
+def small_rate_words(recipe: Recipe) -> list[str]:
+    """A line where the peak learning rate is small, as the linear rule makes it of a small batch; else none."""
+    o = recipe.optim
+    peak = optim.base_lr(o.lr_per_256, o.batch_size)
+    if peak >= SMALL_LR:
+        return []
+    study = STUDY_LR * 256 / o.batch_size
+    return [
+        f"small learning rate: {peak:.3g} at its peak, as {o.lr_per_256:g} is meant for large batches and this one has"
+        f" {o.batch_size}; --blr {study:.2g} would be {STUDY_LR:g}, with which the students of docs/evidence.md were trained"
+    ]
