@@ -69,6 +69,9 @@ def commands(images: Path, cache: Path, damaged: Path) -> dict[str, Callable[[Pa
         "probe-features --help": lambda new: ["probe-features", "--help"],
         "probe-features": lambda new: ["probe-features", f"{whole}#vit", whole, "--out", str(new / "p"),
                                        "--device", "cpu"],
+        "show-features --help": lambda new: ["show-features", "--help"],
+        "show-features": lambda new: ["show-features", str(next(images.rglob("*.png"))), *TEACHER, *SMALL[:4],
+                                      "--out", str(new / "f.png"), "--device", "cpu"],
     }  # fmt: skip
 
 

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 
 MAINS = {"extract-features": "mrmae.extract.cli", "inspect-cache": "mrmae.extract.inspect.cli",
-         "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli"}  # fmt: skip
+         "train-mrmae": "mrmae.train.cli", "probe-features": "mrmae.probe.cli", "show-features": "mrmae.probe.show_cli"}  # fmt: skip
 LATE = ("extract.inspect.compare", "extract.inspect.pictures", "extract.run", "extract.teachers.open_clip",
-        "extract.teachers.timm", "probe.run", "train.loop")  # fmt: skip
+        "extract.teachers.timm", "probe.run", "probe.show", "train.loop")  # fmt: skip
 JEMALLOC = "jemalloc_bg_thd"  # of an allocator that Arrow brings and does not use; it forks well
 SECONDS = 300  # of one run, at most
 

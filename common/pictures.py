@@ -27,6 +27,10 @@ COLOUR_NOTE = ("Tokens as colours: a model's three main directions over all thes
 STRIPES_NOTE = ("What every row of a column has in common (stripes, borders, corners) is the position, not the picture; where it says "
                 "content, the mean over the images at each position is taken out, and is grey.")  # fmt: skip
 ENOUGH_IMAGES = 4  # for a mean at each position that is not mostly the image itself
+COLOUR_IMAGES, COLOUR_TOKENS = (
+    32,
+    16_384,
+)  # over which colours are taken where there are many: at most 0.1 GB of 1,024 channels
 
 
 # --- tokens and scores
@@ -97,6 +101,11 @@ def content_rgb(tokens: Float[Tensor, "b l d"], grid: tuple[int, int]) -> Float[
     """The same of what is left without the mean over the images at each position: what one shows there and others do not."""
     x = layer_normalised(tokens)
     return palette_of(x, by_position=True).rgb(x).reshape(len(tokens), *grid, 3)
+
+
+def colour_images(l: int) -> int:
+    """How many images of l tokens colours are taken over."""
+    return min(COLOUR_IMAGES, max(ENOUGH_IMAGES, COLOUR_TOKENS // l))
 
 
 def layer_normalised(tokens: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:

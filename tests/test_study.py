@@ -101,3 +101,26 @@ def test_a_paired_interval_is_narrow_where_two_arms_err_on_the_same_images(study
     text = report.difference([row("a-s0", 0, better, report.packed)], [row("b-s0", 0, base, report.packed)])
     mean, low, high = (float(x) for x in text.replace("(", "").replace(")", "").replace("to", "").split())
     assert mean == 5.0 and 2.5 < low < 5 < high < 7.5, "unpaired it would be 14 points wide"
+
+
+def test_the_plot_of_arms_has_the_best_first_with_paired_intervals(
+    study: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    plots, report, base = study.study_plots, study.study_report, np.arange(400) % 2 == 0
+    some = base | (np.arange(400) % 20 == 1)
+    arms = {"mr-mae-s0": base, "weight-10": base & (np.arange(400) % 20 != 2), "weight-3": some, "views-2": base}
+    rows = [row(arm, 0, right, report.packed, probe) for arm, right in arms.items() for probe in ("knn", "linear")]
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "finish", lambda figure, path: figures.append(figure))
+    plots.draw_arms(tmp_path / "arms.png", rows)
+    axis = figures[0].axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["weight-10", "views-2", "weight-3"], "upwards"
+    points = {
+        round(float(line.get_xdata()[0]), 1): line.get_markerfacecolor()
+        for line in axis.get_lines()
+        if line.get_marker() == "o"
+    }
+    assert list(points) == [-5.0, 0.0, 5.0] and points[0.0] == "white" != points[5.0], (
+        "hollow where 0 is inside the interval"
+    )
+    plots.pyplot().close(figures[0])

@@ -15,7 +15,16 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from mrmae.common.files import publish_by
-from mrmae.common.pictures import Pictures, Strip, as_bytes, draw_sheet, layer_normalised, palette_of, publish_png
+from mrmae.common.pictures import (
+    Pictures,
+    Strip,
+    as_bytes,
+    colour_images,
+    draw_sheet,
+    layer_normalised,
+    palette_of,
+    publish_png,
+)
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
@@ -26,7 +35,6 @@ from mrmae.train.run import Run, random_teachers
 PATCHES = ("visible", "predicted", "all", "alive")
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
 PANEL_ROWS = 5
-COLOUR_IMAGES = 32  # over which colours and the mean at each position are taken
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe-Ito
 BASELINES = {  # what predictors that never saw an image may know: name, line
     "zero": ("zero", (0, (1, 1.5))),
@@ -159,7 +167,7 @@ def random_warning(run: Run, teacher: str) -> str:
 
 def colour_numbers(run: Run) -> Numbers:
     """The images over which colours are taken, those of the panels first."""
-    return run.cache.numbers[:COLOUR_IMAGES]
+    return run.cache.numbers[: max(PANEL_ROWS, colour_images(run.info.n_patches))]
 
 
 def whole_grids(run: Run, numbers: Numbers) -> Batch:

@@ -38,7 +38,10 @@ SHOWN_PROBLEMS = 100
 
 @click.group(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Look into a cache that extract-features wrote, check it, repair it, compare it with another."""
+    """Look into a cache that extract-features wrote, check it, repair it, compare it with another.
+
+    A picture of images that are in no cache: show-features.
+    """
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from mrmae.common.pictures import (
     STRIPES_NOTE,
     Strip,
     as_bytes,
+    colour_images,
     content_rgb,
     draw_sheet,
     heat,
@@ -22,8 +23,6 @@ from mrmae.common.pictures import (
 from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
-
-CONTENT_IMAGES = 32  # over which the mean at each position is taken
 
 
 def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
@@ -54,7 +53,9 @@ def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list
     array = "attention" if "attention" in column.layout.arrays() else "norm"
     scores = cache.read_column(name, numbers, numbers * 0 + view, (array,))[array].float()
     what = "of CLS to each patch, last block" if array == "attention" else "length of each token"
-    every = np.concatenate([numbers, np.setdiff1d(spread(cache.numbers, CONTENT_IMAGES), numbers)])
+    every = np.concatenate(
+        [numbers, np.setdiff1d(spread(cache.numbers, colour_images(cache.grid[0] * cache.grid[1])), numbers)]
+    )
     tokens = cache.read_tokens(name, every, every * 0 + view)
     strips = [Strip(name, as_bytes(pca_rgb(tokens[: len(numbers)], cache.grid)), column.spec.model, random)]
     if len(every) >= ENOUGH_IMAGES:
