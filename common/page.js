@@ -5,7 +5,10 @@ for (const figure of document.querySelectorAll("figure.chart")) {
   plots.push(figure.querySelector(".plot"));
   Plotly.newPlot(plots.at(-1), data, layout, { displayModeBar: false, responsive: true });
 }
-addEventListener("beforeprint", () => plots.forEach((plot) => Plotly.relayout(plot, { width: 640 })));
+addEventListener("beforeprint", () => {
+  document.querySelectorAll("details").forEach((folded) => (folded.open = true)); // paper cannot be unfolded
+  plots.forEach((plot) => Plotly.relayout(plot, { width: 640 }));
+});
 addEventListener("afterprint", () => plots.forEach((plot) => Plotly.relayout(plot, { width: null, autosize: true })));
 for (const slider of document.querySelectorAll("figure.slider:has(input)")) {
   const pictures = [...slider.querySelectorAll("img")];

@@ -12,6 +12,7 @@ import base64
 import functools
 import hashlib
 import html
+import io
 import math
 import os
 import re
@@ -23,6 +24,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from PIL import Image
 
 from mrmae.common.files import publish
 from mrmae.common.versions import versions
@@ -35,7 +37,8 @@ PICTURE_KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"RIFF": "webp", b"
 CHART, SLIDER = '<figure class="chart">', '<figure class="slider">'  # as in page.html; escaped text cannot contain them
 NUMBER = re.compile(r"[-+]?\d[\d.,e+-]*( ?[^\s\d]{1,5})?( (\[|to ).*)?")  # 12, 1,200, 3.4 dB, 0.81 [0.79, 0.83]
 MARK, HEAD_BYTES = b'<meta name="generator" content="mrmae">', 400  # every page has it within so many bytes
-HEIGHT, ROW_HEIGHT, BAR_HEIGHT = 340, 34, 22  # pixels of a chart, of a row of `intervals` and of one of `bars`
+HEIGHT, LEGEND_HEIGHT = 320, 16  # pixels of a chart, and of a line of its legend, which on a phone has a line per curve
+ROW_HEIGHT, BAR_HEIGHT = 34, 22  # of a row of `intervals` and of one of `bars`
 
 
 def document(title: str, *parts: Html, lead: str = "", warnings: Sequence[str] = ()) -> str:
@@ -124,6 +127,14 @@ def slider(pictures: Mapping[str, bytes | Path], *, alt: str, caption: str = "")
     return made("slider", [(label, data_url(source)) for label, source in pictures.items()], alt, caption)
 
 
+def as_webp(source: bytes | Path, *, quality: int = 90) -> bytes:
+    """The picture as WebP, a third or less of a PNG's bytes: for pages that hold many."""
+    out = io.BytesIO()
+    with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        image.convert("RGB").save(out, "WEBP", quality=quality)
+    return out.getvalue()
+
+
 def data_url(source: bytes | Path) -> str:
     """A picture as an address that contains it. ValueError for what is no picture."""
     content = source if isinstance(source, bytes) else source.read_bytes()
@@ -141,15 +152,16 @@ def data_url(source: bytes | Path) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; None and NaN are gaps. dashed: for yardsticks and images held out.
+    """One line of a chart; None and NaN are gaps. dashed: for images held out; dotted: for yardsticks.
 
-    hue: which of HUES; None for the next one. Give a dashed line that of the line it belongs to.
+    hue: which of HUES; None for the next one. Give a dashed or dotted line that of the line it belongs to.
     """
 
     name: str
     x: Sequence[float]
     y: Sequence[float | None]
     dashed: bool = False
+    dotted: bool = False
     hue: int | None = None
 
 
@@ -166,7 +178,7 @@ def chart(
         one["mode"] = "lines+markers" if few and one["line"]["dash"] == "solid" else "lines"
     layout = {
         **common_layout(x, buttons=True),
-        "height": HEIGHT + 20 * ((len(curves) - 1) // 3),
+        "height": HEIGHT + LEGEND_HEIGHT * len(curves) * (len(curves) > 1),
         "hovermode": "x unified",
         "yaxis": {"title": {"text": plain_text(y)}, "type": "log" if logarithmic else "linear", "automargin": True,
                   "exponentformat": "power", "zeroline": False},
@@ -224,7 +236,7 @@ def trace(curve: Curve, place: int, digits: int) -> dict[str, Any]:
         "x": list(curve.x),
         "y": [None if v is None or not math.isfinite(v) else v for v in curve.y],
         "line": {"color": HUES[(place if curve.hue is None else curve.hue) % len(HUES)], "width": 1.8,
-                 "dash": "dash" if curve.dashed else "solid"},
+                 "dash": "dot" if curve.dotted else "dash" if curve.dashed else "solid"},
         "marker": {"size": 5},
         "hovertemplate": f"%{{y:.{digits}g}}",
     }  # fmt: skip
@@ -238,7 +250,7 @@ def common_layout(x: str, *, buttons: bool = False) -> dict[str, Any]:
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
         "font": {"family": "system-ui, sans-serif", "size": 13},
-        "xaxis": {"title": {"text": plain_text(x)}, "zeroline": False, "automargin": True},
+        "xaxis": {"title": {"text": plain_text(x)}, "zeroline": False, "automargin": True, "hoverformat": ",.4~g"},
         "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     }
 

@@ -24,6 +24,7 @@ from mrmae.probe.pools import choose_pool, pools
 from mrmae.probe.settings import Settings
 from mrmae.probe.sources import FeatureSource, open_source
 from mrmae.shards.format import content_id, load_plan
+from mrmae.train.run_page import write_run_page
 
 RESULTS_VERSION = 1  # raise it when the same features and settings give another result
 
@@ -84,7 +85,20 @@ def probe_features(options: ProbeOptions, *, say: Callable[[str], None] = print)
     job = begin_probing(options.resolved(), say)
     for note in (*job.source.notes, *job.data.notes):
         say(f"note: {note}")
-    return [one(job, probe) for probe in options.probes]
+    found = [one(job, probe) for probe in options.probes]
+    tell_run_page(job)
+    return found
+
+
+def tell_run_page(job: Probing) -> None:
+    """Draw the page of the probed run anew, with its results, where it has one; a page that fails is a note."""
+    run = job.source.home
+    if run is None or job.home != run / "probes" or not (run / "report.html").exists():
+        return
+    try:
+        job.say(f"they are in {write_run_page(run)}, too")
+    except Exception as error:
+        job.say(f"note: {run / 'report.html'} could not be drawn anew: {' '.join(str(error).split())}")
 
 
 def begin_probing(options: ProbeOptions, say: Callable[[str], None]) -> Probing:

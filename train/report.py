@@ -36,6 +36,7 @@ def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
         starts = json.loads(path.read_text())["starts"]
     start = {
         "command": command,
+        "folder": os.getcwd(),
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "from_step": run.step,
         **asdict(run.setup),

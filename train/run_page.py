@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from mrmae.common.page import Curve, Html
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.train.log import read_rows
 
+FEW_EPOCHS = 30  # whose losses are drawn row by row of the log, not epoch by epoch
+BLIND = {"zero": "zero", "constant": "one constant", "position": "one per position", "patch_mean": "each patch's mean"}
 MOST_POINTS = 500  # of a curve: more are means of neighbours
 Facts = Mapping[str, Any]
 LogRows = Sequence[Facts]
@@ -33,7 +37,7 @@ def run_page(out: Path) -> str:
     }
     probes = [json.loads(path.read_bytes()) for path in sorted((out / "probes" / "results").glob("*.json"))]
     sections = [
-        page.section("What was trained on what", *origin(run, recipe, epochs)),
+        page.section("What was trained on what", *origin(run, recipe)),
         page.section("Losses", *losses(run, epochs, steps)),
         page.section("What it is worth", *worth(epochs, probes)),
         *([page.section("What it sees", panel_slider(panels))] if panels else []),
@@ -62,21 +66,22 @@ def warnings_of(run: Facts) -> list[str]:
     return found
 
 
-def origin(run: Facts, recipe: str, epochs: LogRows) -> Iterator[Html]:
+def origin(run: Facts, recipe: str) -> Iterator[Html]:
     """Recipe, data, teachers, ids, versions, and the command that repeats it."""
     last = run["starts"][-1]
     yield page.facts({
         "recipe": run["recipe"],
         "student": run["student"],
         "images": f"{run['images']:,}" + (f", and {run['held_out']:,} held out" if run["held_out"] else ""),
-        "cache": run["cache"],
+        "cache": run["cache"] if "://" in run["cache"] else os.path.join(last["folder"], run["cache"]),
         **{f"teacher {name}": teacher_line(about, run["teachers_run"]) for name, about in run["teachers"].items()},
+        "schedule": schedule(yaml.safe_load(recipe)),
         "computed on": f"{last['device']}, {last['precision']}, {counted(last['ranks'], 'process', 'processes')}",
     })  # fmt: skip
     if not run["teachers"]:
         yield page.paragraph("No teacher: this recipe reads none.", "quiet")
     yield page.paragraph("The same again, from the same cache:")
-    yield page.code(last["command"])
+    yield page.code(f"cd {shlex.quote(last['folder'])}\n{last['command']}")
     yield page.folded("Ids of what was read", page.facts(run["cache_ids"]))
     yield page.folded("Versions", page.facts({**last["versions"], "git": last["git"] or "no checkout"}))
     yield page.folded("The recipe, resolved", page.code(recipe))
@@ -85,6 +90,14 @@ def origin(run: Facts, recipe: str, epochs: LogRows) -> Iterator[Html]:
         for start in run["starts"]
     ]
     yield page.folded(counted(len(starts), "start"), page.table(["started", "from update", "device", "notes"], starts))
+
+
+def schedule(recipe: Facts) -> str:
+    """Batch, learning rate and seed of a recipe in a line."""
+    o = recipe["optim"]
+    peak = o["lr_per_256"] * o["batch_size"] / 256
+    warmup = counted(o["warmup_epochs"], "epoch")
+    return f"{counted(o['epochs'], 'epoch')}, batch {o['batch_size']:,}, learning rate up to {peak:.3g}, warm-up {warmup}, seed {recipe['seed']}"
 
 
 def teacher_line(about: Facts, how: str) -> str:
@@ -100,22 +113,29 @@ def losses(run: Facts, epochs: LogRows, steps: LogRows) -> Iterator[Html]:
         return
     names = ["loss", *dict.fromkeys(name for row in epochs for name in row["terms"])]
     held = any("held_out" in row for row in epochs)
+    blind = run.get("baselines", {})
+    kinds = [kind for kind in BLIND if any(kind in costs for costs in blind.values())]
     yield page.table(
-        ["", "first epoch", "last epoch", *(["held out, last"] if held else [])],
+        ["", "first epoch", "last epoch", *(["held out, last"] if held else []), *(BLIND[kind] for kind in kinds)],
         [["weighted sum" if name == "loss" else name,
           *(loss_words(loss_of(row, name)) for row in (epochs[0], epochs[-1])),
-          *([loss_words(epochs[-1].get("held_out", {}).get(name))] if held else [])] for name in names],
-        caption="Mean losses over an epoch; every term before its weight.",
+          *([loss_words(epochs[-1].get("held_out", {}).get(name))] if held else []),
+          *(loss_words(blind[name][kind]) if kind in blind.get(name, {}) else "" for kind in kinds)] for name in names],
+        caption="Mean losses over an epoch; every term before its weight."
+        + (" Behind them what a prediction costs that never sees an image: a loss above it has learnt nothing from images." if kinds else ""),
     )  # fmt: skip
-    per_epoch = run.get("updates_per_epoch", 1)
+    per_epoch = run["updates_per_epoch"]
+    rows = steps if len(epochs) < FEW_EPOCHS and len(steps) > len(epochs) else epochs
     curves = []
     for hue, name in enumerate(names[1:]):
-        rows = steps if len(epochs) < 30 and len(steps) > len(epochs) else epochs
         xs, ys = thinned([row["step"] / per_epoch for row in rows], [row["terms"].get(name) for row in rows])
         curves.append(Curve(name, xs, ys, hue=hue))
         if held:
             aside = [row.get("held_out", {}).get(name) for row in epochs]
             curves.append(Curve(f"{name}, held out", [row["epoch"] for row in epochs], aside, dashed=True, hue=hue))
+        for kind in ("position", "patch_mean"):
+            if kind in blind.get(name, {}):
+                curves.append(Curve(f"{name}, {BLIND[kind]}", xs, [blind[name][kind]] * len(xs), dotted=True, hue=hue))
     yield page.chart("Loss per term, before weighting", curves, x="epoch", y="loss")
 
 
@@ -143,7 +163,7 @@ def thinned(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float
 
 def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
     """k-NN while training and what probes found, with intervals; where there is neither, how to find out."""
-    scores = [row for row in epochs if "knn_top1" in row]
+    scores = [row for row in epochs if "knn_top1" in row and "knn" in row]
     measured = [found for found in probes if found.get("accuracy") is not None]
     if measured:
         yield page.intervals(
@@ -160,11 +180,31 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
               found["data"]] for found in measured],
         )  # fmt: skip
     if scores:
-        curve = Curve("k-NN", [row["epoch"] for row in scores], [100 * row["knn_top1"] for row in scores])
-        yield page.chart("k-NN top-1 of the images held out", [curve], x="epoch", y="%")
+        yield knn_chart(scores)
     if not measured and not scores:
         yield page.paragraph("Nothing was measured yet. On labelled images that the student has not seen:")
         yield page.code("probe-features OUT DATA --probe knn --probe linear")
+
+
+def knn_chart(scores: LogRows) -> Html:
+    """k-NN accuracy over the epochs, between the ends of its intervals."""
+    of = scores[-1]["knn"]
+    at, found = [row["epoch"] for row in scores], [row["knn_top1"] for row in scores]
+    ends = [share_interval(share, of["queries"]) for share in found]
+    return page.chart(
+        f"{of['k']}-NN top-1 of {counted(of['queries'], 'image')} held out, by the labels of {of['bank']:,} trained on",
+        [Curve("accuracy", at, [100 * share for share in found], hue=0),
+         *(Curve(f"95 % interval, {end}", at, [100 * pair[i] for pair in ends], dashed=True, hue=0)
+           for i, end in enumerate(("low", "high")))],
+        x="epoch", y="%",
+    )  # fmt: skip
+
+
+def share_interval(share: float, n: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share among n."""
+    z = 1.96
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 def interval_words(found: Facts) -> str:
@@ -175,8 +215,9 @@ def interval_words(found: Facts) -> str:
 
 def panel_slider(panels: Mapping[str, Path]) -> Html:
     """The panels of all epochs."""
-    return page.slider(panels, alt="Views, what the student sees of them, its reconstruction, and tokens as colours",
-                       caption="The same images and masks at every epoch. Same colour, same kind of token, within a column.")  # fmt: skip
+    smaller = {label: page.as_webp(path) for label, path in panels.items()}
+    return page.slider(smaller, alt="Views, what the student sees of them, its reconstruction, and tokens as colours",
+                       caption="The same images and masks at every epoch.")  # fmt: skip
 
 
 def speed(run: Facts, steps: LogRows) -> Iterator[Html]:
@@ -184,7 +225,7 @@ def speed(run: Facts, steps: LogRows) -> Iterator[Html]:
     if not steps:
         yield page.paragraph("No update was logged.")
         return
-    per_epoch = run.get("updates_per_epoch", 1)
+    per_epoch = run["updates_per_epoch"]
     drawn: list[tuple[str, str, Callable[[Facts], float | None]]] = [
         ("Images per second", "images/s", lambda row: row["images_per_s"]),
         ("Stall: share of the time that a step waits for data", "%", lambda row: 100 * row["stall"]),

@@ -121,10 +121,10 @@ def sheet_of(path: Path, rows: int) -> Iterator[Html]:
         yield page.paragraph("No image can be shown yet.")
         return
     out = io.BytesIO()
-    contact_sheet(cache, rows).save(out, "WEBP", quality=90)
+    contact_sheet(cache, rows).save(out, "PNG")
     columns = ", ".join(cache.columns) or "no teacher"
     yield page.picture(
-        out.getvalue(),
+        page.as_webp(out.getvalue()),
         alt=f"Stored views of {min(rows, len(cache.numbers))} images, a row each; beside each the tokens of {columns} as colours, and"
         " attention or token norms as brightness",
         caption="Colours: the three main directions of a teacher's tokens over the images shown. Brightness: attention, or the norm"

@@ -16,6 +16,7 @@ from mrmae.probe import attentive, features
 from mrmae.probe.cli import PROBES, main
 from mrmae.probe.run import RUNNERS, ProbeOptions, probe_features
 from mrmae.probe.settings import settings_from
+from mrmae.train.run_page import write_run_page
 
 FEW = (
     "linear.epochs=20",
@@ -58,6 +59,21 @@ def test_all_probes_of_features_give_results_files_and_pictures(trained: Path, i
         pixels = np.asarray(Image.open(tmp_path / result["pictures"][0]).convert("RGB"))
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 20
     assert any(line.startswith("linear  ") for line in said)
+
+
+def test_a_runs_page_tells_what_was_found_and_its_failure_is_a_note(
+    trained: Path, images: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(trained, tmp_path / "out")
+    page = write_run_page(tmp_path / "out")
+    assert "Nothing was measured yet" in page.read_text()
+    (found,), said = probe(tmp_path / "out", images, "knn")
+    assert f"{found['accuracy']:.3f} [{found['interval'][0]:.3f}, " in page.read_text() and said[-1].endswith(
+        f"{page}, too"
+    )
+    (tmp_path / "out" / "recipe.yaml").unlink()
+    (again,), said = probe(tmp_path / "out", images, "knn")
+    assert again["accuracy"] == found["accuracy"] and said[-1].startswith(f"note: {page} could not be drawn anew: ")
 
 
 def test_the_same_again_computes_nothing_and_another_seed_uses_the_same_features(

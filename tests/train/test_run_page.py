@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from training import train_quietly
 
-from mrmae.train.run_page import run_page, thinned, write_run_page
+from mrmae.train.run_page import run_page, share_interval, thinned, write_run_page
 
 HOSTILE = "<script>window.hit=1</script><img src=x onerror=window.hit=1>"
 Open = Callable[..., AbstractContextManager[Any]]
@@ -19,20 +19,22 @@ Open = Callable[..., AbstractContextManager[Any]]
 def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = True, probes: bool = True) -> Path:
     """What a run leaves, by hand. name: used wherever a user or a cache may choose a text."""
     term = f"mimic/{name}"
-    start = {"command": f"train-mrmae {name}", "started": "2026-01-01T00:00:00+00:00", "from_step": 0, "device": "cpu",
+    start = {"command": f"train-mrmae {name}", "folder": "/somewhere", "started": "2026-01-01T00:00:00+00:00", "from_step": 0, "device": "cpu",
              "precision": "fp32", "ranks": 1, "notes": [name], "versions": {"torch": "2"}, "git": None}  # fmt: skip
     run = {"recipe": name, "student": "vit", "images": 64, "held_out": 8, "cache": f"/caches/{name}", "cache_ids": {name: "sha256:0"},
            "teachers": {name: {"model": f"timm:{name}", "weights": "random", "tap": "pre_tail"}}, "teachers_run": "once, cached",
-           "warning": f"RANDOM WEIGHTS: {name}", "updates_per_epoch": 4, "load": f'timm.create_model("{name}")', "starts": [start],
+           "warning": f"RANDOM WEIGHTS: {name}", "updates_per_epoch": 4, "baselines": {term: {"zero": 0.9, "position": 0.7, "images": 64}}, "load": f'timm.create_model("{name}")', "starts": [start],
            "costs": {"parameters": 12_345, "encoder_flops": 2e9, "forward_flops": 1e9, "teacher_flops": 0, "step_flops": 3e9,
                      "feature_bytes": 9000, "view_bytes": 30_000.0, "state_bytes": 1, "saved_bytes": 1}}  # fmt: skip
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps(run))
-    (out / "recipe.yaml").write_text(f"name: '{name}'\noptim: {{batch_size: 16}}\n")
+    (out / "recipe.yaml").write_text(
+        f"name: '{name}'\nseed: 0\noptim: {{batch_size: 16, epochs: 3, warmup_epochs: 1, lr_per_256: 0.0016}}\n"
+    )
     rows = [{"kind": "step", "step": s, "epoch": (s - 1) // 4 + 1, "loss": 1 / s, "terms": {term: 1 / s, "pixels": None if s == 2 else 2 / s},
              "lr": 1e-4 * s, "images_per_s": 50.0 + s, "stall": 0.01, "memory_mib": 300.0} for s in range(1, 4 * epochs + 1)]  # fmt: skip
     rows += [{"kind": "epoch", "step": 4 * e, "epoch": e, "loss": 1 / e, "terms": {term: 1 / e, "pixels": 2 / e}, "seconds": 61.0,
-              **({"held_out": {"loss": 1.5 / e, term: 1.5 / e, "pixels": 2.5 / e}, "knn_top1": 0.5 + e / 10} if held else {})}
+              **({"held_out": {"loss": 1.5 / e, term: 1.5 / e, "pixels": 2.5 / e}, "knn_top1": 0.5 + e / 10, "knn": {"k": 20, "bank": 64, "queries": 8}} if held else {})}
              for e in range(1, epochs + 1)]  # fmt: skip
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for epoch in range(1, epochs + 1):
@@ -49,7 +51,7 @@ def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = Tru
 
 def test_it_says_what_was_trained_on_what(tmp_path: Path) -> None:
     text = run_page(write_out(tmp_path / "out"))
-    for said in ("RANDOM weights, it knows nothing", "RANDOM WEIGHTS: run", "train-mrmae run", "/caches/run", "sha256:0", "64, and 8 held out",
+    for said in ("RANDOM weights, it knows nothing", "RANDOM WEIGHTS: run", "cd /somewhere\ntrain-mrmae run", "batch 16, learning rate up to 0.0001, warm-up 1 epoch, seed 0", "one per position", "0.7000", "20-NN top-1 of 8 images held out, by the labels of 64", "/caches/run", "sha256:0", "64, and 8 held out",
                  "3 epochs on 64 images, 3 min 03 s of training", "0.812 [0.790, 0.830]", "100 / 50 / 3", "1.0000", "0.3333", "0.5000",
                  "500 MMAC", "1.5 GMAC", "288 GMAC", "whole run, 192 images", "9 kB", "1.73 MB", "12,345", "timm.create_model"):  # fmt: skip
         assert said in text, said
@@ -60,6 +62,12 @@ def test_what_is_not_there_is_left_out(tmp_path: Path, changes: dict[str, Any]) 
     text = run_page(write_out(tmp_path / "out", **changes))
     assert ("probe-features OUT DATA" in text) == ("probes" in changes)
     assert ("No epoch was ended." in text) == (changes.get("epochs") == 0)
+
+
+def test_the_interval_of_a_share_is_wilsons() -> None:
+    assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    low, high = share_interval(1.0, 10)
+    assert low == pytest.approx(0.7225, abs=1e-4) and high == pytest.approx(1)
 
 
 def test_a_long_curve_becomes_means_of_neighbours() -> None:
