@@ -4,15 +4,16 @@ A sample is NNNNNNNNN.jpg and NNNNNNNNN.json; a bad image is a JSON-only row. do
 are in tar_columns.py.
 """
 
+import contextlib
 import dataclasses
 import functools
 import io
 import math
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -39,6 +40,8 @@ REGULAR.mode = 0o644
 EMPTY_HEADER = bytearray(REGULAR.tobuf(tarfile.USTAR_FORMAT))
 EMPTY_HEADER[148:156] = b" " * 8
 NUMBER_DIGITS = 9
+HEADER_TRIES = 10
+Result = TypeVar("Result")
 Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content in parts
 
 
@@ -190,9 +193,8 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
     """The sidecar index of a tar whose members have these extensions. Raises ValueError when it is missing or damaged."""
     try:
         data = read_bytes(index_path(path))
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            refuse_larger(arrays.zip, len(data))
-            about, places = parsed(arrays["about"].tobytes(), IndexFields), arrays["members"]
+        text, places = undisturbed(lambda: index_arrays(data))
+        about = parsed(text.tobytes(), IndexFields)
         keys, columns = about["keys"], about["extensions"]
         if places.dtype != "<i8" or places.shape != (len(keys), len(columns), 3):
             raise ValueError("its keys and members do not fit")
@@ -201,6 +203,22 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
         return TarIndex(about["of"], keys, tables)
     except Exception as error:  # a flipped bit makes zipfile, struct and numpy raise a dozen kinds
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
+
+
+def index_arrays(data: bytes) -> tuple[Array, Array]:
+    """The two arrays of an index."""
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        refuse_larger(arrays.zip, len(data))
+        return arrays["about"], arrays["members"]
+
+
+def undisturbed(read: Callable[[], Result]) -> Result:
+    """What `read` returns, tried again after a SystemError: numpy reads headers with ast, where threads of Python 3.11 that collect
+    garbage meanwhile disturb each other ("AST constructor recursion depth mismatch")."""
+    for _ in range(HEADER_TRIES):
+        with contextlib.suppress(SystemError):
+            return read()
+    return read()
 
 
 def own_index(path: Path, of: Mapping[str, Any], keys: Sequence[str] | None, extensions: Sequence[str]) -> TarIndex:
