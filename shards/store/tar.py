@@ -41,7 +41,7 @@ EMPTY_HEADER = bytearray(REGULAR.tobuf(tarfile.USTAR_FORMAT))
 EMPTY_HEADER[148:156] = b" " * 8
 NUMBER_DIGITS = 9
 HEADER_TRIES = 10
-Result = TypeVar("Result")
+ReadBack = TypeVar("ReadBack")
 Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content in parts
 
 
@@ -212,7 +212,7 @@ def index_arrays(data: bytes) -> tuple[Array, Array]:
         return arrays["about"], arrays["members"]
 
 
-def undisturbed(read: Callable[[], Result]) -> Result:
+def undisturbed(read: Callable[[], ReadBack]) -> ReadBack:
     """What `read` returns, tried again after a SystemError: numpy reads headers with ast, where threads of Python 3.11 that collect
     garbage meanwhile disturb each other ("AST constructor recursion depth mismatch")."""
     for _ in range(HEADER_TRIES):
