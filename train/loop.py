@@ -6,6 +6,7 @@ killed, on the CPU in fp32 to the same bits: order, views and masks are function
 
 import contextlib
 import functools
+import json
 import math
 import time
 from collections.abc import Callable
@@ -366,4 +367,6 @@ def draw_run_page(run: Run) -> None:
 def draw_run_curves(run: Run, rows: Path) -> None:
     """Write OUT/curves.png from the epochs in the log `rows`."""
     title = f"{run.recipe.name}: {run.recipe.student.model}, {counted(run.recipe.optim.epochs, 'epoch')}"
-    draw_curves(run.out / "curves.png", read_rows(rows, "epoch"), title=title, note=report.random_line(run) or "")
+    blind = json.loads((run.out / "run.json").read_text()).get("baselines")
+    note = report.random_line(run) or ""
+    draw_curves(run.out / "curves.png", read_rows(rows, "epoch"), title=title, note=note, baselines=blind)

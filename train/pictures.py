@@ -31,17 +31,13 @@ from mrmae.train.feed import load_masked
 from mrmae.train.method import Batch, Masks, Term, as_compared, evaluating, patch_targets
 from mrmae.train.online import teach, with_targets
 from mrmae.train.run import Run, random_teachers
+from mrmae.train.run_page import BLIND
 
 PATCHES = ("visible", "predicted", "all", "alive")
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
 PANEL_ROWS = 5
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")  # Okabe-Ito
-BASELINES = {  # what predictors that never saw an image may know: name, line
-    "zero": ("zero", (0, (1, 1.5))),
-    "constant": ("one constant", (0, (3, 2))),
-    "position": ("one per position", (0, (6, 2))),
-    "patch_mean": ("each patch's mean", (0, (6, 2))),
-}
+BLIND_LINES = {"zero": (0, (1, 1.5)), "constant": (0, (3, 2)), "position": (0, (6, 2)), "patch_mean": (0, (6, 2))}
 
 
 def masked_view(
@@ -197,7 +193,7 @@ def draw_curves(
 ) -> None:  # fmt: skip
     """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term, k-NN accuracy where it was measured, learning rate.
 
-    baselines: by term, what predictors that never saw an image would cost, by BASELINES: dashed lines.
+    baselines: by term, what predictors that never saw an image would cost, by BLIND: dashed lines.
     """
     names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
     scored = [row for row in epochs if "knn_top1" in row]
@@ -232,10 +228,11 @@ def draw_term(
     draw_line(axis, epochs, seen, colour, label="training")
     if not np.isnan(aside).all():
         draw_line(axis, epochs, aside, colour, label="held out", linestyle=":", markerfacecolor="white")
-    there = {kind: baselines[kind] for kind in BASELINES if kind in baselines}
+    there = {kind: baselines[kind] for kind in BLIND_LINES if kind in baselines}
     for kind, value in there.items():
-        name_of, style = BASELINES[kind]
-        axis.axhline(value, color="#666666", linewidth=1.1, linestyle=style, label=f"{name_of}: {value:.3g}")
+        axis.axhline(
+            value, color="#666666", linewidth=1.1, linestyle=BLIND_LINES[kind], label=f"{BLIND[kind]}: {value:.3g}"
+        )
     values = np.array([*seen, *aside, *there.values()])
     values = values[np.isfinite(values)]
     if len(values) and 0 < 20 * values.min() < values.max():

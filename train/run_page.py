@@ -216,8 +216,8 @@ def interval_words(found: Facts) -> str:
 def panel_slider(panels: Mapping[str, Path]) -> Html:
     """The panels of all epochs."""
     smaller = {label: page.as_webp(path) for label, path in panels.items()}
-    return page.slider(smaller, alt="Views, what the student sees of them, its reconstruction, and tokens as colours",
-                       caption="The same images and masks at every epoch.")  # fmt: skip
+    return page.slider(smaller, alt="Views, what the student sees and reconstructs of them, and as colours the teachers' tokens, "
+                       "what is predicted of them, and the student's own", caption="The same images, masks and teachers' colours at every epoch.")  # fmt: skip
 
 
 def speed(run: Facts, steps: LogRows) -> Iterator[Html]:

@@ -127,8 +127,7 @@ def sheet_of(path: Path, rows: int) -> Iterator[Html]:
         page.as_webp(out.getvalue()),
         alt=f"Stored views of {min(rows, len(cache.numbers))} images, a row each; beside each the tokens of {columns} as colours, and"
         " attention or token norms as brightness",
-        caption="Colours: the three main directions of a teacher's tokens over the images shown. Brightness: attention, or the norm"
-        " of a token, each image from its lowest to its highest.",
+        caption="Brightness: attention, or the norm of a token, each image from its lowest to its highest.",
     )
 
 

@@ -1,5 +1,6 @@
 """What the panels show is what the tensors say."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from PIL import Image
 from training import train_quietly
 
 from mrmae.common.pictures import Strip
-from mrmae.train import pictures
+from mrmae.train import loop, pictures
 from mrmae.train.method import load_recipe, patch_targets
 from mrmae.train.ranks import Ranks
 from mrmae.train.run import Run, build_run
@@ -65,6 +66,17 @@ def test_a_term_has_its_baselines_as_dashed_lines_within_its_axis() -> None:
     pictures.finish_axis(axis, 3)
     assert axis.get_xlim()[0] == 0 and all(tick == int(tick) for tick in axis.get_xticks())
     plt.close(figure)
+
+
+def test_curves_are_drawn_with_the_baselines_that_stand_in_run_json(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(loop, "draw_curves", lambda path, rows, **how: told.update(how))
+    for facts in ({"baselines": {"pixels": {"patch_mean": 0.9}}}, {}):
+        (tmp_path / "run.json").write_text(json.dumps(facts))
+        loop.draw_run_curves(built(tiny_cache, tmp_path, "mae"), tmp_path / "log.jsonl")
+        assert told["baselines"] == facts.get("baselines")
 
 
 # ---- panels
