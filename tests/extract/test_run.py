@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,9 @@ import torch
 import zarr
 from click.testing import CliRunner
 from PIL import Image
+from processes import ends, forked
 
+from mrmae.common import files
 from mrmae.extract import calibration, run
 from mrmae.extract import cli as command
 from mrmae.extract import pipeline as engine
@@ -146,16 +147,20 @@ def test_decoding_in_turns_and_decoding_ahead_make_the_same_cache(
 
 
 def test_kill_during_extraction_leaves_a_state_that_continues(folder: Path, finished: Path, tmp_path: Path) -> None:
-    whole = json.loads((finished / "manifest.json").read_text())
-    cache = tmp_path / "cache"
-    command = [sys.executable, "-m", "mrmae.extract.cli", str(folder), str(cache), "--teacher", VIT, "--teacher", CNN,
-               "--size", "32", "--grid", "4", "--views", "2", "--batch-size", "4", "--shard-samples", "16"]  # fmt: skip
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while process.poll() is None and not list(cache.glob("commits/*/*/*.json")) and time.monotonic() < deadline:
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL) if process.poll() is None else None
-    process.wait()
+    whole, cache = json.loads((finished / "manifest.json").read_text()), tmp_path / "cache"
+    real, calls = files.link_exclusively, iter(range(1000))
+
+    def killing(*names: Path) -> None:
+        if next(calls) == 14:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*names)
+
+    def work() -> None:
+        files.link_exclusively = killing
+        extract(folder, cache, VIT, CNN, views=2)
+
+    assert ends([forked(work)]) == [-signal.SIGKILL]
+    assert list(cache.glob("commits/*/*/*.json")) and not (cache / "manifest.json").exists()
     assert extract(folder, cache, VIT, CNN, views=2) == whole
 
 

@@ -6,15 +6,12 @@ import os
 import signal
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
-from locks import elsewhere
+from processes import elsewhere, ends, forked, wait_until
 
 from mrmae.extract import pipeline as engine
 from mrmae.extract import run
@@ -57,38 +54,6 @@ def begun(extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.
     return tmp_path / "c"
 
 
-def forked(work: Callable[[], object]) -> int:
-    """The id of a child that does this and ends with 0, with 1 where it fails."""
-    if pid := os.fork():
-        return pid
-    code = 1
-    try:
-        torch.set_num_threads(1)  # the parent's threads did not come along
-        work()
-        code = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
-
-
-def ends(pids: list[int], seconds: float = 90) -> list[int]:
-    """Exit statuses of children; those that hang are killed."""
-    codes: dict[int, int] = {}
-
-    def done() -> bool:
-        for pid in set(pids) - set(codes):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            codes.update({pid: os.waitstatus_to_exitcode(status)} if ended else {})
-        return len(codes) == len(pids)
-
-    wait_until(done, seconds)
-    for pid in set(pids) - set(codes):
-        os.kill(pid, signal.SIGKILL)
-        codes[pid] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return [codes[pid] for pid in pids]
-
-
 def test_overlapping_parts_and_a_finishing_command_make_the_same_cache(
     extract: Any, begun: Path, made: Path, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,12 +82,6 @@ def test_a_claimed_shard_comes_last_and_is_done_when_its_writer_dies(
         threading.Thread(target=lambda: [wait_until(lambda: len(order) == 4), process.kill()]).start()
         extract(photo_folder, begun, VIT, **OPTIONS)
     assert order == [0, 2, 3, 4, 1] and contents(begun) == contents(made) and not locks(begun)
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
-    end = time.monotonic() + seconds
-    while not true() and time.monotonic() < end:
-        time.sleep(0.01)
 
 
 def test_a_shard_that_another_committed_meanwhile_is_not_computed(

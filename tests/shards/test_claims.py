@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from locks import elsewhere
+from processes import elsewhere
 
 from mrmae.shards import claims
 

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import ends, forked
 
 from mrmae.common import files as write
 from mrmae.shards import check, commit, convert
@@ -85,22 +84,18 @@ def test_a_stop_at_any_write_is_continued_to_the_same_cache(
 
 def test_sigkill_leaves_a_state_that_continues(make_cache: Make, uninterrupted: Path, tmp_path: Path) -> None:
     """A real kill, in the middle of a file: the temporary file stays, and is cleared at the end."""
-    path = tmp_path / "c"
-    script = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
-import conftest
-from mrmae.common import files as write
-calls, real = iter(range(1000)), write.link_exclusively
-def killing(*names):
-    if next(calls) == 9:
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(*names)
-write.link_exclusively = killing
-conftest.write_synthetic_cache(conftest.Path({str(path)!r}), **{SMALL!r})
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    path, real, calls = tmp_path / "c", write.link_exclusively, iter(range(1000))
+
+    def killing(*names: Path) -> None:
+        if next(calls) == 9:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(*names)
+
+    def work() -> None:
+        write.link_exclusively = killing
+        make_cache(path, **SMALL)
+
+    assert ends([forked(work)]) == [-signal.SIGKILL]
     assert list(path.rglob(write.TEMPORARY)) and not (path / "manifest.json").exists()
     make_cache(path, **SMALL)
     assert contents(path) == contents(uninterrupted)

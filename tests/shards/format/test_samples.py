@@ -1,7 +1,6 @@
 """samples.parquet: what would fill the memory is refused before, and no thread outlives the reading."""
 
-import subprocess
-import sys
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from processes import ends, forked
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
@@ -48,12 +48,9 @@ def test_samples_that_would_fill_the_memory_are_refused_before(copy: Path, chang
 
 def test_samples_are_read_without_arrows_threads(tiny_cache: Path) -> None:
     """One that outlives the read by a moment holds Python's bytes, and a process that ends in that moment aborts."""
-    code = """
-import os, sys, pathlib
-from mrmae.shards.format.samples import read_samples
-before = len(os.listdir("/proc/self/task"))
-read_samples(pathlib.Path(sys.argv[1]))
-print(len(os.listdir("/proc/self/task")) - before)
-"""
-    done = subprocess.run([sys.executable, "-c", code, tiny_cache], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["0"]
+
+    def work() -> None:  # a fork begins with one thread
+        read_samples(tiny_cache)
+        assert len(os.listdir("/proc/self/task")) == 1
+
+    assert ends([forked(work)]) == [0]
