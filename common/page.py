@@ -106,7 +106,8 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[object]], *, caption:
     A wide one scrolls by itself. Numbers are shown as they are: format them before.
     """
     cells = [[(words, NUMBER.fullmatch(str(words)) is not None) for words in row] for row in rows]
-    return made("table", headings, cells, caption)
+    heads = [(words, any(row[i][1] for row in cells if i)) for i, words in enumerate(headings)]
+    return made("table", heads, cells, caption)
 
 
 def code(words: str) -> Html:
@@ -203,8 +204,8 @@ def intervals(title: str, rows: Mapping[str, tuple[float, float, float]], *, x: 
     }  # fmt: skip
     layout = {
         **common_layout(x),
-        "height": 62 + ROW_HEIGHT * max(len(rows), 1),
-        "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
+        "height": 62 + max(ROW_HEIGHT, 10 + 16 * max((wrapped(name).count("<br>") + 1 for name in rows), default=1)) * len(rows),
+        "yaxis": {"range": [len(rows) - 0.5, -0.5], "automargin": True, "type": "category"},
         "shapes": [{"type": "line", "x0": 0, "x1": 0, "yref": "paper", "y0": 0, "y1": 1,
                     "line": {"dash": "dot", "width": 1, "color": HUES[-1]}}] * zero,
     }  # fmt: skip

@@ -168,10 +168,7 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
     if measured:
         yield page.intervals(
             "Probes: share of test images classified rightly, with 95 % intervals",
-            {
-                f"{found['probe']}: {found['headline']}, {found['data']}": (found["accuracy"], *found["interval"])
-                for found in measured
-            },
+            {name: (found["accuracy"], *found["interval"]) for name, found in zip(probe_names(measured), measured)},
             x="accuracy",
         )
         yield page.table(
@@ -184,6 +181,13 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
     if not measured and not scores:
         yield page.paragraph("Nothing was measured yet. On labelled images that the student has not seen:")
         yield page.code("probe-features OUT DATA --probe knn --probe linear")
+
+
+def probe_names(probes: LogRows) -> list[str]:
+    """What was done, with what is needed to tell it from the others: the data, else the result's id."""
+    several = len({found["data"] for found in probes}) > 1
+    names = [found["headline"] + f", {Path(found['data']).name}" * several for found in probes]
+    return [name if names.count(name) == 1 else f"{name}, {found['id'][7:13]}" for name, found in zip(names, probes)]
 
 
 def knn_chart(scores: LogRows) -> Html:

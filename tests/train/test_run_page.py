@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from training import train_quietly
 
-from mrmae.train.run_page import run_page, share_interval, thinned, write_run_page
+from mrmae.train.run_page import probe_names, run_page, share_interval, thinned, write_run_page
 
 HOSTILE = "<script>window.hit=1</script><img src=x onerror=window.hit=1>"
 Open = Callable[..., AbstractContextManager[Any]]
@@ -68,6 +68,13 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
     assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     low, high = share_interval(1.0, 10)
     assert low == pytest.approx(0.7225, abs=1e-4) and high == pytest.approx(1)
+
+
+def test_probes_are_told_apart_by_what_differs() -> None:
+    one = {"headline": "20-NN", "data": "/a/x.tar", "id": "sha256:123456789"}
+    assert probe_names([one]) == ["20-NN"]
+    assert probe_names([one, {**one, "data": "/a/y.tar"}]) == ["20-NN, x.tar", "20-NN, y.tar"]
+    assert probe_names([one, {**one, "id": "sha256:987654321"}]) == ["20-NN, 123456", "20-NN, 987654"]
 
 
 def test_a_long_curve_becomes_means_of_neighbours() -> None:
