@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mrmae.extract.teachers import listed, load_weights
 from mrmae.train.checkpoint import save_tensors
-from mrmae.train.method import MaskedConvViT, Pretrainer, sincos_positions
+from mrmae.train.method import MaskDecoder, MaskedConvViT, Pretrainer, sincos_positions
 
 Weights = dict[str, Tensor]
 DECODER = {"decoder_embed": "embed", "mask_token": "mask_token", "decoder_blocks": "blocks", "decoder_norm": "norm"}
@@ -141,11 +141,13 @@ def is_sincos(positions: Tensor, grid: tuple[int, int], prefix: int) -> bool:
 
 
 def prediction_head(model: Pretrainer) -> str | None:
-    """The name of the one-Linear pixel head behind the decoder, if there is one."""
+    """The name of the one-Linear pixel head behind a decoder like MAE's, if there is one."""
+    if not isinstance(model.decoder, MaskDecoder):
+        return None
     names = [
         term.name for term in model.terms if term.teacher is None and isinstance(model.heads[term.name], nn.Linear)
     ]
-    return names[0] if names and model.decoder is not None else None
+    return names[0] if names else None
 
 
 # ---- ours to theirs

@@ -10,16 +10,26 @@ from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo
 
 TINY = [
     "student.model=test_vit",
-    "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
+    "student.decoder.depth=1",
+    "student.decoder.width=16",
+    "student.decoder.heads=2",
+    "student.decoder.mlp_ratio=2.0",
     "student.fused_blocks=[2, 4]",
 ]
 
 
 def make_recipe(name: str, *overrides: str) -> Recipe:
-    """A shipped recipe with a student and a decoder for tests."""
-    without = {"mimic-only": "decoder", "maskalign": "decoder", "mr-mcmae": "model"}.get(name, "nothing")
-    small = [x for x in TINY if without not in x]
-    return load_recipe(name, [*small, *(["student.model=test_mcmae"] if name == "mr-mcmae" else []), *overrides])
+    """A shipped recipe with a student and a decoder for tests, and counts of patches that fit a grid of 4 x 4."""
+    recipe = load_recipe(name)
+    small = [x for x in TINY if recipe.student.decoder is not None or "decoder" not in x]
+    if "mcmae" in recipe.student.model:
+        small.append("student.model=test_mcmae")
+    if recipe.student.decoder is not None and recipe.student.decoder.kind == "taps":
+        small.append("student.decoder.blocks=[5, 3, 2]")
+    for field in ("n_keep", "n_predict"):
+        if n := getattr(recipe.mask, field):
+            small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")
+    return load_recipe(name, [*small, *overrides])
 
 
 def make_info(grid: int = 4, patch: int = 4, channels: int = 3) -> CacheInfo:
@@ -52,11 +62,15 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
 
 
 def info_for(name: str) -> CacheInfo:
-    """A cache that the shipped recipe `name` can train on."""
-    if name != "maskalign":
-        return make_info(*((4, 16) if name == "mr-mcmae" else (4, 4)))
-    layers = {f"vit{i}": TeacherInfo(8, None, None, True, True, f"vit{i}.block_{i}") for i in range(8, 13)}
-    return CacheInfo(16, (4, 4), layers)
+    """A cache that the shipped recipe `name` can train on: clip and dino, or a column for each tap that its terms name."""
+    recipe = load_recipe(name)
+    patch = 16 if "mcmae" in recipe.student.model else 4
+    taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
+    if not taps:
+        return make_info(4, patch)
+    named = {f"vit{tap.removeprefix('block_')}": tap for tap in sorted(taps)}
+    layers = {key: TeacherInfo(8, None, None, True, True, f"{key}.{tap}") for key, tap in named.items()}
+    return CacheInfo(4 * patch, (4, 4), layers)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """What is learnt, as pure functions of a recipe, a batch and its masks: no files, no cache."""
 
+from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size
@@ -26,6 +27,7 @@ __all__ = [
     "DecoderRecipe",
     "Draw",
     "LN_EPS",
+    "MaskDecoder",
     "MaskedConvViT",
     "Masks",
     "NEEDS_STATISTICS",

@@ -182,7 +182,7 @@ def encode_mcmae(
     keep_blocks: Iterable[int] = (),
     kernels: str = "auto",
 ) -> tuple[Float[Tensor, "v k d"], dict[int, Float[Tensor, "v k d"]]]:
-    """`final` (with the stage fusion) of the visible patches, and the raw outputs of `keep_blocks`, counted from 1.
+    """`final` (with the stage fusion) of the visible patches, and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
 
     As `student.encode`, without CLS. Only visible pixels are read: uint8 in, their normalised patches are all that is kept.
     """
@@ -197,7 +197,7 @@ def encode_mcmae(
         kernels=kernels,
     )
     x, one, two = student.stages(patches, ids_keep)
-    outputs = {}
+    outputs = {0: x} if 0 in keep_blocks else {}
     for number, block in enumerate(student.blocks3, start=1):
         x = block(x)
         if number in keep_blocks:

@@ -16,7 +16,7 @@ from mrmae.common.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae
-from mrmae.train.method.decoders import MaskDecoder
+from mrmae.train.method.decoders import DECODERS, Decoder, blocks_read, reads_final
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
@@ -43,7 +43,7 @@ def build_model(
 
 
 class Pretrainer(nn.Module):
-    """Student (a timm VisionTransformer or MCMAE's), MAE decoder or None, fusions, one head per term, the teachers' constants.
+    """Student (a timm VisionTransformer or MCMAE's), decoder or None, fusions, one head per term, the teachers' constants.
 
     Parameters: `student.*` are timm's (or MCMAE's) own names; `decoder.*`, `fusions.*` and `heads.*` are dropped after
     training. Parts of the student that no term reads do not train. Constants are there after `fill_constants` only.
@@ -66,11 +66,13 @@ class Pretrainer(nn.Module):
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
         self.keep_blocks = check_taps(self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls)
-        self.fusions = build_fusions(
-            (tap for term in self.terms for tap in term.recipe.taps), fused, width=width, depth=depth
-        )
-        uses_decoder = decoder is not None and any("decoder" in term.recipe.taps for term in self.terms)
-        self.decoder = MaskDecoder(width, decoder, info.grid) if decoder is not None and uses_decoder else None
+        taps = {tap for term in self.terms for tap in term.recipe.taps}
+        self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
+        self.decoder: Decoder | None = None
+        if decoder is not None and "decoder" in taps:
+            self.keep_blocks |= blocks_read(decoder, depth)
+            self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
+            taps |= {"final"} if reads_final(decoder) else set()
         self.heads = nn.ModuleDict()
         self.statistics = nn.ModuleDict()
         for term in self.terms:
@@ -78,7 +80,7 @@ class Pretrainer(nn.Module):
             out = patch**2 * info.channels if term.teacher is None else info.target(term.teacher).width
             self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
-        freeze_unread(self.student, {tap for term in self.terms for tap in term.recipe.taps}, self.keep_blocks)
+        freeze_unread(self.student, taps, self.keep_blocks)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
@@ -105,7 +107,7 @@ class Pretrainer(nn.Module):
         ]
         if len(set(widths)) > 1:
             raise ValueError(
-                f"term {term.name}: one head reads taps {term.recipe.tap}, which are {widths} channels wide; equal widths were "
+                f"term {term.name}: one head reads taps {term.recipe.tap}, which are {' and '.join(map(str, widths))} channels wide; equal widths were "
                 f"expected; use --set student.decoder.width={self.student.embed_dim}"
             )
         return widths[0]
@@ -137,7 +139,7 @@ class Pretrainer(nn.Module):
         prefix, shown = self.student.num_prefix_tokens, masks.ids_keep.shape[1]
         taps = {name: Tokens(x, masks.ids_keep, prefix, shown) for name, x in outputs.items()}
         if self.decoder is not None:
-            taps["decoder"] = self.decoder(taps["final"], masks.ids_predict)
+            taps["decoder"] = self.decoder(taps["final"], masks.ids_predict, blocks)
         return taps
 
     def encode(
@@ -248,7 +250,7 @@ class Pretrainer(nn.Module):
             f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {counted(len(self.student.blocks), 'block')}",
             "decoder": "none"
             if self.decoder is None or decoder is None
-            else f"{counted(decoder.depth, 'block')} of width {decoder.width}",
+            else f"{decoder.kind}, {counted(decoder.depth, 'block')} of width {decoder.width}",
             "mask": f"{self.recipe.mask.sampler}: {self.n_keep} of {info.n_patches} patches visible, {self.n_predict} predicted",
             "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
         }
@@ -312,7 +314,7 @@ def freeze_unread(
 
     With only block taps these are the blocks after the last one read, the final norm, and MCMAE's stage fusion.
     """
-    if {"final", "decoder"} & set(taps):
+    if "final" in taps:
         return
     unread = [*student.blocks[max(keep_blocks) :]]
     if isinstance(student, MaskedConvViT):

@@ -19,6 +19,7 @@ from mrmae.common.suggest import did_you_mean
 RECIPES = Path(__file__).with_name("recipes")
 
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
+DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
@@ -69,12 +70,23 @@ class MaskRecipe:
 
 @dataclass(frozen=True)
 class DecoderRecipe:
-    """MAE's decoder: self-attention over [CLS | visible | mask tokens]."""
+    """What turns visible tokens into predictions at hidden patches.
 
+    kind: `self` (MAE's, over [CLS | visible | mask tokens]), `cross` (mask tokens look at the encoder's output; SelectiveMAE),
+    `prompt` (MILAN's), `regressor` (CAE's), or `taps` (Hi-End-MAE's). `prompt` and `regressor` also hold CLS and visible patches.
+    weighted: kind cross reads weighted sums of all block outputs (CrossMAE). blocks: whose outputs kind taps reads, in this order.
+    init_values: layer scale of kind regressor. norm: whether a LayerNorm ends it.
+    """
+
+    kind: DecoderKind = "self"
     depth: int = 8
     width: int = 512
     heads: int = 16
     mlp_ratio: float = 4.0
+    weighted: bool = False
+    blocks: tuple[int, ...] = (10, 7, 4)
+    init_values: float = 0.1
+    norm: bool = True
 
 
 @dataclass(frozen=True)
@@ -303,6 +315,9 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         divides = decoder.heads > 0 and decoder.width % decoder.heads == 0
         yield "student.decoder.heads", divides, f"a divisor of the decoder's width {decoder.width} was expected"
         yield "student.decoder.mlp_ratio", decoder.mlp_ratio > 0, "a number above 0 was expected"
+        mixes = not decoder.weighted or decoder.kind == "cross"
+        yield "student.decoder.weighted", mixes, f"false was expected with decoder {decoder.kind}"
+        yield "student.decoder.blocks", len(set(decoder.blocks)) == len(decoder.blocks), "no block twice"
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
         yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
     yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
@@ -325,7 +340,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             not decoded or recipe.student.decoder is not None,
             "student.decoder is null; give one, or another tap",
         )
-        asked, held = term.positions.split("+"), held_positions(term.taps)
+        asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student.decoder)
         known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
         yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
         told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
@@ -348,9 +363,11 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         )
 
 
-def held_positions(taps: Iterable[str]) -> set[str]:
+def held_positions(taps: Iterable[str], decoder: DecoderRecipe | None) -> set[str]:
     """Where these taps hold tokens, together."""
-    held: set[str] = set()
+    held, visible = {"alive"}, {"cls", "pooled", "visible"}
     for tap in taps:
-        held |= {"predicted", "alive"} if tap == "decoder" else {"cls", "pooled", "visible", "alive"}
+        held |= visible if tap != "decoder" else {"predicted"}
+        if tap == "decoder" and decoder is not None and decoder.kind in ("prompt", "regressor"):
+            held |= visible
     return held | ({"all"} if {"visible", "predicted"} <= held else set())

@@ -139,7 +139,7 @@ def encode_vit(
     paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
 ) -> tuple[Float[Tensor, "v k+1 d"], dict[int, Float[Tensor, "v k+1 d"]]]:
-    """`final` (last block, then the final norm) of [CLS | visible], and the raw outputs of `keep_blocks`, counted from 1.
+    """`final` (last block, then the final norm) of [CLS | visible], and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
     paths: factors of the blocks' residual branches, from `path_factors`.
@@ -158,7 +158,7 @@ def encode_vit(
     )
     tokens = F.linear(patches, proj.weight.flatten(1), proj.bias)
     x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
-    outputs = {}
+    outputs = {0: x} if 0 in keep_blocks else {}
     for number, block in enumerate(vit.blocks, start=1):
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]
         if number in keep_blocks:
