@@ -1,5 +1,6 @@
 """Tokens and scores as pictures, and pictures as a sheet with title, headings and captions."""
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mrmae.common.files import publish
@@ -20,7 +22,7 @@ from mrmae.common.files import publish
 CELL, GAP, MARGIN = 200, 8, 12  # pixels
 INK, PALE_INK, RED, PAPER = (30, 30, 30), (95, 95, 95), (190, 20, 20), (255, 255, 255)
 TITLE, HEADING, SMALL = 19, 14, 11  # pixels of text
-PNG = b"\x89PNG\r\n\x1a\n"
+DRAWN_BY = "mrmae"  # as the pictures' own Software says
 Pictures = np.ndarray[Any, np.dtype[np.uint8]]
 COLOUR_NOTE = ("Tokens as colours: a model's three main directions over all these images as red, green and blue; equal colours mean "
                "similar tokens in every row of a column, and nothing across columns.")  # fmt: skip
@@ -248,17 +250,20 @@ def marked(pictures: Pictures, patch: tuple[int, int], grid: tuple[int, int]) ->
 
 def publish_png(path: Path, page: Image.Image) -> Path:
     """Write the page to `path`, replacing what is there; returns the path."""
-    out = io.BytesIO()
-    page.save(out, "PNG")
+    out, about = io.BytesIO(), PngInfo()
+    about.add_text("Software", DRAWN_BY)
+    page.save(out, "PNG", pnginfo=about)
     publish(path, out.getvalue(), replace=True)
     return path
 
 
 def refuse_to_replace(path: Path) -> None:
-    """ValueError where `path` is there and is no PNG."""
+    """ValueError where `path` is there and is no PNG that `publish_png` wrote."""
     if not os.path.lexists(path):
         return
-    content = path.read_bytes()[: len(PNG)] if path.is_file() else b""
-    if content != PNG:
-        raise ValueError(f"{path}: is there and is no PNG; a new name, or that of an older picture, was expected; choose another "
-                         "with --out (nothing was changed)")  # fmt: skip
+    if path.is_file():
+        with contextlib.suppress(OSError), Image.open(path, formats=["PNG"]) as page:
+            if page.info.get("Software") == DRAWN_BY:
+                return
+    raise ValueError(f"{path}: is there and is no PNG that was drawn here; a new name, or that of an older picture, was expected; "
+                     "choose another with --out (nothing was changed)")  # fmt: skip

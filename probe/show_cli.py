@@ -33,7 +33,10 @@ def column_and_row(context: click.Context, option: click.Parameter, text: str | 
 @click.option("--patch", callback=column_and_row, metavar="X,Y",
               help="Similarity to this patch: column and row from 0 at the top left. [default: the middle]")  # fmt: skip
 @click.option(
-    "--out", default="features.png", type=click.Path(path_type=Path), help="The PNG; an older one is replaced."
+    "--out",
+    default="features.png",
+    type=click.Path(path_type=Path),
+    help="The PNG; an older picture of this command is replaced, nothing else.",
 )
 @click.option(
     "--size",

@@ -90,7 +90,7 @@ def panel_notes(run: Run) -> list[str]:
         "Colours of tokens: their three main directions as red, green and blue, after the mean at each position over "
         f"{n} images is taken out. Grey is that mean: what a predictor that never saw the picture would say.",
         "A teacher and what is predicted of it share their colours, which are the same in every epoch; the paler a prediction, "
-        "the less it says. The student's own colours change from epoch to epoch and mean nothing across columns.",
+        "the less it says; white was not predicted. The student's own colours change from epoch to epoch and mean nothing across columns.",
     ]
 
 

@@ -65,6 +65,6 @@ def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list
 
 
 def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:
-    """The PNG at `path`; an older PNG there is replaced. ValueError where something else has that name."""
+    """The PNG at `path`; an older sheet there is replaced. ValueError where something else has that name."""
     refuse_to_replace(path)
     return publish_png(path, contact_sheet(cache, n, view=view))

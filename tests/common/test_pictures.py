@@ -1,13 +1,15 @@
 """Colours say what tokens say, and a sheet says what it shows."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mrmae.common import pictures
-from mrmae.common.pictures import Strip, draw_sheet, heat, marked, palette_of, pca_rgb, refuse_to_replace
+from mrmae.common.pictures import Strip, draw_sheet, marked, palette_of, pca_rgb, publish_png, refuse_to_replace
 
 GRID = (4, 3)
 
@@ -83,21 +85,12 @@ def test_the_frame_is_around_the_patch_that_was_named() -> None:
     assert (framed[int(0.5 * pictures.CELL), int(0.625 * pictures.CELL)] == 90).all(), "what is inside stays seen"
 
 
-def test_only_a_png_is_replaced(tmp_path: Path) -> None:
+def test_only_a_picture_of_ours_is_replaced(tmp_path: Path) -> None:
     refuse_to_replace(tmp_path / "new.png")
-    (tmp_path / "old.png").write_bytes(pictures.PNG + b"...")
-    refuse_to_replace(tmp_path / "old.png")
+    refuse_to_replace(publish_png(tmp_path / "ours.png", Image.new("RGB", (2, 2))))
     (tmp_path / "text.png").write_text("a letter")
-    for path in (tmp_path / "text.png", tmp_path):
-        with pytest.raises(ValueError, match="is there and is no PNG.*nothing was changed"):
+    Image.new("RGB", (2, 2)).save(tmp_path / "photo.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    for path in (tmp_path / "text.png", tmp_path / "photo.png", tmp_path / "fifo.png", tmp_path):
+        with pytest.raises(ValueError, match="is there and is no PNG that was drawn here.*nothing was changed"):
             refuse_to_replace(path)
-
-
-def test_colours_and_heat_keep_the_raster() -> None:
-    tokens = torch.zeros(1, 6, 4)
-    tokens[0, 4] = torch.tensor([3.0, -1, 0, 0])
-    picture = pca_rgb(tokens, (2, 3)).numpy()
-    assert picture.shape == (1, 2, 3, 3)
-    other = [(i, j) for i in range(2) for j in range(3) if not np.array_equal(picture[0, i, j], picture[0, 0, 0])]
-    assert other == [(1, 1)]
-    assert heat(torch.arange(6.0)[None], (2, 3))[0, ..., 0].tolist() == [[0, 51, 102], [153, 204, 255]]
