@@ -5,8 +5,10 @@ forty epochs of warm-up are a few updates; behind a narrow student the published
 whatever is of the published size, stay as they are.
 """
 
+from dataclasses import replace
+
 from mrmae.train import optim
-from mrmae.train.method import DecoderRecipe, Recipe, replaced
+from mrmae.train.method import Recipe, replaced
 
 SMALL_DATA = 32_768  # images: sixteen batches of the published 2048
 LEAST_BATCH, BATCHES = 64, 16
@@ -59,8 +61,8 @@ def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list
     if decoder is None or "student.decoder" not in recipe.fit or width >= PUBLISHED_WIDTH:
         return recipe, []
     channels = max(32, width * decoder.width // PUBLISHED_WIDTH // 32 * 32)
-    fitting = DecoderRecipe(
-        max(1, min(decoder.depth, round(depth * 2 / 3))), channels, channels // 32, decoder.mlp_ratio
+    fitting = replace(
+        decoder, depth=max(1, min(decoder.depth, round(depth * 2 / 3))), width=channels, heads=channels // 32
     )
     note = (
         f"narrow student of {width} channels: a decoder of {fitting.depth} x {fitting.width} instead of the published {decoder.depth} x"

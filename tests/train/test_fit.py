@@ -54,6 +54,8 @@ def test_a_decoder_fits_its_student(width: int, depth: int, decoder: tuple[int, 
         recipe.student.decoder == DecoderRecipe(*decoder, mlp_ratio=4.0) and "instead of the published 8 x 512" in told
     )
     assert fit.fitted_decoder(load_recipe("mimic-only"), width, depth)[1] == []
+    kept, _ = fit.fitted_decoder(load_recipe("crossmae"), width, depth)
+    assert kept.student.decoder is not None and kept.student.decoder.kind == "cross" and kept.student.decoder.weighted
 
 
 def test_a_fitting_batch_splits_evenly() -> None:

@@ -78,11 +78,11 @@ class DecoderRecipe:
     init_values: layer scale of kind regressor. norm: whether a LayerNorm ends it.
     """
 
-    kind: DecoderKind = "self"
     depth: int = 8
     width: int = 512
     heads: int = 16
     mlp_ratio: float = 4.0
+    kind: DecoderKind = "self"
     weighted: bool = False
     blocks: tuple[int, ...] = (10, 7, 4)
     init_values: float = 0.1

@@ -150,7 +150,7 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     ("override", "told"),
     [
         ("optim.lr_per_265=1", "optim.lr_per_265 is not a key of a recipe; did you mean lr_per_256?"),
-        ("opitm.epochs=1", "did you mean optim?"),
+        ("opitm.epochs=1", "did you mean optim or fit?"),
         ("optim.epochs=ten", "optim.epochs is 'ten'; expected an integer"),
         ("optim.epochs=2.5", "optim.epochs is 2.5; expected an integer"),
         ("optim.epochs=true", "optim.epochs is True; expected an integer"),
