@@ -343,7 +343,8 @@ def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
             summary["student"] = str(write_results(run))
             log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
             if run.cadence.page:
-                log.attempt("report.html", lambda: draw_run_page(run))
+                log.attempt("cost", lambda: report.add_costs(run, cost.count_costs(run)))
+                log.attempt("report.html", lambda: write_run_page(run.out))
         for line in report.closing_lines(run, summary, command):
             log.say(line)
     result: dict[str, Any] = agree_on(summary, run.ranks)
@@ -356,12 +357,6 @@ def write_results(run: Run) -> Path:
     if run.setup.export == "mae":
         export_published(run.model, run.out / "published.pth")
     return run.out / "student"
-
-
-def draw_run_page(run: Run) -> None:
-    """Write OUT/report.html from all that lies in OUT by now, with what a step cost."""
-    report.add_costs(run, cost.count_costs(run))
-    write_run_page(run.out)
 
 
 def draw_run_curves(run: Run, rows: Path) -> None:

@@ -145,6 +145,16 @@ def brightness(colour: str) -> float:
     return sum(map(int, colour.removeprefix("rgb(").removesuffix(")").split(","))) / 765
 
 
+def test_on_paper_it_is_unfolded_and_narrow_and_has_no_buttons(shown: Any) -> None:
+    shown.emulate_media(media="print")
+    shown.evaluate("dispatchEvent(new Event('beforeprint'))")
+    shown.wait_for_function("[...document.querySelectorAll('.main-svg')].every((chart) => chart.clientWidth <= 640)")
+    assert shown.evaluate("[...document.querySelectorAll('details')].every((folded) => folded.open)")
+    assert (
+        not shown.locator(".slider input").is_visible() and not shown.locator(".updatemenu-button").first.is_visible()
+    )
+
+
 def test_its_policy_stops_what_no_piece_would_make(open_page: Open, tmp_path: Path) -> None:
     smuggled = Html('<script>window.hit=1</script><img src="http://localhost:9/x.png" alt="x" onclick="window.hit=2">')
     with open_page(written(tmp_path, page.document("smuggled", smuggled)), forgive=True) as met:
