@@ -1,4 +1,5 @@
-"""The study's tables from its CSV files, and all numbers behind tables and plots. Tables go between `<!-- NAME -->` and `<!-- /NAME -->` of docs/evidence.md.
+"""The study's tables from its CSV files, and all numbers behind tables and plots. Tables go between `<!-- NAME -->` and `<!-- /NAME -->` of docs/evidence.md,
+the command lines of docs/evidence-commands.md.
 
 Intervals are 95 % percentile bootstraps over the test images; those of differences are paired (the same images for both arms), and
 where an arm has several seeds the mean over them is resampled. They hold the seeds fixed: the spread over seeds stands beside them.
@@ -42,15 +43,14 @@ def unpacked(row: Row) -> np.ndarray[Any, Any]:
 
 
 def write(results: Path, docs: Path = DOCS) -> None:
-    """Renew the tables of docs/evidence.md with what the CSV files hold so far."""
+    """Renew the tables of docs/evidence.md, and its command lines, with what the CSV files hold so far."""
     rows, cost = read(results / "study_mimic.csv"), read(results / "study_cost.csv")
     if not rows:
         return
-    page = docs / "evidence.md"
-    text = page.read_text() if page.exists() else ""
-    for name, table in TABLES.items():
-        text = replaced(text, name, table(rows, cost))
-    if text:
+    for page in (page for page in (docs / "evidence.md", docs / "evidence-commands.md") if page.exists()):
+        text = page.read_text()
+        for name, table in TABLES.items():
+            text = replaced(text, name, table(rows, cost))
         page.write_text(text)
 
 

@@ -8,7 +8,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal
 
@@ -56,12 +56,31 @@ def from_values(kind: Any, values: Any, where: str, at: str = "") -> Any:
     hints = typing.get_type_hints(kind)
     for key in values:
         if key not in hints:
-            raise ValueError(f"{where}: {dotted(at, key)} is not a key of a recipe; {did_you_mean(str(key), hints)}")
+            advice = meant_key(kind, str(key)) if not at else None
+            raise ValueError(
+                f"{where}: {dotted(at, key)} is not a key of a recipe; {advice or did_you_mean(str(key), hints)}"
+            )
     required = [f.name for f in fields(kind) if f.default is MISSING and f.default_factory is MISSING]
     for key in required:
         if key not in values:
             raise ValueError(f"{where}: {dotted(at, key)} is missing; expected {in_words(hints[key])}; add it")
     return kind(**{key: converted(hints[key], value, where, dotted(at, key)) for key, value in values.items()})
+
+
+def meant_key(kind: Any, word: str) -> str | None:
+    """`did you mean mask.ratio?` for `mask_ratio` or `ratio`; None where no dotted key of `kind` ends in these words."""
+    flat = word.replace("-", "_")
+    ends = {name: name.split(".") for name in dotted_keys(kind)}
+    found = [name for name, parts in ends.items() if flat in ("_".join(parts[i:]) for i in range(len(parts)))]
+    return f"did you mean {' or '.join(found)}?" if found else None
+
+
+def dotted_keys(kind: Any, at: str = "") -> Iterator[str]:
+    """The dotted names of all keys inside the dataclass `kind`; of a dict's entries as `terms.NAME.weight`."""
+    for name, hint in typing.get_type_hints(kind).items():
+        inner = [part for part in (hint, *typing.get_args(hint)) if is_dataclass(part)]
+        here = f"{dotted(at, name)}.NAME" if typing.get_origin(hint) is dict else dotted(at, name)
+        yield from (dotted_keys(inner[0], here) if inner else [here])
 
 
 def converted(kind: Any, value: Any, where: str, at: str) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from mrmae.common.errors import in_one_line
+from mrmae.common.suggest import Command
 
 # As extract/teachers, shards/format and shards/store have them (tested), which take seconds to import: --help need not wait.
 TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
@@ -30,7 +31,7 @@ torchscript_option = click.option(
 )
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("images", nargs=-1, required=True)
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(

@@ -11,7 +11,7 @@ from mrmae.common.device import resolve_device
 from mrmae.extract.images import MAX_PIXELS
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.extract.workers import ProcessPart, local_rank, process_part
-from mrmae.shards.format import DTYPES, BlockRule, Plan, TeacherSpec, ViewRecipe, default_shard_samples
+from mrmae.shards.format import DTYPES, BlockRule, Plan, TeacherSpec, ViewRecipe, compare_specs, default_shard_samples
 from mrmae.shards.plans import Wanted
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
@@ -108,6 +108,8 @@ def asked(
 
     there: that plan, if any. teachers: None before they are built, and those that are there stand for them. keys: of the images.
     """
+    if there is not None:  # before columns of another grid come into a plan
+        compare_specs(there.grid, (options.grid, options.grid), str(options.cache / "plan.json"), field="grid")
     columns = (() if there is None else there.columns) if teachers is None else tuple(teachers)
     n, token_bytes = len(keys or [""]), options.grid**2 * DTYPES[options.dtype].bytes
     usual = default_shard_samples(n, token_bytes * max((teacher.width for teacher in columns), default=1))

@@ -40,11 +40,9 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     lead_say: Say = say if options.part.leads else lambda line: None
     teachers = asked_teachers(options, found.plan, lead_say)
     wanted = asked(options, found.plan, teachers.specs, keys)
-    lead_say(plan_text(options.cache, wanted.plan, labels=len({image.label for image in sources} - {None})))
-    for note in sources.notes:
-        lead_say(note)
     if dry_run:
         negotiate(found, wanted)
+        say_plan(options, sources, wanted, lead_say)
         lead_say(cost_of_choices(wanted.plan))
         lead_say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
@@ -78,6 +76,7 @@ def begin(
         found = look(options.cache)  # another command may have planned meanwhile
         wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys)
         negotiate(found, wanted)
+        say_plan(options, sources, wanted, say)  # not before it is agreed to, and before images are hashed for hours
         agreed = negotiate(found, replace(wanted, rows=hashed_rows(options, sources, found)))
         if options.append:
             n = len(sources)
@@ -87,6 +86,13 @@ def begin(
         job, kept = calibrated(job_of(options, sources, teachers, agreed))
         commits.create_columns(job.path, job.plan)
     return job, kept
+
+
+def say_plan(options: Options, sources: Sources, wanted: Wanted, say: Say) -> None:
+    """Say what will be written, and what was odd about the listing of the images."""
+    say(plan_text(options.cache, wanted.plan, labels=len({image.label for image in sources} - {None})))
+    for note in sources.notes:
+        say(note)
 
 
 def hashed_rows(options: Options, sources: Sources, found: Found) -> list[Source]:

@@ -1,6 +1,7 @@
 """A source's model with a classifier for the classes of DATA, ready to be fine-tuned."""
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import timm
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from mrmae.extract.teachers import TeacherRequest, fit_weights, parse_teacher
 from mrmae.extract.teachers.timm import classifier_names, timm_settings, timm_weights
-from mrmae.probe.sources import FeatureSource
+from mrmae.probe.sources import UNTRAINED, FeatureSource
+from mrmae.train.export import CROP_SHARE
 from mrmae.train.method import LN_EPS, MaskedConvViT
 
 
@@ -25,9 +27,9 @@ def trainable(
     the classifier that their weights hold, unless there is none or `new_head` asks for another.
     Raises ValueError for a column, for a classifier with another number of classes, and for a timm model whose weights do not fit.
     """
-    if source.teacher is None:
+    if source.teacher is None or source.kind == "pixels":
         raise ValueError(
-            f"SOURCE {source.name}: a cache column has no model to fine-tune; expected a student or timm:NAME; give the model itself"
+            f"SOURCE {source.name}: a cache column has no model to fine-tune, and bare pixels have none; expected a student or timm:NAME; give the model itself"
         )
     frozen: Any = source.teacher.tower.module
     if source.kind == "timm":
@@ -88,6 +90,20 @@ class MaskedConvClassifier(nn.Module):
         return {"student.pos_embed"}
 
 
+def classifier_config(source: FeatureSource, model: nn.Module, classes: Sequence[str]) -> dict[str, Any] | None:
+    """config.json that makes a folder with the fine-tuned weights a model of timm's (`local-dir:`); None for MCMAE, which timm lacks."""
+    if not isinstance(model, VisionTransformer) or source.kind != "student":
+        return None
+    spec = source.spec
+    args = {"img_size": spec.input_size[0], "patch_size": model.patch_embed.patch_size[0], "in_chans": len(spec.mean),
+            "global_pool": "avg", "fc_norm": True}  # fmt: skip
+    about = {"num_classes": len(classes), "input_size": [len(spec.mean), *spec.input_size],
+             "fixed_input_size": True, "interpolation": spec.interpolation, "crop_pct": CROP_SHARE, "crop_mode": "center", "mean": list(spec.mean),
+             "std": list(spec.std), "first_conv": "patch_embed.proj", "classifier": "head", "pool_size": None, "custom_load": False}  # fmt: skip
+    return {"architecture": spec.model, "num_classes": len(classes), "label_names": list(classes), "num_features": model.num_features, "global_pool": "avg",
+            "model_args": args, "pretrained_cfg": about}  # fmt: skip
+
+
 def new_classifier(width: int, n_classes: int) -> nn.Linear:
     """One Linear that begins near zero, as in MAE's fine-tuning."""
     head = nn.Linear(width, n_classes)
@@ -101,7 +117,7 @@ def timm_classifier(
 ) -> tuple[nn.Module, list[str]]:
     """A timm model built anew with n_classes and drop path, with the frozen one's weights and the classifier that fits."""
     assert source.teacher
-    request = parse_teacher(f"probe={source.name}")
+    request = parse_teacher(f"probe={source.name.removeprefix(UNTRAINED)}")
     head = stored_classifier(request, timm_settings(request))
     had = len(next(iter(head.values()))) if head else 0
     if had not in (0, n_classes) and not new_head:

@@ -6,13 +6,18 @@ from typing import Any
 import click
 
 from mrmae.common.errors import in_one_line
+from mrmae.common.suggest import Command
 
 PROBES = ("knn", "linear", "attentive", "finetune", "dense")
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
-@click.argument("source")
-@click.argument("data", nargs=-1, required=True)
+@click.command(
+    cls=Command,
+    context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
+@click.argument("words", nargs=-1, required=True, metavar="SOURCE... [DATA [TEST]]")
+@click.option("--data", multiple=True, metavar="DATA",
+              help="The images, when several SOURCES are to be compared; twice: the train and the test part.")  # fmt: skip
 @click.option(
     "--probe", "probes", multiple=True, type=click.Choice(PROBES), default=("knn",), help="What to do; repeatable."
 )
@@ -39,23 +44,34 @@ PROBES = ("knn", "linear", "attentive", "finetune", "dense")
     "--batch-size", type=click.IntRange(0), default=0, help="Images per forward pass. [0: 64 on a GPU, else 8]"
 )
 @click.option("--workers", type=click.IntRange(0), default=0, help="Decoding threads. [0: all cores]")
+@click.option("--baselines/--no-baselines", default=True,
+              help="Whether a comparison also has bare pixels and untrained weights.")  # fmt: skip
 @click.option("--allow-partial", is_flag=True, help="Probe on what is committed of an unfinished cache.")
 @click.option("--allow-shared", is_flag=True, help="Also test on images the student was pre-trained on.")
-def main(source: str, data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], **options: Any) -> None:
-    """Probe the features of SOURCE on the labelled images of DATA.
+def main(
+    words: tuple[str, ...], data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], baselines: bool, **options: Any
+) -> None:  # fmt: skip
+    """Probe the features of SOURCE on the labelled images of DATA; several with --data: compare them.
 
-    SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]. DATA: a folder or tar
-    with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views). Features are computed once and kept;
-    results are in OUT/results (JSON) and OUT/results.md.
+    SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], CACHE#TEACHER[.TAP], `pixels`, or
+    untrained:SOURCE. DATA: a folder or tar with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views).
+    Features are computed once and kept; results are in OUT/results (JSON) and OUT/results.md. A comparison has a row per source,
+    pixels alone and untrained weights beside them, and paired intervals of their differences.
     """
     from mrmae.common.backend import Unreachable
     from mrmae.common.device import keep_memory
+    from mrmae.probe.compare import compare_sources, sources_and_data
     from mrmae.probe.run import ProbeOptions, probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
 
     keep_memory(options["device"])
     try:
-        probe_features(ProbeOptions(source, data, probes, settings_from(sets), **options), say=click.echo)
+        sources, data = sources_and_data(words, data)
+        chosen = ProbeOptions(sources[0], data, probes, settings_from(sets), **options)
+        if len(sources) == 1:
+            probe_features(chosen, say=click.echo)
+        else:
+            compare_sources(sources, chosen, baselines=baselines, say=click.echo)
     except (ValueError, OSError, Unreachable) as error:
         raise click.ClickException(in_one_line(error)) from error
 

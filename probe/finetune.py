@@ -4,6 +4,7 @@ One checkpoint per epoch; the same call continues, with the numbers of an uninte
 """
 
 import copy
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -26,11 +27,12 @@ from torch.utils.data import DataLoader, Dataset
 from mrmae.common.files import publish
 from mrmae.common.progress import Progress
 from mrmae.extract.teachers import normalise
-from mrmae.probe.classifier import trainable
+from mrmae.probe.classifier import classifier_config, trainable
 from mrmae.probe.data import Data, Split, shown_images
 from mrmae.probe.settings import Finetune
 from mrmae.probe.sources import FeatureSource
 from mrmae.train.checkpoint import latest_checkpoint, save_checkpoint
+from mrmae.train.export import CONFIG, WEIGHTS
 from mrmae.train.optim import base_lr, lr_at
 
 EVAL_BATCH = 32
@@ -41,7 +43,7 @@ def finetune(
 ) -> tuple[Int64[Tensor, "n"], list[str]]:  # fmt: skip
     """Predicted classes of the test part by the fine-tuned model, and what to say about it.
 
-    folder: holds the checkpoint of the last whole epoch, then `model.safetensors`. Raises ValueError for a source without
+    folder: holds the checkpoint of the last whole epoch, then `model.safetensors`, with a config.json that makes it a timm model. Raises ValueError for a source without
     a model, for settings that do not fit, and where the loss is not finite.
     """
     torch.manual_seed(seed)
@@ -67,7 +69,10 @@ def finetune(
     final = average.module if average else model
     predicted = predict_classes(final, source, data.test, device=device, workers=workers)
     weights = {name: x.detach().cpu().contiguous() for name, x in final.state_dict().items()}
-    publish(folder / "model.safetensors", safetensors.torch.save(weights), replace=True)
+    publish(folder / WEIGHTS, safetensors.torch.save(weights), replace=True)
+    if (config := classifier_config(source, final, data.classes)) is not None:
+        publish(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode(), replace=True)
+        say(f'classifier  timm.create_model("local-dir:{folder}", pretrained=True)')
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return predicted, notes
 

@@ -30,6 +30,20 @@ def interval(right: Bool[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMP
     return float(low), float(high)
 
 
+def paired_interval(
+    right: Bool[Tensor, "n"], other: Bool[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMPLES
+) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of the difference of two accuracies, test images drawn for both at once.
+
+    Of n images drawn with replacement, how many only the one or only the other got right is multinomial: exact, at no cost.
+    """
+    n = len(right)
+    ours, theirs = (float((a & ~b).double().mean()) for a, b in ((right, other), (other, right)))
+    counts = np.random.default_rng(seed).multinomial(n, [ours, theirs, max(0.0, 1 - ours - theirs)], resamples)
+    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def row(name: str, predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"], *, seed: int) -> dict[str, Any]:
     """One accuracy: name, share of right test images, interval."""
     right = predicted == labels
@@ -64,6 +78,12 @@ def save_result(home: Path, result: Mapping[str, Any], predicted: Int64[Tensor, 
     return path
 
 
+def load_predicted(home: Path, result: Mapping[str, Any]) -> Int64[Tensor, "n"]:
+    """The headline's predicted classes of a result of this folder."""
+    path = result_path(home, result["probe"], result["id"]).with_suffix(".safetensors")
+    return safetensors.torch.load_file(path)["predicted"]
+
+
 def all_results(home: Path) -> list[Result]:
     """Every result of a folder, in the order of source, data and probe."""
     found = [json.loads(path.read_bytes()) for path in sorted((home / "results").glob("*.json"))]
@@ -76,7 +96,10 @@ def line(result: Mapping[str, Any]) -> str:
     if result.get("accuracy") is None:
         return f"{where}: {', '.join(result['pictures'])}"
     low, high = result["interval"]
-    return f"{where}: {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {result['headline']}, {result['n_test']} test images"
+    return (
+        f"{where}: {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {result['headline']}, {result['n_test']} test images of "
+        f"{cell(result['data'])}, {result['n_train']} train images"
+    )
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:

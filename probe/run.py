@@ -60,7 +60,7 @@ class ProbeOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Probing:
-    """Everything a probe reads."""
+    """Everything a probe reads. notes: what a person should hear before anything is computed."""
 
     options: ProbeOptions
     source: FeatureSource
@@ -69,6 +69,7 @@ class Probing:
     test: PooledFeatures
     home: Path
     say: Callable[[str], None]
+    notes: Sequence[str] = ()
 
     @property
     def labels(self) -> tuple[Tensor, Tensor]:
@@ -83,7 +84,7 @@ def probe_features(options: ProbeOptions, *, say: Callable[[str], None] = print)
     Raises ValueError and OSError for what a user can mend.
     """
     job = begin_probing(options.resolved(), say)
-    for note in (*job.source.notes, *job.data.notes):
+    for note in job.notes:
         say(f"note: {note}")
     found = [one(job, probe) for probe in options.probes]
     tell_run_page(job)
@@ -101,8 +102,8 @@ def tell_run_page(job: Probing) -> None:
         job.say(f"note: {run / 'report.html'} could not be drawn anew: {' '.join(str(error).split())}")
 
 
-def begin_probing(options: ProbeOptions, say: Callable[[str], None]) -> Probing:
-    """The job, checked: nothing is computed yet but digests of the images."""
+def begin_probing(options: ProbeOptions, say: Callable[[str], None], data: Data | None = None) -> Probing:
+    """The job, checked: nothing is computed yet but digests of the images. data: where DATA was opened before."""
     if unknown := [name for name in options.probes if name not in RUNNERS]:
         raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(RUNNERS)}")
     given = [("SOURCE", options.source), *(("DATA", text) for text in options.data), ("--out", options.out or "")]
@@ -111,17 +112,16 @@ def begin_probing(options: ProbeOptions, say: Callable[[str], None]) -> Probing:
     source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
                          allow_partial=options.allow_partial)  # fmt: skip
     home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))
-    data = open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
+    data = data or open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
                      workers=options.workers, partial=needed_columns(source) if options.allow_partial else None)  # fmt: skip
     notes = refuse_shared(source, data, allowed=options.allow_shared)
     notes += [f"{part.name} views are stored at {part.cache.size} px and resized to the model's {source.size} px"
               for part in (data.train, data.test) if part.cache and not source.column and part.cache.size != source.size]  # fmt: skip
-    data = dataclasses.replace(data, notes=(*data.notes, *notes))
     parts = []
     for part in (data.train, data.test):
         refuse_foreign_column(source, part)
         parts.append(PooledFeatures(source, part, home, options.batch_size, options.workers, say))
-    return Probing(options, source, data, parts[0], parts[1], home, say)
+    return Probing(options, source, data, parts[0], parts[1], home, say, (*source.notes, *data.notes, *notes))
 
 
 def needed_columns(source: FeatureSource) -> list[str]:
@@ -172,12 +172,12 @@ def one(job: Probing, probe: str) -> report.Result:
     if found is None:
         began = time.monotonic()
         made, predicted = RUNNERS[probe](job, f"{probe}-{id[7:19]}")
-        notes = [*job.source.notes, *job.data.notes, *made.pop("notes", [])]
+        notes = [*job.notes, *made.pop("notes", [])]
         found = {"probe": probe, "id": id, "source": job.options.source, "data": " ".join(job.options.data),
                  "n_train": len(job.data.train), "n_test": len(job.data.test), "n_classes": len(job.data.classes),
                  "view": job.test.view, "settings": settings, "seed": job.options.seed, "notes": notes,
                  "seconds": round(time.monotonic() - began, 2), "versions": versions(), "rows": [], "pictures": [], **made}  # fmt: skip
-        for note in found["notes"][len(job.source.notes) + len(job.data.notes) :]:
+        for note in found["notes"][len(job.notes) :]:
             job.say(f"note: {note}")
         report.save_result(job.home, found, predicted)
     job.say(report.line(found))

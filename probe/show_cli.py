@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from mrmae.common.errors import in_one_line
+from mrmae.common.suggest import Command
 from mrmae.extract.cli import device_option, max_pixels_option, precision_option, torchscript_option
 
 
@@ -20,7 +21,7 @@ def column_and_row(context: click.Context, option: click.Parameter, text: str | 
     return int(found[1]), int(found[2])
 
 
-@click.command(context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
+@click.command(cls=Command, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="IMAGE...")
 @click.option("--teacher", "teachers", multiple=True, metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
               help="As extract-features takes it (repeatable).")  # fmt: skip

@@ -1,4 +1,4 @@
-"""What is probed: a student of train-mrmae, a timm model, or a column of a cache; all behind one signature.
+"""What is probed: a student of train-mrmae, a timm model, a column of a cache, or what nobody trained; all behind one signature.
 
 Students and timm models become a frozen `Teacher` (extract), so that pixels reach them exactly as they reach teachers.
 Tokens are taken behind the final norm, which is what a classifier would read.
@@ -11,14 +11,27 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from mrmae.common.backend import locate
-from mrmae.extract.teachers import Teacher, build_teacher, make_spec, parse_teacher
+from mrmae.extract.teachers import (
+    Origin,
+    Preprocessing,
+    Teacher,
+    TeacherRequest,
+    Tower,
+    build_teacher,
+    make_spec,
+    parse_teacher,
+)
 from mrmae.extract.teachers.timm import timm_settings
 from mrmae.probe.students import FORMS, Student, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
+from mrmae.train.method import initialise
+
+PIXELS_ALONE, PIXELS_SIDE = "pixels", 16
+UNTRAINED = "untrained:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,14 +75,20 @@ def open_source(
 
     Raises ValueError for what is no source, naming the forms, and for one that does not load.
     """
-    if text.startswith("timm:"):
-        return timm_source(text, size=size, device=device, precision=precision)
+    how: dict[str, Any] = {"size": size, "device": device, "precision": precision}
+    if text == PIXELS_ALONE:
+        return pixel_source(device=device)
+    inner = text.removeprefix(UNTRAINED)
+    if inner.startswith("timm:"):
+        return timm_source(inner, untrained=inner != text, **how)
+    if inner != text:
+        return student_source(Path(inner), untrained=True, **how)
     path, _, teacher = text.rpartition("#")
     if path and not Path(text).exists():
         return column_source(path, teacher, size=size, allow_partial=allow_partial)
     if not Path(text).exists():
         raise ValueError(f"SOURCE {text}: there is no such file or folder; expected {FORMS}; correct the path")
-    return student_source(Path(text), size=size, device=device, precision=precision)
+    return student_source(Path(text), **how)
 
 
 def hashed(spec: TeacherSpec) -> dict[str, Any]:
@@ -77,12 +96,38 @@ def hashed(spec: TeacherSpec) -> dict[str, Any]:
     return {name: value for name, value in dataclasses.asdict(spec).items() if name not in NOT_HASHED}
 
 
+# --- what nobody trained
+
+
+def pixel_source(*, device: str) -> FeatureSource:
+    """The view itself, 16 x 16 pixels of it, as one token: what colours and layout alone tell."""
+    side = (PIXELS_SIDE, PIXELS_SIDE)
+    seen = Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic")
+
+    def features(x: Tensor) -> tuple[Tensor, None]:
+        return x.flatten(1)[:, :, None, None], None
+
+    tower = Tower(
+        module=nn.Identity(), features=features, attention_row=None, patch=None, input_size=side,
+        origin=Origin(PIXELS_ALONE, None, seen, "0" * 64), activation="none", prefix_tokens=0, tap="pixels", tail={},
+        attention_backend="none",
+    )  # fmt: skip
+    request = TeacherRequest("probe", "view", f"{PIXELS_SIDE}x{PIXELS_SIDE}", "file")
+    spec = make_spec(request, tower, features(torch.zeros(1, 3, *side))[0], False, 1, "fp32")
+    return FeatureSource(PIXELS_ALONE, "pixels", hashed(spec), Teacher(spec, {}, tower, torch.device(device)))
+
+
 # --- timm
 
 
-def timm_source(text: str, *, size: int, device: str, precision: str) -> FeatureSource:
-    """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses."""
+def timm_source(text: str, *, size: int, device: str, precision: str, untrained: bool = False) -> FeatureSource:
+    """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses.
+
+    untrained: with random weights instead of its own.
+    """
     request = parse_teacher(f"probe={text}")
+    if untrained:
+        request = dataclasses.replace(request, weights="random", file=None)
     own = request.input_size or int(timm_settings(request).input_size[-1])
     request = dataclasses.replace(request, input_size=size or own)
     how: dict[str, Any] = {"grid": 1, "view_size": size or own, "device": device, "precision": precision}
@@ -93,7 +138,7 @@ def timm_source(text: str, *, size: int, device: str, precision: str) -> Feature
         teacher = build_teacher(dataclasses.replace(request, tap=tap), **how)
     notes = ["RANDOM weights: these features know nothing"] if request.weights == "random" else []
     notes += resized_note(size, own, teacher.tower.patch)
-    teacher = frozen(teacher)
+    teacher, text = frozen(teacher), UNTRAINED * untrained + text
     return FeatureSource(text, "timm", hashed(teacher.spec), teacher, notes=tuple(notes))
 
 
@@ -116,18 +161,32 @@ def resized_note(size: int, own: int, patch: int | None) -> list[str]:
 # --- students
 
 
-def student_source(path: Path, *, size: int, device: str, precision: str) -> FeatureSource:
-    """A trained student: OUT (its export, or its newest checkpoint before there is one), OUT/student, or a checkpoint."""
+def student_source(path: Path, *, size: int, device: str, precision: str, untrained: bool = False) -> FeatureSource:
+    """A trained student: OUT (its export, or its newest checkpoint before there is one), OUT/student, or a checkpoint.
+
+    untrained: with the initial weights that a run of seed 0 begins from.
+    """
     place = locate_student(path)
     student, out = read_student(place), run_folder(place)
-    facts = json.loads((out / "run.json").read_text()) if out else {}
+    if untrained:
+        initialise(nn.ModuleDict({"student": student.model}), 0)
+    facts = json.loads((out / "run.json").read_text()) if out and not untrained else {}
     how = {"device": device, "precision": precision}
     teacher = frozen(as_teacher(student, size or student.size, where=f"SOURCE {place}", **how))
-    notes = [*notes_on_student(path, place), *resized_note(size, student.size, student.patch)]
+    told = ["initial weights (seed 0): nothing was trained"] if untrained else notes_on_student(path, place)
+    notes = [*told, *resized_note(size, student.size, student.patch)]
     trained_on = locate(facts["cache"]) if "cache" in facts else None
     dataset = facts.get("cache_ids", {}).get("dataset")
     return FeatureSource(
-        str(path), "student", hashed(teacher.spec), teacher, None, out, trained_on, dataset, tuple(notes)
+        UNTRAINED * untrained + str(path),
+        "student",
+        hashed(teacher.spec),
+        teacher,
+        None,
+        out,
+        trained_on,
+        dataset,
+        tuple(notes),
     )
 
 

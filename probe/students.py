@@ -15,7 +15,7 @@ from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
 from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict
 
 STUDENT_FORMS = "OUT of train-mrmae, OUT/student, or a checkpoint OUT/checkpoints/step-N.pt"
-FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], or CACHE#TEACHER[.TAP]"
+FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], CACHE#TEACHER[.TAP], pixels, or untrained:SOURCE"
 
 
 @dataclasses.dataclass(frozen=True)

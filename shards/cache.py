@@ -79,9 +79,9 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample. views: per view its `pixels` uint8 [h, w, 3], its `view`, and a dict of tensors per teacher name.
+    """One sample. views: per view its `pixels` uint8 [h, w, 3], its `view`, and a dict of tensors per column, stored or derived.
 
-    A teacher's further taps stand under their column's names.
+    Columns stand under their names, `clip.post_ln`; a teacher's name alone, `clip`, is its first column.
 
     A bad image has valid=False, a reason, and no views.
     """
@@ -195,17 +195,21 @@ class Cache:
         return nearest(key, keys[max(0, at - NEAR_KEYS) : at + NEAR_KEYS], 1, cutoff=0.0)[0]
 
     def read_view(self, number: int, view: int) -> dict[str, Any]:
-        """One view of one sample: pixels, crop, and every teacher's tensors, as float32."""
+        """One view of one sample: pixels, crop, and the tensors of every column by its name, as float32.
+
+        A teacher's own name stands for its first column.
+        """
         one: dict[str, Any] = {"pixels": self.read_pixels([number], [view])[0], "view": self.read_crop(number, view)}
         for name, column in self.columns.items():
             raw = self.read_column(name, [number], [view], tuple(column.layout.arrays()))
             tokens = dequantise(raw.pop("tokens"), raw.pop("scale", None), column.quantiser)
-            first = self.teachers[column.spec.name] == name
-            one[column.spec.name if first else name] = {
-                "tokens": tokens[0],
-                **{array: values[0].float() for array, values in raw.items()},
+            one[name] = {"tokens": tokens[0], **{array: values[0].float() for array, values in raw.items()}}
+        for name, about in self.derived.items():
+            tail, source = self.tail(about.spec.name), one[about.source]
+            one[name] = {
+                array: apply_tail(source[array], tail, about.spec.tap) for array in ("tokens", "cls") if array in source
             }
-        return one
+        return one | {teacher: one[name] for teacher, name in self.teachers.items()}
 
     def read_pixels(
         self, numbers: Indices, views: Indices, *, out: UInt8[Tensor, "b h w 3"] | None = None

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from mrmae.common.errors import in_one_line
+from mrmae.common.suggest import Command
 
 SHORTHANDS = {
     "student": "student.model",
@@ -25,12 +26,55 @@ SHORTHANDS = {
 }
 
 
-@click.command(context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]})
+def listed_recipes(context: click.Context, _: click.Parameter, name: str) -> str:
+    """`--recipe list`: what there is; any other name as it is."""
+    if name == "list" and not context.resilient_parsing:
+        from mrmae.train.method import recipe_summaries
+
+        in_columns(context, recipe_summaries())
+    return name
+
+
+def shown_recipe(context: click.Context, _: click.Parameter, name: str | None) -> None:
+    """`--show-recipe NAME`: its yaml."""
+    if name is not None and not context.resilient_parsing:
+        from mrmae.train.method import recipe_text
+
+        try:
+            click.echo(recipe_text(name), nl=False)
+        except ValueError as error:
+            raise click.ClickException(str(error)) from None
+        context.exit()
+
+
+def listed_students(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """`--list-students`: usual ones; the cache sets image and patch size."""
+    if wanted and not context.resilient_parsing:
+        from mrmae.train.method import usual_students
+
+        in_columns(context, usual_students())
+
+
+def in_columns(context: click.Context, about: dict[str, str]) -> None:
+    """Print names and what they are, and stop."""
+    width = max(map(len, about))
+    for name, text in about.items():
+        click.echo(f"{name:<{width}}  {text}")
+    context.exit()
+
+
+@click.command(
+    cls=Command,
+    context_settings={"show_default": True, "max_content_width": 110, "help_option_names": ["-h", "--help"]},
+)
 @click.argument("cache")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option(
-    "--recipe", default="mr-mae", metavar="NAME|FILE", help="A shipped recipe or a yaml file: the whole method."
-)
+@click.option("--recipe", default="mr-mae", metavar="NAME|FILE", is_eager=True, callback=listed_recipes,
+              help="A shipped recipe or a yaml file: the whole method. `list` prints the shipped ones.")  # fmt: skip
+@click.option("--show-recipe", metavar="NAME", is_eager=True, expose_value=False, callback=shown_recipe,
+              help="Print a recipe's yaml, which says of each line whether it is published or inferred, and stop.")  # fmt: skip
+@click.option("--list-students", is_flag=True, is_eager=True, expose_value=False, callback=listed_students,
+              help="Print names for --student with their sizes, and stop.")  # fmt: skip
 @click.option("--set", "sets", multiple=True, metavar="KEY=VALUE", help="Change one value of the recipe; repeatable.")
 @click.option(
     "--student", metavar="NAME", help="A timm ViT; size and patch come from the cache. [recipe: student.model]"

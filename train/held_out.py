@@ -64,16 +64,27 @@ def knn_accuracy(run: Run) -> float:
 
     Features: the mean of the student's patch tokens of the whole stored view, without any training on labels.
     """
-    bank, queries = (batches.labelled(run.cache, numbers) for numbers in (run.numbers, run.held_out))
-    bank, queries = bank[:BANK], queries[:QUERIES]
+    bank, queries = bank_and_queries(run)
     names = sorted({str(run.cache.labels[number]) for number in [*bank, *queries]})
     labels = {name: i for i, name in enumerate(names)}
     truth = [torch.tensor([labels[str(run.cache.labels[n])] for n in numbers]) for numbers in (bank, queries)]
-    k, features = min(NEIGHBOURS, len(bank)), image_features(run, bank)
+    k, features = knn_setting(run)["k"], image_features(run, bank)
     told = knn_predict(
         features, truth[0], image_features(run, queries), ks=[k], temperature=TEMPERATURE, n_classes=len(names)
     )
     return float((told[k] == truth[1]).double().mean())
+
+
+def bank_and_queries(run: Run) -> tuple[Numbers, Numbers]:
+    """The labelled images whose neighbours vote, from those trained on, and those asked about, from those held out."""
+    bank, queries = (batches.labelled(run.cache, numbers) for numbers in (run.numbers, run.held_out))
+    return bank[:BANK], queries[:QUERIES]
+
+
+def knn_setting(run: Run) -> dict[str, int]:
+    """What `knn_accuracy` is of: k, and how many images vote and are asked about."""
+    bank, queries = bank_and_queries(run)
+    return {"k": min(NEIGHBOURS, len(bank)), "bank": len(bank), "queries": len(queries)}
 
 
 @torch.no_grad()

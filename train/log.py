@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from torch import Tensor
 
 from mrmae.common.files import explained, publish
-from mrmae.common.progress import PLAIN_LINE_SECONDS, human_time
+from mrmae.common.progress import PLAIN_LINE_SECONDS, counted, human_time
 
 BOARD, WANDB = "TensorBoard", "Weights & Biases"
 T = TypeVar("T")
@@ -97,10 +97,19 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     """One readable line of an epoch's row: its mean losses, those of the images held out, and k-NN accuracy, where measured."""
     aside = dict(row.get("held_out", {}))
     held = f"  held out {_losses(aside.pop('loss'), aside)}" if aside else ""
-    knn = f"  k-NN top-1 {100 * row['knn_top1']:.1f} %" if "knn_top1" in row else ""
+    knn = f"  {knn_words(row)}" if "knn_top1" in row else ""
     resumed = f"  (continued after update {', '.join(map(str, row['resumed']))})" if row.get("resumed") else ""
     return (
         f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{held}{knn}{resumed}"
+    )
+
+
+def knn_words(row: Mapping[str, Any]) -> str:
+    """An epoch's k-NN accuracy with its k and its images."""
+    of = row["knn"]
+    return (
+        f"{of['k']}-NN top-1 {100 * row['knn_top1']:.1f} % of {counted(of['queries'], 'image')} held out, by the labels of"
+        f" {of['bank']:,} trained on"
     )
 
 

@@ -26,7 +26,7 @@ from mrmae.train.checkpoint import checkpoint_path
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.foreign import export_published
-from mrmae.train.held_out import held_out_loss, knn_accuracy
+from mrmae.train.held_out import held_out_loss, knn_accuracy, knn_setting
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe
 from mrmae.train.online import with_targets
@@ -297,7 +297,7 @@ def held_out_row(run: Run, done: int) -> dict[str, Any]:
     if len(run.held_out):
         found["held_out"] = held_out_loss(run)
     if due(done, run.recipe.optim.epochs, run.cadence.knn_every):
-        found["knn_top1"] = knn_accuracy(run)
+        found |= {"knn_top1": knn_accuracy(run), "knn": knn_setting(run)}
     return found
 
 

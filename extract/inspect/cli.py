@@ -15,6 +15,7 @@ from rich.console import Console
 from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
 from mrmae.common.errors import in_one_line
 from mrmae.common.progress import Progress, counted, human_bytes
+from mrmae.common.suggest import Command
 from mrmae.extract.cli import DTYPE_NAMES, FORMAT_NAMES
 from mrmae.extract.cli import main as extract_command
 
@@ -42,6 +43,9 @@ def main() -> None:
 
     A picture of images that are in no cache: show-features.
     """
+
+
+main.command_class = Command
 
 
 @contextlib.contextmanager

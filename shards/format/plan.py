@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -317,6 +318,9 @@ def load_plan(path: Path) -> Plan:
         fields = read_json(file, dict[str, Any], MOST_PLAN_BYTES)
     except FileNotFoundError:
         raise ValueError(f"{path}: there is no cache here (no plan.json); run extract-features first") from None
+    except NotADirectoryError:
+        raise ValueError(f"{path}: is a file; a cache is a folder that extract-features makes of images; make one with "
+                         f"extract-features {shlex.quote(str(path))} CACHE, and give CACHE here") from None  # fmt: skip
     except ValueError as error:
         raise ValueError(f"{file}: not readable as JSON ({error}); restore it, or where the cache was finished, run "
                          "inspect-cache repair; otherwise extract anew") from None  # fmt: skip

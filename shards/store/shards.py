@@ -3,6 +3,7 @@
 import concurrent.futures
 import functools
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -147,7 +148,8 @@ class Shards:
         command = "inspect-cache convert" if made is not None and made.source else "extract-features"
         return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "
                 f"{commit_path(self.path, *unit)} and run the same {command} command again, "
-                "which rewrites this shard only")  # fmt: skip
+                f"which rewrites this shard only; inspect-cache repair {shlex.quote(str(self.path))} finds all that is damaged and "
+                "names the command")  # fmt: skip
 
     def pool(self) -> concurrent.futures.ThreadPoolExecutor:
         """This process's reading threads (threads do not survive a fork)."""

@@ -17,6 +17,7 @@ from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.dataset import CacheImages
 from mrmae.shards.format.spec import ViewRecipe
 
 Extract = Callable[..., dict[str, Any]]
@@ -105,6 +106,18 @@ def test_a_timm_vit_s_norm_is_its_own(made: tuple[Cache, dict[str, Any], list[st
     assert_same(cache.read_cls(f"{name}.post_ln", numbers, numbers * 0), out[:, 0])
     with pytest.raises(ValueError, match=f"no column '{name}.projected'"):
         cache.read_tokens(f"{name}.pre_tail", numbers, numbers * 0, tap="projected")
+
+
+def test_a_view_of_a_sample_has_every_column_that_is_listed(made: tuple[Cache, dict[str, Any], list[str]]) -> None:
+    cache = made[0]
+    view, item = cache[2].views[0], CacheImages(cache, columns=["clip.projected"])[2]
+    assert set(view) == {"pixels", "view", *cache.teachers, *cache.columns, *cache.derived}
+    for name in cache.derived:
+        assert torch.equal(view[name]["tokens"], cache.read_tokens(name, [2], [0])[0])
+        assert torch.equal(view[name]["cls"], cache.read_cls(name, [2], [0])[0])
+    assert view["clip"] is view["clip.pre_tail"] and torch.equal(
+        item["clip.projected"], view["clip.projected"]["tokens"]
+    )
 
 
 def test_what_follows_is_not_stored_but_listed(made: tuple[Cache, dict[str, Any], list[str]], tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_what_is_no_addition_is_refused(extract: Any, photo_folder: Path, tmp_pa
         ),
         ([VIT, CNN], {"views": 1}, "n_views is 2 there and 1"),
         ([VIT + "?interpolation=bilinear", CNN], {"views": 2}, r"columns\[0\].interpolation is 'bicubic' there"),
-        ([VIT, CNN], {"views": 3, "grid": 8}, "grid"),
+        ([VIT], {"views": 2, "grid": 8}, r"c/plan.json: grid\[0\] is 4 there and 8 in this command"),
     ]
     for teachers, options, message in refusals:
         with pytest.raises(ValueError, match=message):

@@ -51,7 +51,7 @@ def photos(folder: Path, n: int = 20) -> Path:
 
 
 def extract(images: Path, cache: Path, *teachers: str, **options: Any) -> dict[str, Any]:
-    said: list[str] = []
+    said: list[str] = options.pop("said", [])
     chosen = Options(images=[images], cache=cache, teachers=teachers or (VIT,), **{**BASE, **options})
     return extract_features(chosen, say=said.append)
 
@@ -223,10 +223,19 @@ def test_an_image_changed_since_the_plan_is_noticed(tmp_path: Path, monkeypatch:
 def test_other_options_are_refused_by_name_and_change_nothing(
     folder: Path, finished: Path, changed: dict[str, Any], field: str
 ) -> None:
-    before = {path: path.read_bytes() for path in finished.rglob("*.json")}
+    before, said = {path: path.read_bytes() for path in finished.rglob("*.json")}, list[str]()
     with pytest.raises(ValueError, match=field):
-        extract(folder, finished, VIT, CNN, **{"views": 2, **changed})
+        extract(folder, finished, VIT, CNN, said=said, **{"views": 2, **changed})
+    assert not said  # no plan of what will not be done
     assert before == {path: path.read_bytes() for path in finished.rglob("*.json")}
+
+
+def test_other_images_are_refused_before_a_plan_is_shown(folder: Path, tmp_path: Path) -> None:
+    extract(photos(tmp_path / "few", 4), tmp_path / "c")
+    said: list[str] = []
+    with pytest.raises(ValueError, match="it was begun with 4 images and this command has 20"):
+        extract(folder, tmp_path / "c", said=said)
+    assert not said
 
 
 def test_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:

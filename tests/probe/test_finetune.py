@@ -68,6 +68,17 @@ def test_a_student_learns_the_classes_and_keeps_its_weights(trained: Path, data:
     assert (tmp_path / "fine" / "model.safetensors").is_file() and not (tmp_path / "fine" / "checkpoints").exists()
 
 
+def test_a_fine_tuned_student_is_a_classifier_of_timm_s(trained: Path, data: Data, tmp_path: Path) -> None:
+    source, said = open_source(str(trained)), list[str]()
+    predicted, _ = run(source, data, tmp_path / "fine", said=said)
+    assert said == [f'classifier  timm.create_model("local-dir:{tmp_path}/fine", pretrained=True)']
+    model = timm.create_model(f"local-dir:{tmp_path}/fine", pretrained=True)
+    assert torch.equal(module.predict_classes(model, source, data.test, device="cpu", workers=1), predicted)
+    assert model.pretrained_cfg["label_names"] == data.classes and model.num_classes == 3
+    prepared = timm.data.resolve_model_data_config(model)
+    assert prepared["input_size"] == (3, 32, 32) and tuple(prepared["mean"]) == source.spec.mean
+
+
 def test_stopped_after_an_epoch_and_continued_gives_the_same_weights(
     trained: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,7 +102,7 @@ def test_stopped_after_an_epoch_and_continued_gives_the_same_weights(
     monkeypatch.undo()
     said: list[str] = []
     run(open_source(str(trained)), data, tmp_path / "parts", *sets, said=said)
-    assert said == ["fine-tuning continues after epoch 2 of 4"]
+    assert said[0] == "fine-tuning continues after epoch 2 of 4"
     one, two = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
     assert one == two
 

@@ -29,6 +29,19 @@ def test_about_95_percent_of_the_intervals_hold_the_truth() -> None:
     assert 0.91 < hits / 400 < 0.98
 
 
+def test_the_paired_interval_is_that_of_images_drawn_for_both() -> None:
+    draw = np.random.default_rng(0)
+    a = torch.from_numpy(draw.random(200) < 0.7)
+    b = a.logical_xor(torch.from_numpy(draw.random(200) < 0.1))
+    low, high = report.paired_interval(a, b, seed=0, resamples=20_000)
+    at = np.random.default_rng(1).integers(0, 200, (20_000, 200))
+    differences = a.numpy()[at].mean(1) - b.numpy()[at].mean(1)
+    assert (low, high) == pytest.approx(tuple(np.quantile(differences, [0.025, 0.975])), abs=0.006)
+    assert report.paired_interval(a, a) == (0.0, 0.0)
+    alone = [np.subtract(*report.interval(x)[::-1]) for x in (a, b)]
+    assert high - low < min(alone), "paired is narrower than either alone"
+
+
 def test_tables_survive_odd_names_and_hold_no_absolute_paths() -> None:
     assert report.cell("a|b\nc") == "a\\|b c"
     assert report.cell("timm:x@/data/w/file.safetensors?std=0.5") == "timm:x@file.safetensors?std=0.5"

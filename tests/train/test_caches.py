@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from training import train_quietly
 
+from mrmae.extract.inspect.cli import main as inspect_command
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_command
 from mrmae.shards import commit
@@ -142,6 +143,31 @@ def test_a_run_is_not_continued_on_a_cache_that_has_grown(make_cache: Callable[.
     assert len(open_cache(path, allow_partial=True).numbers) == 24
     with pytest.raises(ValueError, match="images were appended to the cache since this run began: dataset was sha256:"):
         train(path, tmp_path / "out", allow_partial=True)
+
+
+def test_a_tar_given_as_cache_is_told_what_a_cache_is(tmp_path: Path) -> None:
+    (tmp_path / "photos.tar").write_bytes(b"a tar of photographs")
+    told = f"is a file; a cache is a folder that extract-features makes of images; make one with extract-features {tmp_path}"
+    for command, words in (
+        (train_command, [str(tmp_path / "photos.tar"), str(tmp_path / "out")]),
+        (inspect_command, ["show", str(tmp_path / "photos.tar")]),
+        (inspect_command, ["verify", str(tmp_path / "photos.tar")]),
+        (probe_command, [f"{tmp_path}/photos.tar#clip", str(tmp_path)]),
+    ):
+        result = CliRunner().invoke(command, words)
+        assert result.exit_code == 1 and told in result.output, result.output
+
+
+def test_damage_met_while_training_names_the_command_that_repairs(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
+    cache = make_cache(tmp_path / "c", n=8, n_views=1)
+    shard = cache / "views/0/a.pre_tail.zarr/tokens/c/0/0/0"
+    content = bytearray(shard.read_bytes())
+    content[100] ^= 0x55
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match=f"crc32c.*inspect-cache repair {cache} finds all that is damaged"):
+        train(cache, tmp_path / "out")
 
 
 # ---- a cache gets another view, another tap and another teacher

@@ -45,6 +45,7 @@ def test_every_epoch_tells_the_loss_of_what_is_held_out_and_it_falls(rows: list[
     assert [row["held_out"].keys() for row in rows] == [{"loss", "pixels", "mimic/a", "mimic/b"}] * 3
     assert rows[-1]["held_out"]["loss"] < 0.97 * rows[0]["held_out"]["loss"]
     assert ["knn_top1" in row for row in rows] == [False, True, True]  # every two epochs, and at the end
+    assert all(row["knn"].keys() == {"k", "bank", "queries"} for row in rows[1:])
     assert all(0 <= row["knn_top1"] <= 1 for row in rows[1:]) and all("memory_mib" in row for row in rows)
 
 

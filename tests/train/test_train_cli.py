@@ -86,6 +86,17 @@ def test_a_run_length_of_ones_own_brings_a_warm_up_that_fits(
     assert captured[0]["recipe"].optim.warmup_epochs == warmup
 
 
+def test_recipes_and_students_are_listed_and_a_recipe_is_shown_without_a_cache() -> None:
+    listed = _run("--recipe", "list")
+    assert listed.exit_code == 0 and "mr-mae-focused  MR-MAE with focused mimicking" in listed.output
+    shown = _run("--show-recipe", "mr-mae")
+    assert shown.exit_code == 0 and "transform: ln0              # inferred" in shown.output
+    assert _run("--show-recipe", "mr-mea").output.startswith("Error: recipe 'mr-mea': is neither")
+    students = _run("--list-students")
+    assert students.exit_code == 0 and "width 192, 12 blocks, 3 heads, 5.5 M parameters" in students.output
+    assert "mcmae_base" in students.output and "width 768, 11 blocks" in students.output
+
+
 def test_dry_run_prints_the_plan_and_writes_nothing(tiny_cache: Path, tmp_path: Path) -> None:
     result = _run(tiny_cache, tmp_path / "out", *SMALL, "--epochs", 10, "--batch-size", 8, "--dry-run")
     assert result.exit_code == 0, result.output

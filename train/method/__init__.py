@@ -3,7 +3,7 @@
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size
+from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size, usual_students
 from mrmae.train.method.recipe import (
     DecoderRecipe,
     Optim,
@@ -12,11 +12,13 @@ from mrmae.train.method.recipe import (
     difference,
     from_dict,
     load_recipe,
+    recipe_summaries,
+    recipe_text,
     replaced,
     to_dict,
 )
 from mrmae.train.method.samplers import chosen_blocks, draw_masks
-from mrmae.train.method.student import LN_EPS, build_vit, sincos_positions
+from mrmae.train.method.student import LN_EPS, build_vit, initialise, sincos_positions
 from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
 from mrmae.train.method.terms import Term, as_compared, needed_arrays, patch_targets
 
@@ -53,12 +55,16 @@ __all__ = [
     "draw_of",
     "evaluating",
     "from_dict",
+    "initialise",
     "load_recipe",
     "needed_arrays",
     "patch_targets",
+    "recipe_summaries",
+    "recipe_text",
     "replaced",
     "sincos_positions",
     "student_size",
     "target_names",
     "to_dict",
+    "usual_students",
 ]

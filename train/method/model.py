@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +21,15 @@ from mrmae.train.method.decoders import DECODERS, Decoder, blocks_read, reads_fi
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
-from mrmae.train.method.mcmae import MaskedConvViT, build_mcmae
+from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.student import build_vit, encode_vit, initialise, sincos_positions
 from mrmae.train.method.taps import Tokens, build_fusions, tokens_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
 from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_taps, score
+
+USUAL_STUDENTS = ("test_vit", "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224",
+                  "vit_huge_patch14_224", "mcmae_base", "mcmae_large")  # fmt: skip
 
 
 def build_model(
@@ -305,6 +309,22 @@ def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | Masked
         f"student {name!r}: student.drop_path is {rate:g} and its blocks are not plain transformer blocks; 0 was expected; "
         "use --set student.drop_path=0"
     )
+
+
+def usual_students() -> dict[str, str]:
+    """Width, depth, heads and parameters (at 224 px) of the usual students, by name. They are built without numbers: no memory."""
+    found = {}
+    for name in USUAL_STUDENTS:
+        with torch.device("meta"):
+            built = (
+                build_mcmae(name, patch=PATCH, grid=(14, 14))
+                if name in SIZES
+                else build_vit(name, size=224, patch=16, grid=(14, 14))
+            )
+        blocks: Any = built.blocks
+        size = f"{len(blocks)} blocks, {blocks[0].attn.num_heads} heads, {count(built.parameters()) / 1e6:.1f} M parameters"
+        found[name] = f"width {built.embed_dim}, {size}"
+    return found
 
 
 def freeze_unread(

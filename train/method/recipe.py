@@ -175,11 +175,9 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
 
     A term set to null is dropped: `terms.pixels=null`. Raises ValueError naming the key, the value and what was expected.
     """
-    path = recipe_path(name_or_path)
+    path, text = recipe_path(name_or_path), recipe_text(name_or_path)
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=strict_yaml.UniqueKeys)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {path}: cannot be read ({error}); expected a yaml file") from error
+        values = yaml.load(text, Loader=strict_yaml.UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"recipe {path}: is not valid yaml ({error}); correct the file") from error
     if not isinstance(values, dict):
@@ -197,6 +195,23 @@ def touches(override: str, key: str) -> bool:
     """Whether an override like `optim.epochs=100` sets a key, a part of it, or what it is a part of."""
     given = override.partition("=")[0].strip()
     return f"{given}.".startswith(f"{key}.") or f"{key}.".startswith(f"{given}.")
+
+
+def recipe_text(name_or_path: str) -> str:
+    """The yaml of a shipped name or a file as it stands there; of a shipped one a comment says of each line where it comes from.
+
+    `published` (abstract or code), `inferred` (from related code, or a guess) or `ours`.
+    """
+    path = recipe_path(name_or_path)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {path}: cannot be read ({error}); expected a yaml file") from error
+
+
+def recipe_summaries() -> dict[str, str]:
+    """What each shipped recipe is, by name: the first line of its yaml."""
+    return {name: recipe_text(name).partition("\n")[0].removeprefix("# ") for name in recipe_names()}
 
 
 def recipe_names() -> list[str]:

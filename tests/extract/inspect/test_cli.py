@@ -113,6 +113,13 @@ def test_weights_from_a_file_are_found_again_or_asked_for(extract: Any, photo_fo
     )
 
 
+def test_one_problem_is_not_called_problems(copy: Path) -> None:
+    (copy / "views/0/pixels/000002.tar").unlink()
+    assert "1 problem; to repair: inspect-cache repair" in inspect("verify", copy)[1]
+    with pytest.raises(ValueError, match="copy: 1 problem; the cache cannot be trusted"):
+        open_cache(copy)
+
+
 def test_verify_lists_every_problem_with_its_shard(copy: Path) -> None:
     flip_byte(copy / "views/1/vit.pre_tail.zarr/tokens/c/1/0/0")
     (copy / "views/0/pixels/000002.tar").unlink()
@@ -170,7 +177,7 @@ def test_repair_restores_every_byte_and_touches_only_what_is_damaged(extracted: 
 def test_a_damaged_manifest_is_written_again(extracted: Path, copy: Path) -> None:
     flip_byte(copy / "manifest.json", 40)
     code, text = inspect("repair", copy, "--yes")
-    assert code == 0 and "removed 1 file" in text
+    assert code == 0 and "removed 1 file\n" in text
     assert open_again(copy, extracted, text) == contents(extracted)
 
 

@@ -1,6 +1,7 @@
 """Recipes: what the shipped ones fix, and that nothing wrong gets in unnoticed."""
 
 import itertools
+import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,16 @@ import yaml
 from mrmae.train.method import heads, masks, samplers
 from mrmae.train.method import recipe as recipes
 from mrmae.train.method.distances import DISTANCES
-from mrmae.train.method.recipe import MaskRecipe, Recipe, difference, from_dict, load_recipe, recipe_names, to_dict
+from mrmae.train.method.recipe import (
+    MaskRecipe,
+    Recipe,
+    difference,
+    from_dict,
+    load_recipe,
+    recipe_names,
+    recipe_text,
+    to_dict,
+)
 from mrmae.train.method.targets import Batch
 from mrmae.train.optim import base_lr, lr_at
 
@@ -140,6 +150,25 @@ def test_each_yaml_opens_with_paper_command_and_result(name: str) -> None:
     assert "arXiv" in text and f"--recipe {name}" in text and "result" in text
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_value_of_a_yaml_is_marked_published_inferred_or_ours(name: str) -> None:
+    """`train-mrmae --show-recipe` shows these marks. One key a line, so that each has its own."""
+    lines = [line for line in recipe_text(name).splitlines() if not line.startswith(("#", "name:"))]
+    values = [line for line in lines if not re.fullmatch(r" *[\w-]+:", line)]
+    assert "{" not in "".join(values)
+    assert not [line for line in values if not re.search(r" # (published: \w+|inferred: \w+|ours\b)", line)]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_docs_write_down_each_loss_and_show_what_the_yaml_says(name: str) -> None:
+    section = (
+        (Path(__file__).parents[3] / "docs/recipes.md").read_text().partition(f"### `{name}`\n")[2].partition("\n#")[0]
+    )
+    assert re.search(r"```text\nL (=|as mr-mae's)", section), f"docs/recipes.md: write down the loss under ### `{name}`"
+    shown = section.partition("```yaml\n")[2].partition("```")[0]
+    assert shown and all(line in recipe_text(name).splitlines() for line in shown.splitlines())
+
+
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     assert set(typing.get_args(recipes.SamplerName)) == set(samplers.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
@@ -151,6 +180,9 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     [
         ("optim.lr_per_265=1", "optim.lr_per_265 is not a key of a recipe; did you mean lr_per_256?"),
         ("opitm.epochs=1", "did you mean optim or fit?"),
+        ("mask_ratio=0.5", "mask_ratio is not a key of a recipe; did you mean mask.ratio?"),
+        ("epochs=9", "epochs is not a key of a recipe; did you mean optim.epochs?"),
+        ("weight=2", "weight is not a key of a recipe; did you mean terms.NAME.weight?"),
         ("optim.epochs=ten", "optim.epochs is 'ten'; expected an integer"),
         ("optim.epochs=2.5", "optim.epochs is 2.5; expected an integer"),
         ("optim.epochs=true", "optim.epochs is True; expected an integer"),
