@@ -4,6 +4,7 @@ One checkpoint per epoch; the same call continues, with the numbers of an uninte
 """
 
 import copy
+import functools
 import json
 import random
 import shutil
@@ -87,6 +88,7 @@ class Augmented(Dataset[tuple[Tensor, int]]):
             spec.input_size[0], is_training=True, scale=settings.crop_scale, color_jitter=0.0, interpolation=spec.interpolation,
             auto_augment=settings.auto_augment or None, mean=spec.mean, std=spec.std, re_prob=settings.erase, re_mode="pixel",
         )  # fmt: skip
+        keep_a_bit(self.transform)
 
     def __len__(self) -> int:
         return len(self.part)
@@ -94,6 +96,22 @@ class Augmented(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         with self.part.image(i) as image:
             return self.transform(Image.fromarray(image)), self.labels[i]
+
+
+def keep_a_bit(transform: Any) -> None:
+    """Have timm's posterise keep at least one bit: at the strongest level it asks Pillow for none, which newer ones refuse.
+
+    (Older ones made the picture black.)
+    """
+    for step in transform.transforms:
+        for op in getattr(step, "ops", ()):
+            if op.name.startswith("Posterize"):
+                op.level_fn = functools.partial(at_least_one, op.level_fn)
+
+
+def at_least_one(level_of: Callable[..., tuple[int, ...]], *args: Any) -> tuple[int, ...]:
+    """What `level_of` gives, and 1 where that is less."""
+    return tuple(max(1, value) for value in level_of(*args))
 
 
 def train_epoch(

@@ -9,6 +9,7 @@ import safetensors.torch
 import timm
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from timm.layers.drop import DropPath
 from torch import Tensor
 from training import train_quietly
@@ -66,6 +67,14 @@ def test_a_student_learns_the_classes_and_keeps_its_weights(trained: Path, data:
     after = source.teacher.tower.module.state_dict()
     assert all(torch.equal(after[name], x) for name, x in before.items())  # other probes still read the frozen model
     assert (tmp_path / "fine" / "model.safetensors").is_file() and not (tmp_path / "fine" / "checkpoints").exists()
+
+
+def test_the_published_augmentation_never_asks_for_no_bit(trained: Path, data: Data) -> None:
+    transform = module.Augmented(open_source(str(trained)), data, Finetune()).transform
+    (op,) = [op for step in transform.transforms for op in getattr(step, "ops", ()) if op.name.startswith("Posterize")]
+    op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0
+    picture = Image.new("RGB", (32, 32), (200, 100, 50))
+    assert op(picture).getpixel((0, 0)) == (128, 0, 0)  # one bit of each channel
 
 
 def test_a_fine_tuned_student_is_a_classifier_of_timm_s(trained: Path, data: Data, tmp_path: Path) -> None:
