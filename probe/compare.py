@@ -22,7 +22,7 @@ from mrmae.shards.format import content_id
 
 COMPARED = ("knn", "linear", "attentive", "finetune")
 # What nobody trained, by probe: 16 x 16 pixels have no tokens to attend to, and a training from scratch is asked for by name.
-UNTAUGHT = {"knn": ("pixels", "untrained"), "linear": ("pixels", "untrained"), "attentive": ("untrained",)}
+BESIDE = {"knn": ("pixels", "untrained"), "linear": ("pixels", "untrained"), "attentive": ("untrained",)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,7 @@ def compare_sources(
     data: Data | None = None
     found: dict[str, list[Compared]] = {probe: [] for probe in options.probes}
     for source, kind in [(source, "given") for source in sources] + (unasked(sources) if baselines else []):
-        probes = [probe for probe in options.probes if kind == "given" or kind in UNTAUGHT.get(probe, ())]
+        probes = [probe for probe in options.probes if kind == "given" or kind in BESIDE.get(probe, ())]
         if not probes:
             continue
         job = begin_probing(dataclasses.replace(options, source=source, out=home_of(source, options)), say, data)
