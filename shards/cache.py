@@ -122,27 +122,35 @@ class Cache:
         self.complete = bool(manifest)  # all that was asked for is committed
         self._tails: dict[str, dict[str, Tensor]] = {}
 
-    def narrowed(self, columns: Sequence[str] | None, views: int | None) -> "Cache":
-        """The same cache as if it held only these columns and the first so many views; None leaves all of them.
+    def narrowed(self, columns: Sequence[str] | None, views: int | None, images: int | None = None) -> "Cache":
+        """The same cache as if it held only these columns and the first so many views and images; None leaves all of them.
 
         What is read of them is the same, however many more the cache has by now. Raises ValueError for what it does not hold.
         """
         kept = [teacher.column for teacher in self.plan.columns] if columns is None else columns
-        n_views = self.n_views if views is None else views
+        n_views, n_images = views or self.n_views, images or self.plan.n_images
         if lacking := [name for name in kept if name not in self.columns and name in (columns or ())]:
             raise ValueError(f"{self.path}: there is no column {lacking[0]!r}; it holds {', '.join(self.columns) or 'none'}; "
-                             "choose one, or extract with that teacher")  # fmt: skip
-        if not 1 <= n_views <= self.n_views:
-            raise ValueError(f"{self.path}: {n_views} views of every image are wanted and {self.n_views} are stored; at most that "
-                             "was expected; extract with more --views, or choose fewer")  # fmt: skip
+                             "choose one (in a recipe, null takes all there are), or extract with that teacher")  # fmt: skip
+        for what, n, there, more in (
+            ("views of every image", n_views, self.n_views, "extract with more --views"),
+            ("images", n_images, self.plan.n_images, "append more"),
+        ):
+            if n > there:
+                raise ValueError(f"{self.path}: {n} {what} are wanted and {there} are stored; at most that was expected; {more}, or "
+                                 "choose fewer (in a recipe, null takes all there are)")  # fmt: skip
+        parts, rows = self.plan.holding(n_images)
         plan = dataclasses.replace(
             self.plan,
+            appended=self.plan.appended[: parts - 1],
             columns=tuple(teacher for teacher in self.plan.columns if teacher.column in kept),
             quantisers={name: made for name, made in self.plan.quantisers.items() if name in kept},
             n_views=n_views,
         )
-        table: dict[str, list[Any]] = {"key": self.keys, "label": self.labels, "reason": self.reasons}
-        cache = Cache(self.path, plan, self.manifest, table, self.readable.tolist(), self.threads)
+        told: dict[str, list[Any]] = {"key": self.keys, "label": self.labels, "reason": self.reasons}
+        table = {name: values[: plan.n_rows] for name, values in told.items()}
+        readable = [bool(ok) and number < rows for number, ok in enumerate(self.readable[: plan.n_rows])]
+        cache = Cache(self.path, plan, self.manifest, table, readable, self.threads)
         cache.complete = self.complete
         return cache
 
@@ -377,13 +385,14 @@ def open_cache(
     allow_partial: bool = False,
     columns: Sequence[str] | None = None,
     views: int | None = None,
+    images: int | None = None,
     threads: int | None = None,
 ) -> Cache:
     """The cache at `path`, after checking that every file is there and of its size.
 
     path: a folder, or a URL: s3://, gs://, az://BUCKET/PATH, with credentials in the environment.
-    columns, views: what is asked for, where not all: these columns and the first so many views. An unfinished cache that has them
-    whole, as one has that another teacher or more views are being added to, is opened like a finished one.
+    columns, views, images: what is asked for, where not all: these columns and the first so many views and images. An unfinished
+    cache that has them whole, as one has that more of either are being added to, is opened like a finished one.
     allow_partial: also open an unfinished cache, with the samples that are committed in all that is asked for and in the pixels;
     what is not asked for may then lack samples.
     threads: for reading; default: as many as there are cores, at most 8; at a URL 16, which mostly wait.
@@ -399,8 +408,9 @@ def open_cache(
     table = read_samples(path, plan.numbers)
     if not exists(path / "manifest.json"):
         done = committed(path, plan)
-        asked = {unit for unit in units(plan) if is_asked(unit, columns, views)}
-        complete = asked <= done and not (columns is None and views is None)
+        rows = plan.holding(min(images or plan.n_images, plan.n_images))[1]
+        asked = {unit for unit in units(plan) if is_asked(unit, columns, views) and plan.ranges[unit[2]].start < rows}
+        complete = asked <= done and any(given is not None for given in (columns, views, images))
         if not (allow_partial or complete):
             refuse_unfinished(path, plan, len(done))
         refuse_other_plan(path, plan, done)

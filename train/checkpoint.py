@@ -8,7 +8,7 @@ import contextlib
 import errno
 import pickle
 import zipfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,12 +110,9 @@ def newest_readable(folder: Path) -> State | None:
     return None
 
 
-def check_same_cache(
-    saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str, parts: Collection[str] = ()
-) -> None:
+def check_same_cache(saved: Mapping[str, Any], now: Mapping[str, Any], *, where: str) -> None:
     """Refuse to continue on another cache. Both map dataset, geometry and every column used to its id.
 
-    parts: where images were appended, the data set's earlier ids, the present one last.
     Raises ValueError naming the first id that differs, and both values.
     """
     for field in dict.fromkeys([*saved, *now]):
@@ -124,11 +121,6 @@ def check_same_cache(
                 raise ValueError(
                     f"{where}: the cache was unfinished when this run began, or is now: {saved.get(field) or 'all images'} then,"
                     f" {now.get(field) or 'all images'} now; the same images were expected; give a new OUT"
-                )
-            if field == "dataset" and saved.get(field) in parts:
-                raise ValueError(
-                    f"{where}: images were appended to the cache since this run began: dataset was {saved[field]} and is now"
-                    f" {now[field]}; the same images were expected; train on the grown cache in a new OUT"
                 )
             raise ValueError(
                 f"{where}: this run was trained on another cache: {field} was {saved.get(field)} and is now"

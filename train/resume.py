@@ -143,8 +143,7 @@ def check_recipe(state: checkpoint.State, recipe: Recipe, out: Path) -> list[str
 
 def check_continues(state: checkpoint.State, run: Run) -> None:
     """Raise ValueError where `state` was trained on another cache, or on other images of it."""
-    parts = [part.dataset_id for part in run.cache.plan.parts]
-    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out), parts=parts)
+    checkpoint.check_same_cache(state["cache"], cache_ids(run), where=str(run.out))
     held = state.get("hold_out", 0.0)
     if held != run.setup.hold_out:
         raise ValueError(

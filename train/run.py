@@ -100,7 +100,7 @@ def build_run(
 ) -> Run:
     """A run at its beginning; nothing is written. Raises ValueError where cache, recipe, batch and device do not fit."""
     whole = open_needed(cache_path, recipe, setup)
-    cache = whole.narrowed(recipe.prepare.columns, recipe.prepare.views)
+    cache = whole.narrowed(recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images)
     numbers, held_out = batches.split_off(cache, setup.hold_out)
     if cadence.knn_every:
         batches.check_knn(cache, numbers, held_out)
@@ -148,13 +148,14 @@ def build_run(
 
 
 def pinned(recipe: Recipe, cache: Cache, info: CacheInfo, needed: Collection[str]) -> Recipe:
-    """`recipe` with nothing open: with the views and columns that it reads of `cache`, which may grow later.
+    """`recipe` with nothing open: with the images, views and columns that it reads of `cache`, which may grow later.
 
     Of a teacher that is read, every tap: they decide by what name its targets go.
     """
     teachers = {info.teachers[name].column.rpartition(".")[0] for name in needed}
     columns = tuple(name for name, column in cache.columns.items() if column.spec.name in teachers)
-    return as_begun(recipe, replaced(recipe, {"prepare.views": cache.n_views, "prepare.columns": columns}))
+    known = {"prepare.images": cache.plan.n_images, "prepare.views": cache.n_views, "prepare.columns": columns}
+    return as_begun(recipe, replaced(recipe, known))
 
 
 def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
@@ -163,6 +164,8 @@ def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
     found = {f"column {name}": why[name in cache.columns] for name in whole.columns if name not in read}
     if cache.n_views < whole.n_views:
         found["views"] = f"the run keeps to the first {cache.n_views} of {whole.n_views} (prepare.views)"
+    if len(cache.numbers) < len(whole.numbers):
+        found["images"] = f"the run keeps to {len(cache.numbers):,} of {len(whole.numbers):,} (prepare.images)"
     return found
 
 

@@ -75,17 +75,19 @@ SETUP, CADENCE = Setup(), Cadence()  # what is not said
 def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
     """The cache; with allow_partial an unfinished one too, with the samples that are committed in all that the recipe reads.
 
-    One that is being extended is finished for a run whose columns and views it has (prepare.columns, prepare.views).
+    One that is being extended is finished for a run whose columns, views and images it has (`prepare`).
     """
-    known, views = recipe.prepare.columns, recipe.prepare.views
+    known, views, images = recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images
     threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
-    cache = open_cache(path, allow_partial=setup.allow_partial, columns=known, views=views, threads=threads)
+    cache = open_cache(
+        path, allow_partial=setup.allow_partial, columns=known, views=views, images=images, threads=threads
+    )
     if cache.unfinished is None:
         return cache
-    info = batches.cache_info(cache.narrowed(known, views))
+    info = batches.cache_info(cache.narrowed(known, views, images))
     needed = () if setup.online else needed_arrays(recipe, info)
     columns = [info.teachers[teacher].column for teacher in needed]
-    cache = open_cache(path, allow_partial=True, columns=columns, views=views, threads=threads)
+    cache = open_cache(path, allow_partial=True, columns=columns, views=views, images=images, threads=threads)
     if cache.unfinished is not None and not len(cache.numbers):
         raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'}"
                          " in every view that plan.json tells of; at least one was expected; let extract-features run on")  # fmt: skip

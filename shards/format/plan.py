@@ -203,6 +203,15 @@ class Plan:
         """Images, without the empty rows before an appended part."""
         return sum(self.part_sizes)
 
+    def holding(self, images: int) -> tuple[int, int]:
+        """(parts, rows) that hold the first so many images, of 1 to all there are."""
+        left = images
+        for number, part in enumerate(self.parts, 1):
+            if left <= len(part.numbers):
+                return number, part.numbers.start + left
+            left -= len(part.numbers)
+        raise ValueError(f"{images} images; at most {self.n_images} were expected")
+
     @property
     def numbers(self) -> list[range]:
         """The sample numbers of every part."""

@@ -134,15 +134,37 @@ def test_probes_of_an_unfinished_cache_say_so(unfinished: Path, tmp_path: Path) 
     assert done.exit_code == 0 and "UNFINISHED cache: 16 of 24 images" in done.output, done.output
 
 
-def test_a_run_is_not_continued_on_a_cache_that_has_grown(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+def stop_before(update: int, patch: pytest.MonkeyPatch) -> None:
+    """SIGTERM in the update that follows so many."""
+    step = loop.step
+
+    def stopped(run: Any, *rest: Any) -> Any:
+        if run.step == update:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, *rest)
+
+    patch.setattr(loop, "step", stopped)
+
+
+def test_a_run_goes_on_with_the_images_it_began_with_while_others_are_appended(
+    make_cache: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = make_cache(tmp_path / "c")
-    train(path, tmp_path / "out")
+    train(path, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_before(0, patch)
+        assert train(path, tmp_path / "out")["step"] == 1
     new = Source("class 0/new.png", "class 0", 3, "00")
     agree(path, Wanted(dataclasses.replace(load_plan(path), dataset_id=""), rows=[new], append=True))
     commit.create_columns(path, load_plan(path))
     assert len(open_cache(path, allow_partial=True).numbers) == 24
-    with pytest.raises(ValueError, match="images were appended to the cache since this run began: dataset was sha256:"):
-        train(path, tmp_path / "out", allow_partial=True)
+    with pytest.raises(ValueError, match="this cache is unfinished"):
+        train(path, tmp_path / "new")
+    assert train(path, tmp_path / "out")["finished"]
+    assert_same_weights(tmp_path / "out", tmp_path / "whole")
+    first = load_recipe("mr-mae", [*QUICK, "prepare.images=16"])
+    told = "\n".join(dry_run(make_cache(tmp_path / "d"), tmp_path / "none", first, Setup(device="cpu")))
+    assert "d: 16 images x 2 views" in told and "images: the run keeps to 16 of 24 (prepare.images)" in told
 
 
 def test_a_tar_given_as_cache_is_told_what_a_cache_is(tmp_path: Path) -> None:
@@ -220,13 +242,8 @@ def test_a_run_goes_on_with_what_it_began_with_though_its_cache_has_grown_or_is_
     grown: tuple[Path, Path], begun: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small, large = grown
-    step = loop.step
     with monkeypatch.context() as patch:
-        patch.setattr(
-            loop,
-            "step",
-            lambda run, *rest: (run.step == 2 and signal.raise_signal(signal.SIGTERM), step(run, *rest))[1],
-        )
+        stop_before(2, patch)
         assert train_quietly(small, tmp_path / "out", SMALL)["stopped"] == "SIGTERM"
     growing = tmp_path / "growing"
     shutil.copytree(large, growing)
@@ -275,6 +292,8 @@ def test_views_and_columns_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match="grown: 3 views of every image are wanted and 2 are stored"):
         train_quietly(grown[1], tmp_path / "out", load_recipe("mr-mae", [*QUICK, "prepare.views=3"]))
+    with pytest.raises(ValueError, match="grown: 9 images are wanted and 8 are stored"):
+        train_quietly(grown[1], tmp_path / "out", load_recipe("mr-mae", [*QUICK, "prepare.images=9"]))
     with pytest.raises(ValueError, match="there is no column 'dino.pre_tail'; it holds vit.pre_tail, "):
         train_quietly(grown[1], tmp_path / "out", load_recipe("mr-mae", [*QUICK, "prepare.columns=[dino.pre_tail]"]))
     with pytest.raises(ValueError, match="another recipe: prepare.views was 1 and is now 2"):

@@ -358,7 +358,9 @@ def test_out_explains_itself_and_says_random(whole: Path, tiny_cache: Path) -> N
     assert facts["cache_ids"]["dataset"].startswith("sha256:") and "column a" in facts["cache_ids"]
     assert facts["starts"][0]["device"] == "cpu" and "torch" in facts["starts"][0]["versions"]
     resolved = load_recipe(str(whole / "recipe.yaml"))
-    assert resolved == quick("mr-mae", "prepare.views=2", "prepare.columns=[a.pre_tail, b.pre_tail]")
+    assert resolved == quick(
+        "mr-mae", "prepare.images=24", "prepare.views=2", "prepare.columns=[a.pre_tail, b.pre_tail]"
+    )
     text = (whole / "README.md").read_text()
     assert "RANDOM WEIGHTS" in text and "timm.create_model" in text and "same command" in text
     card = (whole / "student" / "README.md").read_text()

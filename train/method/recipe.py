@@ -23,7 +23,7 @@ DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
 HeadKind = Literal["linear", "ln_linear", "mlp"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
-OPEN = ("prepare.views", "prepare.columns")  # where null: decided when a run begins
+OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix)[1-9][0-9]*")
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
@@ -33,12 +33,13 @@ POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 class Prepare:
     """What is read of the cache, and how the student sees pixels: `(value / 255 - mean) / std` per channel (ImageNet's).
 
-    views: how many of each image's stored views, the first ones. columns: the cache's columns that there are for this run. None:
-    all that the cache holds when the run begins; the run keeps to them, whatever the cache gets later.
+    images, views: how many of the cache's images, and of each image's stored views: the first ones. columns: the cache's columns
+    that there are for this run. None: all that the cache holds when the run begins; the run keeps to them, whatever it gets later.
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    images: int | None = None
     views: int | None = None
     columns: tuple[str, ...] | None = None
 
@@ -290,11 +291,9 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "fit", set(recipe.fit) <= set(FIT), f"some of {', '.join(FIT)} were expected"
     yield "seed", -(2**63) <= recipe.seed < 2**63, "a 64-bit integer was expected"
     yield "prepare.mean", len(recipe.prepare.mean) == len(recipe.prepare.std) > 0, "as many numbers as in prepare.std"
-    yield (
-        "prepare.views",
-        recipe.prepare.views is None or recipe.prepare.views >= 1,
-        "at least 1, or null, was expected",
-    )
+    for name in ("images", "views"):
+        n = getattr(recipe.prepare, name)
+        yield f"prepare.{name}", n is None or n >= 1, "at least 1, or null, was expected"
     yield (
         "prepare.columns",
         len(set(recipe.prepare.columns or ())) == len(recipe.prepare.columns or ()),
