@@ -64,6 +64,8 @@ def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list
     fitting = replace(
         decoder, depth=max(1, min(decoder.depth, round(depth * 2 / 3))), width=channels, heads=channels // 32
     )
+    if fitting == decoder:
+        return recipe, []
     note = (
         f"narrow student of {width} channels: a decoder of {fitting.depth} x {fitting.width} instead of the published {decoder.depth} x"
         f" {decoder.width}; --set student.decoder=... decides otherwise"
