@@ -153,7 +153,7 @@ def student_of(options: ShowOptions, say: Callable[[str], None]) -> Teacher | No
     place = locate_student(options.student, where="--student", forms=STUDENT_FORMS)
     for note in notes_on_student(options.student, place):
         say(note)
-    student, (device, precision) = read_student(place), device_and_precision(options)
+    student, (device, precision) = read_student(place, where="--student"), device_and_precision(options)
     return as_teacher(student, student.size, where=f"--student {place}", device=device, precision=precision)
 
 

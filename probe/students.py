@@ -50,7 +50,7 @@ def run_folder(place: Path) -> Path | None:
     return next((folder for folder in list(place.parents)[:2] if (folder / "run.json").is_file()), None)
 
 
-def read_student(place: Path) -> Student:
+def read_student(place: Path, *, where: str = "SOURCE") -> Student:
     """The encoder of an exported folder or a checkpoint. ValueError where it does not load."""
     if place.is_file():
         return from_checkpoint(place)
@@ -63,7 +63,7 @@ def read_student(place: Path) -> Student:
             )
         model: Any = load_student(place)
     except (RuntimeError, KeyError, OSError, ValueError) as error:
-        raise ValueError(f"SOURCE {place}: does not load ({str(error).splitlines()[0]}); export it again") from None
+        raise ValueError(f"{where} {place}: does not load ({str(error).splitlines()[0]}); export it again") from None
     how = model.pretrained_cfg
     size, patch = int(model.patch_embed.img_size[0]), int(model.patch_embed.patch_size[0])
     return Student(

@@ -1,6 +1,7 @@
 """show-features: what the picture shows is what the models say, and what cannot be shown is said in a line."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,6 +118,13 @@ def test_what_cannot_be_shown_is_said_in_a_line(two: list[Path], tmp_path: Path,
     code, text = run(*(places.get(word, word) for word in ["--out", str(tmp_path / "x.png"), *REFUSED[what][0]]))
     assert code != 0 and re.search(REFUSED[what][1], text) and "Traceback" not in text, text
     assert two[0].read_bytes() == before and not (tmp_path / "x.png").exists()
+
+
+def test_a_student_that_does_not_load_is_named_as_the_option(two: list[Path], trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "student", tmp_path / "student")
+    (tmp_path / "student" / "model.safetensors").write_bytes(b"<html>")
+    code, text = run(two[0], "--student", tmp_path, "--out", tmp_path / "x.png")
+    assert code == 1 and f"--student {tmp_path / 'student'}: does not load" in text
 
 
 def test_help_waits_for_no_library() -> None:
