@@ -265,6 +265,20 @@ def test_an_encoders_head_speaks_of_every_patch_and_a_decoders_of_the_hidden_one
     assert torch.equal(model.predicted(pixels, batch, masks).ids, masks.ids_predict)
 
 
+@pytest.mark.parametrize("name", RECIPES)
+def test_heads_of_every_recipe_can_be_drawn(
+    tiny_recipe: MakeRecipe, info_of_recipe: Callable[[str], CacheInfo], tiny_batch: MakeBatch, name: str
+) -> None:
+    model = build_model(tiny_recipe(name), info_of_recipe(name)).eval()
+    batch = tiny_batch(model.info)
+    masks = masks_of(model, batch)
+    for term in model.terms:
+        if term.recipe.at("visible", "predicted", "all", "alive"):
+            found = model.predicted(term, batch, masks)
+            assert found.x.shape[:2] == found.ids.shape and found.ids.shape[1] in (16, model.n_predict)
+            assert all(len(set(row)) == len(row) for row in found.ids.tolist()) and found.x.isfinite().all()
+
+
 def test_visible_patches_stay_and_unknown_ones_are_grey(
     tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
 ) -> None:
