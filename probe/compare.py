@@ -13,10 +13,12 @@ from torch import Tensor
 
 from mrmae.common.backend import exists, locate
 from mrmae.common.files import publish
+from mrmae.common.page import write_document
 from mrmae.common.progress import counted
 from mrmae.probe import report
+from mrmae.probe.compare_page import comparison_page
 from mrmae.probe.data import Data
-from mrmae.probe.run import ProbeOptions, Probing, begin_probing, folder_name, one
+from mrmae.probe.run import ProbeOptions, Probing, begin_probing, drawn, folder_name, one, tell_run_page
 from mrmae.probe.sources import PIXELS_ALONE, UNTRAINED
 from mrmae.shards.format import content_id
 
@@ -71,8 +73,8 @@ def compare_sources(
 ) -> dict[str, Any]:
     """What every probe finds of every source on DATA, with the paired difference of any two, and of each from what nobody trained.
 
-    options.source is not looked at. Results of each source are kept as probe-features keeps them; the comparison is OUT/comparisons/ID.json
-    and .md (OUT: options.out, else `probes` here). In it, per probe: `rows` (source, kind: given, pixels or untrained, accuracy, interval,
+    options.source is not looked at. Results of each source are kept as probe-features keeps them; the comparison is OUT/comparisons/ID.json,
+    .md and .html (OUT: options.out, else `probes` here). In it, per probe: `rows` (source, kind: given, pixels or untrained, accuracy, interval,
     headline) and `differences` (a, b, difference, interval), `n_train`, `n_test`. Raises ValueError like probe_features.
     """
     if unknown := [probe for probe in options.probes if probe not in COMPARED]:
@@ -99,6 +101,7 @@ def compare_sources(
             result = one(job, probe)
             right = report.load_predicted(job.home, result) == job.labels[1]
             found[probe].append(Compared(source, kind, result, right))
+        tell_run_page(job)
     return keep(options, sources, {probe: table_of(rows, options.seed) for probe, rows in found.items()}, say)
 
 
@@ -146,14 +149,16 @@ def paired_difference(a: Compared, b: Compared, seed: int) -> dict[str, Any]:
 def keep(
     options: ProbeOptions, sources: Sequence[str], probes: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """The comparison, also as JSON and Markdown, and its tables said aloud."""
+    """The comparison, also as JSON, Markdown and a page, and its tables said aloud."""
     found = {"data": " ".join(options.data), "sources": list(sources), "seed": options.seed, "probes": probes}
     home = (options.out or Path("probes")) / "comparisons" / content_id(found)[7:19]
     publish(home.with_suffix(".json"), (json.dumps(found, indent=2, default=list) + "\n").encode(), replace=True)
     publish(home.with_suffix(".md"), ("\n".join(markdown_of(found)) + "\n").encode(), replace=True)
+    page = home.with_suffix(".html")
+    made = drawn(page, lambda: write_document(page, comparison_page(found)), say)
     for line in markdown_of(found):
         say(line)
-    say(f"{home}.md, {home}.json")
+    say(f"{home}.md, {home}.json" + f", {page}" * made)
     return found
 
 

@@ -1,11 +1,12 @@
 """A comparison of sources as a page that one can send: accuracies, and paired intervals of their differences."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mrmae.common import page
 from mrmae.common.page import Html
 from mrmae.common.progress import counted
+from mrmae.probe.report import ABSOLUTE
 
 UNTAUGHT = {"given": "", "pixels": "pixels alone, shrunk", "untrained": "the same model before any training"}
 Interval = tuple[float, float, float]
@@ -29,9 +30,10 @@ def heading(probe: str, table: Mapping[str, Any]) -> str:
 def compared(table: Mapping[str, Any]) -> Iterator[Html]:
     """One probe's accuracies and differences, drawn and as numbers."""
     rows, pairs = table["rows"], table["differences"]
+    names = short_names([row["source"] for row in rows])
     yield page.intervals(
         "Accuracy on the test images, 95 % intervals",
-        {row["source"]: in_percent(row, "accuracy") for row in rows},
+        {names[row["source"]]: in_percent(row, "accuracy") for row in rows},
         x="%",
     )
     yield page.table(
@@ -46,18 +48,24 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
             for row in rows
         ],
     )
-    notes = dict.fromkeys(f"{row['source']}: {note}" for row in rows for note in row["notes"])
+    notes = dict.fromkeys(f"{names[row['source']]}: {note}" for row in rows for note in row["notes"])
     for note in notes:
         yield page.paragraph(note, "quiet")
     if not pairs:
         return
-    drawn = {f"{pair['a']} − {pair['b']}": in_percent(pair, "difference") for pair in pairs}
+    drawn = {f"{names[pair['a']]} − {names[pair['b']]}": in_percent(pair, "difference") for pair in pairs}
     yield page.intervals("Paired differences, 95 % intervals", drawn, x="percentage points", zero=True)
     yield page.table(
         ["difference", "points [95 %]", "verdict"],
         [[name, value_words(value, sign="+"), who_is_ahead(value)] for name, value in drawn.items()],
         caption="Paired: both answered about the same test images, which are drawn for both at once.",
     )
+
+
+def short_names(sources: Sequence[str]) -> dict[str, str]:
+    """The sources by what is read of them: without the folders of absolute paths, unless two would be called the same."""
+    short = [ABSOLUTE.sub("", source) for source in sources]
+    return {source: name if short.count(name) == 1 else source for source, name in zip(sources, short)}
 
 
 def in_percent(row: Mapping[str, Any], name: str) -> Interval:

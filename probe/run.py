@@ -96,10 +96,18 @@ def tell_run_page(job: Probing) -> None:
     run = job.source.home
     if run is None or job.home != run / "probes" or not (run / "report.html").exists():
         return
+    if drawn(run / "report.html", lambda: write_run_page(run), job.say):
+        job.say(f"they are in {run / 'report.html'}, too")
+
+
+def drawn(path: Path, draw: Callable[[], object], say: Callable[[str], None]) -> bool:
+    """Whether the page at `path` could be drawn; a note where it could not: no result is lost for a page."""
     try:
-        job.say(f"they are in {write_run_page(run)}, too")
+        draw()
     except Exception as error:
-        job.say(f"note: {run / 'report.html'} could not be drawn anew: {' '.join(str(error).split())}")
+        say(f"note: {path} could not be drawn: {' '.join(str(error).split())}")
+        return False
+    return True
 
 
 def begin_probing(options: ProbeOptions, say: Callable[[str], None], data: Data | None = None) -> Probing:

@@ -260,7 +260,8 @@ def costs(run: Facts, seen: int) -> Iterator[Html]:
             ("features read", human_bytes(cost["feature_bytes"]), human_bytes(cost["feature_bytes"] * seen)),
             ("views read", human_bytes(cost["view_bytes"]), human_bytes(cost["view_bytes"] * seen))]  # fmt: skip
     if cost["teacher_flops"]:
-        rows.insert(3, ("of it, teachers", macs(cost["teacher_flops"]), macs(cost["teacher_flops"] * seen)))
+        what = "teachers" if run["teachers_run"] == "in the step" else "what is made in the step, such as masks"
+        rows.insert(3, (f"beside it, {what}", macs(cost["teacher_flops"]), macs(cost["teacher_flops"] * seen)))
     yield page.table(["", "per image", f"whole run, {counted(seen, 'image')}"], rows)
     yield page.paragraph(
         "MAC: multiply-accumulate of matrix products, attention and convolutions, counted on one image; two FLOP each.",

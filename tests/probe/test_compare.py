@@ -55,6 +55,9 @@ def test_a_comparison_has_each_source_s_own_result_and_the_paired_differences(
     (text,) = (tmp_path / "out/comparisons").glob("*.md")
     assert json.loads(text.with_suffix(".json").read_text()) == json.loads(json.dumps(found))
     assert "| paired, on the same test images | difference | 95 % interval |" in text.read_text()
+    page = text.with_suffix(".html").read_text()
+    assert "5 sources" not in page and "2 sources compared" in page and page.count("points [95 %]") == 2
+    assert said[-1].endswith(f", {text.with_suffix('.html')}")
     notes = [line for line in said if line.startswith("note: ")]
     assert said[-1].startswith(str(text)) and len(notes) == len({*notes}) > 1
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mrmae.common.page import write_document
-from mrmae.probe.compare_page import comparison_page
+from mrmae.probe.compare_page import comparison_page, short_names
 
 HOSTILE = "<img src=x onerror=window.hit=1>"
 
@@ -33,6 +33,15 @@ def test_it_says_who_is_ahead_and_where_nobody_can_tell() -> None:
                  "pixels alone", "+2.0 [-1.0, +5.0]", "neither is shown to be ahead", "the first is ahead", "the second is ahead",
                  "runs/a: said of runs/a"):  # fmt: skip
         assert said in text, said
+
+
+def test_names_are_short_unless_two_would_be_the_same() -> None:
+    assert short_names(["/runs/a", "untrained:/runs/a", "b"]) == {
+        "/runs/a": "a",
+        "untrained:/runs/a": "untrained:a",
+        "b": "b",
+    }
+    assert short_names(["/x/a", "/y/a"]) == {"/x/a": "/x/a", "/y/a": "/y/a"}
 
 
 def test_a_hostile_source_stays_text_in_a_browser(

@@ -73,7 +73,7 @@ def test_a_runs_page_tells_what_was_found_and_its_failure_is_a_note(
     )
     (tmp_path / "out" / "recipe.yaml").unlink()
     (again,), said = probe(tmp_path / "out", images, "knn")
-    assert again["accuracy"] == found["accuracy"] and said[-1].startswith(f"note: {page} could not be drawn anew: ")
+    assert again["accuracy"] == found["accuracy"] and said[-1].startswith(f"note: {page} could not be drawn: ")
 
 
 def test_the_same_again_computes_nothing_and_another_seed_uses_the_same_features(
