@@ -139,7 +139,9 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
 @click.option("--log-every", type=click.IntRange(1), default=20, help="Updates per log row.")
 @click.option("--panels-every", type=click.IntRange(0), help="Epochs per picture, 0 for none. [default: ten per run]")
 @click.option("--wandb", metavar="PROJECT", help="Log to Weights & Biases too (pip install 'mrmae[wandb]').")
-@click.option("--dry-run", is_flag=True, help="Print the resolved plan and stop; nothing is written.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print the resolved plan, time ten micro-batches, and stop; nothing is written."
+)
 def main(cache: str, out: Path, recipe: str, sets: tuple[str, ...], dry_run: bool, **options: Any) -> None:
     """Train a student on CACHE (from extract-features; a folder or an s3://, gs:// or az:// URL); all goes to the folder OUT.
 

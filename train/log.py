@@ -284,4 +284,5 @@ def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     pairs = [(name, value) for name, value in row.items() if isinstance(value, float) and name != "time"]
     pairs += [(f"loss/{name}", value) for name, value in row.get("terms", {}).items()]
     pairs += [(f"held_out/{name}", value) for name, value in row.get("held_out", {}).items()]
+    pairs += [("resumed_after_update", float(row["resumed"][-1]))] if row.get("resumed") else []
     return [(name, value) for name, value in pairs if math.isfinite(value)]
