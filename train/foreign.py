@@ -145,7 +145,9 @@ def prediction_head(model: Pretrainer) -> str | None:
     if not isinstance(model.decoder, MaskDecoder):
         return None
     names = [
-        term.name for term in model.terms if term.teacher is None and isinstance(model.heads[term.name], nn.Linear)
+        term.name
+        for term in model.terms
+        if term.recipe.target == "pixels" and isinstance(model.heads[term.name], nn.Linear)
     ]
     return names[0] if names else None
 

@@ -96,7 +96,7 @@ def panel_notes(run: Run) -> list[str]:
 
 def reconstructions(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
     """The predicted pixels: as MAE draws them, and without anything from the hidden patches."""
-    term = next((term for term in run.model.terms if term.teacher is None), None)
+    term = next((term for term in run.model.terms if term.recipe.target == "pixels"), None)
     if term is None:
         return []
     drawn = as_bytes(run.model.reconstruct(batch, masks).float().cpu())

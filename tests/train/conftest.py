@@ -64,7 +64,7 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
 def info_for(name: str) -> CacheInfo:
     """A cache that the shipped recipe `name` can train on: clip and dino, or a column for each tap that its terms name."""
     recipe = load_recipe(name)
-    patch = 16 if "mcmae" in recipe.student.model else 4
+    patch = 16 if "mcmae" in recipe.student.model else 8 if any(t.target == "hog" for t in recipe.terms.values()) else 4
     taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
     if not taps:
         return make_info(4, patch)

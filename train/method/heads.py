@@ -23,4 +23,13 @@ def mlp(width: int, out: int) -> nn.Module:
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
 
 
-HEADS = {"linear": linear, "ln_linear": ln_linear, "mlp": mlp}
+def mlp3_ln(width: int, out: int) -> nn.Module:
+    """[Linear, LayerNorm, GELU] twice, Linear, LayerNorm without affine, all 512 wide; then Linear: DMJD's visible branch."""
+    wide = 512
+    first = (nn.Linear(width, wide), nn.LayerNorm(wide, eps=LN_EPS), nn.GELU())
+    second = (nn.Linear(wide, wide), nn.LayerNorm(wide, eps=LN_EPS), nn.GELU())
+    last = (nn.Linear(wide, wide), nn.LayerNorm(wide, eps=LN_EPS, elementwise_affine=False), nn.Linear(wide, out))
+    return nn.Sequential(*first, *second, *last)
+
+
+HEADS = {"linear": linear, "ln_linear": ln_linear, "mlp": mlp, "mlp3_ln": mlp3_ln}

@@ -34,10 +34,12 @@ class Size(NamedTuple):
     mlp_ratios: tuple[float, float, float] = (4.0, 4.0, 4.0)
 
 
-# base: MCMAE-B as published. large: the widths and depths of DMJD's code, with MCMAE's MLP ratios. test: for tests only.
+# base: MCMAE-B as published; base_mlp8: with the MLP ratios of DMJD's code. large: the widths and depths of that code, with MCMAE's
+# MLP ratios. test: for tests only.
 SIZES = {
     "mcmae_base": Size((256, 384, 768), (2, 2, 11), 12),
     "mcmae_large": Size((384, 768, 1024), (2, 2, 23), 16),
+    "mcmae_base_mlp8": Size((256, 384, 768), (2, 2, 11), 12, (8.0, 8.0, 4.0)),
     "test_mcmae": Size((8, 16, 32), (1, 2, 3), 4),
 }
 

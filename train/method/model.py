@@ -20,6 +20,7 @@ from mrmae.train.method import mcmae
 from mrmae.train.method.decoders import DECODERS, Decoder, blocks_read, reads_final
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.heads import HEADS
+from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe
@@ -59,7 +60,6 @@ class Pretrainer(nn.Module):
 
     def __init__(self, recipe: Recipe, info: CacheInfo, kernels: str = "auto") -> None:
         super().__init__()
-        patch = info.patch
         check_channels(recipe, info)
         self.recipe, self.info, self.kernels = recipe, info, kernels
         self.n_keep, self.n_predict = counts(recipe.mask, info.n_patches)
@@ -81,8 +81,7 @@ class Pretrainer(nn.Module):
         self.statistics = nn.ModuleDict()
         for term in self.terms:
             width_in = self.width_of(term)
-            out = patch**2 * info.channels if term.teacher is None else info.target(term.teacher).width
-            self.heads[term.name] = HEADS[term.recipe.head](width_in, out)
+            self.heads[term.name] = HEADS[term.recipe.head](width_in, width_of_target(term, info))
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         freeze_unread(self.student, taps, self.keep_blocks)
 
@@ -201,7 +200,7 @@ class Pretrainer(nn.Module):
         alone: with those of the image's visible patches together, so that nothing comes from what is hidden.
         Raises ValueError when the recipe predicts no pixels.
         """
-        term = next((term for term in self.terms if term.teacher is None), None)
+        term = next((term for term in self.terms if term.recipe.target == "pixels"), None)
         if term is None:
             raise ValueError(
                 f"recipe {self.recipe.name}: predicts no pixels; a term with target pixels was expected to draw them"
@@ -273,6 +272,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def width_of_target(term: Term, info: CacheInfo) -> int:
+    """Numbers that a term predicts per token. Raises ValueError for a target that patches of this size do not have."""
+    if term.teacher is not None:
+        return info.target(term.teacher).width
+    return hog_width(info.patch, info.channels) if term.recipe.target == "hog" else info.patch**2 * info.channels
 
 
 def count(parameters: Iterable[Tensor]) -> int:

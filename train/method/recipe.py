@@ -20,7 +20,7 @@ RECIPES = Path(__file__).with_name("recipes")
 
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
-HeadKind = Literal["linear", "ln_linear", "mlp"]
+HeadKind = Literal["linear", "ln_linear", "mlp", "mlp3_ln"]
 Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
@@ -111,7 +111,7 @@ class TermRecipe:
     tap: `final`, `block<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
-    target: `pixels`, or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    target: `pixels`, their `hog` (targets.py), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
@@ -119,7 +119,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers"]
+    target: Literal["pixels", "teachers", "hog"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -341,7 +341,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
 
 def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
-        at, pixels, decoded = f"terms.{name}", term.target == "pixels", "decoder" in term.taps
+        at, pixels, decoded = f"terms.{name}", term.target != "teachers", "decoder" in term.taps
         is_tap = all(tap == "decoder" or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
         yield (
             f"{at}.tap",
@@ -359,15 +359,20 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
         told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
         yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
-        yield f"{at}.positions", not pixels or not term.at("cls", "pooled"), "patches were expected with target pixels"
-        yield f"{at}.teachers", not (pixels and term.teachers), "none was expected with target pixels"
-        yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), "null was expected with target pixels"
+        yield (
+            f"{at}.positions",
+            not pixels or not term.at("cls", "pooled"),
+            f"patches were expected with target {term.target}",
+        )
+        yield f"{at}.teachers", not (pixels and term.teachers), f"none was expected with target {term.target}"
+        yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        fits = term.transform in (("none", "norm_pix") if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
+        known = {"pixels": ("none", "norm_pix"), "hog": ("none",)}
+        fits = term.transform in (known[term.target] if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
         yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2, channel or phi_s"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"
-        yield f"{at}.distance", not pixels or term.distance == "mse", "mse was expected with target pixels"
+        yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
         yield (

@@ -108,7 +108,7 @@ def initialise(model: nn.Module, seed: int) -> None:
                 nn.init.uniform_(parameter, -bound, bound, generator=generator_of(seed, f"{at}.{name}"))
             if at.endswith(MCMAE_EMBEDDING):
                 nn.init.xavier_uniform_(module.weight.flatten(1), generator=generator_of(seed, f"{at}.weight"))
-        elif isinstance(module, nn.LayerNorm):
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():

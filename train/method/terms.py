@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mrmae.kernels import dispatch, reference
 from mrmae.train.method.distances import DISTANCES
+from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
@@ -22,7 +23,7 @@ from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics, code
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss, bound to one target: the pixels (teacher None) or one cached column of a teacher, by target name.
+    """One weighted loss, bound to one target: pixels or their HOG (teacher None) or one cached column of a teacher, by target name.
 
     name: as in the recipe, `mimic`, with `/teacher` where it predicts one: the key of its head and of its logged value.
     weight: the recipe's, divided by the number of teachers that share it.
@@ -34,7 +35,7 @@ class Term:
     weight: float
 
     def __str__(self) -> str:
-        r, target = self.recipe, self.teacher or "pixels"
+        r, target = self.recipe, self.teacher or self.recipe.target
         focus = " * saliency" if r.focus else ""
         return f"{r.tap} @ {r.positions} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
 
@@ -58,7 +59,7 @@ def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
             raise ValueError(f"term {name}: torch uses this name itself; another one was expected; rename terms.{name}")
         if term.focus:
             saliency_arrays(recipe.mask.source, info)
-        if term.target == "pixels":
+        if term.target != "teachers":
             terms.append(Term(name, term, None, term.weight))
             continue
         teachers = teachers_of(name, term, info)
@@ -139,7 +140,9 @@ def score(
     for term in terms:
         tokens = tokens_at(taps, term.recipe.taps, term.recipe.positions)
         prediction = tokens._replace(x=heads[term.name](tokens.x))
-        if term.teacher is None:
+        if term.recipe.target == "hog":
+            errors = hog_errors(prediction, term, batch, pixels, kernels)
+        elif term.teacher is None:
             errors = pixel_errors(prediction, term, batch, pixels, kernels)
         else:
             errors = mimic_errors(prediction, term, statistics[term.name], batch, pixels, kernels)
@@ -179,6 +182,16 @@ def pixel_errors(
         norm_pix=term.recipe.transform == "norm_pix",
         kernels=kernels,
     )
+
+
+def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str) -> Float[Tensor, "b m"]:
+    """Distance of every prediction to the histograms of oriented gradients of its patch."""
+    with torch.no_grad(), torch.autocast(prediction.x.device.type, enabled=False):
+        whole = hog_targets(batch.pixels, pixels.patch, dtype=pixels.scale.dtype)
+    distance = DISTANCES[term.recipe.distance]
+    told = {"distance": distance.kernel, "beta": distance.beta, "kernels": kernels}
+    l = whole.shape[1]
+    return dispatch.mimic_loss(prediction.x, whole, prediction.ids, target="none", l=l, **told) * distance.factor
 
 
 def mimic_errors(

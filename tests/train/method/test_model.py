@@ -39,9 +39,11 @@ def test_fp32_agrees_with_float64(tiny_recipe: MakeRecipe, tiny_info: MakeInfo, 
 
 def cost_of_zero(term: Term, patch: int) -> float:
     """What a head that predicts nothing costs: mean squared error of a normalised target, or twice smooth-L1 of N(0, 1)."""
-    if term.teacher is None:
+    if term.recipe.target == "pixels":
         return 1 - 1 / (3 * patch**2)
-    return {"mse": 1.0, "sl1(1)": 0.425, "2*sl1(1)": 0.849, "cosd": 1.0, "2-2cos": 2.0}[term.recipe.distance]
+    return {"mse": 1.0, "2*sl1(1)": 0.849, "sl1(1)": 0.425, "sl1(2)": 0.247, "cosd": 1.0, "2-2cos": 2.0}[
+        term.recipe.distance
+    ]
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -57,8 +59,9 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     assert loss.dtype == torch.float32 and loss.ndim == 0
     assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts.values())
     assert set(parts) == {term.name for term in model.terms}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    losses = [loss.item()]
+    lr = 5e-4 if any(term.recipe.head == "mlp3_ln" for term in model.terms) else 5e-3
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses, first = [loss.item()], parts
     for _ in range(16):
         loss, parts = model(batch, masks)
         losses.append(loss.item())
@@ -67,6 +70,9 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         optimizer.step()
     assert losses[0] == pytest.approx(losses[1], rel=0.01)  # bf16 and fp32 at the same weights
+    if model.recipe.mask.masks_per_image > 1:  # several masks of four noise images are not learnt by heart so soon
+        assert losses[-1] < losses[0] and all(parts[name] < first[name] for name in parts), (losses, first, parts)
+        return
     assert all(after < before for before, after in itertools.pairwise(losses[1:6])), losses
     for term in model.terms:  # features of visible patches are told by the patch itself; of hidden ones only guessed
         few = model.n_keep <= info.n_patches // 2

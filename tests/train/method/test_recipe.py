@@ -27,6 +27,8 @@ from mrmae.train.method.targets import Batch
 from mrmae.train.optim import base_lr, lr_at
 
 COUNTS = {
+    "dmjd": (76, 120),
+    "dmjd-mimic": (76, 120),
     "maskalign": (58, 0),
     "medic": (118, 78),
     "mimic-only": (49, 0),
@@ -94,15 +96,17 @@ def test_the_learning_rate_grows_with_the_batch(name: str, peak: float) -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_every_recipe_draws_as_many_patches_as_it_says(name: str) -> None:
+    said = load_recipe(name).mask
     kept, predicted = COUNTS.get(name, (49, 147))
+    if said.law != "fixed":
+        kept, predicted = masks.counts(masks.at_update(said, masks.Draw(0, 0), 196), 196)
     attention = torch.rand(3, 196, generator=torch.Generator().manual_seed(0))
     batch = Batch(torch.tensor([5, -9, 2**40]), torch.empty(0, dtype=torch.uint8), {"t": {"attention": attention}})
     tokens = torch.randn(3, 196, 8, generator=torch.Generator().manual_seed(1))
-    recipe = load_recipe(name).mask
-    embedded = tokens if recipe.sampler == "similarity" else None
-    drawn = samplers.draw_masks(batch, masks.Draw(0, 0), recipe=recipe, l=196, embedded=embedded)
+    embedded = tokens if said.sampler == "similarity" else None
+    drawn = samplers.draw_masks(batch, masks.Draw(0, 0), recipe=said, l=196, embedded=embedded)
     for ids, n in ((drawn.ids_keep, kept), (drawn.ids_predict, predicted)):
-        assert ids.shape == (3, n) and (ids.diff(dim=1) > 0).all()
+        assert ids.shape == (3 * said.masks_per_image, n) and (ids.diff(dim=1) > 0).all()
     together = torch.cat([drawn.ids_keep, drawn.ids_predict], dim=1)
     assert together.min() >= 0 and together.max() < 196
     assert all(len(set(row.tolist())) == kept + predicted for row in together)
