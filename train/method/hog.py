@@ -5,18 +5,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-CELL, BINS = 8, 9  # pixels along a side of a cell; bins over 180 degrees
+HOG_CELL, HOG_BINS = 8, 9  # pixels along a side of a cell; bins over 180 degrees
 LN_EPS = 1e-5
 
 
 def hog_width(patch: int, channels: int) -> int:
     """Numbers per patch. Raises ValueError where cells do not tile a patch."""
-    if patch % CELL:
+    if patch % HOG_CELL:
         raise ValueError(
-            f"target hog: patches of {patch} px; a multiple of {CELL}, the side of a cell, was expected; extract with another "
+            f"target hog: patches of {patch} px; a multiple of {HOG_CELL}, the side of a cell, was expected; extract with another "
             "--size or --grid"
         )
-    return (patch // CELL) ** 2 * BINS * channels
+    return (patch // HOG_CELL) ** 2 * HOG_BINS * channels
 
 
 def hog_targets(pixels: UInt8[Tensor, "b h w c"], patch: int, *, dtype: torch.dtype) -> Float[Tensor, "b l k"]:
@@ -31,12 +31,12 @@ def hog_targets(pixels: UInt8[Tensor, "b h w c"], patch: int, *, dtype: torch.dt
     columns[:, :, 1:-1] = value[:, :, 2:] - value[:, :, :-2]
     magnitude = torch.hypot(rows, columns)
     angle = torch.rad2deg(torch.atan2(rows, columns)) % 180
-    bin = (angle * (BINS / 180)).long().clamp(max=BINS - 1)
-    spread = torch.zeros(*value.shape, BINS, dtype=dtype, device=value.device).scatter(
+    bin = (angle * (HOG_BINS / 180)).long().clamp(max=HOG_BINS - 1)
+    spread = torch.zeros(*value.shape, HOG_BINS, dtype=dtype, device=value.device).scatter(
         4, bin[..., None], magnitude[..., None]
     )
     b, h, w, c = value.shape
-    cells = spread.view(b, h // CELL, CELL, w // CELL, CELL, c, BINS).mean(dim=(2, 4))
-    normed, across = F.layer_norm(cells, (BINS,), eps=LN_EPS), patch // CELL
-    patches = normed.view(b, h // patch, across, w // patch, across, c, BINS).permute(0, 1, 3, 2, 4, 6, 5)
+    cells = spread.view(b, h // HOG_CELL, HOG_CELL, w // HOG_CELL, HOG_CELL, c, HOG_BINS).mean(dim=(2, 4))
+    normed, across = F.layer_norm(cells, (HOG_BINS,), eps=LN_EPS), patch // HOG_CELL
+    patches = normed.view(b, h // patch, across, w // patch, across, c, HOG_BINS).permute(0, 1, 3, 2, 4, 6, 5)
     return patches.reshape(b, (h // patch) * (w // patch), -1)

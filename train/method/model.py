@@ -60,6 +60,7 @@ class Pretrainer(nn.Module):
 
     def __init__(self, recipe: Recipe, info: CacheInfo, kernels: str = "auto") -> None:
         super().__init__()
+        assert info.patch  # a grid that does not cut the view is refused before anything counts its patches
         check_channels(recipe, info)
         self.recipe, self.info, self.kernels = recipe, info, kernels
         self.n_keep, self.n_predict = counts(recipe.mask, info.n_patches)

@@ -367,8 +367,8 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.teachers", not (pixels and term.teachers), f"none was expected with target {term.target}"
         yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        known = {"pixels": ("none", "norm_pix"), "hog": ("none",)}
-        fits = term.transform in (known[term.target] if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
+        transforms = {"pixels": ("none", "norm_pix"), "hog": ("none",)}
+        fits = term.transform in (transforms[term.target] if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
         yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2, channel or phi_s"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"

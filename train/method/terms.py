@@ -189,9 +189,17 @@ def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale,
     with torch.no_grad(), torch.autocast(prediction.x.device.type, enabled=False):
         whole = hog_targets(batch.pixels, pixels.patch, dtype=pixels.scale.dtype)
     distance = DISTANCES[term.recipe.distance]
-    told = {"distance": distance.kernel, "beta": distance.beta, "kernels": kernels}
-    l = whole.shape[1]
-    return dispatch.mimic_loss(prediction.x, whole, prediction.ids, target="none", l=l, **told) * distance.factor
+    errors = dispatch.mimic_loss(
+        prediction.x,
+        whole,
+        prediction.ids,
+        target="none",
+        distance=distance.kernel,
+        beta=distance.beta,
+        l=whole.shape[1],
+        kernels=kernels,
+    )
+    return errors * distance.factor
 
 
 def mimic_errors(
