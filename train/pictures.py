@@ -122,7 +122,7 @@ def mimicries(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
         rgb = palette.rgb(as_compared(term, found.x.float()), found.ids)
         teacher = Strip(f"teacher {term.teacher}", cells(palette.rgb(targets[: len(batch.pixels)]), run.info.grid),
                          f"as the loss sees it ({term.recipe.transform})", random_warning(run, str(term.teacher)))  # fmt: skip
-        if not any(column.heading == teacher.heading and column.note == teacher.note for column in columns):
+        if not any(np.array_equal(column.pictures, teacher.pictures) for column in columns):
             columns.append(teacher)
         columns.append(Strip(f"{term.teacher}, predicted", cells(rgb, run.info.grid, found.ids), prediction_note(term)))
     return columns
