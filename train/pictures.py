@@ -216,7 +216,8 @@ def draw_curves(
             unused.set_axis_off()
         for axis in axes.flat[:count]:
             finish_axis(axis, max((row["epoch"] for row in epochs), default=1))
-        figure.suptitle(title + (f"\n{note}" if note else ""), fontsize=10, x=0.01, ha="left")
+        dashed = "dashed: what a prediction costs that never sees an image" if baselines else ""
+        figure.suptitle("\n".join(filter(None, (title, note, dashed))), fontsize=10, x=0.01, ha="left")
 
 
 def draw_term(
@@ -240,7 +241,7 @@ def draw_term(
     elif len(values) and values.min() >= 0:
         axis.set_ylim(0, 1.08 * values.max() or 1)
     axis.set(title=name)
-    axis.legend(frameon=False, fontsize=7)
+    axis.legend(fontsize=7, edgecolor="none", framealpha=0.85)
 
 
 def draw_line(axis: Any, epochs: Sequence[Mapping[str, Any]], y: Collection[float], colour: str, **how: Any) -> None:
