@@ -71,7 +71,7 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
         Strip(
             "seen by the student",
             masked_view(batch.pixels, masks.ids_keep, run.info.grid),
-            f"{run.model.n_keep} of {run.info.n_patches} patches",
+            f"{masks.ids_keep.shape[1]} of {run.info.n_patches} patches",
         ),
     ]
     with evaluating(run.model), torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16"):

@@ -281,7 +281,7 @@ def test_heads_of_every_recipe_can_be_drawn(
     for term in model.terms:
         if term.recipe.at("visible", "predicted", "all", "alive"):
             found = model.predicted(term, batch, masks)
-            assert found.x.shape[:2] == found.ids.shape and found.ids.shape[1] in (16, model.n_predict)
+            assert found.x.shape[:2] == found.ids.shape and found.ids.shape[1] in (16, masks.ids_predict.shape[1])
             assert all(len(set(row)) == len(row) for row in found.ids.tolist()) and found.x.isfinite().all()
 
 
