@@ -6,7 +6,7 @@ from typing import Any
 from mrmae.common import page
 from mrmae.common.page import Html
 from mrmae.common.progress import counted
-from mrmae.probe.report import ABSOLUTE
+from mrmae.probe.report import cell, title
 
 UNTAUGHT = {"given": "", "pixels": "pixels alone, shrunk", "untrained": "the same model before any training"}
 Interval = tuple[float, float, float]
@@ -18,7 +18,7 @@ def comparison_page(found: Mapping[str, Any]) -> str:
     return page.document(
         f"{counted(len(found['sources']), 'source')} compared",
         *sections,
-        lead=f"On {found['data']}; seed {found['seed']}.",
+        lead=f"On {cell(found['data'])}; seed {found['seed']}.",
     )
 
 
@@ -40,7 +40,7 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
         ["source", "accuracy, % [95 %]", "how", ""],
         [
             [
-                row["source"],
+                names[row["source"]],
                 value_words(in_percent(row, "accuracy")),
                 row["headline"],
                 UNTAUGHT.get(row["kind"], row["kind"]),
@@ -48,6 +48,8 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
             for row in rows
         ],
     )
+    if long := {names[row["source"]]: row["source"] for row in rows if names[row["source"]] != row["source"]}:
+        yield page.folded("The sources as they were given", page.facts(long))
     notes = dict.fromkeys(f"{names[row['source']]}: {note}" for row in rows for note in row["notes"])
     for note in notes:
         yield page.paragraph(note, "quiet")
@@ -63,8 +65,8 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
 
 
 def short_names(sources: Sequence[str]) -> dict[str, str]:
-    """The sources by what is read of them: without the folders of absolute paths, unless two would be called the same."""
-    short = [ABSOLUTE.sub("", source) for source in sources]
+    """The sources by what is read of them: without folders of absolute paths and options, unless two would be called the same."""
+    short = [title(source) for source in sources]
     return {source: name if short.count(name) == 1 else source for source, name in zip(sources, short)}
 
 

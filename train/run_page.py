@@ -172,9 +172,9 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
             x="accuracy",
         )
         yield page.table(
-            ["probe", "what", "accuracy [95 %]", "train / test / classes", "data"],
-            [[found["probe"], found["headline"], interval_words(found), f"{found['n_train']} / {found['n_test']} / {found['n_classes']}",
-              found["data"]] for found in measured],
+            ["what", "accuracy [95 %]", "train / test / classes", "source", "data"],
+            [[name, interval_words(found), f"{found['n_train']} / {found['n_test']} / {found['n_classes']}", found["source"],
+              found["data"]] for name, found in zip(probe_names(measured), measured)],
         )  # fmt: skip
     if scores:
         yield knn_chart(scores)
@@ -184,9 +184,14 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
 
 
 def probe_names(probes: LogRows) -> list[str]:
-    """What was done, with what is needed to tell it from the others: the data, else the result's id."""
+    """What was done, with what is needed to tell it from the others: untrained weights, the data, else the result's id."""
     several = len({found["data"] for found in probes}) > 1
-    names = [found["headline"] + f", {Path(found['data']).name}" * several for found in probes]
+    names = [
+        "untrained weights, " * found["source"].startswith("untrained:")
+        + found["headline"]
+        + f", {Path(found['data']).name}" * several
+        for found in probes
+    ]
     return [name if names.count(name) == 1 else f"{name}, {found['id'][7:13]}" for name, found in zip(names, probes)]
 
 

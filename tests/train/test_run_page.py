@@ -42,7 +42,7 @@ def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = Tru
         Image.new("RGB", (300, 200), (80 * epoch, 0, 0)).save(out / "panels" / f"epoch-{epoch:04d}.png")
     if probes:
         (out / "probes" / "results").mkdir(parents=True)
-        found = {"probe": "knn", "headline": "20-NN, mean", "accuracy": 0.8125, "interval": [0.79, 0.83], "n_train": 100, "n_test": 50,
+        found = {"probe": "knn", "source": f"runs/{name}", "id": "sha256:0", "headline": "20-NN, mean", "accuracy": 0.8125, "interval": [0.79, 0.83], "n_train": 100, "n_test": 50,
                  "n_classes": 3, "data": name}  # fmt: skip
         (out / "probes" / "results" / "knn-0.json").write_text(json.dumps(found))
         (out / "probes" / "results" / "dense-0.json").write_text(json.dumps({**found, "accuracy": None}))
@@ -71,8 +71,8 @@ def test_the_interval_of_a_share_is_wilsons() -> None:
 
 
 def test_probes_are_told_apart_by_what_differs() -> None:
-    one = {"headline": "20-NN", "data": "/a/x.tar", "id": "sha256:123456789"}
-    assert probe_names([one]) == ["20-NN"]
+    one = {"source": "runs/a", "headline": "20-NN", "data": "/a/x.tar", "id": "sha256:123456789"}
+    assert probe_names([one, {**one, "source": "untrained:runs/a"}]) == ["20-NN", "untrained weights, 20-NN"]
     assert probe_names([one, {**one, "data": "/a/y.tar"}]) == ["20-NN, x.tar", "20-NN, y.tar"]
     assert probe_names([one, {**one, "id": "sha256:987654321"}]) == ["20-NN, 123456", "20-NN, 987654"]
 
