@@ -128,12 +128,19 @@ def newest_panel(run: Path) -> Path:
 
 
 def panels(out: Path) -> list[page.Html]:
-    """Each run's panels, a picture per epoch."""
-    parts = [page.paragraph("Five images of the training part, with the same masks in every picture.")]
-    for name in ("mr-mae", "mae"):
-        parts.append(page.slider(panels_of(out / name), alt=f"What the student of {name} is shown, reconstructs and encodes",
-                                 caption=f"{name}: {STUDENTS[name]}. One square of colour is one patch."))  # fmt: skip
-    return parts
+    """Unseen images as teacher and student see them, then each run's panels, a picture per epoch."""
+    unseen = page.picture(out / "unseen.png", alt="Token colours and similarities of the teacher and of mr-mae's student, five test images",
+                          caption="Five test images that no student saw: all patches shown, nothing masked.")  # fmt: skip
+    sliders = [page.slider(panels_of(out / name), alt=f"What the student of {name} is shown, reconstructs and encodes",
+                           caption=f"{name}: {STUDENTS[name]}. Images of the training part, with the same masks in every picture.")
+               for name in ("mr-mae", "mae")]  # fmt: skip
+    return [
+        unseen,
+        *sliders,
+        page.paragraph(
+            "Each run has a page of its own: mr-mae/report.html and mae/report.html beside this one.", "quiet"
+        ),
+    ]
 
 
 def curves(out: Path) -> list[page.Html]:

@@ -80,9 +80,11 @@ def run_here(command: list[str], name: str, out: Path, state: dict[str, Any]) ->
     """In place of a process per command, which would import torch eight times."""
     from mrmae.extract.cli import main as extract_features
     from mrmae.probe.cli import main as probe_features
+    from mrmae.probe.show_cli import main as show_features
     from mrmae.train.cli import main as train_mrmae
 
-    known = {"extract-features": extract_features, "train-mrmae": train_mrmae, "probe-features": probe_features}
+    known = {"extract-features": extract_features, "train-mrmae": train_mrmae, "probe-features": probe_features,
+             "show-features": show_features}  # fmt: skip
     known[command[0]].main(command[1:], standalone_mode=False)
     state["seconds"][name] = 1.0
 
