@@ -1,5 +1,6 @@
 """The demo's page: what its commands have left behind, as numbers with intervals, pictures and curves."""
 
+import json
 import os
 import platform
 import shlex
@@ -11,32 +12,35 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
-import safetensors.numpy
 
 from mrmae.common import page
 from mrmae.common.files import publish_by
-from mrmae.probe.data import open_data
-from mrmae.probe.report import Result, all_results, result_path
 from mrmae.train.log import read_rows
 
-Right = np.ndarray[Any, np.dtype[np.float64]]  # 1 where an image's class was found
-Interval = tuple[float, float, float]  # value, low, high
-STUDENTS = {
-    "mr-mae": "mimics the teacher on visible patches, reconstructs hidden ones",
-    "mae": "reconstructs hidden patches",
-    "untrained": "the weights that both began with",
+Interval = tuple[float, float, float]  # value, low, high: in percent or percentage points
+ABOUT = {
+    "teacher": "Galileo-nano, frozen, all patches visible",
+    "mr-mae": "student that mimics the teacher on visible patches and reconstructs hidden ones",
+    "mae": "student that reconstructs hidden patches",
+    "untrained": "the weights that both students began with",
+    "pixels": "no model: the image at 16 × 16 pixels",
 }
 PAIRS = (("mr-mae", "mae"), ("mr-mae", "untrained"), ("mae", "untrained"), ("teacher", "mr-mae"))
-RESAMPLES = 2000
 
 
-def write(out: Path, commands: Mapping[str, Sequence[str]], seconds: Mapping[str, float], *, images: Path) -> Path:
-    """OUT/index.html, from what the commands found. seconds: what each took."""
-    found = {name: result_of(out / "probes", commands[f"k-NN of {name}"][1]) for name in ("teacher", *STUDENTS)}
-    right = right_ones(out / "probes", found, images)
-    accuracies = {name: percent(result) for name, result in found.items()}
-    differences = {f"{a} − {b}": difference(right[a], right[b]) for a, b in PAIRS}
+def write(out: Path, commands: Mapping[str, Sequence[str]], seconds: Mapping[str, float], *, teacher: str) -> Path:
+    """OUT/index.html, from what the commands found. seconds: what each took. teacher: as it was probed."""
+    found = comparison(out)
+    sources = {
+        "teacher": teacher,
+        "mr-mae": str(out / "mr-mae"),
+        "mae": str(out / "mae"),
+        "untrained": f"untrained:{out / 'mr-mae'}",
+        "pixels": "pixels",
+    }
+    accuracies = {name: accuracy(found, source) for name, source in sources.items()}
+    differences = {f"{a} − {b}": difference(found, sources[a], sources[b]) for a, b in PAIRS}
+    draw_summary(out / "demo.png", newest_panel(out / "mr-mae"), accuracies, probe_words(found))
     parts = [
         page.section("What they are worth", *worth(found, accuracies, differences)),
         page.section("What the students see", *panels(out)),
@@ -44,71 +48,63 @@ def write(out: Path, commands: Mapping[str, Sequence[str]], seconds: Mapping[str
         page.section("What it took, and how to repeat it", *repeat(commands, seconds)),
         page.section("Read this before quoting it", *limits(found)),
     ]
-    draw_summary(
-        out / "demo.png",
-        newest_panel(out / "mr-mae"),
-        accuracies,
-        f"{found['mae']['headline']} on {found['mae']['n_test']} images that no student saw",
+    text = page.document(
+        "mrmae: what the demo has measured", *parts, lead=verdict(accuracies, differences["mr-mae − mae"], found)
     )
-    text = page.document("mrmae: what the demo has measured", *parts, lead=verdict(differences["mr-mae − mae"], found))
     return page.write_document(out / "index.html", text)
 
 
 # --- numbers
 
 
-def result_of(home: Path, source: str) -> Result:
-    """The newest k-NN result of a source."""
-    mine = [result for result in all_results(home) if (result["source"], result["probe"]) == (source, "knn")]
-    return max(mine, key=lambda result: result_path(home, "knn", result["id"]).stat().st_mtime)
+def comparison(out: Path) -> dict[str, Any]:
+    """What probe-features has found when it was last asked: accuracies and paired differences by k-NN."""
+    files = sorted((out / "probes" / "comparisons").glob("*.json"), key=lambda file: file.stat().st_mtime)
+    found: dict[str, Any] = json.loads(files[-1].read_bytes())["probes"]["knn"]
+    return found
 
 
-def right_ones(home: Path, found: Mapping[str, Result], images: Path) -> dict[str, Right]:
-    """For every result, which test images' class it found."""
-    data = open_data([str(images)], home)
-    truth = data.labels(data.test).numpy()
-    files = {name: result_path(home, "knn", result["id"]).with_suffix(".safetensors") for name, result in found.items()}
-    return {
-        name: (safetensors.numpy.load_file(file)["predicted"] == truth).astype(float) for name, file in files.items()
-    }
+def accuracy(found: Mapping[str, Any], source: str) -> Interval:
+    """A source's accuracy and its interval, in percent."""
+    row = next(row for row in found["rows"] if row["source"] == source)
+    low, high = row["interval"]
+    return 100 * row["accuracy"], 100 * low, 100 * high
 
 
-def difference(ours: Right, theirs: Right) -> Interval:
-    """Ours less theirs in percentage points, with its 95 % bootstrap interval: both answered about the same images."""
-    each = 100 * (ours - theirs)
-    drawn = np.random.default_rng(0).integers(len(each), size=(RESAMPLES, len(each)))
-    low, high = np.quantile(each[drawn].mean(1), [0.025, 0.975])
-    return float(each.mean()), float(low), float(high)
+def difference(found: Mapping[str, Any], ours: str, theirs: str) -> Interval:
+    """Ours less theirs in percentage points, with the paired interval."""
+    pair = next(pair for pair in found["differences"] if {pair["a"], pair["b"]} == {ours, theirs})
+    sign = 1 if pair["a"] == ours else -1
+    low, high = sorted(100 * sign * end for end in pair["interval"])
+    return 100 * sign * pair["difference"], low, high
 
 
-def verdict(gain: Interval, found: Mapping[str, Result]) -> str:
+def probe_words(found: Mapping[str, Any]) -> str:
+    """What was asked of the features, in a line."""
+    return f"{found['rows'][0]['headline']}: {found['n_train']} labelled images, {found['n_test']} test images that no student saw, {found['n_classes']} classes"
+
+
+def verdict(accuracies: Mapping[str, Interval], gain: Interval, found: Mapping[str, Any]) -> str:
     """The first sentence: who is ahead, and whether the interval allows to say so."""
-    ours, theirs = (100 * found[name]["accuracy"] for name in ("mr-mae", "mae"))
-    words = f"Of {found['mae']['n_test']} images that no student saw, {ours:.1f} % are classified right with the features of mr-mae's student and {theirs:.1f} % with those of mae's"
+    ours, theirs = (accuracies[name][0] for name in ("mr-mae", "mae"))
+    words = (f"Of {found['n_test']} images that no student saw, {ours:.1f} % are classified right with the features of mr-mae's student and"
+             f" {theirs:.1f} % with those of mae's")  # fmt: skip
     value, low, high = gain
     seen = "the interval excludes zero" if low > 0 or high < 0 else "the interval holds zero, so neither is ahead"
     return f"{words}: {value:+.1f} points ({low:+.1f} to {high:+.1f}); {seen}."
 
 
-def percent(result: Result) -> Interval:
-    """Accuracy and interval in percent."""
-    low, high = result["interval"]
-    return 100 * result["accuracy"], 100 * low, 100 * high
-
-
 def worth(
-    found: Mapping[str, Result], accuracies: Mapping[str, Interval], differences: Mapping[str, Interval]
+    found: Mapping[str, Any], accuracies: Mapping[str, Interval], differences: Mapping[str, Interval]
 ) -> list[page.Html]:
     """Accuracies and their paired differences, as dots and as tables."""
-    about = {"teacher": "Galileo-nano, frozen, all patches visible", **STUDENTS}
-    first = found["mae"]
     return [
-        page.paragraph(f"{first['headline']}: the class of an image is voted by its nearest neighbours among {first['n_train']} labelled images, on pooled"
-                       f" patch features; {first['n_test']} test images, {first['n_classes']} classes, chance is {100 / first['n_classes']:.0f} %. Labels are used here only."),
+        page.paragraph(f"{probe_words(found)}, chance is {100 / found['n_classes']:.0f} %. The class of an image is voted by its nearest neighbours among the labelled images, on pooled"
+                       " patch features. Labels are used here only."),
         page.beside(page.intervals("Right of 100 test images", accuracies, x="%"),
                     page.intervals("Differences, on the same test images", differences, x="percentage points", zero=True)),
         page.table(["features of", "what it is", "%", "95 % interval"],
-                   [(name, about[name], f"{v:.1f}", f"{low:.1f} to {high:.1f}") for name, (v, low, high) in accuracies.items()]),
+                   [(name, ABOUT[name], f"{v:.1f}", f"{low:.1f} to {high:.1f}") for name, (v, low, high) in accuracies.items()]),
         page.table(["difference", "points", "95 % interval, paired"],
                    [(name, f"{v:+.1f}", f"{low:+.1f} to {high:+.1f}") for name, (v, low, high) in differences.items()]),
     ]  # fmt: skip
@@ -129,10 +125,11 @@ def newest_panel(run: Path) -> Path:
 
 def panels(out: Path) -> list[page.Html]:
     """Unseen images as teacher and student see them, then each run's panels, a picture per epoch."""
-    unseen = page.picture(out / "unseen.png", alt="Token colours and similarities of the teacher and of mr-mae's student, five test images",
+    unseen = page.picture(page.as_webp(out / "unseen.png"), alt="Token colours and similarities of the teacher and of mr-mae's student, five test images",
                           caption="Five test images that no student saw: all patches shown, nothing masked.")  # fmt: skip
-    sliders = [page.slider(panels_of(out / name), alt=f"What the student of {name} is shown, reconstructs and encodes",
-                           caption=f"{name}: {STUDENTS[name]}. Images of the training part, with the same masks in every picture.")
+    sliders = [page.slider({label: page.as_webp(path) for label, path in panels_of(out / name).items()},
+                           alt=f"What the student of {name} is shown, reconstructs and encodes",
+                           caption=f"{name}: {ABOUT[name]}. Images of the training part, with the same masks in every picture.")
                for name in ("mr-mae", "mae")]  # fmt: skip
     return [
         unseen,
@@ -206,12 +203,12 @@ def processor() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def limits(found: Mapping[str, Result]) -> list[page.Html]:
+def limits(found: Mapping[str, Any]) -> list[page.Html]:
     """What these numbers do not say."""
     return [
         page.paragraph("The intervals are over test images, with everything else held fixed: one run of each recipe, one seed. What another seed gives is in docs/measured.md."),
         page.paragraph("Epochs, learning rate and the mimic term's target were chosen on 1,500 other EuroSAT images, not on these."),
         page.paragraph("The teacher was pre-trained without labels on far more satellite images than these, so a student that mimics it gets what mae cannot see here: that is the point of a"
                        " teacher, and no fair race of two methods. Small students, small images: nothing here speaks of ImageNet or of ViT-B."),
-        *(page.paragraph(f"{name}: {note}", "quiet") for name, result in found.items() for note in result["notes"]),
+        *(page.paragraph(note, "quiet") for note in dict.fromkeys(note for row in found["rows"] if row["kind"] == "given" for note in row["notes"])),
     ]  # fmt: skip

@@ -103,29 +103,32 @@ def test_the_demo_ends_with_a_page_of_what_it_measured_and_says_so_again(
     made = CliRunner().invoke(demo.main, words, catch_exceptions=False)
     assert made.exit_code == 0, made.output
     text = (tmp_path / "out" / "index.html").read_text()
-    for name, source in {"mae": str(tmp_path / "out" / "mae"), "teacher": demo.GALILEO.partition("=")[2]}.items():
-        found = page.result_of(tmp_path / "out" / "probes", source)
-        assert (found["n_train"], found["n_test"]) == (60, 20)
-        assert f"{100 * found['accuracy']:.1f}" in text, name
+    found = page.comparison(tmp_path / "out")
+    assert (found["n_train"], found["n_test"], found["n_classes"]) == (60, 20, 10)
+    assert {row["kind"] for row in found["rows"]} == {"given", "pixels", "untrained"}
+    for row in found["rows"][:3]:
+        assert f"{100 * row['accuracy']:.1f}" in text, row
     again = CliRunner().invoke(demo.main, words, catch_exceptions=False)
     assert "All is done" in again.output
     other = CliRunner().invoke(demo.main, words[:2])
     assert other.exit_code and "holds a demo with quick true, not false" in other.output
 
 
-def test_a_difference_is_paired_and_the_verdict_follows_its_interval(examples: Callable[[str], Any]) -> None:
-    import numpy as np
-
+def test_differences_are_read_either_way_round_and_the_verdict_follows_the_interval(
+    examples: Callable[[str], Any],
+) -> None:
     page = examples("demo_page")
-    ours, theirs = np.repeat([1.0, 0.0], 50), np.repeat([1.0, 0.0, 0.0], [30, 20, 50])
-    value, low, high = page.difference(ours, theirs)
-    assert value == pytest.approx(20) and 10 < low < 15 and 25 < high < 30
-    found = {name: {"accuracy": x.mean(), "n_test": 100} for name, x in {"mr-mae": ours, "mae": theirs}.items()}
-    assert page.verdict((value, low, high), found).endswith(
-        "+20.0 points (" + f"{low:+.1f} to {high:+.1f}); the interval excludes zero."
+    pair = {"a": "x", "b": "y", "difference": 0.02, "interval": [-0.01, 0.06]}
+    found = {"differences": [pair], "n_test": 100}
+    assert page.difference(found, "x", "y") == pytest.approx((2, -1, 6))
+    assert page.difference(found, "y", "x") == pytest.approx((-2, -6, 1))
+    accuracies = {"mr-mae": (52.0, 45.0, 60.0), "mae": (50.0, 41.0, 58.0)}
+    assert page.verdict(accuracies, (2, -1, 6), found).endswith(
+        "+2.0 points (-1.0 to +6.0); the interval holds zero, so neither is ahead."
     )
-    assert "neither is ahead" in page.verdict((1.0, -2.0, 4.0), found)
-    assert "-3.0 points" in page.verdict((-3.0, -5.0, -1.0), found)
+    assert page.verdict(accuracies, (-3, -5, -1), found).endswith(
+        "-3.0 points (-5.0 to -1.0); the interval excludes zero."
+    )
 
 
 def test_photographs_get_the_hub_s_teachers_or_the_demo_s_own_said_aloud(
