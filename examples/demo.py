@@ -7,6 +7,7 @@ worth on images that no student saw. Stop it with Ctrl-C whenever you like: the 
 
 import json
 import os
+import resource
 import shlex
 import subprocess
 import sys
@@ -62,7 +63,7 @@ def main(images: Path | None, out: Path, quick: bool) -> None:
 def begin(out: Path, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """What OUT remembers of this demo. ClickException where it holds one of other images or another length."""
     path = out / "demo.json"
-    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**wanted, "seconds": {}}
+    state: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {**wanted, "took": {}, "done": []}
     if changed := [name for name in wanted if state[name] != wanted[name]]:
         what = f"with {changed[0]} {json.dumps(state[changed[0]])}, not {json.dumps(wanted[changed[0]])}"
         raise click.ClickException(f"{out}: holds a demo {what}; expected the same; delete it, or choose another OUT")
@@ -86,7 +87,7 @@ def on_tiles(out: Path, state: dict[str, Any]) -> None:
     commands = tile_commands(out, unseen_tiles(out / "unseen"), epochs=QUICK_EPOCHS if state["quick"] else EPOCHS)
     for name, command in commands.items():
         run(command, name, out, state)
-    page = demo_page.write(out, commands, state["seconds"], teacher=TEACHER)
+    page = demo_page.write(out, commands, state["took"], teacher=TEACHER)
     click.secho(f"\nOpen {page}", bold=True)
 
 
@@ -172,25 +173,37 @@ def photo_commands(images: Path, out: Path, teachers: Sequence[str], *, quick: b
 
 
 def run(command: Sequence[str], name: str, out: Path, state: dict[str, Any]) -> None:
-    """Print a command as one would type it and run it; its seconds are added to `state`. If it fails the demo ends with its exit code.
+    """Print a command as one would type it and run it, unless it has ended well before; wall-clock and CPU seconds are added to `state`.
 
-    Ctrl-C reaches the command too, which saves before it ends: wait for it.
+    If it fails, the demo ends with its exit code. Ctrl-C reaches the command too, which saves before it ends: wait for it.
     """
+    if name in state["done"]:
+        click.echo(f"done before: {name}")
+        return
     click.secho("\n$ " + shlex.join(command), bold=True)
     sys.stdout.flush()
-    began, stopped = time.monotonic(), False
+    before, stopped = clocks(), False
     process = subprocess.Popen([str(Path(sys.executable).parent / command[0]), *command[1:]])
     while process.poll() is None:
         try:
             process.wait()
         except KeyboardInterrupt:
             stopped = True
-    state["seconds"][name] = state["seconds"].get(name, 0) + time.monotonic() - began
+    earlier = state["took"].get(name, (0.0, 0.0))
+    state["took"][name] = [total + now - then for total, now, then in zip(earlier, clocks(), before)]
+    ended_well = not process.returncode and not stopped
+    state["done"] += [name] * ended_well
     remember(out, state)
     if stopped:
         click.secho("\nstopped; the same command goes on from here", bold=True)
-    if process.returncode or stopped:
+    if not ended_well:
         sys.exit(abs(process.returncode) or 130)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of CPU time of the commands that have ended."""
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.monotonic(), spent.ru_utime + spent.ru_stime
 
 
 if __name__ == "__main__":
