@@ -44,13 +44,15 @@ def write_synthetic_cache(
     dtype: str = "int8", seed: int = 0, bad: Sequence[int] = (), finalise: bool = True,
     format: str = "zarr",
     blocks: int = 0,
+    images: Mapping[str, bytes] | None = None,
 ) -> Path:  # fmt: skip
-    """A complete cache of n smooth random images, whose features are functions of the pixels that can be learnt.
+    """A complete cache of n smooth random images (or of those given), whose features are functions of the pixels that can be learnt.
 
     size: a multiple of 2 * grid. blocks: token blocks per view, 0 for raster order.
     bad: positions of images (in the order they are made) that do not decode.
     """
-    images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(smooth_images(n, seed, labels).items())}
+    given = images or smooth_images(n, seed, labels)
+    images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(given.items())}
     sources = samples.canonical_sources(
         Source(key, key.split("/")[0] if labels else None, len(data), hashlib.sha256(data).hexdigest())
         for key, data in images.items()
@@ -133,12 +135,14 @@ def features(rows: Sequence[PixelRow], spec: TeacherSpec) -> dict[str, Tensor]:
     return arrays | ({"attention": norm.softmax(dim=-1)} if spec.has_attention else {})
 
 
-def teacher_spec(name: str, size: int, grid: int, *, width: int, has_cls: bool, has_attention: bool) -> TeacherSpec:
+def teacher_spec(
+    name: str, size: int, grid: int, *, width: int, has_cls: bool, has_attention: bool, tap: str = "pre_tail"
+) -> TeacherSpec:
     """A teacher that exists in these tests only."""
     return TeacherSpec(
         name=name, library="synthetic", model="sine", weights="random", tag=None,
         weights_sha256=hashlib.sha256(name.encode()).hexdigest(), activation=None, input_size=(size, size),
-        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", antialias=True, tap="pre_tail",
+        mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), interpolation="bicubic", antialias=True, tap=tap,
         prefix_tokens=int(has_cls), native_grid=(grid, grid), grid=(grid, grid), resample="none", width=width,
         has_cls=has_cls, has_attention=has_attention, precision="fp32", attention_backend="none",
     )  # fmt: skip

@@ -1,0 +1,187 @@
+"""What holds for every shipped recipe, on photographs: it learns, resumes to the same bits, splits over ranks, compiles, exports."""
+
+import signal
+import tarfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor
+from training import train_quietly
+
+from mrmae.shards import commit
+from mrmae.shards.cache import open_cache
+from mrmae.shards.format import plan
+from mrmae.shards.format.tail import write_tail
+from mrmae.train import checkpoint, loop
+from mrmae.train.feed import load_masked
+from mrmae.train.log import read_rows
+from mrmae.train.method.recipe import Recipe, load_recipe, recipe_names
+from mrmae.train.online import with_targets
+from mrmae.train.ranks import Ranks
+from mrmae.train.run import Run, build_run
+from mrmae.train.setup import Setup
+
+TILES = Path(__file__).parents[2] / "examples" / "data" / "eurosat.tar"
+N = 24
+SHORT = (
+    "optim.batch_size=8",
+    "optim.epochs=3",
+    "optim.warmup_epochs=0",
+    "optim.min_lr=0.002",
+    "optim.lr_per_256=0.064",
+)
+CACHES: dict[tuple[int, tuple[str, ...]], Path] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Sums have the same order, hence the same bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures and pages have tests of their own."""
+    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
+    monkeypatch.setattr(loop, "write_run_page", lambda *_, **__: None)
+
+
+def tiles() -> dict[str, bytes]:
+    """The first of the embedded photographs."""
+    with tarfile.open(TILES) as tar:
+        members = [member for member in tar if member.isfile()][: 5 * N : 5]
+        return {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def cache_of(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
+    """`cache_of(recipe)`: a cache of photographs with what the recipe needs; clip has a norm and a projection behind its tokens."""
+
+    def make(recipe: Recipe) -> Path:
+        wide = "mcmae" in recipe.student.model or any(term.target == "hog" for term in recipe.terms.values())
+        taps = {term.teacher_tap for term in recipe.terms.values()} - {None, "projected", "post_ln"}
+        key = (64 if wide else 32, tuple(sorted(tap for tap in taps if tap)))
+        if key not in CACHES:
+            CACHES[key] = built(make_cache, tmp_path_factory.mktemp("photographs") / "cache", *key)
+        return CACHES[key]
+
+    return make
+
+
+def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[str, ...]) -> Path:
+    """A cache with clip and dino, or with one teacher per tap."""
+    told = {"has_cls": True, "has_attention": True}
+    teachers = {"clip": {"width": 8, **told}, "dino": {"width": 6, **told}}
+    if taps:
+        teachers = {f"vit{tap.removeprefix('block_')}": {"width": 8, "tap": tap, **told} for tap in taps}
+    make_cache(path, size=size, images=tiles(), n=N, n_views=1, teachers=teachers, finalise=False)
+    if not taps:
+        draw = torch.Generator().manual_seed(0)
+        norm = {
+            "layer_norm.weight": torch.rand(8, generator=draw) + 0.5,
+            "layer_norm.bias": torch.randn(8, generator=draw),
+        }
+        write_tail(
+            path,
+            "clip",
+            norm | {"layer_norm.eps": torch.tensor(1e-5), "proj.weight": torch.randn(5, 8, generator=draw)},
+        )
+    commit.finalise(path, plan.load_plan(path))
+    return path
+
+
+def bits(out: Path) -> dict[str, Tensor]:
+    """Weights and moments of the last state."""
+    state: Any = checkpoint.read_checkpoint(checkpoint.list_checkpoints(out / "checkpoints")[-1])
+    moments = {f"{i}.{k}": v for i, slot in state["optimizer"]["state"].items() for k, v in slot.items()}
+    return {**state["model"], **moments, "step": torch.tensor(state["step"])}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_learns_photographs_resumes_to_the_same_bits_and_exports(
+    name: str,
+    cache_of: Callable[[Recipe], Path],
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe, cache, step = tiny_recipe(name, *SHORT), cache_of(load_recipe(name)), loop.step
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert train_quietly(cache, whole, recipe)["finished"]
+    losses = [row["loss"] for row in read_rows(whole / "log.jsonl", "epoch")]
+    assert losses[-1] < losses[0], losses
+
+    def interrupted(run: Run, *rest: Any) -> Tensor:
+        if run.step == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return step(run, *rest)
+
+    monkeypatch.setattr(loop, "step", interrupted)
+    assert train_quietly(cache, pieces, recipe)["step"] == 5
+    monkeypatch.setattr(loop, "step", step)
+    assert train_quietly(cache, pieces, recipe)["finished"]
+    one, two = bits(whole), bits(pieces)
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    if "mcmae" not in recipe.student.model:
+        student = timm.create_model(f"local-dir:{whole / 'student'}", pretrained=True).eval()
+        assert torch.isfinite(student(torch.zeros(1, 3, *student.patch_embed.img_size))).all()
+
+
+def run_of(name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[..., Recipe], out: Path) -> Run:
+    return build_run(cache_of(load_recipe(name)), out, tiny_recipe(name, *SHORT), Ranks(), Setup(device="cpu"))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_one_rank_is_two_and_bf16_is_finite(
+    name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = run_of(name, cache_of, tiny_recipe, tmp_path)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, parts = run.model(*seen(run, run.numbers[:8]))
+    assert loss.isfinite() and all(part.isfinite() for part in parts.values())
+    run.model.double()
+    run.model.fill_constants(torch.float64)
+    whole, (one, two) = seen(run, run.numbers[:8]), (seen(run, run.numbers[at : at + 4]) for at in (0, 4))
+    v = run.recipe.mask.masks_per_image
+    halves = zip(one[1].ids_keep.chunk(v), two[1].ids_keep.chunk(v))
+    assert torch.equal(whole[1].ids_keep, torch.cat([mask for half in halves for mask in half]))
+    for parameter in run.model.parameters():
+        parameter.grad = None
+    (run.model(*whole)[0]).backward()
+    together = {key: p.grad for key, p in run.model.named_parameters() if p.requires_grad}
+    assert all(grad is not None for grad in together.values()), [key for key, grad in together.items() if grad is None]
+    run.model.zero_grad()
+    for half in (one, two):
+        (run.model(*half)[0] / 2).backward()
+    for key, p in run.model.named_parameters():
+        if p.requires_grad:
+            assert torch.allclose(together[key], p.grad, atol=1e-11, rtol=1e-8), key  # type: ignore[arg-type]
+
+
+def seen(run: Run, numbers: np.ndarray[Any, Any]) -> Any:
+    """These samples as a step of epoch 1 sees them."""
+    return with_targets(load_masked(run, numbers, epoch=1), run.online, run.needed, model=run.model)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", recipe_names())
+def test_it_compiles_to_one_graph(
+    name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    run = run_of(name, cache_of, tiny_recipe, tmp_path)
+    batch = seen(run, run.numbers[:4])
+    torch._dynamo.reset()
+    loss, _ = torch.compile(run.model, fullgraph=True, backend="eager")(*batch)
+    assert loss.item() == pytest.approx(run.model(*batch)[0].item(), rel=1e-6)
+
+
+def test_the_caches_are_whole() -> None:
+    assert all(open_cache(path).numbers.size == N for path in CACHES.values())
