@@ -51,7 +51,7 @@ def dying(run, live, forward):
     return step(run, live, forward)
 loop.step = dying
 recipe = load_recipe("mr-mae", sys.argv[3:])
-loop.train(sys.argv[1], sys.argv[2], recipe, Setup(device="cpu"), Cadence(panels_every=0, tensorboard=False))
+loop.train(sys.argv[1], sys.argv[2], recipe, Setup(device="cpu"), Cadence(panels_every=0, tensorboard=False, page=False))
 """
 
 

@@ -70,7 +70,7 @@ loop.step, loop.with_targets = eventful, note
 try:
     knn = options.pop("knn_every", 0)
     setup = Setup(device="cpu", **options)
-    cadence = Cadence(panels_every=0, tensorboard=False, log_every=1, knn_every=knn)
+    cadence = Cadence(panels_every=0, tensorboard=False, page=False, log_every=1, knn_every=knn)
     loop.train(cache, out, load_recipe("mr-mae", recipe), setup, cadence)
 except BaseException as error:
     (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")

@@ -88,7 +88,7 @@ def test_a_run_length_of_ones_own_brings_a_warm_up_that_fits(
 
 def test_recipes_and_students_are_listed_and_a_recipe_is_shown_without_a_cache() -> None:
     listed = _run("--recipe", "list")
-    assert listed.exit_code == 0 and "mr-mae-focused  MR-MAE with focused mimicking" in listed.output
+    assert listed.exit_code == 0 and "mr-mae-focused MR-MAE with focused mimicking" in " ".join(listed.output.split())
     shown = _run("--show-recipe", "mr-mae")
     assert shown.exit_code == 0 and "transform: ln0              # inferred" in shown.output
     assert _run("--show-recipe", "mr-mea").output.startswith("Error: recipe 'mr-mea': is neither")
@@ -126,7 +126,14 @@ def test_trains_and_the_same_command_again_is_done(tiny_cache: Path, tmp_path: P
     assert first.exit_code == 0, first.output
     assert "epoch 2/2" in first.output and "finished: 2 epochs" in first.output
     assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["optim"]["warmup_epochs"] == 1
-    for name in ("student/model.safetensors", "curves.png", "panels/epoch-0002.png", "log.jsonl", "tensorboard"):
+    for name in (
+        "student/model.safetensors",
+        "curves.png",
+        "report.html",
+        "panels/epoch-0002.png",
+        "log.jsonl",
+        "tensorboard",
+    ):
         assert (tmp_path / "out" / name).exists(), name
     assert _run(*args).exit_code == 0
     refused = _run(*args, "--mask-ratio", 0.5)
