@@ -6,8 +6,11 @@ from typing import Any
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.pipeline import ExtractJob
 from mrmae.shards import commit as commits
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.stats import SHARED_IMAGES, shared_energy
 
 SHOWN_BAD = 100
+LEAST_IMAGES = 50  # to tell what they share
 
 
 class TooManyBad(ValueError):
@@ -51,9 +54,25 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
         made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""
         lines.append(f"  {column['name']}: SNR {quality['snr_db']:.1f} dB in the worst shard, "
                      f"p99.9 of 1 - cos {quality['p999_one_minus_cos']:.2g}{made}{weights}")  # fmt: skip
+    if manifest["n_valid"] >= LEAST_IMAGES and not nothing_done:
+        cache = open_cache(job.path)
+        lines += [line for column in cache.columns if (line := shared_line(cache, column))]
     bad = commits.bad_images(job.path, job.plan)
     if bad:
         lines.append(
             f"{counted(len(bad), 'image')} cannot be read; every row is kept and flagged:\n{bad_list(job, bad)}"
         )
     return "\n".join(lines)
+
+
+def shared_line(cache: Cache, column: str) -> str | None:
+    """A line where most of a teacher's tokens is the same in every image, and what to do; None where it is not."""
+    constant, position = shared_energy(cache, column)
+    if position <= 0.5:
+        return None
+    n = min(SHARED_IMAGES, len(cache.numbers))
+    return (
+        f"  {column}: {position:.0%} of its layer-normalised energy is the same in every image ({constant:.0%} one constant, the rest one"
+        f" more per position; {n:,} images), which a student can predict without looking; inspect-cache stats {cache.path}, then"
+        " train-mrmae --set terms.mimic.transform=position leaves it out"
+    )

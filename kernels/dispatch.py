@@ -14,7 +14,7 @@ from mrmae.kernels import check, mimic, pixels, reference
 
 # What "auto" takes on CUDA. A kernel that loses to the compiled reference in benchmarks/results/kernels.csv becomes "torch".
 AUTO = {"gather_patches": "torch", "embed_tokens": "torch", "pixel_loss": "torch", "mimic_loss": "torch"}
-TARGETS = ("none", "ln0", "l2", "channel")
+TARGETS = ("none", "ln0", "l2", "channel", "position", "position+ln0")
 KINDS_OF_DISTANCE = ("mse", "sl1", "cosd")
 TRITON_INSTALLED = find_spec("triton") is not None
 
@@ -138,7 +138,7 @@ def mimic_loss(
     channel_mean: Float[Tensor, " d"] | None = None,
     channel_std: Float[Tensor, " d"] | None = None,
     target: str = "ln0",
-    stat_mean: Float[Tensor, " d"] | None = None,
+    stat_mean: Float[Tensor, "*l d"] | None = None,
     stat_std: Float[Tensor, " d"] | None = None,
     distance: str = "mse",
     beta: float = 1.0,
@@ -149,9 +149,10 @@ def mimic_loss(
 ) -> Float[Tensor, "v n"]:
     """Distance of every student token to the teacher token of its patch, fp32, mean over channels.
 
-    codes: int8, E4M3 or float tokens of the whole grid, read at `ids`; with gathered=True the n rows themselves and ids may be None.
-    Their value is `channel_mean + channel_std * (scale[token] * code)`, a missing mean being 0 and a missing factor 1.
-    target: "none"; "ln0" LayerNorm without affine, eps 1e-5; "l2" unit length; "channel" (value - stat_mean) / stat_std.
+    codes: int8, E4M3 or float tokens of the whole grid, read at `ids`; with gathered=True the n rows themselves, and ids, where
+    they stand in the grid, may be None but for targets of a position. Their value is `channel_mean + channel_std * (scale[token] * code)`, a missing mean being 0 and a missing factor 1.
+    target: "none"; "ln0" LayerNorm without affine, eps 1e-5; "l2" unit length; "channel" (value - stat_mean) / stat_std; "position"
+    (value - stat_mean[id]) / stat_std and "position+ln0" LayerNorm of value - stat_mean[id], with a row of stat_mean per position.
     distance: "mse"; "sl1" smooth-L1 with `beta`; "cosd" 1 - cosine. Differentiable in student only, any number of times.
     l: patches in the student's grid, to refuse codes of another one. Codes may have fewer rows than student (several masks per image): row i reads codes i mod b.
     Raises ValueError for a wrong dtype, shape, device or name, ids outside the grid and an empty mask.
@@ -164,25 +165,25 @@ def mimic_loss(
     check_mimic(
         where, student, codes, ids, scale, target=target, distance=distance, beta=beta, gathered=gathered, debug=debug
     )
+    centred = target.startswith("position")
+    stat_mean = stat_mean if centred or target == "channel" else None
+    stat_std = stat_std if target in ("channel", "position") else None
+    positions = ids if centred else None
+    check_statistics(where, target, stat_mean, stat_std, positions, d=student.shape[2], debug=debug)
     vectors = {"channel_mean": channel_mean, "channel_std": channel_std, "stat_mean": stat_mean, "stat_std": stat_std}
     for name, x in vectors.items():
         if x is not None:
             check.dtype_in(where, name, x, check.FLOATS)
-            check.shape_is(where, name, x, (student.shape[2],), "one value per teacher channel")
+            if not (centred and name == "stat_mean"):
+                check.shape_is(where, name, x, (student.shape[2],), "one value per teacher channel")
         check.no_grad(where, name, x)
     check.same_device(where, student.device, {"codes": codes, "ids": ids, "scale": scale, **vectors}, "student")
-    if target == "channel" and (stat_mean is None or stat_std is None):
-        check.refuse(
-            where, "target = 'channel' without stat_mean or stat_std", "both", "pass the data set's statistics"
-        )
-    if target != "channel":
-        stat_mean = stat_std = None
     at = None if gathered else ids
     if use_triton(where, kernels, student, codes):
         if codes.dtype == torch.float8_e4m3fn:
             codes = codes.half()  # exact, and the kernel need not load E4M3, which not every device can
         return mimic.mimic_loss(
-            student, codes, at, scale, channel_mean, channel_std, stat_mean, stat_std, target, distance, beta
+            student, codes, at, scale, channel_mean, channel_std, stat_mean, stat_std, positions, target, distance, beta
         )
     return reference.mimic_loss(
         student,
@@ -193,10 +194,36 @@ def mimic_loss(
         channel_std,
         stat_mean,
         stat_std,
+        positions,
         target=target,
         distance=distance,
         beta=beta,
     )
+
+
+def check_statistics(
+    where: str,
+    target: str,
+    stat_mean: Tensor | None,
+    stat_std: Tensor | None,
+    positions: Tensor | None,
+    *,
+    d: int,
+    debug: bool,
+) -> None:
+    """ValueError where a target lacks the data set's statistics, or they have no row for a position."""
+    lacks_std = stat_std is None and target in ("channel", "position")
+    centred = target.startswith("position")
+    if (stat_mean is None and (centred or target == "channel")) or lacks_std:
+        check.refuse(
+            where, f"target = {target!r} without stat_mean or stat_std", "both", "pass the data set's statistics"
+        )
+    if not centred or stat_mean is None:
+        return
+    if positions is None:
+        check.refuse(where, f"target = {target!r} without ids", "grid indices", "pass the ids of the gathered rows")
+    check.shape_is(where, "stat_mean", stat_mean, (None, d), "one row per position of the grid")
+    check.ids_of(where, "ids", positions, images=1, l=stat_mean.shape[0], debug=debug)
 
 
 def check_mimic(

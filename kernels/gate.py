@@ -93,7 +93,7 @@ def mimic_case(codes: torch.dtype, target: str, distance: str, *, backward: bool
     student = torch.zeros(N, 1 + K, d, dtype=torch.bfloat16)[:, 1:]
     ids, one = torch.zeros(N, K, dtype=torch.int64), torch.ones(d)
     factors = (torch.ones(N, L, dtype=torch.float16), one, one) if codes == torch.int8 else (None, None, None)
-    stats = (one, one) if target == "channel" else (None, None)
+    stats = {"channel": (one, one, None), "position": (torch.ones(L, d), one, ids)}.get(target, (None, None, None))
     rest = (ids, *factors, *stats, target, distance, 1.0)
     teacher = torch.zeros(N, L, d, dtype=codes)
     if backward:
@@ -121,6 +121,8 @@ CASES: dict[str, Callable[[], Launch]] = {
     ),
     "mimic forward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=False),
     "mimic backward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True),
+    "mimic forward int8, position mse": lambda: mimic_case(torch.int8, "position", "mse", backward=False),
+    "mimic backward int8, position mse": lambda: mimic_case(torch.int8, "position", "mse", backward=True),
     "mimic forward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=False),
     "mimic backward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=True),
     "mimic forward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=False, d=1024),

@@ -15,7 +15,7 @@ from mrmae.kernels import reference
 LIBRARY = torch.library.Library("mrmae", "FRAGMENT")
 ARGUMENTS = (
     "Tensor student, Tensor codes, Tensor? ids, Tensor? scale, Tensor? channel_mean, Tensor? channel_std,"
-    " Tensor? stat_mean, Tensor? stat_std, str target, str distance, float beta"
+    " Tensor? stat_mean, Tensor? stat_std, Tensor? positions, str target, str distance, float beta"
 )
 LIBRARY.define(f"mimic_loss({ARGUMENTS}) -> Tensor")
 LIBRARY.define(f"mimic_loss_backward(Tensor grad, {ARGUMENTS}) -> Tensor")
@@ -69,7 +69,7 @@ def mimic_loss_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def mimic_loss_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     out = torch.ops.mrmae.mimic_loss_backward(grad, *ctx.saved_tensors, ctx.target, ctx.distance, ctx.beta)
-    return out, *(None for _ in range(10))
+    return out, *(None for _ in range(11))
 
 
 for _name, _cpu, _cuda, _fake in (

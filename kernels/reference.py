@@ -164,22 +164,26 @@ def mimic_target(
     scale: Float[Tensor, "b l"] | None,
     channel_mean: Float[Tensor, " d"] | None,
     channel_std: Float[Tensor, " d"] | None,
-    stat_mean: Float[Tensor, " d"] | None,
+    stat_mean: Float[Tensor, "*l d"] | None,
     stat_std: Float[Tensor, " d"] | None,
+    positions: Int64[Tensor, "v n"] | None = None,
     *,
     target: str,
     n_rows: int,
     work: torch.dtype,
 ) -> Float[Tensor, "v n d"]:
-    """The teacher tokens at `ids`, dequantised and normalised as `target` says."""
+    """The teacher tokens at `ids`, dequantised and normalised as `target` says; `positions` are their rows of `stat_mean`."""
     y = dequantised_rows(codes, ids, scale, channel_mean, channel_std, n_rows=n_rows, work=work)
-    if target == "ln0":
+    if target in ("channel", "position", "position+ln0"):
+        assert stat_mean is not None
+        y = y - (stat_mean if target == "channel" else stat_mean[positions]).to(work)
+    if target in ("ln0", "position+ln0"):
         return layer_norm(y)
     if target == "l2":
         return unit(y)
-    if target == "channel":
-        assert stat_mean is not None and stat_std is not None
-        return (y - stat_mean.to(work)) / stat_std.to(work)
+    if target in ("channel", "position"):
+        assert stat_std is not None
+        return y / stat_std.to(work)
     return y
 
 
@@ -190,8 +194,9 @@ def mimic_loss(
     scale: Float[Tensor, "b l"] | None = None,
     channel_mean: Float[Tensor, " d"] | None = None,
     channel_std: Float[Tensor, " d"] | None = None,
-    stat_mean: Float[Tensor, " d"] | None = None,
+    stat_mean: Float[Tensor, "*l d"] | None = None,
     stat_std: Float[Tensor, " d"] | None = None,
+    positions: Int64[Tensor, "v n"] | None = None,
     *,
     target: str,
     distance: str,
@@ -203,7 +208,7 @@ def mimic_loss(
     MR-MAE (arXiv 2303.05475) are not published; which pair a recipe uses is its own choice.
     """
     work = wide(student, codes)
-    stats = (scale, channel_mean, channel_std, stat_mean, stat_std)
+    stats = (scale, channel_mean, channel_std, stat_mean, stat_std, positions)
     y = mimic_target(codes, ids, *stats, target=target, n_rows=student.shape[0], work=work)
     x = student.to(work)
     if distance == "cosd":
@@ -221,8 +226,9 @@ def mimic_loss_backward(
     scale: Float[Tensor, "b l"] | None = None,
     channel_mean: Float[Tensor, " d"] | None = None,
     channel_std: Float[Tensor, " d"] | None = None,
-    stat_mean: Float[Tensor, " d"] | None = None,
+    stat_mean: Float[Tensor, "*l d"] | None = None,
     stat_std: Float[Tensor, " d"] | None = None,
+    positions: Int64[Tensor, "v n"] | None = None,
     *,
     target: str,
     distance: str,
@@ -230,7 +236,7 @@ def mimic_loss_backward(
 ) -> Float[Tensor, "v n d"]:
     """Gradient of `mimic_loss` in student, written out. Autograd of `mimic_loss` gives the same."""
     work = wide(student, codes)
-    stats = (scale, channel_mean, channel_std, stat_mean, stat_std)
+    stats = (scale, channel_mean, channel_std, stat_mean, stat_std, positions)
     y = mimic_target(codes, ids, *stats, target=target, n_rows=student.shape[0], work=work)
     x, g = student.to(work), grad.to(work)[..., None]
     if distance == "cosd":

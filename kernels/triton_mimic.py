@@ -27,6 +27,7 @@ def load_pair(
     channel_std,
     stat_mean,
     stat_std,
+    positions,
     n_images,
     n_tokens,
     student_stride_v,
@@ -39,6 +40,8 @@ def load_pair(
     ids_stride_n,
     scale_stride_b,
     scale_stride_l,
+    positions_stride_v,
+    positions_stride_n,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     TARGET: tl.constexpr,
@@ -66,13 +69,18 @@ def load_pair(
         y = y * tl.load(channel_std + d, mask=mask, other=0)
     if MEAN:
         y = y + tl.load(channel_mean + d, mask=mask, other=0)
-    if TARGET == "ln0":
+    if TARGET == "channel":
+        y = y - tl.load(stat_mean + d, mask=mask, other=0)
+    if TARGET == "position" or TARGET == "position+ln0":
+        position = tl.load(positions + row.to(tl.int64) * positions_stride_v + slot * positions_stride_n).to(tl.int32)
+        y = y - tl.load(stat_mean + (position * D + d), mask=mask, other=0)
+    if TARGET == "ln0" or TARGET == "position+ln0":
         centred = tl.where(mask, y - tl.sum(y, axis=0) / D, 0.0)
         y = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + LN_EPS)
     if TARGET == "l2":
         y = y * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
-    if TARGET == "channel":
-        y = (y - tl.load(stat_mean + d, mask=mask, other=0)) / tl.load(stat_std + d, mask=mask, other=1)
+    if TARGET == "channel" or TARGET == "position":
+        y = y / tl.load(stat_std + d, mask=mask, other=1)
     return x, y, mask
 
 
@@ -87,6 +95,7 @@ def mimic_loss_kernel(
     channel_std,
     stat_mean,
     stat_std,
+    positions,
     beta,
     n_images,
     n_tokens,
@@ -100,6 +109,8 @@ def mimic_loss_kernel(
     ids_stride_n,
     scale_stride_b,
     scale_stride_l,
+    positions_stride_v,
+    positions_stride_n,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     TARGET: tl.constexpr,
@@ -119,6 +130,7 @@ def mimic_loss_kernel(
         channel_std,
         stat_mean,
         stat_std,
+        positions,
         n_images,
         n_tokens,
         student_stride_v,
@@ -131,6 +143,8 @@ def mimic_loss_kernel(
         ids_stride_n,
         scale_stride_b,
         scale_stride_l,
+        positions_stride_v,
+        positions_stride_n,
         D,
         WIDTH,
         TARGET,
@@ -164,6 +178,7 @@ def mimic_loss_backward_kernel(
     channel_std,
     stat_mean,
     stat_std,
+    positions,
     beta,
     n_images,
     n_tokens,
@@ -179,6 +194,8 @@ def mimic_loss_backward_kernel(
     ids_stride_n,
     scale_stride_b,
     scale_stride_l,
+    positions_stride_v,
+    positions_stride_n,
     D: tl.constexpr,
     WIDTH: tl.constexpr,
     TARGET: tl.constexpr,
@@ -198,6 +215,7 @@ def mimic_loss_backward_kernel(
         channel_std,
         stat_mean,
         stat_std,
+        positions,
         n_images,
         n_tokens,
         student_stride_v,
@@ -210,6 +228,8 @@ def mimic_loss_backward_kernel(
         ids_stride_n,
         scale_stride_b,
         scale_stride_l,
+        positions_stride_v,
+        positions_stride_n,
         D,
         WIDTH,
         TARGET,
@@ -242,6 +262,7 @@ def pair_arguments(
     channel_std: Tensor | None,
     stat_mean: Tensor | None,
     stat_std: Tensor | None,
+    positions: Tensor | None,
     beta: float,
 ) -> dict[str, Any]:
     """Tensors, sizes and strides; an absent tensor becomes `student`, which the kernel never reads in its place."""
@@ -252,19 +273,26 @@ def pair_arguments(
         "ids": student if ids is None else ids,
         "scale": student if scale is None else scale,
         **{name: student if x is None else x.float().contiguous() for name, x in vectors.items()},
+        "positions": student if positions is None else positions,
         "beta": float(beta),
         "n_images": codes.shape[0],
         "n_tokens": student.shape[1],
         **strides("student_stride", student, "vnd"),
         **strides("codes_stride", codes, "bld"),
-        **({"ids_stride_v": 0, "ids_stride_n": 0} if ids is None else strides("ids_stride", ids, "vn")),
-        **({"scale_stride_b": 0, "scale_stride_l": 0} if scale is None else strides("scale_stride", scale, "bl")),
+        **optional_strides("ids_stride", ids, "vn"),
+        **optional_strides("scale_stride", scale, "bl"),
+        **optional_strides("positions_stride", positions, "vn"),
     }
+
+
+def optional_strides(prefix: str, x: Tensor | None, names: str) -> dict[str, int]:
+    """Strides as named launch arguments; 0 for a tensor that is absent."""
+    return strides(prefix, x, names) if x is not None else {f"{prefix}_{name}": 0 for name in names}
 
 
 def build(kernel: Any, first: dict[str, Any], student: Tensor, codes: Tensor, *rest: Any) -> Launch:
     """A launch of either kernel; `first` are the arguments only one of them has."""
-    ids, scale, channel_mean, channel_std, stat_mean, stat_std, target, distance, beta = rest
+    ids, scale, channel_mean, channel_std, stat_mean, stat_std, positions, target, distance, beta = rest
     d = student.shape[2]
     constants = {
         "D": d,
@@ -276,7 +304,8 @@ def build(kernel: Any, first: dict[str, Any], student: Tensor, codes: Tensor, *r
         "MEAN": channel_mean is not None,
         "STD": channel_std is not None,
     }
-    arguments = pair_arguments(student, codes, ids, scale, channel_mean, channel_std, stat_mean, stat_std, beta)
+    tensors = (ids, scale, channel_mean, channel_std, stat_mean, stat_std, positions)
+    arguments = pair_arguments(student, codes, *tensors, beta)
     return Launch(kernel, student.shape[0] * student.shape[1], first | arguments, constants, warps_for(power_of_two(d)))
 
 

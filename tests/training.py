@@ -1,13 +1,17 @@
-"""Training in tests: on the CPU, without pictures and TensorBoard, options given flat."""
+"""Training in tests: on the CPU, without pictures and TensorBoard, options given flat; targets and distances by their formulas."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from rich.console import Console
+from torch import Tensor
 
 from mrmae.train import loop
 from mrmae.train.method import Recipe
+from mrmae.train.method.phi_s import phi_s
 from mrmae.train.setup import Cadence, Setup
 
 
@@ -22,3 +26,27 @@ def train_quietly(
     )
     assert not options, f"no options of a run: {options}"
     return loop.train(cache, out, recipe, setup, cadence, console)
+
+
+def restated(x: Tensor, value: Tensor, transform: str) -> Tensor:
+    """The targets of `value` [b, l, d], by the formulas, from all of the column's tokens [n, l, d]."""
+    flat, at = x.flatten(0, 1), x.mean(0)
+    left = (x - at).flatten(0, 1)
+    return {
+        "none": lambda: value,
+        "ln0": lambda: F.layer_norm(value, value.shape[-1:], eps=1e-5),
+        "l2": lambda: F.normalize(value, dim=-1),
+        "channel": lambda: (value - flat.mean(0)) / flat.std(0, correction=0),
+        "phi_s": lambda: (value - flat.mean(0)) @ phi_s(torch.cov(flat.T, correction=0)).T,
+        "position": lambda: (value - at) / left.std(0, correction=0),
+        "position+ln0": lambda: F.layer_norm(value - at, value.shape[-1:], eps=1e-5),
+        "position+phi_s": lambda: (value - at) @ phi_s(torch.cov(left.T, correction=0)).T,
+    }[transform]()
+
+
+def distance_of(told: Tensor, goal: Tensor, distance: str) -> Tensor:
+    """The mean distance of predictions to targets, by the formulas."""
+    if distance == "cosd":
+        return 1 - F.cosine_similarity(told, goal, dim=-1).mean()
+    error = (told - goal).abs()
+    return (error**2 if distance == "mse" else torch.where(error < 1, error**2 / 2, error - 0.5)).mean()

@@ -80,18 +80,11 @@ def stored_statistics(info: CacheInfo, cache: Cache, recipe: Recipe) -> CacheInf
         group = teachers if target in teachers else derived
         if group[target].online and group[target].column not in cache.columns:
             raise ValueError(
-                f"term {name}: transform {recipe.terms[name].transform} wants channel statistics of teacher {target!r}, which runs "
+                f"term {name}: transform {recipe.terms[name].transform} wants statistics of teacher {target!r}, which runs "
                 f"in the step and has no column in {cache.path}; statistics of cached features were expected; {ADD} {target}=..., or "
                 f"use --set terms.{name}.transform=ln0"
             )
-        found = read_stats(cache, group[target].column)
-        group[target] = replace(
-            group[target],
-            stat_mean=found.mean,
-            stat_std=found.std,
-            stat_covariance=found.covariance,
-            stat_id=found.id,
-        )
+        group[target] = replace(group[target], stats=read_stats(cache, group[target].column))
     return replace(info, teachers=teachers, derived=derived)
 
 

@@ -94,14 +94,16 @@ def progress_line(row: Mapping[str, Any]) -> str:
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
-    """One readable line of an epoch's row: its mean losses, those of the images held out, and k-NN accuracy, where measured."""
+    """One readable line of an epoch's row: its mean losses and what they explain, those of images held out, k-NN accuracy."""
     aside = dict(row.get("held_out", {}))
     held = f"  held out {_losses(aside.pop('loss'), aside)}" if aside else ""
     knn = f"  {knn_words(row)}" if "knn_top1" in row else ""
     resumed = f"  (continued after update {', '.join(map(str, row['resumed']))})" if row.get("resumed") else ""
-    return (
-        f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{held}{knn}{resumed}"
+    beyond = "".join(
+        f"  explained beyond {kind.replace('_', ' ')} {', '.join(f'{name} {_percent(x)}' for name, x in shares.items())}"
+        for kind, shares in row.get("explained", {}).items()
     )
+    return f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{beyond}{held}{knn}{resumed}"
 
 
 def knn_words(row: Mapping[str, Any]) -> str:
@@ -116,6 +118,10 @@ def knn_words(row: Mapping[str, Any]) -> str:
 def _losses(loss: float | None, terms: Mapping[str, float]) -> str:
     """`1.5000 (mimic/clip 0.5000, pixels 1.0000)`."""
     return f"{_short(loss)} ({', '.join(f'{name} {_short(value)}' for name, value in terms.items())})"
+
+
+def _percent(share: float | None) -> str:
+    return "nan" if share is None or not math.isfinite(share) else f"{100 * share:.1f} %"
 
 
 def _short(value: float | None) -> str:
@@ -283,6 +289,8 @@ def _start_wandb(project: str, out: Path) -> Any:
 def _scalars(row: Mapping[str, Any]) -> list[tuple[str, float]]:
     pairs = [(name, value) for name, value in row.items() if isinstance(value, float) and name != "time"]
     pairs += [(f"loss/{name}", value) for name, value in row.get("terms", {}).items()]
+    for kind, shares in row.get("explained", {}).items():
+        pairs += [(f"explained_beyond_{kind}/{name}", value) for name, value in shares.items()]
     pairs += [(f"held_out/{name}", value) for name, value in row.get("held_out", {}).items()]
     pairs += [("resumed_after_update", float(row["resumed"][-1]))] if row.get("resumed") else []
     return [(name, value) for name, value in pairs if math.isfinite(value)]

@@ -22,6 +22,7 @@ from mrmae.common.backend import expect_utf8, locate
 from mrmae.common.device import memory_mib
 from mrmae.common.progress import counted, human_time
 from mrmae.train import cost, optim, report
+from mrmae.train.baselines import baselines_of, explained_shares
 from mrmae.train.checkpoint import checkpoint_path
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
@@ -87,7 +88,8 @@ def train(
     """Train the student of `recipe` on a finished cache; returns a summary of the run.
 
     out: a new or empty folder, or one holding the same run, which then continues. Filled with checkpoints/, log.jsonl,
-    tensorboard/, panels/, curves.png, report.html, student/ (for timm), recipe.yaml, run.json and README.md.
+    tensorboard/, panels/, curves.png, report.html, student/ (for timm), recipe.yaml, run.json and README.md. Where it can be
+    written, the cache gets stats/baselines.json, which the next run reads.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
     updates, seconds, images_per_s and stall (since this start), notes.
     SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
@@ -103,6 +105,7 @@ def train(
         run = begin_or_resume(locate(cache_path), Path(out), recipe, ranks, setup, cadence, warn=told)
         stack.enter_context(run.lock or contextlib.nullcontext())
         check_converges(run)
+        run.baselines = baselines_of(run, console=talk)
         command = setup.command or f'train("{cache_path}", "{out}", recipe)'
         log = stack.enter_context(begin_log(run, command, talk)) if ranks.rank == 0 else None
         stop = stack.enter_context(stop_requests(ranks))
@@ -265,6 +268,7 @@ def end_epoch(run: Run, loop: Loop) -> None:
         "step": run.step,
         "loss": means.pop("loss"),
         "terms": means,
+        "explained": explained_shares(means, run.baselines),
         **held_out_row(run, done),
         "lr": run.lr(run.step),
         "skipped": run.sums.skipped,

@@ -8,6 +8,7 @@ from mrmae.common.backend import expect_utf8, locate
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.shards.order import views_for
 from mrmae.train import cost, optim, report
+from mrmae.train.baselines import baselines_of
 from mrmae.train.batches import Share
 from mrmae.train.checkpoint import newest_readable
 from mrmae.train.feed import feed_of
@@ -18,6 +19,7 @@ from mrmae.train.resume import continued
 from mrmae.train.run import Run
 from mrmae.train.setup import CADENCE, SETUP, Cadence, Setup
 
+BASELINE_IMAGES = 500  # to estimate baselines from that are not kept yet
 MOST_SECONDS = 30.0  # no update is timed that begins later
 CPU_IMAGES = 16  # of a micro-batch at most, on a CPU, where a larger one is no faster per image
 
@@ -30,6 +32,7 @@ def dry_run(
     expect_utf8(out, "OUT")
     state = newest_readable(Path(out) / "checkpoints")
     run = continued(state, locate(cache_path), Path(out), recipe, Ranks(), setup, cadence)
+    run.baselines = baselines_of(run, limit=BASELINE_IMAGES, keep=False)
     return [*report.plan_lines(run, cost.cost_facts(run)), *more_views(run), *dry_time(run), f"OUT {run.out}"]
 
 

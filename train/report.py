@@ -52,6 +52,7 @@ def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
         **({"warning": warning} if warning else {}),
         **source_of(run),
         "updates_per_epoch": run.updates,
+        "baselines": run.baselines,
         "load": how_to_load(run),
         "starts": [*starts, start],
     }
@@ -132,6 +133,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
+        **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},
         **(costs or {}),
     }
     width = max(map(len, facts))
@@ -177,6 +179,29 @@ def asking_words(run: Run, teacher: str) -> str:
         ", ".join(f"{key} ({words.strip()})" for key, words in asking.items())
         or f"mask.source {run.recipe.mask.source}"
     )
+
+
+def baseline_words(run: Run, name: str) -> str:
+    """What predictions that never see an image cost in a term: a loss above them has learned nothing from images."""
+    costs = run.baselines[name]
+    known = {
+        "zero": "zero",
+        "constant": "one constant",
+        "position": "one per position",
+        "patch_mean": "each patch's own mean",
+    }
+    told = ", ".join(f"{known[kind]} {costs[kind]:.4g}" for kind in known if kind in costs)
+    some = f" (about: from {costs['images']:,.0f} images)" if costs["images"] < len(run.cache.numbers) else ""
+    key, recipe = name.partition("/")[0], run.recipe.terms[name.partition("/")[0]]
+    shared = (
+        "position" in costs and costs["position"] < costs["zero"] / 2 and not recipe.transform.startswith("position")
+    )
+    advice = (
+        f"; most of it is the same in every image: --set terms.{key}.transform=position leaves that out"
+        if shared
+        else ""
+    )
+    return told + some + advice
 
 
 def blocks_words(run: Run) -> str:

@@ -17,8 +17,8 @@ from mrmae.train.ranks import Ranks, agree_on
 from mrmae.train.run import Run, build_run, cache_ids
 from mrmae.train.setup import Cadence, Setup
 
-OURS = {"recipe.yaml", "run.json", "README.md", "log.jsonl", "tensorboard", "wandb", "panels", "curves.png", "report.html",
-        "student", "published.pth", "checkpoints", ".lock"}  # fmt: skip
+OURS = {"recipe.yaml", "run.json", "baselines.json", "README.md", "log.jsonl", "tensorboard", "wandb", "panels", "curves.png",
+        "report.html", "student", "published.pth", "checkpoints", ".lock"}  # fmt: skip
 
 
 def begin_or_resume(

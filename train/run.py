@@ -39,7 +39,8 @@ class Run:
     besides, and why that is not read. numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
     what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
-    update there were too many of them, and why; such a run does not go on.
+    update there were too many of them, and why; such a run does not go on. baselines: per term what predictions that never see an
+    image cost (baselines.py).
     """
 
     out: Path
@@ -68,6 +69,7 @@ class Run:
     epoch_seconds: float = 0.0
     resumed: list[int] = field(default_factory=list)
     diverged: str | None = None
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     lock: IO[bytes] | None = None
 
@@ -175,6 +177,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
     ids: dict[str, Any] = {"dataset": cache.ids["dataset"], "geometry": cache.ids["geometry"], "views": cache.n_views}
     if cache.unfinished is not None:
         ids[checkpoint.COMMITTED] = cache.unfinished
+    targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
+    ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:
         return ids | online.online_ids(cache, run.online)
     return ids | {f"column {name}": cache.columns[run.info.teachers[name].column].id for name in sorted(run.needed)}

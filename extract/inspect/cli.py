@@ -235,7 +235,7 @@ def diff(a: Path, b: Path) -> None:
     help="Only these, also TEACHER.post_ln and .projected; default: all stored.",
 )
 def stats(cache: Path, columns: tuple[str, ...]) -> None:
-    """Compute exact mean, variance and covariance of CACHE's columns (float64) and store them beside it."""
+    """Compute exact means, at each position, and covariances of CACHE's columns (float64) and store them beside it."""
     from mrmae.shards.cache import open_cache
     from mrmae.shards.format import load_plan
     from mrmae.shards.stats import compute_stats, write_stats
@@ -258,7 +258,8 @@ def stats(cache: Path, columns: tuple[str, ...]) -> None:
                 moments = compute_stats(opened, name, progress=progress.add)
             path = write_stats(opened, name, moments)
             click.echo(f"{name}: {moments.n} tokens, |mean| {moments.mean.norm():.4g}, std per channel "
-                       f"{moments.variance.min().sqrt():.3g} to {moments.variance.max().sqrt():.3g}; {path} ({moments.id[:19]})")  # fmt: skip
+                       f"{moments.variance.min().sqrt():.3g} to {moments.variance.max().sqrt():.3g}, {moments.position_share:.0%} of the variance is position alone; "
+                       f"{path} ({moments.id[:19]})")  # fmt: skip
 
 
 @main.command()

@@ -167,14 +167,17 @@ def mimicry(
     codes = codes[..., ::2] if sliced else codes
     scale = draw(*codes.shape[:2]).abs().half() / (100 if codes_dtype == torch.int8 else 1) if scaled else None
     mean, std = (draw(d), draw(d).abs() + 0.5) if channels else (None, None)
-    stats = (draw(d), draw(d).abs() + 0.5) if target == "channel" else (None, None)
-    ids = None if gathered else some_ids(rows, n)
-    rest = (ids, scale, mean, std, *stats)
-    ours = mimic.mimic_loss(student, codes, *rest, target, distance, beta)
+    ids, centred = some_ids(rows, n), target.startswith("position")
+    stats = (
+        (draw(*((L, d) if centred else (d,))), draw(d).abs() + 0.5) if centred or target == "channel" else (None, None)
+    )
+    at, positions = None if gathered else ids, ids if centred else None
+    rest = (at, scale, mean, std, *stats)
+    ours = mimic.mimic_loss(student, codes, *rest, positions, target, distance, beta)
     truth_student = student.detach().double().requires_grad_()
     doubles = [None if x is None else x.double() for x in rest[1:]]
     how = {"target": target, "distance": distance, "beta": beta}
-    truth = reference.mimic_loss(truth_student, codes.double(), ids, *doubles, **how)
+    truth = reference.mimic_loss(truth_student, codes.double(), at, *doubles, positions, **how)
     yield compare("loss", ours, truth)
     (truth_grad,) = torch.autograd.grad(truth, truth_student, upstream.double())
     (grad,) = gradients(ours, [whole], upstream)
@@ -209,7 +212,7 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
         (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16), (1, 5), (20, 768)
     ):
         add("embed", embed, dtype, position_dtype, k=k, d=d)
-    targets, distances = ("none", "ln0", "l2", "channel"), ("mse", "sl1", "cosd")
+    targets, distances = ("none", "ln0", "l2", "channel", "position", "position+ln0"), ("mse", "sl1", "cosd")
     for i, (target, distance) in enumerate(product(targets, distances)):
         for j, codes_dtype in enumerate((torch.int8, *FLOATS)):
             add("mimic", mimicry, codes_dtype, target, distance, student_dtype=FLOATS[(i + j) % 3])
@@ -224,6 +227,8 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     ):
         add("mimic", mimicry, torch.int8, "ln0", "mse", **option)
     add("mimic", mimicry, torch.float16, "none", "cosd", gathered=True, masks=2, scaled=False)
+    for option in ({"gathered": True}, {"masks": 2}, {"gathered": True, "masks": 2}, {"d": 768}):
+        add("mimic", mimicry, torch.int8, "position", "mse", **option)
     return found
 
 

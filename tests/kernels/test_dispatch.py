@@ -68,11 +68,14 @@ def test_losses_are_fp32_under_autocast_and_the_residual_stream_too() -> None:
         assert stream.dtype == torch.float32
 
 
-def test_gathered_rows_give_the_same_mimic_loss() -> None:
+@pytest.mark.parametrize("target", ["ln0", "position", "position+ln0"])
+def test_gathered_rows_give_the_same_mimic_loss(target: str) -> None:
     codes, scale = torch.randint(-127, 128, (B, L, D), dtype=torch.int8), torch.rand(B, L)
     student, rows = torch.randn(B, 3, D), torch.arange(B)[:, None]
-    whole = dispatch.mimic_loss(student, codes, IDS, scale=scale, l=L)
-    picked = dispatch.mimic_loss(student, codes[rows, IDS], None, scale=scale[rows, IDS], gathered=True)
+    how = {"target": target, "stat_mean": torch.randn(L, D), "stat_std": torch.rand(D) + 0.5}
+    whole = dispatch.mimic_loss(student, codes, IDS, scale=scale, l=L, **how)
+    ids = IDS if target != "ln0" else None
+    picked = dispatch.mimic_loss(student, codes[rows, IDS], ids, scale=scale[rows, IDS], gathered=True, **how)
     assert torch.equal(whole, picked)
 
 
@@ -136,6 +139,22 @@ BAD = {
     "no statistics": (
         lambda: dispatch.mimic_loss(STUDENT, CODES, IDS, target="channel"),
         r"without stat_mean or stat_std",
+    ),
+    "no row per position": (
+        lambda: dispatch.mimic_loss(
+            STUDENT, CODES, IDS, target="position", stat_mean=torch.ones(D), stat_std=torch.ones(D)
+        ),
+        r"stat_mean has shape \[8\]; shape \[any, 8\]",
+    ),
+    "a position without a row": (
+        lambda: dispatch.mimic_loss(STUDENT, CODES, IDS, target="position+ln0", stat_mean=torch.ones(5, D)),
+        r"ids holds 5; 0 <= id < 5",
+    ),
+    "gathered rows that stand nowhere": (
+        lambda: dispatch.mimic_loss(
+            STUDENT, CODES[:, :3], None, target="position+ln0", stat_mean=torch.ones(L, D), gathered=True
+        ),
+        r"target = 'position\+ln0' without ids; grid indices",
     ),
     "scale of another grid": (
         lambda: dispatch.mimic_loss(STUDENT, CODES, IDS, scale=torch.ones(B, 5)),

@@ -25,7 +25,8 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
     factors = (torch.rand(B, L, device=device).half(), torch.randn(D, device=device), torch.rand(D, device=device))
     pred, stats = torch.randn(B, 3, VALUES, device=device), torch.ones(2, B, 3, device=device)
     grad = torch.ones(B, 3, device=device)
-    teacher = (codes, ids, *factors, None, None, "ln0", "mse", 1.0)
+    teacher = (codes, ids, *factors, None, None, None, "ln0", "mse", 1.0)
+    centred = (codes, ids, *factors, torch.randn(L, D, device=device), factors[2], ids, "position", "mse", 1.0)
     return {
         "gather_patches": (image, ids, scale, shift, P, torch.bfloat16),
         "embed_tokens": (
@@ -37,6 +38,7 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "pixel_loss": (image, pred.clone().requires_grad_(), ids, scale, shift, P, True),
         "pixel_loss_backward": (grad, image, pred, ids, scale, shift, stats, P, True),
         "mimic_loss": (student.clone().requires_grad_(), *teacher),
+        "mimic_loss of positions": (student.clone().requires_grad_(), *centred),
         "mimic_loss_backward": (grad, student, *teacher),
     }
 
@@ -44,7 +46,7 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", list(arguments("cpu")))
 def test_opcheck(name: str, device: str) -> None:
-    torch.library.opcheck(getattr(torch.ops.mrmae, name).default, arguments(device)[name])
+    torch.library.opcheck(getattr(torch.ops.mrmae, name.split()[0]).default, arguments(device)[name])
 
 
 def losses(image: Tensor, pred: Tensor, student: Tensor, rest: dict[str, Any]) -> Tensor:
@@ -52,7 +54,7 @@ def losses(image: Tensor, pred: Tensor, student: Tensor, rest: dict[str, Any]) -
     ids, scale, shift, codes = rest["ids"], rest["scale"], rest["shift"], rest["codes"]
     patches = pixels.gather_patches(image, ids, scale, shift, P, torch.float32)
     tokens = pixels.embed_tokens(patches @ rest["weight"], rest["position"], rest["cls_row"], ids)
-    mimicry = mimic.mimic_loss(student + tokens[:, 1:], codes, ids, None, None, None, None, None, "ln0", "mse", 1.0)
+    mimicry = mimic.mimic_loss(student + tokens[:, 1:], codes, ids, *6 * [None], "ln0", "mse", 1.0)
     return pixels.pixel_loss(image, pred * 2, ids, scale, shift, P, True).mean() + mimicry.mean() + tokens[:, 0].sum()
 
 
@@ -119,7 +121,7 @@ def test_the_ops_equal_the_reference_and_its_autograd_in_float64() -> None:
         torch.testing.assert_close(ours, truth, rtol=0, atol=0)
         torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-14)
     for distance in dispatch.KINDS_OF_DISTANCE:
-        rows = (rest["codes"], rest["ids"], None, None, None, None, None)
+        rows = (rest["codes"], rest["ids"], *6 * [None])
         ours = mimic.mimic_loss(student, *rows, "l2", distance, 0.5)
         truth = reference.mimic_loss(student, *rows, target="l2", distance=distance, beta=0.5)
         (grad,), (expected,) = (torch.autograd.grad(x, student, upstream) for x in (ours, truth))
@@ -159,7 +161,7 @@ def test_ddp_and_autocast_give_the_gradient_of_the_plain_model(tmp_path: Any) ->
 def test_backward_keeps_the_inputs_and_two_numbers_per_patch_only() -> None:
     """What the opaque ops add to the memory of a step: the plain reference keeps an fp32 row per patch and token."""
     image, pred, student, rest = step_inputs("cpu")
-    rows = (rest["codes"], rest["ids"], None, None, None, None, None)
+    rows = (rest["codes"], rest["ids"], *6 * [None])
     known = {x.untyped_storage().data_ptr() for x in (image, pred, student, *rest.values())}
 
     def saved(call: Callable[[], Tensor]) -> int:

@@ -123,6 +123,7 @@ def teacher(d: int = 8) -> dict[str, Tensor]:
         "channel_std": torch.rand(d, dtype=torch.float64) + 0.5,
         "stat_mean": torch.randn(d, dtype=torch.float64),
         "stat_std": torch.rand(d, dtype=torch.float64) + 0.5,
+        "position_mean": torch.randn(L, d, dtype=torch.float64),
     }
 
 
@@ -133,10 +134,12 @@ def stock_target(data: dict[str, Tensor], target: str) -> Tensor:
         "ln0": lambda: F.layer_norm(value, value.shape[-1:], eps=1e-5),
         "l2": lambda: F.normalize(value, dim=-1),
         "channel": lambda: (value - data["stat_mean"]) / data["stat_std"],
+        "position": lambda: (value - data["position_mean"]) / data["stat_std"],
+        "position+ln0": lambda: F.layer_norm(value - data["position_mean"], value.shape[-1:], eps=1e-5),
     }[target]()
 
 
-@pytest.mark.parametrize("target", ["none", "ln0", "l2", "channel"])
+@pytest.mark.parametrize("target", ["none", "ln0", "l2", "channel", "position", "position+ln0"])
 @pytest.mark.parametrize("distance", ["mse", "sl1", "cosd"])
 def test_mimic_loss_equals_stock_operations_and_its_written_gradient_equals_autograd(
     target: str, distance: str
@@ -151,9 +154,10 @@ def test_mimic_loss_equals_stock_operations_and_its_written_gradient_equals_auto
     else:
         e = (student - y).abs()
         stock = torch.where(e < 0.7, e**2 / 1.4, e - 0.35).mean(-1)
+    centre = "position_mean" if target.startswith("position") else "stat_mean"
     rest = (
         [data[k] for k in ("codes",)],
-        [data[k] for k in ("scale", "channel_mean", "channel_std", "stat_mean", "stat_std")],
+        [*(data[k] for k in ("scale", "channel_mean", "channel_std", centre, "stat_std")), ids],
     )
     arguments = {"target": target, "distance": distance, "beta": 0.7}
     ours = reference.mimic_loss(student, *rest[0], ids, *rest[1], **arguments)

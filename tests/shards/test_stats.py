@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mrmae.shards.cache import open_cache
-from mrmae.shards.stats import Stats, compute_stats, read_stats, write_stats
+from mrmae.shards.stats import Stats, compute_stats, moments, read_stats, write_stats
 
 Make = Callable[..., Path]
 
@@ -36,5 +36,33 @@ def test_moments_of_another_cache_are_refused(make_cache: Make, tmp_path: Path) 
 
 
 def test_a_channel_that_does_not_vary_normalises_to_0() -> None:
-    variance = torch.tensor([4.0, 0.0, 1e-18, 9.0]).double()
-    assert Stats("", 1, torch.zeros(4), variance, torch.diag(variance)).std.tolist() == [2, 1, 1, 3]
+    covariance = torch.diag(torch.tensor([4.0, 0.0, 1e-18, 9.0]).double())
+    found = Stats("", 1, torch.zeros(1, 4).double(), covariance)
+    assert found.std.tolist() == found.residual_std.tolist() == [2, 1, 1, 3]
+
+
+def test_moments_are_of_each_position_and_of_what_is_left_without_it(make_cache: Make, tmp_path: Path) -> None:
+    cache = open_cache(make_cache(tmp_path / "cache"))
+    for column in cache.columns:
+        write_stats(cache, column, compute_stats(cache, column))
+    found = read_stats(cache, "a.pre_tail")
+    x = torch.cat([cache.read_tokens("a.pre_tail", cache.numbers, cache.numbers * 0 + v).double() for v in range(2)])
+    left = (x - x.mean(0)).flatten(0, 1)
+    assert torch.allclose(found.position_mean, x.mean(0), rtol=0, atol=1e-12)
+    assert torch.allclose(found.residual_covariance, torch.cov(left.T, correction=0), rtol=1e-9, atol=1e-12)
+    assert torch.allclose(found.residual_std, left.std(0, correction=0), rtol=1e-9)
+    share = 1 - left.square().sum() / (x - x.mean((0, 1))).square().sum()
+    assert found.position_share == pytest.approx(share.item(), rel=1e-9)
+    assert found.cls is not None and found.cls.n == 48 and found.n == 16 * 48
+    cls = torch.cat([cache.read_cls("a.pre_tail", cache.numbers, cache.numbers * 0 + v).double() for v in range(2)])
+    assert torch.allclose(found.cls.position_mean, cls.mean(0)[None], rtol=0, atol=1e-12)
+    assert torch.allclose(found.cls.residual_covariance, torch.cov(cls.T, correction=0), rtol=1e-9, atol=1e-12)
+    assert read_stats(cache, "b.pre_tail").cls is None, "b has no CLS"
+
+
+def test_a_large_common_offset_costs_no_digits() -> None:
+    x = torch.randn(64, 4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 1e7
+    _, mean, covariance = moments(x.split(5))
+    left = (x - x.mean(0)).flatten(0, 1)
+    assert torch.allclose(mean, x.mean(0), rtol=1e-15)
+    assert torch.allclose(covariance, left.T @ left / len(left), rtol=1e-8, atol=1e-9)

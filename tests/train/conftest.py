@@ -1,12 +1,14 @@
 """Tiny stand-ins for a cache: two teachers on a small grid, and batches as the cache stores them."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
+from mrmae.shards.stats import Stats
 from mrmae.train.method.recipe import Recipe, load_recipe
-from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo
+from mrmae.train.method.targets import NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo
 
 TINY = [
     "student.model=test_vit",
@@ -66,11 +68,27 @@ def info_for(name: str) -> CacheInfo:
     recipe = load_recipe(name)
     patch = 16 if "mcmae" in recipe.student.model else 8 if any(t.target == "hog" for t in recipe.terms.values()) else 4
     taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
+    if any(term.transform in NEEDS_STATISTICS for term in recipe.terms.values()):
+        return with_statistics(make_info(4, patch))
     if not taps:
         return make_info(4, patch)
     named = {f"vit{tap.removeprefix('block_')}": tap for tap in sorted(taps)}
     layers = {key: TeacherInfo(8, None, None, True, True, f"{key}.{tap}") for key, tap in named.items()}
     return CacheInfo(4 * patch, (4, 4), layers)
+
+
+def with_statistics(info: CacheInfo) -> CacheInfo:
+    """The same cache with moments of every column and its CLS."""
+
+    def moments(about: TeacherInfo, l: int) -> Stats:
+        draw = torch.Generator().manual_seed(about.width)
+        return Stats("", 1, torch.randn(l, about.width, generator=draw), torch.eye(about.width))
+
+    known = {
+        name: replace(about, stats=replace(moments(about, info.n_patches), cls=moments(about, 1)))
+        for name, about in info.teachers.items()
+    }
+    return replace(info, teachers=known)
 
 
 @pytest.fixture

@@ -65,9 +65,7 @@ def test_the_loss_is_that_of_the_derived_column(
     column = f"a.{tap}"
     targets = {"tokens": cache.read_tokens(column, numbers, views), "cls": cache.read_cls(column, numbers, views)}
     about = run.info.derived[f"a:{tap}"]
-    told = TeacherInfo(
-        about.width, None, None, True, True, column, False, stat_mean=about.stat_mean, stat_std=about.stat_std
-    )
+    told = TeacherInfo(about.width, None, None, True, True, column, False, stats=about.stats)
     info = CacheInfo(cache.size, cache.grid, {"a": told}, blocks=cache.blocks, n_views=cache.n_views)
     model = build_model(tiny_recipe("mr-mae", *change), info)
     state = {name.replace(f"a:{tap}", "a"): tensor for name, tensor in run.model.state_dict().items()}

@@ -17,6 +17,7 @@ from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import plan
 from mrmae.shards.format.tail import write_tail
+from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import checkpoint, loop
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
@@ -95,6 +96,9 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[st
             norm | {"layer_norm.eps": torch.tensor(1e-5), "proj.weight": torch.randn(5, 8, generator=draw)},
         )
     commit.finalise(path, plan.load_plan(path))
+    cache = open_cache(path)
+    for column in cache.columns:
+        write_stats(cache, column, compute_stats(cache, column))
     return path
 
 

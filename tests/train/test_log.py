@@ -52,6 +52,13 @@ def test_a_loss_that_is_not_finite_is_null_in_valid_json(tmp_path: Path) -> None
     assert row["loss"] is None and row["terms"] == {"pixels": None}
 
 
+def test_the_line_of_an_epoch_says_what_is_explained_beyond_a_prediction_without_an_image() -> None:
+    row = _row(3, explained={"position": {"mimic/clip": 0.1234, "mimic/dino": -0.05}, "patch_mean": {"pixels": None}})
+    assert "explained beyond position mimic/clip 12.3 %, mimic/dino -5.0 %" in log.epoch_line(row)
+    assert "explained beyond patch mean pixels nan" in log.epoch_line(row)
+    assert "explained" not in log.epoch_line(_row(3))
+
+
 def test_tensorboard_gets_every_term(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -1,5 +1,6 @@
 """Teachers in the step say what the cache says of them, on the same views, to within how it is stored."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_statistics_of_cached_features_serve_teachers_in_the_step_and_others_are
     cache = open_cache(caches["float16"])
     for column in cache.columns:
         write_stats(cache, column, compute_stats(cache, column))
-    for transform in ("channel", "phi_s"):
+    for transform in ("channel", "phi_s", "position", "position+phi_s"):
         terms = (
             f"terms.mimic={{tap: final, positions: visible, target: teachers, teachers: [vit], transform: {transform}}}"
         )
@@ -76,7 +77,7 @@ def test_statistics_of_cached_features_serve_teachers_in_the_step_and_others_are
         live = _losses(cache.path, tmp_path / f"live-{transform}", sets=[terms], online=True)
         assert cached[0] == pytest.approx(live[0], rel=1e-3), transform
         views = make_cache(tmp_path / f"views-{transform}", n=8, n_views=1, teachers={})
-        told = f"term mimic: transform {transform} wants channel statistics of teacher 'vit', which runs in the step and has no column"
+        told = f"term mimic: transform {re.escape(transform)} wants statistics of teacher 'vit', which runs in the step and has no column"
         with pytest.raises(ValueError, match=told):
             _losses(views, tmp_path / "refused", sets=[terms], teachers=TEACHERS[:1])
     assert not (tmp_path / "refused").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from training import distance_of, restated
 
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
@@ -44,10 +45,10 @@ def test_only_what_the_terms_need_is_read(cache: Cache, tiny_recipe: MakeRecipe)
     filled = stored_statistics(info, cache, tiny_recipe("mr-mae", *PHI))
     assert filled.teachers["b"] == info.teachers["b"]
     a = filled.teachers["a"]
-    assert a.stat_covariance.shape == (8, 8) and a.stat_id == compute_stats(cache, "a.pre_tail").id
+    assert a.stats.covariance.shape == (8, 8) and a.stats.id == compute_stats(cache, "a.pre_tail").id
 
 
-@pytest.mark.parametrize("name", ["mean", "variance", "covariance"])
+@pytest.mark.parametrize("name", ["position_mean", "residual_covariance"])
 def test_moments_of_another_shape_are_damage(cache: Cache, name: str) -> None:
     column, whole = "b.pre_tail", read_stats(cache, "b.pre_tail")
     values = getattr(whole, name)
@@ -104,28 +105,47 @@ def on_cache(cache: Cache, recipe: Recipe) -> tuple[CacheInfo, Batch]:
     return info, load_batch(cache, cache.numbers[:4], epoch=0, needed=needed_arrays(recipe, info))
 
 
-@pytest.mark.parametrize(("distance", "transform"), [("mse", "phi_s"), ("sl1(1)", "phi_s"), ("mse", "channel")])
-def test_the_term_equals_its_restatement(cache: Cache, tiny_recipe: MakeRecipe, distance: str, transform: str) -> None:
-    recipe = tiny_recipe("mr-mae", *PHI, f"terms.mimic.distance={distance}", f"terms.mimic.transform={transform}")
+@pytest.mark.parametrize(
+    ("distance", "transform", "positions"),
+    [
+        ("mse", "phi_s", "visible"),
+        ("sl1(1)", "phi_s", "visible"),
+        ("mse", "channel", "visible"),
+        ("mse", "position", "visible"),
+        ("cosd", "position", "cls"),
+        ("sl1(1)", "position", "cls+visible"),
+        ("mse", "position+ln0", "cls+visible"),
+        ("mse", "position+phi_s", "cls+visible"),
+    ],
+)
+def test_the_term_equals_its_restatement(
+    cache: Cache, tiny_recipe: MakeRecipe, distance: str, transform: str, positions: str
+) -> None:
+    what = (f"terms.mimic.distance={distance}", f"terms.mimic.transform={transform}")
+    recipe = tiny_recipe("mr-mae", *PHI, *what, f"terms.mimic.positions={positions}")
     info, batch = on_cache(cache, recipe)
     model = build_model(recipe, info, dtype=torch.float64)
     masks = draw_masks(batch, Draw(0, 0), recipe=recipe.mask, l=info.n_patches)
-    a, raw = info.teachers["a"], batch.targets["a"]
-    value = raw["tokens"].double() * raw["scale"].double()[..., None]
-    if a.channel_std is not None:
-        value = value * a.channel_std.double() + a.channel_mean.double()
-    x = all_tokens(cache, "a.pre_tail")
-    if transform == "phi_s":
-        goal = (value - x.mean(0)) @ phi_s(torch.cov(x.T, correction=0)).T
-    else:
-        goal = (value - x.mean(0)) / x.std(0, correction=0)
-    kept = torch.stack([image[ids] for image, ids in zip(goal, masks.ids_keep)])
-    told = model.heads["mimic/a"](model.encode(batch.pixels, masks.ids_keep)[0][:, 1:])
-    error = (told - kept).abs()
-    expected = (error**2 if distance == "mse" else torch.where(error < 1, error**2 / 2, error - 0.5)).mean()
-    assert model(batch, masks)[0].item() == pytest.approx(expected.item(), rel=1e-9)
+    a, raw, goals = info.teachers["a"], batch.targets["a"], []
+    if "cls" in positions:
+        views = [cache.read_cls("a.pre_tail", cache.numbers, cache.numbers * 0 + v) for v in range(cache.n_views)]
+        goals.append(restated(torch.cat(views)[:, None].double(), raw["cls"][:, None].double(), transform))
+    if "visible" in positions:
+        value = raw["tokens"].double() * raw["scale"].double()[..., None]
+        if a.channel_std is not None:
+            value = value * a.channel_std.double() + a.channel_mean.double()
+        goal = restated(all_tokens(cache, "a.pre_tail").unflatten(0, (-1, info.n_patches)), value, transform)
+        goals.append(torch.stack([image[ids] for image, ids in zip(goal, masks.ids_keep)]))
+    told = model.encode(batch.pixels, masks.ids_keep)[0]
+    told = model.heads["mimic/a"](told[:, :1] if positions == "cls" else told[:, positions == "visible" :])
+    expected, got = distance_of(told, torch.cat(goals, 1), distance), model(batch, masks)[0]
+    assert got.item() == pytest.approx(expected.item(), rel=1e-10)
+    weight = model.heads["mimic/a"].weight
+    for ours, theirs in zip(*(torch.autograd.grad(x, weight, retain_graph=True) for x in (got, expected))):
+        assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-12)  # type: ignore[arg-type]
     rows = torch.arange(4)[:, None]
-    gathered = replace(batch, targets={"a": {name: v[rows, masks.ids_keep] for name, v in raw.items()}}, rows="visible")
+    picked = {name: v[rows, masks.ids_keep] if name in ("tokens", "scale") else v for name, v in raw.items()}
+    gathered = replace(batch, targets={"a": picked}, rows="visible")
     assert model(gathered, masks)[0].item() == model(batch, masks)[0].item()
     assert all(torch.isfinite(p.grad).all() for p in backward(model, batch, masks))
 
@@ -162,7 +182,14 @@ def test_the_rotation_is_saved_with_the_weights_and_applied_outside_autocast(
     like = torch.zeros(4, masks.ids_keep.shape[1], 8)
     statistics, raw = model.statistics["mimic/a"], batch.targets["a"]
     assert isinstance(statistics, TeacherStatistics)
-    stored = raw["tokens"], masks.ids_keep, raw["scale"], statistics.channel_mean, statistics.channel_std
+    stored = (
+        raw["tokens"],
+        masks.ids_keep,
+        raw["scale"],
+        statistics.channel_mean,
+        statistics.channel_std,
+        masks.ids_keep,
+    )
     exact = statistics.values(*stored, like=like)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(statistics.values(*stored, like=like), exact)

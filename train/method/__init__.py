@@ -1,6 +1,8 @@
 """What is learnt, as pure functions of a recipe, a batch and its masks: no files, no cache."""
 
 from mrmae.train.method.decoders import MaskDecoder
+from mrmae.train.method.distances import DISTANCES, Distance
+from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size, usual_students
@@ -19,14 +21,26 @@ from mrmae.train.method.recipe import (
 )
 from mrmae.train.method.samplers import chosen_blocks, draw_masks
 from mrmae.train.method.student import LN_EPS, build_vit, initialise, sincos_positions
-from mrmae.train.method.targets import ADD, NEEDS_STATISTICS, Batch, CacheInfo, Rows, TeacherInfo, chosen, target_names
-from mrmae.train.method.terms import Term, as_compared, needed_arrays, patch_targets
+from mrmae.train.method.targets import (
+    ADD,
+    NEEDS_STATISTICS,
+    Batch,
+    CacheInfo,
+    Rows,
+    TeacherInfo,
+    TeacherStatistics,
+    chosen,
+    target_names,
+)
+from mrmae.train.method.terms import PixelScale, Term, as_compared, needed_arrays, patch_targets
 
 __all__ = [
     "ADD",
     "Batch",
     "CacheInfo",
+    "DISTANCES",
     "DecoderRecipe",
+    "Distance",
     "Draw",
     "LN_EPS",
     "MaskDecoder",
@@ -35,11 +49,13 @@ __all__ = [
     "NEEDS_STATISTICS",
     "Optim",
     "PATCH",
+    "PixelScale",
     "Pretrainer",
     "Recipe",
     "Rows",
     "SIZES",
     "TeacherInfo",
+    "TeacherStatistics",
     "Term",
     "as_begun",
     "as_compared",
@@ -55,6 +71,7 @@ __all__ = [
     "draw_of",
     "evaluating",
     "from_dict",
+    "hog_targets",
     "initialise",
     "load_recipe",
     "needed_arrays",

@@ -96,9 +96,14 @@ class Pretrainer(nn.Module):
         self.student.pos_embed.data = positions[1 - self.student.num_prefix_tokens :].to(dtype)[None]
         if self.decoder is not None:
             self.decoder.position = sincos_positions(self.info.grid, self.decoder.position.shape[1])[1:].to(dtype)
-        wanted = {term.name: (term.teacher, term.recipe.transform) for term in self.terms if term.teacher is not None}
+        wanted = {
+            term.name: (term.teacher, term.recipe.transform, term.recipe.at("cls"))
+            for term in self.terms
+            if term.teacher is not None
+        }
         made = {
-            key: TeacherStatistics(self.info.target(key[0]), dtype, key[1]) for key in dict.fromkeys(wanted.values())
+            key: TeacherStatistics(self.info.target(key[0]), dtype, key[1], cls=key[2])
+            for key in dict.fromkeys(wanted.values())
         }
         self.statistics.update({name: made[key] for name, key in wanted.items()})
 

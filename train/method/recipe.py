@@ -21,7 +21,7 @@ RECIPES = Path(__file__).with_name("recipes")
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
 HeadKind = Literal["linear", "ln_linear", "mlp", "mlp3_ln"]
-Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "norm_pix"]
+Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
@@ -368,10 +368,11 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
         transforms = {"pixels": ("none", "norm_pix"), "hog": ("none",)}
-        fits = term.transform in (transforms[term.target] if pixels else ("none", "ln0", "l2", "channel", "phi_s"))
-        yield f"{at}.transform", fits, "pixels: none or norm_pix; teachers: none, ln0, l2, channel or phi_s"
+        fits = term.transform in transforms[term.target] if pixels else term.transform != "norm_pix"
+        names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
+        yield f"{at}.transform", fits, f"pixels: none or norm_pix; teachers: {names}"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
-        yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0 or l2"
+        yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"

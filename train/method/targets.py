@@ -15,7 +15,7 @@ from mrmae.train.method.recipe import TermRecipe, Transform
 
 # How to get what a cache lacks, for the ends of error messages.
 ADD = "add the teacher to the cache with extract-features IMAGES CACHE --teacher"
-NEEDS_STATISTICS = ("channel", "phi_s")
+NEEDS_STATISTICS = ("channel", "phi_s", "position", "position+ln0", "position+phi_s")
 Rows = Literal["grid", "visible"]
 
 
@@ -26,8 +26,8 @@ class TeacherInfo:
     column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
     source, tail: where nothing is stored of this tap, the target whose stored tokens are read, and what makes of them this one's
     (shards/format/tail.py); channel_mean and channel_std are the source's then.
-    stat_mean, stat_std, stat_covariance: exact statistics of the values, for the transforms `channel` and `phi_s`; stat_id:
-    what they are statistics of. online: whether the teacher runs in the step.
+    stats: exact moments of the values (shards/stats.py), for the transforms that need them. online: whether the teacher runs in
+    the step.
     """
 
     width: int
@@ -39,10 +39,7 @@ class TeacherInfo:
     has_scale: bool = True
     source: str | None = None
     tail: Any = None
-    stat_mean: Any = None
-    stat_std: Any = None
-    stat_covariance: Any = None
-    stat_id: str | None = None
+    stats: Any = None
     online: bool = False
 
     @property
@@ -121,6 +118,8 @@ class TeacherStatistics(nn.Module):
 
     Per-channel ones are not saved with the weights: they belong to the cache, whose ids a checkpoint records. The matrix of
     `phi_s` is: eigenvectors of equal eigenvalues are not unique, and a head is trained for the ones it saw.
+    stat_mean [d], or with `position` [l, d], stat_std and phi are the transform's. cls: the same of the teacher's CLS, a grid of
+    one position.
     """
 
     channel_mean: Tensor | None
@@ -129,7 +128,9 @@ class TeacherStatistics(nn.Module):
     stat_std: Tensor | None
     phi: Tensor | None
 
-    def __init__(self, info: TeacherInfo, dtype: torch.dtype, transform: Transform = "none") -> None:
+    def __init__(
+        self, info: TeacherInfo, dtype: torch.dtype, transform: Transform = "none", *, cls: bool = False
+    ) -> None:
         super().__init__()
         tail = info.tail or {}
         self.source, self.tap = info.source, info.tap
@@ -139,11 +140,12 @@ class TeacherStatistics(nn.Module):
             self.register_buffer(f"tail_{i}", tail[name].detach().to(dtype), persistent=False)
         norm = next((tail[name] for name in ("layer_norm.weight", "rms_norm.weight") if name in tail), None)
         stored = info.width if norm is None else len(norm)
-        for name in ("channel_mean", "channel_std", "stat_mean", "stat_std"):
-            tensor = constant(info, name, (stored if name.startswith("channel") else info.width,))
+        constants = {name: constant(info, name, (stored,)) for name in ("channel_mean", "channel_std")}
+        mean, std, phi = transform_constants(info.stats, transform)
+        for name, tensor in (constants | {"stat_mean": mean, "stat_std": std}).items():
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
-        covariance = constant(info, "stat_covariance", (info.width, info.width)) if transform == "phi_s" else None
-        self.register_buffer("phi", None if covariance is None else phi_s(covariance).to(dtype))
+        self.register_buffer("phi", None if phi is None else phi.to(dtype))
+        self.cls = TeacherStatistics(cls_info(info), dtype, transform) if cls else None
 
     @property
     def tail(self) -> dict[str, Any]:
@@ -158,12 +160,13 @@ class TeacherStatistics(nn.Module):
         scale: Float[Tensor, "b l"] | None,
         mean: Float[Tensor, " d"] | None,
         std: Float[Tensor, " d"] | None,
+        positions: Int64[Tensor, "v n"],
         *,
         like: Float[Tensor, "v n e"],
     ) -> Float[Tensor, "v n e"]:
         """The teacher's tokens at `ids` (None: gathered already), behind its tail and under `phi_s` where these apply.
 
-        mean, std: of the codes' channels. In fp32 (fp64 where `like` is).
+        mean, std: of the codes' channels. positions: where the tokens stand in the grid. In fp32 (fp64 where `like` is).
         """
         work = reference.wide(like, codes)
         values = reference.dequantised_rows(codes, ids, scale, mean, std, n_rows=like.shape[0], work=work)
@@ -173,7 +176,59 @@ class TeacherStatistics(nn.Module):
             if self.phi is None:
                 return values
             assert self.stat_mean is not None
-            return (values - self.stat_mean.to(work)) @ self.phi.to(work).T
+            mean = self.stat_mean if self.stat_mean.ndim == 1 else self.stat_mean[positions]
+            return (values - mean.to(work)) @ self.phi.to(work).T
+
+    def grid_values(self, arrays: Mapping[str, Tensor], work: torch.dtype) -> Float[Tensor, "b l d"]:
+        """`values` of the whole grid."""
+        codes, scale = codes_of(arrays["tokens"]), arrays.get("scale")
+        positions = torch.arange(codes.shape[1], device=codes.device).expand(len(codes), -1)
+        like = torch.empty(*codes.shape[:2], 0, dtype=work, device=codes.device)
+        return self.values(codes, None, scale, self.channel_mean, self.channel_std, positions, like=like)
+
+    def pooled(
+        self, arrays: Mapping[str, Tensor], work: torch.dtype
+    ) -> tuple[Float[Tensor, "b 1 d"], Float[Tensor, "*one d"] | None]:
+        """The mean of `values` over the whole grid, and the transform's mean of it: of all positions where there are several."""
+        mean = self.stat_mean
+        mean = mean if mean is None or mean.ndim == 1 else mean.mean(dim=0, keepdim=True)
+        return self.grid_values(arrays, work).mean(dim=1, keepdim=True), mean
+
+    @torch.no_grad()
+    def targets(self, arrays: Mapping[str, Tensor], transform: str, *, pooled: bool = False) -> Float[Tensor, "b l d"]:
+        """What the loss compares predictions with, at every position of the grid or `pooled` over it: in fp32, transformed."""
+        work, mean = torch.float32, self.stat_mean
+        if pooled:
+            values, mean = self.pooled(arrays, work)
+        else:
+            values = self.grid_values(arrays, work)
+        if self.phi is not None:
+            return values
+        positions = torch.arange(values.shape[1], device=values.device).expand(len(values), -1)
+        stats = (mean, self.stat_std, positions)
+        return reference.mimic_target(
+            values, None, None, None, None, *stats, target=transform, n_rows=len(values), work=work
+        )
+
+
+def transform_constants(
+    stats: Any, transform: Transform
+) -> tuple[Float[Tensor, "*l d"] | None, Float[Tensor, " d"] | None, Float[Tensor, "d d"] | None]:
+    """What a transform takes from a column's moments: the mean (one, or one per position), per-channel scales, phi_s's matrix."""
+    if transform not in NEEDS_STATISTICS:
+        return None, None, None
+    centred = transform.startswith("position")
+    std = stats.std if transform == "channel" else stats.residual_std if transform == "position" else None
+    phi = None
+    if transform.endswith("phi_s"):
+        phi = phi_s(stats.residual_covariance if centred else stats.covariance)
+    return stats.position_mean if centred else stats.mean, std, phi
+
+
+def cls_info(info: TeacherInfo) -> TeacherInfo:
+    """A teacher's CLS as a column of one position: plain floats, as the quantiser describes patch tokens only."""
+    stats = None if info.stats is None else info.stats.cls
+    return replace(info, channel_mean=None, channel_std=None, has_scale=False, stats=stats)
 
 
 def codes_of(tokens: Shaped[Tensor, "b l d"]) -> Shaped[Tensor, "b l d"]:
@@ -244,10 +299,9 @@ def teachers_of(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]
                 f"term {name}: wants the CLS token of teacher {teacher!r}, which the cache does not hold; a teacher with a "
                 f"CLS token was expected; name others with --set terms.{name}.teachers=[...]"
             )
-        wanted = {"channel": ("stat_mean", "stat_std"), "phi_s": ("stat_mean", "stat_covariance")}
-        if any(getattr(column, field) is None for field in wanted.get(term.transform, ())):
+        if term.transform in NEEDS_STATISTICS and column.stats is None:
             raise ValueError(
-                f"term {name}: transform {term.transform} wants channel statistics of teacher {teacher!r}, and none were given; "
+                f"term {name}: transform {term.transform} wants statistics of teacher {teacher!r}, and none were given; "
                 f"run inspect-cache stats on the cache, or use --set terms.{name}.transform=ln0"
             )
     return teachers

@@ -209,59 +209,47 @@ def mimic_errors(
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
     arrays, distance = batch.targets[statistics.source or term.teacher], DISTANCES[term.recipe.distance]
     told = {"distance": distance.kernel, "beta": distance.beta, "kernels": kernels}
-    prefix, patches = prediction.at("cls").x, prediction.at("alive")
+    prefix, patches, transform = prediction.at("cls").x, prediction.at("alive"), term.recipe.transform
     parts = []
     if term.recipe.at("cls"):
-        parts.append(cls_errors(prefix[:, :1], arrays["cls"], term.recipe.transform, statistics, told))
+        assert statistics.cls is not None
+        first, stored = unplaced(prefix[:, :1]), {"tokens": arrays["cls"][:, None]}
+        parts.append(token_errors(first, stored, transform, statistics.cls, told, gathered=False, l=1))
     if term.recipe.at("pooled"):
-        parts.append(pooled_errors(prefix[:, -1:], arrays, term.recipe.transform, statistics, told))
+        parts.append(pooled_errors(unplaced(prefix[:, -1:]), arrays, transform, statistics, told))
     if patches.ids.shape[1]:
         gathered, l = batch.rows == "visible", n_patches(batch, pixels)
-        parts.append(patch_errors(patches, arrays, term.recipe.transform, statistics, told, gathered=gathered, l=l))
+        parts.append(token_errors(patches, arrays, transform, statistics, told, gathered=gathered, l=l))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) * distance.factor
 
 
-def cls_errors(
-    prediction: Float[Tensor, "v 1 d"],
-    cls: Float[Tensor, "b d"],
-    transform: Transform,
-    statistics: TeacherStatistics,
-    told: Mapping[str, Any],
-) -> Float[Tensor, "v 1"]:
-    """The distance to the teacher's CLS, stored as plain float16: the quantiser describes patch tokens only."""
-    codes: Tensor = cls.repeat(len(prediction) // len(cls), 1)[:, None]
-    if statistics.tail_names:
-        codes = statistics.values(codes, None, None, None, None, like=prediction)
-    return dispatch.mimic_loss(prediction, codes, None, target=transform, gathered=True, **told)
+def unplaced(x: Float[Tensor, "v 1 d"]) -> Tokens:
+    """Tokens without a place in the grid, as those of a grid of one position."""
+    return Tokens(x, torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device))
 
 
 def pooled_errors(
-    prediction: Float[Tensor, "v 1 d"],
+    prediction: Tokens,
     arrays: Mapping[str, Tensor],
     transform: Transform,
     statistics: TeacherStatistics,
     told: Mapping[str, Any],
 ) -> Float[Tensor, "v 1"]:
     """The distance to the mean of the teacher's tokens over its whole grid."""
-    codes = codes_of(arrays["tokens"])
-    whole = prediction[:: len(prediction) // len(codes)][: len(codes)]  # as many rows as images
-    values = statistics.values(
-        codes, None, arrays.get("scale"), statistics.channel_mean, statistics.channel_std, like=whole
-    )
-    pooled = values.mean(dim=1, keepdim=True).repeat(len(prediction) // len(codes), 1, 1)
+    pooled, mean = statistics.pooled(arrays, work=reference.wide(prediction.x))
     return dispatch.mimic_loss(
-        prediction,
-        pooled,
-        None,
-        target="none" if transform == "phi_s" else transform,
-        stat_mean=statistics.stat_mean,
+        prediction.x,
+        pooled.repeat(len(prediction.x) // len(pooled), 1, 1),
+        prediction.ids,
+        target="none" if statistics.phi is not None else transform,
+        stat_mean=mean,
         stat_std=statistics.stat_std,
         gathered=True,
         **told,
     )
 
 
-def patch_errors(
+def token_errors(
     prediction: Tokens,
     arrays: Mapping[str, Tensor],
     transform: Transform,
@@ -276,11 +264,11 @@ def patch_errors(
     gathered: the codes are the rows at these ids already; a loader does that for recipes that read visible patches only.
     l: patches in the grid.
     """
-    codes, scale, ids = codes_of(arrays["tokens"]), arrays.get("scale"), None if gathered else prediction.ids
+    codes, scale, ids = codes_of(arrays["tokens"]), arrays.get("scale"), prediction.ids
     mean, std = statistics.channel_mean, statistics.channel_std
-    if transform == "phi_s" or statistics.tail_names:
-        codes = statistics.values(codes, ids, scale, mean, std, like=prediction.x)
-        scale, mean, std, ids, transform = None, None, None, None, "none" if transform == "phi_s" else transform
+    if statistics.phi is not None or statistics.tail_names:
+        codes = statistics.values(codes, None if gathered else ids, scale, mean, std, ids, like=prediction.x)
+        scale, mean, std, gathered = None, None, None, True
     return dispatch.mimic_loss(
         prediction.x,
         codes,
@@ -288,11 +276,11 @@ def patch_errors(
         scale=scale,
         channel_mean=mean,
         channel_std=std,
-        target=transform,
+        target="none" if statistics.phi is not None else transform,
         stat_mean=statistics.stat_mean,
         stat_std=statistics.stat_std,
-        gathered=ids is None,
-        l=None if ids is None else l,
+        gathered=gathered,
+        l=None if gathered else l,
         **told,
     )
 
@@ -301,13 +289,8 @@ def patch_errors(
 def patch_targets(term: Term, statistics: nn.Module, batch: Batch) -> Float[Tensor, "b l d"]:
     """What the term's loss compares predictions with, at every patch of a batch of whole grids; unit vectors where it asks for directions."""
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
-    arrays, s, transform = batch.targets[statistics.source or term.teacher], statistics, term.recipe.transform
-    codes = codes_of(arrays["tokens"])
-    values = s.values(codes, None, arrays.get("scale"), s.channel_mean, s.channel_std, like=codes)
-    plain = "none" if transform == "phi_s" else transform
-    y = reference.mimic_target(values, None, None, None, None, s.stat_mean, s.stat_std, target=plain, n_rows=len(values),
-                               work=values.dtype)  # fmt: skip
-    return as_compared(term, y)
+    arrays = batch.targets[statistics.source or term.teacher]
+    return as_compared(term, statistics.targets(arrays, term.recipe.transform))
 
 
 def as_compared(term: Term, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mrmae.shards.stats import Stats
 from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import Pretrainer, build_model, unpatchify
 from mrmae.train.method.recipe import Recipe, recipe_names
@@ -119,7 +120,7 @@ def test_channel_statistics_normalise_the_target(
 ) -> None:
     info = tiny_info()
     clip = info.teachers["clip"].__class__(
-        **{**vars(info.teachers["clip"]), "stat_mean": torch.ones(8), "stat_std": torch.ones(8) * 2}
+        **{**vars(info.teachers["clip"]), "stats": Stats("", 1, torch.ones(16, 8), torch.eye(8) * 4)}
     )
     info = CacheInfo(info.size, info.grid, {"clip": clip})
     model = build_model(tiny_recipe("mr-mae", "terms.mimic.transform=channel"), info, dtype=torch.float64)

@@ -35,8 +35,17 @@ COUNTS = {
     "mr-mae-light": (49, 49),
     "selective-mae": (29, 49),
 }
-MARKED = ["mae", "maskalign", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mr-mcmae"]
-LIKE_MAE = ["mae", "mimic-masked", "mimic-only", "mr-mae", "mr-mae-focused", "mr-mae-fused", "mr-mcmae"]
+LIKE_MAE = [
+    "mae",
+    "mimic-masked",
+    "mimic-only",
+    "mr-mae",
+    "mr-mae-centred",
+    "mr-mae-focused",
+    "mr-mae-fused",
+    "mr-mcmae",
+]
+MARKED = ["maskalign", *LIKE_MAE]
 MIMIC = {
     "positions": "visible",
     "target": "teachers",
@@ -122,6 +131,7 @@ def test_mr_mae_mimics_visible_tokens_and_reconstructs_hidden_pixels() -> None:
 @pytest.mark.parametrize(
     ("name", "changed"),
     [
+        ("mr-mae-centred", {"terms.mimic.transform": "position"}),
         ("mr-mae-focused", {"mask.sampler": "attn_prob"}),
         ("mr-mae-fused", {"terms.mimic.tap": "mean_ln"}),
         ("mr-mcmae", {"student.model": "mcmae_base"}),
@@ -206,7 +216,7 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("terms.mimic.distance=sl1(3)", "did you mean"),
         ("terms.mimic.weight=-1", "terms.mimic.weight is -1.0; at least 0"),
         ("terms.mimic.positions=predicted", "tap final holds cls, pooled, visible, alive"),
-        ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2, channel or phi_s"),
+        ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2, channel, phi_s, position, "),
         ("terms.pixels.transform=ln0", "pixels: none or norm_pix"),
         ("terms.pixels.tap=final", "predicted"),
         ("terms.pixels.distance=cosd", "mse was expected"),

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mrmae.shards.stats import Stats
 from mrmae.train.method.masks import Draw, Masks
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import MaskRecipe, Recipe, TermRecipe
@@ -115,7 +116,7 @@ def test_gather_identity_for_cls_and_for_rows_gathered_before_the_copy() -> None
     masks = draw_masks(Batch(torch.arange(b), torch.empty(0), {}), Draw(0, 0), recipe=MaskRecipe(), l=l)
     heads, statistics = (
         nn.ModuleDict({"x": nn.Identity()}),
-        nn.ModuleDict({"x": TeacherStatistics(TeacherInfo(D), torch.float32)}),
+        nn.ModuleDict({"x": TeacherStatistics(TeacherInfo(D), torch.float32, cls=True)}),
     )
     batch = Batch(torch.arange(b), torch.zeros(b, 16, 16, 3, dtype=torch.uint8), {"t": {"cls": tokens[:, 3]}})
 
@@ -182,15 +183,17 @@ def test_cosine_distances(distance: str, factor: float) -> None:
     assert loss_of(recipe, -x, x, masks) == pytest.approx(2 * factor)
 
 
-@pytest.mark.parametrize("transform", ["none", "ln0", "l2", "channel", "phi_s"])
+@pytest.mark.parametrize(
+    "transform", ["none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s"]
+)
 @pytest.mark.parametrize("distance", ["mse", "2-2cos"])
 def test_who_predicts_the_targets_that_pictures_show_has_no_loss(
     tiny_recipe: Callable[..., Recipe], tiny_info: Callable[..., CacheInfo], tiny_batch: Callable[..., Batch],
     transform: str, distance: str,
 ) -> None:  # fmt: skip
     info = tiny_info()
-    known = {name: replace(about, stat_mean=torch.randn(about.width), stat_std=torch.rand(about.width) + 0.5,
-                           stat_covariance=torch.eye(about.width) + 0.1) for name, about in info.teachers.items()}  # fmt: skip
+    known = {name: replace(about, stats=Stats("", 1, torch.randn(16, about.width), torch.eye(about.width) + 0.1))
+             for name, about in info.teachers.items()}  # fmt: skip
     info = replace(info, teachers=known)
     recipe = tiny_recipe("mimic-only", f"terms.mimic.transform={transform}", f"terms.mimic.distance={distance}")
     model, batch = build_model(recipe, info), tiny_batch(info)
@@ -293,8 +296,8 @@ def test_only_the_arrays_a_recipe_needs_are_asked_for(
             "wants teacher 'swin'; the cache has cnn.last; .*extract-features.*--teacher swin=",
         ),
         (["terms.mimic.positions=cls"], "wants the CLS token of teacher 'cnn'"),
-        (["terms.mimic.transform=channel"], "transform channel wants channel statistics of teacher 'cnn'"),
-        (["terms.mimic.transform=phi_s"], "transform phi_s wants channel statistics of teacher 'cnn'"),
+        (["terms.mimic.transform=channel"], "transform channel wants statistics of teacher 'cnn'"),
+        (["terms.mimic.transform=phi_s"], "transform phi_s wants statistics of teacher 'cnn'"),
         (
             ["terms.mimic.teacher_tap=block_8"],
             r"wants tap block_8 of a teacher; the cache has cnn.last; .*--teacher NAME=LIBRARY:MODEL\?tap=block_8",

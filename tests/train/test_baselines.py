@@ -1,0 +1,209 @@
+"""Baselines are what they say: brute force over every image finds the same costs, and no constant does better."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from training import distance_of, restated, train_quietly
+
+from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.stats import compute_stats, shared_energy, write_stats
+from mrmae.train import baselines, rehearsal
+from mrmae.train.log import read_rows
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.ranks import Ranks
+from mrmae.train.run import Run, build_run
+from mrmae.train.setup import Setup
+
+MakeRecipe = Callable[..., Recipe]
+SHORT = ("optim.batch_size=8", "optim.warmup_epochs=0", "optim.epochs=1")
+ONLY = ("terms.mimic.teachers=[a]", "terms.pixels=null", "student.decoder=null")
+
+
+@pytest.fixture(scope="module")
+def cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """A cache with moments; 11 images in two views, in token blocks."""
+    opened = open_cache(make_cache(tmp_path_factory.mktemp("baselines") / "cache", n=11, blocks=4))
+    write_stats(opened, "a.pre_tail", compute_stats(opened, "a.pre_tail"))
+    return opened
+
+
+def run_of(cache: Cache, recipe: Recipe, out: Path) -> Run:
+    return build_run(cache.path, out, recipe, Ranks(), Setup(device="cpu"))
+
+
+def costs_of_constants(targets: Tensor, distance: str) -> dict[str, float]:
+    """Zero, one constant, one per position: the mean target, or for cosines the mean unit target."""
+    factor, name = (2, distance[2:]) if distance.startswith("2*") else (1, distance)
+    x = torch.nn.functional.normalize(targets, dim=-1) if distance == "cosd" else targets
+    guesses = {"zero": x * 0, "constant": x.mean((0, 1)).expand_as(x), "position": x.mean(0).expand_as(x)}
+    return {kind: factor * distance_of(guess, targets, name).item() for kind, guess in guesses.items()}
+
+
+@pytest.mark.parametrize(
+    ("transform", "distance", "positions"),
+    [
+        ("none", "mse", "visible"),
+        ("ln0", "mse", "visible"),
+        ("ln0", "2*sl1(1)", "cls+visible"),
+        ("l2", "cosd", "visible"),
+        ("channel", "mse", "visible"),
+        ("phi_s", "mse", "visible"),
+        ("position", "mse", "cls+visible"),
+        ("position+ln0", "cosd", "visible"),
+        ("position+phi_s", "sl1(1)", "cls"),
+    ],
+)
+def test_costs_are_those_of_brute_force(
+    cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path, transform: str, distance: str, positions: str
+) -> None:
+    what = (f"transform={transform}", f"distance={distance}", f"positions={positions}")
+    recipe = tiny_recipe("mr-mae", *ONLY, *SHORT, *(f"terms.mimic.{x}" for x in what))
+    got = baselines.baselines_of(run_of(cache, recipe, tmp_path), keep=False)["mimic/a"]
+    assert got.pop("images") == 11
+    views = [cache.numbers * 0 + view for view in range(2)]
+    parts = []
+    if "visible" in positions:
+        parts.append((4, torch.cat([cache.read_tokens("a.pre_tail", cache.numbers, view) for view in views])))
+    if "cls" in positions:
+        parts.append((1, torch.cat([cache.read_cls("a.pre_tail", cache.numbers, view)[:, None] for view in views])))
+    costs = [(n, costs_of_constants(restated(x.double(), x.double(), transform), distance)) for n, x in parts]
+    total = sum(n for n, _ in costs)
+    assert got == pytest.approx({kind: sum(n * c[kind] for n, c in costs) / total for kind in got}, rel=1e-5)
+    assert got["position"] <= got["constant"] + 1e-6
+
+
+@pytest.mark.parametrize("distance", ["mse", "cosd"])
+def test_no_constant_costs_less(cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path, distance: str) -> None:
+    recipe = tiny_recipe("mr-mae", *ONLY, *SHORT, f"terms.mimic.distance={distance}")
+    got = baselines.baselines_of(run_of(cache, recipe, tmp_path), keep=False)["mimic/a"]
+    x = torch.cat([cache.read_tokens("a.pre_tail", cache.numbers, cache.numbers * 0 + v) for v in range(2)]).double()
+    targets = restated(x, x, "ln0")
+    token = targets.mean((0, 1)).clone().requires_grad_()
+    for _ in range(200):
+        cost = distance_of(token.expand_as(targets), targets, distance)
+        assert cost.item() > got["constant"] * (1 - 1e-6)
+        token = (token - 0.5 * torch.autograd.grad(cost, token)[0]).detach().requires_grad_()
+    assert cost.item() == pytest.approx(got["constant"], rel=1e-3)
+
+
+def test_pixels_are_measured_against_each_patchs_mean(cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    x = torch.cat([cache.read_pixels(cache.numbers, cache.numbers * 0 + v) for v in range(2)]).double()
+    mean, std = (torch.tensor(v).double() for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = ((x / 255 - mean) / std).reshape(-1, 4, 8, 4, 8, 3).transpose(2, 3).reshape(-1, 16, 192)
+    for transform, expected in {
+        "norm_pix": (x.var(-1, correction=0) / (x.var(-1) + 1e-6)).mean(),
+        "none": x.var(-1, correction=0).mean(),
+    }.items():
+        recipe = tiny_recipe("mae", *SHORT, f"terms.pixels.transform={transform}")
+        got = baselines.baselines_of(run_of(cache, recipe, tmp_path), keep=False)
+        assert got["pixels"] == pytest.approx({"patch_mean": expected.item(), "images": 11}, rel=1e-5)
+
+
+def test_several_ranks_measure_it_together(
+    cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(baselines, "IMAGES_AT_ONCE", 3)
+    monkeypatch.setattr(baselines, "gather", lambda mine, ranks: [mine])
+    run = run_of(cache, tiny_recipe("mr-mae", *ONLY, *SHORT), tmp_path)
+    wanted = {y.id: y for y, _ in baselines.yardsticks(run, run.model.terms[0])}
+    (whole,) = baselines.total_sums(run, wanted, {}, None, None).values()
+    parts = []
+    for rank in range(2):
+        run.ranks = Ranks(rank, 2)
+        parts += baselines.total_sums(run, wanted, {}, None, None).values()
+    assert parts[0].n == 2 * 6 and parts[1].n == 2 * 5
+    both = parts[0].plus(parts[1])
+    assert both.n == whole.n and torch.allclose(both.first, whole.first) and torch.allclose(both.second, whole.second)
+
+
+# ---- in a run
+
+
+def test_a_run_tells_its_baselines_and_what_is_explained_beyond_them(
+    make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, recipe = make_cache(tmp_path / "cache", n=12), tiny_recipe("mr-mae", *SHORT)
+    console = Console(record=True, width=400, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
+    train_quietly(path, tmp_path / "one", recipe, console)
+    facts = json.loads((tmp_path / "one" / "run.json").read_text())["baselines"]
+    assert facts.keys() == {"mimic/a", "mimic/b", "pixels"} and facts["pixels"].keys() == {"patch_mean", "images"}
+    assert facts["mimic/a"].keys() == {"zero", "constant", "position", "images"}
+    (row,) = read_rows(tmp_path / "one" / "log.jsonl", "epoch")
+    for name in ("mimic/a", "mimic/b"):
+        expected = 1 - row["terms"][name] / facts[name]["position"]
+        assert row["explained"]["position"][name] == pytest.approx(expected)
+    said = console.export_text()
+    assert f"baseline mimic/a zero {facts['mimic/a']['zero']:.4g}, one constant" in " ".join(said.split())
+    assert "explained beyond position mimic/a" in said
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(baselines, "blind_costs", refuse)
+    train_quietly(path, tmp_path / "two", recipe)
+    again = json.loads((tmp_path / "two" / "run.json").read_text())["baselines"]
+    assert again == facts and not (tmp_path / "two" / "baselines.json").exists()
+    (path / "stats" / "baselines.json").write_text('{"sha256:x": {"zero": null}, "sha256:y": []}')
+    with pytest.raises(AssertionError, match="measured again"):
+        train_quietly(path, tmp_path / "three", recipe)
+
+
+def test_a_cache_that_cannot_be_written_leaves_them_in_out(
+    make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, recipe, real = make_cache(tmp_path / "cache", n=12), tiny_recipe("mr-mae", *SHORT), baselines.publish
+
+    def publish(file: Path, *args: Any, **how: Any) -> Any:
+        if path in file.parents:
+            raise PermissionError("read-only")
+        return real(file, *args, **how)
+
+    monkeypatch.setattr(baselines, "publish", publish)
+    train_quietly(path, tmp_path / "out", recipe)
+    assert (tmp_path / "out" / "baselines.json").exists() and not (path / "stats").exists()
+    run = run_of(open_cache(path), recipe, tmp_path / "out")
+    monkeypatch.setattr(baselines, "blind_costs", lambda *_: pytest.fail("measured again"))
+    assert baselines.baselines_of(run).keys() == {"mimic/a", "mimic/b", "pixels"}
+
+
+def test_a_dry_run_estimates_them_and_writes_nothing(
+    make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_cache(tmp_path / "cache", n=12)
+    monkeypatch.setattr(rehearsal, "BASELINE_IMAGES", 8)
+    lines = rehearsal.dry_run(path, tmp_path / "out", tiny_recipe("mr-mae", *SHORT), Setup(device="cpu"))
+    (line,) = [line for line in lines if line.startswith("baseline mimic/a")]
+    assert "one per position" in line and "(about: from 8 images)" in line
+    assert not (path / "stats").exists() and not (tmp_path / "out").exists()
+
+
+def test_explained_shares_are_of_the_best_blind_prediction() -> None:
+    told = {"m": {"zero": 1.0, "constant": 0.5, "position": 0.25, "images": 3}, "p": {"patch_mean": 0.8, "images": 3}}
+    shares = baselines.explained_shares({"m": 0.3, "p": 0.2}, told)
+    assert shares == {"position": {"m": pytest.approx(-0.2)}, "patch_mean": {"p": pytest.approx(0.75)}}
+    assert baselines.explained_shares({}, told) == {}
+
+
+def test_the_energy_that_images_share_is_estimated_without_bias() -> None:
+    draw = torch.Generator().manual_seed(0)
+    shared = torch.randn(16, 64, generator=draw) + torch.randn(64, generator=draw)
+    tokens = shared + torch.randn(400, 16, 64, generator=draw)
+
+    class Drawn:
+        """A cache of these tokens."""
+
+        def __init__(self, n: int) -> None:
+            self.numbers = torch.arange(n).numpy()
+
+        def read_tokens(self, column: str, numbers: Any, views: Any) -> Tensor:
+            return tokens[torch.from_numpy(numbers)]
+
+    few, many = (shared_energy(Drawn(n), "x") for n in (40, 400))  # type: ignore[arg-type]
+    assert few == pytest.approx(many, abs=0.01)
+    assert many == pytest.approx((1 / 3, 2 / 3), abs=0.06)

@@ -1,0 +1,303 @@
+"""What a prediction that never sees an image costs, per term: the yardstick of its losses.
+
+Per term the mean cost of `zero`, of one `constant` token, and of one per `position` of the grid (CLS is a position of its own),
+over every image and view, each position alike; for pixels of every patch's own mean, `patch_mean`. The constants are the best
+there are for `mse` and the cosine distances, and the targets' means for smooth-L1, whose best ones have no closed form.
+
+They are computed in one pass over the cache (two for smooth-L1) and kept in `stats/baselines.json` beside its moments, by an id of
+what they are of; in OUT/baselines.json where the cache cannot be written.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float64
+from rich.console import Console
+from torch import Tensor
+
+from mrmae.common.backend import Url, read_bytes
+from mrmae.common.files import publish
+from mrmae.common.progress import Progress
+from mrmae.kernels import reference
+from mrmae.shards.format import FORMAT_VERSION, content_id
+from mrmae.train import batches
+from mrmae.train.batches import Loaded
+from mrmae.train.feed import Feed
+from mrmae.train.method import DISTANCES, Batch, Distance, PixelScale, TeacherStatistics, Term, draw_of, hog_targets
+from mrmae.train.ranks import agree_on, gather
+from mrmae.train.run import Run
+
+Costs = dict[str, float]
+KINDS_OF_COST = ("zero", "constant", "position")
+IMAGES_AT_ONCE = 64
+REMOTE_IMAGES = 2_000  # of a cache at a URL: the first in canonical order, a random sample
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """Targets that share their baselines: patch tokens, their mean, CLS or pixels of one source, under one transform and distance.
+
+    source: whose stored arrays are read; None for what is made of pixels. array: which, or `pixels`, `hog`, `pooled`. statistics: of the patch tokens or of CLS.
+    """
+
+    source: str | None
+    array: str
+    transform: str
+    distance: Distance
+    statistics: TeacherStatistics | None
+    of: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """Of all that the costs depend on."""
+        return content_id(self.of)
+
+
+@dataclass
+class TargetSums:
+    """Float64 sums over n images: `first` of the targets (unit ones for a cosine) at every position, `second` of their squares.
+
+    costs: where a distance is no function of these, the sums of what each kind of prediction costs.
+    """
+
+    n: int
+    first: Float64[Tensor, "l d"]
+    second: Float64[Tensor, ""]
+    costs: Float64[Tensor, "3"]
+
+    def plus(self, other: "TargetSums") -> "TargetSums":
+        """The sums over both sets of images."""
+        return TargetSums(
+            self.n + other.n, self.first + other.first, self.second + other.second, self.costs + other.costs
+        )
+
+
+def baselines_of(
+    run: Run, *, limit: int | None = None, keep: bool = True, console: Console | None = None
+) -> dict[str, Costs]:
+    """Term -> `zero`, `constant` and `position`, or `patch_mean`; and `images`, how many they are over.
+
+    They are read where they are kept, else measured by all ranks together. limit: images to measure on instead of all. keep:
+    store what was measured on all. Teachers that run in the step have none: what they say is not stored.
+    """
+    wanted = {term.name: yardsticks(run, term) for term in run.model.terms}
+    every = {yardstick.id: yardstick for parts in wanted.values() for yardstick, _ in parts}
+    known: dict[str, Costs] = agree_on({id: costs for id, costs in kept_costs(run).items() if id in every}, run.ranks)
+    if missing := {id: yardstick for id, yardstick in every.items() if id not in known}:
+        limit = limit or (REMOTE_IMAGES if isinstance(run.cache.path, Url) else None)
+        measured = blind_costs(run, missing, limit, console)
+        if keep and run.ranks.rank == 0:
+            keep_costs(run, {id: {**costs, "of": missing[id].of} for id, costs in measured.items()})
+        known |= measured
+    return {
+        name: weighed([(known[y.id], n * y.distance.factor) for y, n in parts])
+        for name, parts in wanted.items()
+        if parts
+    }
+
+
+def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
+    """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
+    cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]
+    of: dict[str, Any] = {
+        "format_version": FORMAT_VERSION, "dataset": cache.ids["dataset"], "n_views": cache.n_views, "n_valid": len(cache.numbers),
+        "unfinished": cache.unfinished, "transform": recipe.transform, "distance": distance.kernel, "beta": distance.beta,
+    }  # fmt: skip
+    if term.teacher is None:
+        of |= {
+            "target": recipe.target,
+            "geometry": cache.ids["geometry"],
+            "patch": run.model.pixels.patch,
+            "prepare": asdict(run.recipe.prepare),
+        }
+        return [(Yardstick(None, recipe.target, recipe.transform, distance, None, of), 1.0)]
+    if run.online:
+        return []
+    target, statistics = run.info.target(term.teacher), run.model.statistics[term.name]
+    assert isinstance(statistics, TeacherStatistics)
+    of["column"] = cache.column(target.column).id
+    shown = recipe.at("visible", "all") or (recipe.at("alive") and recipe.taps != ("decoder",))
+    hidden = recipe.at("predicted", "all") or (recipe.at("alive") and "decoder" in recipe.taps)
+    shares = {
+        "tokens": shown * run.model.n_keep + hidden * run.model.n_predict,
+        "cls": int(recipe.at("cls")),
+        "pooled": int(recipe.at("pooled")),
+    }
+    return [
+        (
+            Yardstick(
+                target.source or term.teacher,
+                array,
+                recipe.transform,
+                distance,
+                statistics.cls if array == "cls" else statistics,
+                of | {"array": array},
+            ),
+            share / sum(shares.values()),
+        )
+        for array, share in shares.items()
+        if share
+    ]
+
+
+def weighed(parts: Iterable[tuple[Costs, float]]) -> Costs:
+    """The costs of a term whose targets are of several kinds, each with its weight."""
+    parts = list(parts)
+    first = parts[0][0]
+    total = {kind: sum(weight * costs[kind] for costs, weight in parts) for kind in first if kind != "images"}
+    return total | {"images": first["images"]}
+
+
+def kept_costs(run: Run) -> dict[str, Costs]:
+    """What is kept beside the cache's moments or in OUT, by id; what is damaged there is as if it were not."""
+    found: dict[str, Costs] = {}
+    for path in places_kept(run):
+        try:
+            stored = json.loads(read_bytes(path))
+            found |= {id: {kind: float(costs[kind]) for kind in costs if kind != "of"} for id, costs in stored.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue
+    whole = ({"images", *KINDS_OF_COST}, {"images", "patch_mean"})
+    return {id: costs for id, costs in found.items() if set(costs) in whole and all(map(math.isfinite, costs.values()))}
+
+
+def places_kept(run: Run) -> list[Path]:
+    """Where baselines may be kept, the preferred place last."""
+    return [run.out / "baselines.json", run.cache.path / "stats" / "baselines.json"]
+
+
+def keep_costs(run: Run, measured: Mapping[str, Mapping[str, Any]]) -> None:
+    """Keep baselines beside the moments of a finished cache on this machine's disks, else in OUT."""
+    beside = not isinstance(run.cache.path, Url) and run.cache.unfinished is None
+    for path in reversed(places_kept(run)[: 1 + beside]):
+        try:
+            there = json.loads(path.read_bytes()) if path.exists() else {}
+        except ValueError:
+            there = {}
+        try:
+            every = {**(there if isinstance(there, dict) else {}), **measured}
+            publish(path, (json.dumps(every, indent=1) + "\n").encode(), replace=True)
+        except OSError:  # a cache that can only be read
+            continue
+        return
+
+
+def blind_costs(
+    run: Run, wanted: Mapping[str, Yardstick], limit: int | None, console: Console | None
+) -> dict[str, Costs]:
+    """The costs of every yardstick, in one pass over the first `limit` images (None: all), and one more for smooth-L1."""
+    means: dict[str, Tensor] = {}
+    sums = total_sums(run, wanted, means, limit, console)
+    curved = {id: yardstick for id, yardstick in wanted.items() if yardstick.distance.kernel == "sl1"}
+    if curved:
+        means = {id: (sums[id].first / sums[id].n).float() for id in curved}
+        sums |= total_sums(run, curved, means, limit, console)
+    return {
+        id: {**costs_of(sums[id], yardstick), "images": sums[id].n / run.cache.n_views}
+        for id, yardstick in wanted.items()
+    }
+
+
+def total_sums(
+    run: Run, wanted: Mapping[str, Yardstick], means: Mapping[str, Tensor], limit: int | None, console: Console | None
+) -> dict[str, TargetSums]:
+    """The sums of all ranks. means: of the targets of these, where they are known, for costs that are no moments."""
+    mine: dict[str, TargetSums] = {}
+    numbers = run.cache.numbers[:limit]
+    with Progress("baselines", len(numbers) * run.cache.n_views, "views", console=console) as progress:
+        for batch in batches_in_turn(run, wanted.values(), numbers):
+            for id, yardstick in wanted.items():
+                new = sums_of(whole_targets(batch, yardstick, run.model.pixels), yardstick, means.get(id))
+                mine[id] = mine[id].plus(new) if id in mine else new
+            progress.add(len(batch.samples) * run.ranks.size)
+    everyone = gather(mine, run.ranks)
+    total: dict[str, TargetSums] = {}
+    for share in everyone:
+        for id, sums in share.items():
+            total[id] = total[id].plus(sums) if id in total else sums
+    return total
+
+
+def batches_in_turn(run: Run, wanted: Iterable[Yardstick], numbers: Any) -> Iterator[Batch]:
+    """This rank's share of these samples in all their views, on the device, read ahead."""
+    needed: dict[str, set[str]] = {}
+    for yardstick in wanted:
+        if yardstick.source is not None:
+            arrays = {"cls"} if yardstick.array == "cls" else {"tokens", "scale"}
+            needed.setdefault(yardstick.source, set()).update(arrays)
+    chunks = [numbers[at : at + IMAGES_AT_ONCE] for at in range(0, len(numbers), IMAGES_AT_ONCE)]
+    chunks = chunks[run.ranks.rank :: run.ranks.size]
+
+    def load(view: int, at: int, _: int) -> Loaded:  # epochs 0 to K - 1 show an image's K views
+        batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed=needed)
+        return batch, draw_of(run.recipe, run.info, view)
+
+    todo = ((view, at, 0) for view in range(run.cache.n_views) for at in range(len(chunks)))
+    with Feed(load, todo, run.device) as feed:
+        for batch, _ in feed:
+            yield batch
+
+
+@torch.no_grad()
+def whole_targets(batch: Batch, yardstick: Yardstick, pixels: PixelScale) -> Float[Tensor, "b l d"]:
+    """What a term is compared with, at every position, in fp32: for pixels what is left of each patch without its mean."""
+    if yardstick.array == "hog":
+        return hog_targets(batch.pixels, pixels.patch, dtype=torch.float32)
+    if yardstick.array == "pixels":
+        image = batch.pixels.permute(0, 3, 1, 2)
+        l = (image.shape[2] // pixels.patch) * (image.shape[3] // pixels.patch)
+        ids = torch.arange(l, device=image.device).expand(len(image), -1)
+        norm_pix = yardstick.transform == "norm_pix"
+        how = {"patch": pixels.patch, "norm_pix": norm_pix, "work": torch.float32}
+        target, _ = reference.pixel_target(image, ids, pixels.scale, pixels.shift, **how)  # type: ignore[arg-type]
+        return target - target.mean(-1, keepdim=True)
+    assert yardstick.statistics is not None and yardstick.source is not None
+    arrays = batch.targets[yardstick.source]
+    stored = {"tokens": arrays["cls"][:, None]} if yardstick.array == "cls" else arrays
+    return yardstick.statistics.targets(stored, yardstick.transform, pooled=yardstick.array == "pooled")
+
+
+def sums_of(targets: Float[Tensor, "b l d"], yardstick: Yardstick, means: Float[Tensor, "l d"] | None) -> TargetSums:
+    """The sums of one batch, on the CPU."""
+    distance = yardstick.distance
+    x = (reference.unit(targets) if distance.kernel == "cosd" else targets).double()
+    costs = torch.zeros(3, dtype=torch.float64)
+    if means is not None:
+        guesses = (torch.zeros_like(means), means.mean(0, keepdim=True).expand_as(means), means)
+        errors = (F.smooth_l1_loss(x, guess.to(x).expand_as(x), beta=distance.beta) for guess in guesses)
+        costs = len(x) * torch.stack(list(errors)).cpu()
+    return TargetSums(len(x), x.sum(0).cpu(), x.square().sum().cpu(), costs)
+
+
+def costs_of(sums: TargetSums, yardstick: Yardstick) -> Costs:
+    """What each kind of prediction costs on average, before the distance's factor."""
+    mean = sums.first / sums.n
+    l, d = mean.shape
+    energy = float(sums.second) / (sums.n * l * d)
+    if yardstick.array == "pixels":
+        return {"patch_mean": energy}
+    if yardstick.distance.kernel == "sl1":
+        return dict(zip(KINDS_OF_COST, (sums.costs / sums.n).tolist()))
+    length = {"constant": mean.mean(0).norm(), "position": mean.norm(dim=1)}
+    if yardstick.distance.kernel == "cosd":
+        return {"zero": 1.0, **{kind: 1 - float(x.mean()) for kind, x in length.items()}}
+    return {"zero": energy, **{kind: energy - float(x.square().mean()) / d for kind, x in length.items()}}
+
+
+def explained_shares(terms: Mapping[str, float], baselines: Mapping[str, Costs]) -> dict[str, dict[str, float]]:
+    """What a loss explains beyond the best prediction that never sees an image, `position` or `patch_mean`: kind -> term -> share.
+
+    1 at best; below 0 where the loss is higher than that prediction's.
+    """
+    shares: dict[str, dict[str, float]] = {}
+    for name, costs in baselines.items():
+        kind = "position" if "position" in costs else "patch_mean"
+        if name in terms and costs[kind] > 0:
+            shares.setdefault(kind, {})[name] = 1 - terms[name] / costs[kind]
+    return shares
