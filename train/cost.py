@@ -1,7 +1,9 @@
 """What a step costs per image: operations, bytes from storage, memory; counted on one image, before anything is trained."""
 
 import contextlib
+import statistics
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrmae.common.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.method import Batch, Masks
+from mrmae.train.method import Batch, Masks, buckets, draw_masks, draw_of
 from mrmae.train.online import with_targets
 from mrmae.train.report import feature_bytes
 from mrmae.train.run import Run
@@ -26,7 +28,8 @@ def count_costs(run: Run) -> dict[str, float]:
     encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it.
     """
     whole, teachers = teacher_flops(run)
-    forward = student_flops(run, *whole)
+    updates = updates_of_law(run, *whole)
+    forward = statistics.mean(student_flops(run, *update) for update in updates)
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
     return {
@@ -38,7 +41,7 @@ def count_costs(run: Run) -> dict[str, float]:
         "feature_bytes": feature_bytes(run),
         "view_bytes": view_bytes(run),
         "state_bytes": STATE_BYTES * parameters + frozen,
-        "saved_bytes": saved_bytes(run, *whole),
+        "saved_bytes": max(saved_bytes(run, *update) for update in updates),
     }
 
 
@@ -54,6 +57,15 @@ def cost_facts(run: Run) -> dict[str, str]:
         "memory": f"about {human_bytes(state + micro * saved)} per process: weights, gradients and moments {human_bytes(state)},"
         f" kept for backward {human_bytes(saved)} per image x {micro}",
     }
+
+
+def updates_of_law(run: Run, batch: Batch, masks: Masks) -> list[tuple[Batch, Masks]]:
+    """The image under every number of visible patches that a law of the ratio draws, equally often; else as it is."""
+    recipe, l = run.recipe.mask, run.info.n_patches
+    if recipe.law == "fixed":
+        return [(batch, masks)]
+    each = [replace(recipe, law="fixed", n_keep=n_keep) for n_keep in buckets(recipe, l)]
+    return [(batch, draw_masks(batch, draw_of(run.recipe, run.info, 0), recipe=one, l=l)) for one in each]
 
 
 def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:

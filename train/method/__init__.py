@@ -3,7 +3,7 @@
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.distances import DISTANCES, Distance
 from mrmae.train.method.hog import hog_targets
-from mrmae.train.method.masks import Draw, Masks, check_blocks, counts, draw_of
+from mrmae.train.method.masks import Draw, Masks, buckets, check_blocks, counts, draw_of
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size, usual_students
 from mrmae.train.method.recipe import (
@@ -59,6 +59,7 @@ __all__ = [
     "Term",
     "as_begun",
     "as_compared",
+    "buckets",
     "build_mcmae",
     "build_model",
     "build_vit",
