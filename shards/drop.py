@@ -84,7 +84,12 @@ def files_of_column(path: Path, column: str) -> list[Path]:
         raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
     files = [file for folder in folders for file in sorted(folder.rglob("*")) if not file.is_dir()]
     last = teacher not in {spec.name for spec in plan.columns if spec.column != column}
-    more = [stats_path(path, column), *([tail_path(path, teacher)] if last else [])]
+    moments = stats_path(path, column)
+    more = [
+        moments,
+        *sorted(moments.parent.glob(f"{column}.*.safetensors")),
+        *([tail_path(path, teacher)] if last else []),
+    ]
     return files + [file for file in more if file.exists()]
 
 

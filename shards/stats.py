@@ -7,6 +7,7 @@ the same under `cls.`; and in its metadata what they are of. Mean and covariance
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from mrmae.common.backend import read_bytes
+from mrmae.common.backend import exists, read_bytes
 from mrmae.common.files import publish
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import FORMAT_VERSION, Numbers, content_id, parsed, shown
@@ -164,31 +165,61 @@ def shared_energy(cache: Cache, column: str) -> tuple[float, float]:
 
 
 def write_stats(cache: Cache, column: str, stats: Stats) -> Path:
-    """Where the moments were stored; older ones are replaced."""
+    """Where the moments were stored; those of other data, as a cache had before it grew, are kept beside them for its runs."""
     tensors = {name: getattr(stats, name).contiguous() for name in TENSORS}
     if stats.cls is not None:
         tensors |= {f"cls.{name}": getattr(stats.cls, name).contiguous() for name in TENSORS}
     about = {"stats_id": stats.id, "tokens": str(stats.n), "of": json.dumps(stats_fields(cache, column))}
     path = stats_path(cache.path, column)
+    keep_other_stats(path, stats.id)
     publish(path, safetensors.torch.save(tensors, about), replace=True)
     return path
 
 
+def older_stats_path(path: Path, id: str) -> Path:
+    """Where moments of these data lie when newer ones have taken their place, `path`."""
+    return path.with_name(f"{path.stem}.{id.partition(':')[2][:16]}.safetensors")
+
+
+def keep_other_stats(path: Path, id: str) -> None:
+    """Set moments of other data than `id` aside, where there are any that tell what they are of."""
+    try:
+        data = read_bytes(path)
+        told = stats_header(data)["stats_id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if isinstance(told, str) and told != id and re.fullmatch("sha256:[0-9a-f]{64}", told):
+        publish(older_stats_path(path, told), data, replace=True)
+
+
+def stats_header(data: bytes) -> dict[str, Any]:
+    """What a file of moments says of itself. ValueError or KeyError where it does not."""
+    told: dict[str, Any] = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], dict[str, dict[str, Any]])[
+        "__metadata__"
+    ]
+    return told
+
+
 def read_stats(cache: Cache, column: str) -> Stats:
     """The stored moments of a column. ValueError where there are none, or where they are of other data than the cache's."""
-    path, spec = stats_path(cache.path, column), cache.column(column).spec
+    path, spec, wanted = (
+        stats_path(cache.path, column),
+        cache.column(column).spec,
+        content_id(stats_fields(cache, column)),
+    )
+    path = kept if exists(kept := older_stats_path(path, wanted)) else path
     todo = f"run inspect-cache stats {cache.path}" + ("" if column in cache.columns else f" --column {column}")
     shapes = {"position_mean": (spec.grid[0] * spec.grid[1], spec.width), "residual_covariance": 2 * (spec.width,)}
     if spec.has_cls:
         shapes |= {"cls.position_mean": (1, spec.width), "cls.residual_covariance": 2 * (spec.width,)}
     try:
         data = read_bytes(path)
-        about = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], dict[str, dict[str, Any]])["__metadata__"]
+        about = stats_header(data)
         tensors = moments_in(safetensors.torch.load(data), shapes)
         id, n, of = about["stats_id"], int(about["tokens"]), about["of"]
     except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: there are no moments of this column ({error}); {todo}") from None
-    if id != content_id(stats_fields(cache, column)):
+    if id != wanted:
         raise ValueError(f"{path}: these moments are of {shown(of)}; this cache is "
                          f"{json.dumps(stats_fields(cache, column))}; {todo} again")  # fmt: skip
     cls = None

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from mrmae.shards.cache import open_cache
+from mrmae.shards.drop import files_of_column
 from mrmae.shards.stats import Stats, compute_stats, moments, read_stats, write_stats
 
 Make = Callable[..., Path]
@@ -66,3 +67,18 @@ def test_a_large_common_offset_costs_no_digits() -> None:
     left = (x - x.mean(0)).flatten(0, 1)
     assert torch.allclose(mean, x.mean(0), rtol=1e-15)
     assert torch.allclose(covariance, left.T @ left / len(left), rtol=1e-8, atol=1e-9)
+
+
+def test_moments_of_a_cache_before_it_grew_stay_for_its_runs(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+    cache, column = open_cache(make_cache(tmp_path / "c")), "a.pre_tail"
+    before, among = cache.narrowed(None, 1), cache.narrowed(None, None, 16)
+    told = {}
+    for each in (before, among, cache, cache):
+        write_stats(each, column, compute_stats(each, column))
+        told[each.n_views, len(each.numbers)] = compute_stats(each, column)
+    for each in (before, among, cache):
+        found = read_stats(each, column)
+        assert found.id == told[each.n_views, len(each.numbers)].id
+        assert torch.equal(found.mean, told[each.n_views, len(each.numbers)].mean)
+    assert len(list((cache.path / "stats").iterdir())) == 3
+    assert len([file for file in files_of_column(cache.path, column) if file.parent.name == "stats"]) == 3
