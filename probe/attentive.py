@@ -96,7 +96,9 @@ def train_probe(
             order = torch.randperm(n, generator=generator)
             for step in range(steps):
                 ids = order[step * size : (step + 1) * size]
-                at = epoch + (step + 1) / steps  # the first update is not wasted on a rate of 0
+                at = (
+                    epoch + (step + 0.5) / steps
+                )  # in its middle: neither the first nor the last update has a rate of 0
                 set_lr(optimizer, lr_at(at, peak=peak, warmup_epochs=min(warmup_epochs, epochs / 2), epochs=epochs))
                 loss = nn.functional.cross_entropy(probe(x[ids].to(device).float()), labels[ids].to(device))
                 optimizer.zero_grad()

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from mrmae.probe import attentive
 from mrmae.probe.attentive import EfficientProbe, Lars, probe_scores, train_probe
+from mrmae.train.optim import set_lr
 
 
 def test_pooling_equals_the_slice_wise_definition_as_an_explicit_loop() -> None:
@@ -86,3 +88,14 @@ def test_it_finds_the_one_token_that_tells_the_class() -> None:
     assert (probe_scores(probe, x).argmax(1) == labels).double().mean() > 0.95
     again = train_probe(x.half(), labels, **how)  # type: ignore[arg-type]
     assert all(torch.equal(a, b) for a, b in zip(probe.parameters(), again.parameters()))
+
+
+def test_every_update_has_a_rate_also_the_only_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+    monkeypatch.setattr(attentive, "set_lr", lambda optimizer, lr: (rates.append(lr), set_lr(optimizer, lr)))
+    x, labels = torch.randn(12, 4, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    how = {"n_classes": 3, "blr": 1.0, "warmup_epochs": 1, "queries": 2, "d_out": 1, "seed": 0}
+    for batch_size, epochs, updates in ((12, 1, 1), (4, 3, 9)):
+        rates.clear()
+        train_probe(x, labels, **how, batch_size=batch_size, epochs=epochs)  # type: ignore[arg-type]
+        assert len(rates) == updates and all(0 < rate <= batch_size / 256 for rate in rates)
