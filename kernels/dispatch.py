@@ -103,13 +103,14 @@ def pixel_loss(
     shift: Float[Tensor, " c"],
     channels_last: bool,
     norm_pix: bool = True,
+    biased: bool = False,
     kernels: str = "auto",
     debug: bool = False,
 ) -> Float[Tensor, "v m"]:
     """Mean squared error of each predicted patch, fp32; MAE's loss is its mean.
 
     pred: (c, p, q) values per patch, any strides. Target: `(x - mean) / sqrt(var + 1e-6)` with the unbiased variance over the
-    whole patch, x = image * scale + shift; x itself without norm_pix. Differentiable in pred only, any number of times.
+    whole patch, x = image * scale + shift; x itself without norm_pix. biased: the biased variance, in plain PyTorch only. Differentiable in pred only, any number of times.
     Raises ValueError for a wrong dtype, shape or device, ids outside the grid and an empty mask.
     MAE section 3, "Reconstruction target" (arXiv 2111.06377).
     """
@@ -124,9 +125,9 @@ def pixel_loss(
     check.same_device(where, view.device, given, "image")
     if norm_pix and values < 2:
         check.refuse(where, "a patch has 1 value", "at least 2 for a variance", "use norm_pix=False")
-    if use_triton(where, kernels, view, pred, scale, shift):
+    if use_triton(where, kernels, view, pred, scale, shift) and not biased:
         return pixels.pixel_loss(view, pred, ids_predict, scale, shift, patch, norm_pix)
-    return reference.pixel_loss(view, pred, ids_predict, scale, shift, patch=patch, norm_pix=norm_pix)
+    return reference.pixel_loss(view, pred, ids_predict, scale, shift, patch=patch, norm_pix=norm_pix, biased=biased)
 
 
 def mimic_loss(

@@ -78,17 +78,18 @@ def pixel_target(
     patch: int,
     norm_pix: bool,
     work: torch.dtype,
+    biased: bool = False,
 ) -> tuple[Float[Tensor, "v m P"], Float[Tensor, "2 v m"]]:
     """What pixel_loss predicts, (c, p, q) values per patch, and the mean and 1 / std that were taken out.
 
-    `(x - mean) / sqrt(var + 1e-6)` over all p*p*c values of a patch, variance unbiased; x itself without norm_pix.
+    `(x - mean) / sqrt(var + 1e-6)` over all p*p*c values of a patch, variance unbiased unless `biased`; x itself without norm_pix.
     MAE section 3, "Reconstruction target" (arXiv 2111.06377); MAE's (p, q, c) order is a fixed permutation of the values.
     """
     x = gather_patches(image, ids, scale, shift, patch=patch, dtype=work)
     if not norm_pix:
         return x, torch.stack([x.new_zeros(ids.shape), x.new_ones(ids.shape)])
     centred, mean = centre(x)
-    rstd = torch.rsqrt(centred.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - 1) + NORM_PIX_EPS)
+    rstd = torch.rsqrt(centred.square().sum(dim=-1, keepdim=True) / (x.shape[-1] - (not biased)) + NORM_PIX_EPS)
     return centred * rstd, torch.stack([mean, rstd])[..., 0]
 
 
@@ -101,10 +102,11 @@ def pixel_loss(
     *,
     patch: int,
     norm_pix: bool,
+    biased: bool = False,
 ) -> Float[Tensor, "v m"]:
     """Mean squared error of each predicted patch against its (normalised) pixels."""
     work = wide(image, pred, scale)
-    target, _ = pixel_target(image, ids, scale, shift, patch=patch, norm_pix=norm_pix, work=work)
+    target, _ = pixel_target(image, ids, scale, shift, patch=patch, norm_pix=norm_pix, work=work, biased=biased)
     return (pred.to(work) - target).square().mean(dim=-1)
 
 

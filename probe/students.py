@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +81,19 @@ def from_checkpoint(path: Path) -> Student:
     model: nn.Module
     if name in SIZES:
         patch, side = PATCH, round(weights["pos_embed"].shape[1] ** 0.5)
-        model = build_mcmae(name, patch=patch, grid=(side, side), channels=channels)
+        model = build_mcmae(name, patch=patch, grid=(side, side), channels=channels, depth=depth_of(weights, "blocks3"))
     else:
-        patch, side = weights["patch_embed.proj.weight"].shape[-1], round((weights["pos_embed"].shape[1] - 1) ** 0.5)
-        model = build_vit(name, size=side * patch, patch=patch, grid=(side, side), channels=channels)
+        asked, patch = recipe.student, weights["patch_embed.proj.weight"].shape[-1]
+        side = round((weights["pos_embed"].shape[1] - asked.cls) ** 0.5)
+        model = build_vit(name, size=side * patch, patch=patch, grid=(side, side), channels=channels, cls=asked.cls,
+                          init_values=asked.init_values, depth=depth_of(weights, "blocks"))  # fmt: skip
     fit_weights(model, weights, where=str(path))
     return Student(model.float(), name, side * patch, patch, recipe.prepare.mean, recipe.prepare.std)
+
+
+def depth_of(weights: Mapping[str, Tensor], blocks: str) -> int:
+    """How many transformer blocks these weights have: a run leaves out those that nothing reads."""
+    return len({name.split(".")[1] for name in weights if name.startswith(f"{blocks}.")})
 
 
 def student_tower(student: Student, size: int, *, where: str) -> Tower:

@@ -18,8 +18,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.common.files import publish
+from mrmae.common.progress import counted
 from mrmae.extract.teachers import fit_weights, load_weights
-from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae
+from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae, vit_arguments
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CROP_SHARE = 0.875  # of the resized image when evaluating, as MAE's probes take 224 of 256
@@ -29,7 +30,7 @@ TIMM_USAGE = """A Vision Transformer encoder pre-trained without labels. It has 
 import timm
 model = timm.create_model("local-dir:PATH_OF_THIS_FOLDER", pretrained=True)   # from the hub: "hf-hub:USER/NAME"
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-tokens = model.forward_features(transform(image)[None])                       # [1, 1 + {l}, {d}], CLS first
+tokens = model.forward_features(transform(image)[None])                       # [1, {cls}{l}, {d}]{first}
 ```"""
 MCMAE_USAGE = """An encoder with two convolution stages before its transformer (MCMAE, arXiv 2205.03892), pre-trained without labels. timm
 has no such model. It has no CLS token and no classifier.
@@ -117,7 +118,12 @@ def student_config(model: Pretrainer) -> dict[str, Any]:
         "architecture": model.recipe.student.model,
         "library": "mrmae",
         "num_features": model.student.num_features,
-        "model_args": {"patch": info.patch, "grid": list(info.grid), "channels": info.channels},
+        "model_args": {
+            "patch": info.patch,
+            "grid": list(info.grid),
+            "channels": info.channels,
+            "depth": depth_left(model),
+        },
         "input_size": [info.channels, info.size, info.size],
         "mean": list(prepare.mean),
         "std": list(prepare.std),
@@ -125,21 +131,28 @@ def student_config(model: Pretrainer) -> dict[str, Any]:
     }
 
 
+def depth_left(model: Pretrainer) -> int | None:
+    """Blocks of a student of which some were left out; None where it has all that its name says."""
+    return len(model.student.blocks) if model.blocks_cut else None
+
+
 def timm_config(model: Pretrainer) -> dict[str, Any]:
     """What timm needs to build this encoder and to prepare its images. `pretrained_cfg` describes these weights."""
     info, recipe = model.info, model.recipe
+    told = vit_arguments(
+        size=info.size,
+        patch=info.patch,
+        channels=info.channels,
+        cls=recipe.student.cls,
+        init_values=recipe.student.init_values,
+        depth=depth_left(model),
+    )
     return {
         "architecture": recipe.student.model,
         "num_classes": 0,
         "num_features": model.student.num_features,
-        "global_pool": "token",
-        "model_args": {
-            "img_size": info.size,
-            "patch_size": info.patch,
-            "in_chans": info.channels,
-            "global_pool": "token",
-            "fc_norm": False,
-        },
+        "global_pool": told["global_pool"],
+        "model_args": told,
         "pretrained_cfg": {
             "tag": recipe.name,
             "custom_load": False,
@@ -164,6 +177,7 @@ def model_card(model: Pretrainer, source: Mapping[str, Any]) -> str:
     terms = "\n".join(f"- `{term}`" for term in model.terms)
     made = yaml.safe_dump(dict(source), sort_keys=False, allow_unicode=True, width=100).rstrip()
     library, usage = ("mrmae", MCMAE_USAGE) if isinstance(model.student, MaskedConvViT) else ("timm", TIMM_USAGE)
+    cls = {"cls": "1 + ", "first": ", CLS first"} if model.student.num_prefix_tokens else {"cls": "", "first": ""}
     return f"""---
 library_name: {library}
 pipeline_tag: image-feature-extraction
@@ -175,12 +189,13 @@ tags:
 ---
 # {recipe.student.model}, {info.size} px, patch {info.patch}, pre-trained with `{recipe.name}`
 
-{usage.format(l=info.n_patches, d=model.student.embed_dim)}
+{usage.format(l=info.n_patches, d=model.student.embed_dim, **cls)}
 
 | | |
 | --- | --- |
 | image | {info.size} x {info.size}, mean {list(recipe.prepare.mean)}, std {list(recipe.prepare.std)}, bicubic |
-| patches | {info.grid[0]} x {info.grid[1]} of {info.patch} px, fixed sin-cos positions |
+| patches | {info.grid[0]} x {info.grid[1]} of {info.patch} px, fixed {recipe.student.positions} positions |
+| encoder | {counted(len(model.student.blocks), "block")}{model.left_words()} |
 | visible in training | {model.n_keep} of {info.n_patches} ({recipe.mask.sampler}) |
 
 Terms of the loss (`tap @ positions > head ~ target | transform : distance * weight`):

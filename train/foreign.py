@@ -13,9 +13,10 @@ import torch
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from mrmae.common.progress import counted
 from mrmae.extract.teachers import listed, load_weights
 from mrmae.train.checkpoint import save_tensors
-from mrmae.train.method import MaskDecoder, MaskedConvViT, Pretrainer, sincos_positions
+from mrmae.train.method import POSITION_TABLES, MaskDecoder, MaskedConvViT, Pretrainer
 
 Weights = dict[str, Tensor]
 DECODER = {"decoder_embed": "embed", "mask_token": "mask_token", "decoder_blocks": "blocks", "decoder_norm": "norm"}
@@ -69,6 +70,7 @@ def encoder_weights(model: Pretrainer, weights: Mapping[str, Tensor], where: str
         optional |= {name for name in mine if name.startswith("stage")}
     not_ours = ("decoder_", "mask_token", *(("cls_token",) if convolutions else ()))  # ConvMAE-v2 carries both tokens
     given = {n: x for n, x in weights.items() if not n.startswith(not_ours) and not CLASSIFIER.match(n)}
+    given, cut = without_blocks(given, model)
     missing, extra = sorted(mine - optional - set(given)), sorted(set(given) - mine)
     if missing or extra:
         raise ValueError(
@@ -77,7 +79,17 @@ def encoder_weights(model: Pretrainer, weights: Mapping[str, Tensor], where: str
         )
     notes = [f"--init: {name} keeps its initial values, the file has none" for name in sorted(optional - set(given))]
     given["pos_embed"], said = fitted_positions(given["pos_embed"], model, where)
-    return {f"student.{name}": x for name, x in given.items()}, notes + said
+    return {f"student.{name}": x for name, x in given.items()}, notes + cut + said
+
+
+def without_blocks(given: Weights, model: Pretrainer) -> tuple[Weights, list[str]]:
+    """The file's weights without the blocks that the student leaves out because nothing reads them, and what to say about it."""
+    kept, blocks = len(model.student.blocks), "blocks3" if isinstance(model.student, MaskedConvViT) else "blocks"
+    left = {f"{blocks}.{i}" for i in range(kept, kept + model.blocks_cut)}
+    said = (
+        [f"--init: the file's last {counted(model.blocks_cut, 'block')} left out, no term reads more"] if left else []
+    )
+    return {name: x for name, x in given.items() if ".".join(name.split(".")[:2]) not in left}, said
 
 
 def fitted_positions(positions: Tensor, model: Pretrainer, where: str) -> tuple[Tensor, list[str]]:
@@ -94,7 +106,7 @@ def fitted_positions(positions: Tensor, model: Pretrainer, where: str) -> tuple[
         fitted = resample_abs_pos_embed(positions.double(), list(grid), [side, side], num_prefix_tokens=prefix)
         positions = fitted.to(positions.dtype)
         said.append(f"--init: positions interpolated from {side} x {side} to {grid[0]} x {grid[1]} patches")
-    elif not is_sincos(positions, grid, prefix):
+    elif not is_table(positions, model):
         said.append("--init: positions are the file's own, not sin-cos; they stay fixed while training")
     return positions, said
 
@@ -127,16 +139,17 @@ def decoder_weights(
     positions, prefix = weights.get(DECODER_POSITIONS), model.student.num_prefix_tokens
     if positions is not None and positions.shape[1] != model.info.n_patches + prefix:
         said += "; its fixed sin-cos positions are this grid's"
-    elif positions is not None and not is_sincos(positions, model.info.grid, prefix):
+    elif positions is not None and not is_table(positions, model):
         raise ValueError(
             f"{where}: {DECODER_POSITIONS} is not the fixed sin-cos table; MAE's was expected; load the encoder alone"
         )
     return found, [said]
 
 
-def is_sincos(positions: Tensor, grid: tuple[int, int], prefix: int) -> bool:
-    """Whether positions [1, prefix + l, d] are the fixed sin-cos table of this grid."""
-    table = sincos_positions(grid, positions.shape[2])[1 - prefix :]
+def is_table(positions: Tensor, model: Pretrainer) -> bool:
+    """Whether positions [1, prefix + l, d] are the recipe's fixed table of this grid."""
+    table = POSITION_TABLES[model.recipe.student.positions](model.info.grid, positions.shape[2])
+    table = table[1 - model.student.num_prefix_tokens :]
     return positions.shape[1:] == table.shape and bool((positions[0].double() - table).abs().max() < SAME_POSITIONS)
 
 
@@ -161,9 +174,12 @@ def published_weights(model: Pretrainer) -> Weights:
     A plain ViT gives MAE's names, MCMAE's student those of ConvMAE. Raises ValueError for a ViT with parts MAE does not have.
     """
     surplus = [name for name in model.student.state_dict() if not MAE_NAMES.match(name)]
-    if surplus and not isinstance(model.student, MaskedConvViT):
+    other = f"{surplus[0]}, which MAE's ViT does not" if surplus else ""
+    if not model.student.num_prefix_tokens:
+        other = "no CLS token, which MAE's ViT does"
+    if other and not isinstance(model.student, MaskedConvViT):
         raise ValueError(
-            f"--export mae: {model.recipe.student.model} has {surplus[0]}, which MAE's ViT does not; a plain ViT like "
+            f"--export mae: {model.recipe.student.model} has {other}; a plain ViT like "
             "vit_base_patch16_224 was expected; use OUT/student, which timm loads"
         )
     weights = dict(model.student.state_dict())
@@ -174,8 +190,8 @@ def published_weights(model: Pretrainer) -> Weights:
             first, _, rest = name.partition(".")
             weights[theirs[first] + (f".{rest}" if rest else "")] = x
         prefix = model.student.num_prefix_tokens
-        table = sincos_positions(model.info.grid, model.decoder.position.shape[1])[1 - prefix :]
-        weights[DECODER_POSITIONS] = table.to(model.decoder.position.dtype)[None]
+        table = torch.cat([torch.zeros_like(model.decoder.position[:1]), model.decoder.position])[1 - prefix :]
+        weights[DECODER_POSITIONS] = table[None]
         for part, x in model.heads[head].named_parameters():
             weights[f"{PREDICTION}.{part}"] = reordered(x, model, to_pqc, "--export mae")
     return {name: x.detach().cpu().contiguous().clone() for name, x in weights.items()}

@@ -187,6 +187,7 @@ def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
             (loss / run.share.accum).backward()
         parts.append(torch.stack([loss.detach(), *terms.values()]))
     norm = optim.gradient_norm(run.model.parameters())
+    optim.clip_gradients(run.model.parameters(), norm, run.recipe.optim.clip_norm)
     skipped = optim.guarded_step(run.optimizer, norm)
     run.skipped_in_a_row = optim.skipped_in_a_row(run.skipped_in_a_row, skipped)
     losses = mean_over_ranks(torch.stack(parts).mean(0), run.ranks)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 
-def base_lr(lr_per_256: float, images_per_update: int) -> float:
-    """The peak learning rate: `lr_per_256 * images_per_update / 256` (linear scaling rule)."""
-    return lr_per_256 * images_per_update / 256
+def base_lr(lr_per_256: float, images_per_update: int, scale: float = 1.0) -> float:
+    """The peak learning rate: `lr_per_256 * images_per_update / 256` (linear scaling rule), times a method's own factor."""
+    return lr_per_256 * images_per_update / 256 * scale
 
 
 def lr_at(epoch: float, *, peak: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:
@@ -54,6 +54,12 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
     """The norm of all gradients as one scalar on the device; not finite if any gradient is not."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+
+
+def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, most: float | None) -> None:
+    """Scale all gradients by `most / norm` where their norm is above `most`; on the device, nothing waits for the host."""
+    if most is not None:
+        torch.nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 
 def guarded_step(optimizer: torch.optim.AdamW, norm: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def reconstructions(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
     if term is None:
         return []
     drawn = as_bytes(run.model.reconstruct(batch, masks).float().cpu())
-    if term.recipe.transform != "norm_pix":
+    if term.recipe.transform == "none":
         return [Strip("reconstruction", drawn, "predicted pixels at hidden patches")]
     alone = as_bytes(run.model.reconstruct(batch, masks, alone=True).float().cpu())
     return [

@@ -16,7 +16,7 @@ from mrmae.common.files import publish
 from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
 from mrmae.train import optim
-from mrmae.train.method import MaskedConvViT, to_dict
+from mrmae.train.method import MaskedConvViT, Optim, to_dict
 from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
 
 
@@ -130,7 +130,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
-        "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256,"
+        "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256{scale_words(o)},"
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
         **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},
@@ -153,6 +153,11 @@ def progress_words(run: Run) -> list[str]:
     return [
         f"continuing from epoch {run.epoch + 1}, update {run.update} of {run.updates} ({run.step:,} of {run.total:,} are done)"
     ]
+
+
+def scale_words(o: Optim) -> str:
+    """A method's own factor of the learning rate."""
+    return "" if o.lr_scale == 1 else f" x {o.lr_scale:g}"
 
 
 def left_out(n: int) -> str:

@@ -14,6 +14,7 @@ from mrmae.common import page
 from mrmae.common.page import Curve, Html
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.train.log import read_rows
+from mrmae.train.optim import base_lr
 
 FEW_EPOCHS = 30  # whose losses are drawn row by row of the log, not epoch by epoch
 BLIND = {"zero": "zero", "constant": "one constant", "position": "one per position", "patch_mean": "each patch's mean"}
@@ -95,7 +96,7 @@ def origin(run: Facts, recipe: str) -> Iterator[Html]:
 def schedule(recipe: Facts) -> str:
     """Batch, learning rate and seed of a recipe in a line."""
     o = recipe["optim"]
-    peak = o["lr_per_256"] * o["batch_size"] / 256
+    peak = base_lr(o["lr_per_256"], o["batch_size"], o["lr_scale"])
     warmup = counted(o["warmup_epochs"], "epoch")
     return f"{counted(o['epochs'], 'epoch')}, batch {o['batch_size']:,}, learning rate up to {peak:.3g}, warm-up {warmup}, seed {recipe['seed']}"
 

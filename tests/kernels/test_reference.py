@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mrmae.kernels import reference
+from mrmae.kernels import dispatch, reference
 
 B, C, P, H, W = 2, 3, 4, 12, 16
 L = (H // P) * (W // P)
@@ -208,3 +208,18 @@ def test_a_zero_student_or_teacher_token_has_a_finite_cosine_and_gradient() -> N
     loss = reference.mimic_loss(student, torch.zeros(1, 1, 8), None, target="l2", distance="cosd", beta=1.0)
     (grad,) = torch.autograd.grad(loss.sum(), student)
     assert loss.item() == 1 and grad.isfinite().all()
+
+
+def test_the_biased_variance_makes_a_zero_prediction_cost_one() -> None:
+    image, ids = torch.rand(1, 3, 8, 8, dtype=torch.float64) * 255, torch.tensor([[0, 3]])
+    told = {"patch": 4, "scale": torch.ones(3).double(), "shift": torch.zeros(3).double(), "channels_last": False}
+    pred = torch.randn(1, 2, 48, dtype=torch.float64, requires_grad=True)
+    loss = dispatch.pixel_loss(image, pred, ids, biased=True, **told)  # type: ignore[arg-type]
+    for at, (row, column) in enumerate([(0, 0), (4, 4)]):
+        x = image[0, :, row : row + 4, column : column + 4].flatten()
+        t = (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-6).sqrt()
+        assert abs(loss[0, at] - (pred[0, at] - t).square().mean()) < 1e-10
+        (gradient,) = torch.autograd.grad(loss[0, at], pred, retain_graph=True)
+        assert (gradient[0, at] - 2 * (pred[0, at] - t) / 48).abs().max() < 1e-10
+    nothing = dispatch.pixel_loss(image, torch.zeros_like(pred), ids, biased=True, **told)  # type: ignore[arg-type]
+    assert (nothing - 1).abs().max() < 1e-6

@@ -76,6 +76,46 @@ def test_images_with_other_channels_export_too(
     assert load_student(folder)(torch.zeros(1, 1, 16, 16)).shape == (1, 64)
 
 
+def test_layer_scale_q_and_v_bias_and_no_cls_come_back_from_timm(
+    tiny_recipe: Callable[..., Recipe],
+    tiny_info: Callable[..., CacheInfo],
+    tiny_batch: Callable[..., Batch],
+    tmp_path: Path,
+) -> None:
+    asked = ["init_values=0.3", "qkv_bias=qv", "cls=false", "positions=sinusoid", "drop_path=0.1"]
+    recipe = tiny_recipe("mimic-only", *(f"student.{option}" for option in asked))
+    model = build_model(recipe, tiny_info())
+    folder = export_student(model, tmp_path, source={})
+    student = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert student.cls_token is None and student.global_pool == "avg" and student.blocks[5].ls2.gamma[0] == 0.3
+    pixels = tiny_batch(model.info).pixels
+    mean, std = torch.tensor(recipe.prepare.mean), torch.tensor(recipe.prepare.std)
+    with torch.no_grad():
+        features = student.forward_features(((pixels / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert features.shape == (2, 16, 64) and (features - model.tokens(pixels)).abs().max() < 1e-5
+    assert load_student(folder).blocks[0].ls1.gamma.shape == (64,)
+    assert "[1, 16, 64]\n" in (folder / "README.md").read_text()
+
+
+def test_blocks_that_no_term_reads_are_left_out_and_the_card_says_so(
+    tiny_recipe: Callable[..., Recipe],
+    tiny_info: Callable[..., CacheInfo],
+    tiny_batch: Callable[..., Batch],
+    tmp_path: Path,
+) -> None:
+    model = build_model(tiny_recipe("mimic-only", "terms.mimic.tap=block4"), tiny_info())
+    folder = export_student(model, tmp_path, source={})
+    student = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert len(student.blocks) == len(load_student(folder).blocks) == 4
+    told = "4 blocks; its last 2 blocks, which no term reads, left out; the final norm, which no term reads, stays at its start"
+    assert told in (folder / "README.md").read_text() and told in model.describe()["student"]
+    pixels = tiny_batch(model.info).pixels
+    mean, std = torch.tensor(model.recipe.prepare.mean), torch.tensor(model.recipe.prepare.std)
+    with torch.no_grad():
+        features = student.forward_features(((pixels / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert (features[:, 1:] - model.tokens(pixels)).abs().max() < 1e-5
+
+
 def test_exporting_again_replaces_the_files_and_leaves_no_others(model: Pretrainer, tmp_path: Path) -> None:
     export_student(model, tmp_path, source={"epochs": 1})
     with torch.no_grad():
@@ -134,3 +174,13 @@ def test_an_mcmae_student_comes_back_under_convmaes_names(
     text = (folder / "README.md").read_text()
     assert "timm\nhas no such model" in text and "load_mcmae" in text and "local-dir" not in text
     assert yaml.safe_load(text.split("---\n")[1])["library_name"] == "mrmae"
+
+
+def test_an_mcmae_student_without_its_last_blocks_comes_back(
+    tiny_recipe: Callable[..., Recipe], tiny_info: Callable[..., CacheInfo], tmp_path: Path
+) -> None:
+    recipe = tiny_recipe("mr-mcmae", "terms.mimic.tap=block2", "terms.pixels=null")
+    model = build_model(recipe, tiny_info(4, 16))
+    loaded = load_mcmae(export_student(model, tmp_path, source={}))
+    assert len(loaded.blocks) == 2
+    assert all(torch.equal(x, model.student.state_dict()[name]) for name, x in loaded.state_dict().items())

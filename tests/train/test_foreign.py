@@ -327,6 +327,34 @@ def test_a_decoder_that_is_asked_for_must_be_there(
         init_from(build_model(tiny_recipe("mae"), tiny_info(4, 5)), save(alone), decoder=True)
 
 
+def test_blocks_that_a_recipe_leaves_out_are_left_in_the_file(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, save: Callable[..., Path]
+) -> None:
+    model, weights = (
+        build_model(tiny_recipe("mimic-only", "terms.mimic.tap=block4"), tiny_info(4, 5)),
+        mae_weights(4, 5),
+    )
+    said = init_from(model, save(weights))
+    assert any("the file's last 2 blocks left out, no term reads more" in line for line in said)
+    assert len(model.student.blocks) == 4
+    ours = model.student.blocks[3].mlp.fc1.weight
+    assert torch.equal(ours, weights["blocks.3.mlp.fc1.weight"].to(ours.dtype))
+
+
+def test_only_a_decoder_like_maes_comes_from_its_checkpoint_and_goes_into_one(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, save: Callable[..., Path]
+) -> None:
+    model = build_model(tiny_recipe("mae", "student.decoder.kind=cross"), tiny_info(4, 5))
+    assert "--init: the decoder starts anew" in init_from(model, save(mae_weights(4, 5)))
+    assert not [name for name in published_weights(model) if "decoder" in name]
+
+
+def test_a_student_without_cls_has_no_place_in_maes_layout(tiny_recipe: MakeRecipe, tiny_info: MakeInfo) -> None:
+    model = build_model(tiny_recipe("mimic-only", "student.cls=false"), tiny_info())
+    with pytest.raises(ValueError, match="test_vit has no CLS token, which MAE's ViT does"):
+        published_weights(model)
+
+
 def test_a_vit_into_mcmae_and_a_vit_with_more_parts_are_refused(
     tiny_recipe: MakeRecipe, tiny_info: MakeInfo, save: Callable[..., Path]
 ) -> None:

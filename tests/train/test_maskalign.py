@@ -128,6 +128,9 @@ def test_dropped_paths_follow_the_linear_law_and_keep_the_mean() -> None:
         dropped = (factors[:, i] == 0).double().mean(0)
         assert dropped.tolist() == pytest.approx([p, p], abs=0.03)
         assert factors[:, i].max().item() == pytest.approx(1 / (1 - p))
+    flat = path_factors(samples, torch.tensor(3), path_keys(5, 0), rows=len(samples), rate=0.4, law="constant")
+    assert torch.equal(flat[:, 4], factors[:, 4])
+    assert (flat == 0).double().mean(0).flatten().tolist() == pytest.approx([0.4] * 10, abs=0.03)
     both = (factors[:, 4] == 0).all(dim=1).double().mean().item()
     assert both == pytest.approx(0.16, abs=0.03)  # the two branches of a block are dropped independently
 

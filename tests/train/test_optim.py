@@ -11,6 +11,7 @@ from mrmae.train import optim
 
 def test_peak_lr_scales_with_images_per_update() -> None:
     assert optim.base_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)  # MAE's own number
+    assert optim.base_lr(1.5e-4, 4096, 1 / 3) == pytest.approx(8e-4)
 
 
 def test_schedule_warms_up_from_zero_then_follows_half_a_cosine() -> None:
@@ -65,6 +66,26 @@ def test_steps_equal_adamw_restated_and_a_skipped_one_leaves_no_trace() -> None:
         seen.append(optim.guarded_step(optimizer, optim.gradient_norm(model.parameters())).item())
     assert seen == [0.0, 1.0, 0.0, 0.0]
     torch.testing.assert_close(model.weight.detach(), _adamw(start, gradients, 0.1, 0.05), rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_above_the_norm_are_scaled_to_it_and_others_left() -> None:
+    for most, factor in ((3.0, 3.0 / 5), (6.0, 1.0), (None, 1.0)):
+        model = nn.Linear(2, 1, bias=False)
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        optim.clip_gradients(model.parameters(), optim.gradient_norm(model.parameters()), most)
+        assert model.weight.grad.tolist()[0] == pytest.approx([3 * factor, 4 * factor], rel=1e-5)
+
+
+def test_clipping_does_not_hide_a_gradient_that_is_not_finite() -> None:
+    model = nn.Linear(2, 1, bias=False)
+    start = model.weight.detach().clone()
+    optimizer = optim.build_optimizer(model, betas=(0.9, 0.95), decay=0.05)
+    optim.set_lr(optimizer, 0.1)
+    model.weight.grad = torch.tensor([[math.inf, 4.0]])
+    norm = optim.gradient_norm(model.parameters())
+    optim.clip_gradients(model.parameters(), norm, 3.0)
+    assert optim.guarded_step(optimizer, norm).item() == 1.0
+    assert torch.equal(model.weight, start)
 
 
 def test_gradient_norm_covers_every_parameter() -> None:

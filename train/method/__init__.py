@@ -20,7 +20,7 @@ from mrmae.train.method.recipe import (
     to_dict,
 )
 from mrmae.train.method.samplers import chosen_blocks, draw_masks
-from mrmae.train.method.student import LN_EPS, build_vit, initialise, sincos_positions
+from mrmae.train.method.student import LN_EPS, POSITION_TABLES, build_vit, initialise, sincos_positions, vit_arguments
 from mrmae.train.method.targets import (
     ADD,
     NEEDS_STATISTICS,
@@ -49,6 +49,7 @@ __all__ = [
     "NEEDS_STATISTICS",
     "Optim",
     "PATCH",
+    "POSITION_TABLES",
     "PixelScale",
     "Pretrainer",
     "Recipe",
@@ -85,4 +86,5 @@ __all__ = [
     "target_names",
     "to_dict",
     "usual_students",
+    "vit_arguments",
 ]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mrmae.train.method.recipe import DecoderRecipe
 from mrmae.train.method.student import sincos_positions
-from mrmae.train.method.taps import Outputs, Tokens
+from mrmae.train.method.taps import Outputs, Tokens, placed
 
 
 class MaskDecoder(nn.Module):
@@ -36,7 +36,7 @@ class MaskDecoder(nn.Module):
 
     def forward(self, final: Tokens, ids_predict: Int64[Tensor, "v m"], outputs: Outputs | None = None) -> Tokens:
         """Decoded tokens [v, m, width] at `ids_predict`, from the encoder's `final`."""
-        x = placed(self.embed(final.x), final, self.position)
+        x = placed(final._replace(x=self.embed(final.x)), self.position).x
         decoded = self.blocks(torch.cat([x, self.mask_token + self.position[ids_predict]], dim=1))
         return Tokens(self.norm(decoded[:, x.shape[1] :]), ids_predict)
 
@@ -92,7 +92,7 @@ class PromptDecoder(nn.Module):
 
     def forward(self, final: Tokens, ids_predict: Int64[Tensor, "v m"], outputs: Outputs | None = None) -> Tokens:
         """[CLS | visible | predicted], from the encoder's `final`."""
-        prompt = placed(self.embed(final.x), final, self.position)
+        prompt = placed(final._replace(x=self.embed(final.x)), self.position).x
         x = self.mask_token + self.position[ids_predict]
         for block in self.blocks:
             x = block(x, prompt, among=True)
@@ -151,7 +151,7 @@ class TapDecoder(nn.Module):
     def forward(self, final: Tokens, ids_predict: Int64[Tensor, "v m"], outputs: Outputs | None = None) -> Tokens:
         """Decoded tokens [v, m, width] at `ids_predict`, from the encoder's `final` and its blocks' raw outputs."""
         assert outputs is not None
-        x = placed(self.embed(final.x), final, self.position)
+        x = placed(final._replace(x=self.embed(final.x)), self.position).x
         z = self.blocks(torch.cat([x, self.mask_token + self.position[ids_predict]], dim=1))
         for tap, embed, block in zip(self.taps, self.embeds, self.tap_blocks):
             z = block(z, embed(outputs[tap]))
@@ -299,11 +299,6 @@ def self_blocks(recipe: DecoderRecipe) -> list[Block]:
 def last_norm(recipe: DecoderRecipe) -> nn.Module:
     """What ends a decoder."""
     return LayerNorm(recipe.width) if recipe.norm else nn.Identity()
-
-
-def placed(x: Float[Tensor, "v n d"], tokens: Tokens, position: Float[Tensor, "l d"]) -> Float[Tensor, "v n d"]:
-    """Embedded `tokens`, patches with their positions, CLS without."""
-    return torch.cat([x[:, : tokens.prefix], x[:, tokens.prefix :] + position[tokens.ids]], dim=1)
 
 
 def with_prefix(final: Tokens, x: Float[Tensor, "v n d"], ids_predict: Int64[Tensor, "v m"]) -> Tokens:

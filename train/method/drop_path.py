@@ -23,16 +23,23 @@ def path_keys(depth: int, seed: int) -> Int64[Tensor, " 2*depth"]:
 
 
 def path_factors(
-    samples: Int64[Tensor, " b"], epoch: Int64[Tensor, ""], keys: Int64[Tensor, " 2*depth"], *, rows: int, rate: float
+    samples: Int64[Tensor, " b"],
+    epoch: Int64[Tensor, ""],
+    keys: Int64[Tensor, " 2*depth"],
+    *,
+    rows: int,
+    rate: float,
+    law: str = "rising",
 ) -> Float64[Tensor, "v depth 2"]:
     """Stochastic depth (drop-path): 0 where a residual branch is dropped, else 1 / (1 - p).
 
-    p rises linearly from 0 at the first block to `rate` at the last. A function of (seed, epoch, sample, branch, which mask of
+    p rises linearly from 0 at the first block to `rate` at the last, or is `rate` everywhere (law `constant`). A function of (seed, epoch, sample, branch, which mask of
     the image), not of the mask itself: masks may repeat. keys: from `path_keys`. rows: v = masks per image * b.
     """
     row = torch.arange(rows, device=samples.device)
     images = ids.mix(samples[row % samples.shape[0]] ^ ids.mix((epoch << 16) + row // samples.shape[0] + 1))
     bits = ids.shift_right(ids.mix(images[:, None] + keys), 12)
     uniform = (bits.double() * 2.0**-52).view(images.shape[0], -1, 2)
-    p = torch.linspace(0, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]
+    first = 0.0 if law == "rising" else rate
+    p = torch.linspace(first, rate, keys.shape[0] // 2, dtype=torch.float64, device=samples.device)[:, None]
     return (uniform >= p) / (1 - p)

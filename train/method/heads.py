@@ -18,6 +18,11 @@ def ln_linear(width: int, out: int) -> nn.Module:
     return nn.Sequential(nn.LayerNorm(width, eps=LN_EPS), nn.Linear(width, out))
 
 
+def linear_ln(width: int, out: int) -> nn.Module:
+    """Linear, LayerNorm."""
+    return nn.Sequential(nn.Linear(width, out), nn.LayerNorm(out, eps=LN_EPS))
+
+
 def mlp(width: int, out: int) -> nn.Module:
     """Linear, GELU, Linear; as wide inside as the student."""
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, out))
@@ -32,4 +37,4 @@ def mlp3_ln(width: int, out: int) -> nn.Module:
     return nn.Sequential(*first, *second, *last)
 
 
-HEADS = {"linear": linear, "ln_linear": ln_linear, "mlp": mlp, "mlp3_ln": mlp3_ln}
+HEADS = {"linear": linear, "ln_linear": ln_linear, "linear_ln": linear_ln, "mlp": mlp, "mlp3_ln": mlp3_ln}

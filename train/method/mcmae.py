@@ -159,8 +159,13 @@ class MaskedConvViT(nn.Module):
         return x
 
 
-def build_mcmae(name: str, *, patch: int, grid: Sequence[int], channels: int = 3) -> MaskedConvViT:
-    """The student `name` for a grid of 16-pixel patches. Raises ValueError for unknown names and other patch sizes."""
+def build_mcmae(
+    name: str, *, patch: int, grid: Sequence[int], channels: int = 3, depth: int | None = None
+) -> MaskedConvViT:
+    """The student `name` for a grid of 16-pixel patches. Raises ValueError for unknown names and other patch sizes.
+
+    depth: only so many of its transformer blocks.
+    """
     if name not in SIZES:
         raise ValueError(
             f"student {name!r}: there is no such model; {did_you_mean(name, ['mcmae_base', 'mcmae_large'])}"
@@ -171,7 +176,9 @@ def build_mcmae(name: str, *, patch: int, grid: Sequence[int], channels: int = 3
             "extract with a --size of 16 times the --grid, or train a vit"
         )
     with torch.random.fork_rng(devices=[]):
-        return MaskedConvViT(SIZES[name], grid, channels)
+        student = MaskedConvViT(SIZES[name], grid, channels)
+    student.blocks3 = student.blocks3[:depth]
+    return student
 
 
 def encode_mcmae(

@@ -23,9 +23,9 @@ from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.recipe import Recipe
-from mrmae.train.method.student import build_vit, encode_vit, initialise, sincos_positions
-from mrmae.train.method.taps import Tokens, build_fusions, tokens_at
+from mrmae.train.method.recipe import Recipe, StudentRecipe
+from mrmae.train.method.student import POSITION_TABLES, build_vit, encode_vit, hold_key_bias, initialise
+from mrmae.train.method.taps import Tokens, build_fusions, placed, tokens_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
 from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_taps, score
 
@@ -70,7 +70,10 @@ class Pretrainer(nn.Module):
         self.student = build_student(recipe, info)
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
-        self.keep_blocks = check_taps(self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls)
+        fuses = isinstance(self.student, MaskedConvViT)
+        self.keep_blocks = check_taps(
+            self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls, fuses=fuses
+        )
         taps = {tap for term in self.terms for tap in term.recipe.taps}
         self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
         self.decoder: Decoder | None = None
@@ -84,18 +87,20 @@ class Pretrainer(nn.Module):
             width_in = self.width_of(term)
             self.heads[term.name] = HEADS[term.recipe.head](width_in, width_of_target(term, info))
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
-        freeze_unread(self.student, taps, self.keep_blocks)
+        leave_unread(self.student, taps, self.keep_blocks)
+        self.blocks_cut = depth - len(self.student.blocks)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (self.recipe.prepare.mean, self.recipe.prepare.std))
         self.register_buffer("scale", (1 / (255 * std)).to(dtype), persistent=False)
         self.register_buffer("shift", (-mean / std).to(dtype), persistent=False)
-        positions = sincos_positions(self.info.grid, self.student.embed_dim)
+        table, grid = POSITION_TABLES[self.recipe.student.positions], self.info.grid
         assert self.student.pos_embed is not None
-        self.student.pos_embed.data = positions[1 - self.student.num_prefix_tokens :].to(dtype)[None]
+        own = table(grid, self.student.embed_dim)[1 - self.student.num_prefix_tokens :]
+        self.student.pos_embed.data = own.to(dtype)[None]
         if self.decoder is not None:
-            self.decoder.position = sincos_positions(self.info.grid, self.decoder.position.shape[1])[1:].to(dtype)
+            self.decoder.position = table(grid, self.decoder.position.shape[1])[1:].to(dtype)
         wanted = {
             term.name: (term.teacher, term.recipe.transform, term.recipe.at("cls"))
             for term in self.terms
@@ -147,6 +152,10 @@ class Pretrainer(nn.Module):
         outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
         prefix, shown = self.student.num_prefix_tokens, masks.ids_keep.shape[1]
         taps = {name: Tokens(x, masks.ids_keep, prefix, shown) for name, x in outputs.items()}
+        assert self.student.pos_embed is not None
+        for name in self.fusions:
+            if name.startswith("placed"):
+                taps[name] = placed(taps[name], self.student.pos_embed[0, prefix:])
         if self.decoder is not None:
             taps["decoder"] = self.decoder(taps["final"], masks.ids_predict, blocks)
         return taps
@@ -166,10 +175,11 @@ class Pretrainer(nn.Module):
 
     def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
         """Which residual branches run in this training step; None for all of them."""
-        rate = self.recipe.student.drop_path
-        if not self.training or rate == 0:
+        asked, rows = self.recipe.student, len(masks.ids_keep)
+        if not self.training or asked.drop_path == 0:
             return None
-        return path_factors(batch.samples, batch.epoch, self.path_keys, rows=len(masks.ids_keep), rate=rate)
+        rate, law = asked.drop_path, asked.drop_path_law
+        return path_factors(batch.samples, batch.epoch, self.path_keys, rows=rows, rate=rate, law=law)
 
     @torch.no_grad()
     def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
@@ -186,7 +196,8 @@ class Pretrainer(nn.Module):
         proj = self.student.patch_embed.proj
         with torch.autocast(pixels.device.type, enabled=False):
             patches = self.patches_at(pixels, everything)
-            return F.linear(patches, proj.weight.flatten(1), proj.bias) + self.student.pos_embed[:, 1:]
+            position = self.student.pos_embed[:, self.student.num_prefix_tokens :]
+            return F.linear(patches, proj.weight.flatten(1), proj.bias) + position
 
     @torch.no_grad()
     def predicted(self, term: Term, batch: Batch, masks: Masks) -> Tokens:
@@ -215,10 +226,10 @@ class Pretrainer(nn.Module):
             self.scale.dtype
         )
         visible = self.patches(batch, masks.ids_keep)
-        if term.recipe.transform == "norm_pix":
-            var, mean = torch.var_mean(
-                visible if alone else self.patches(batch, masks.ids_predict), dim=-1, keepdim=True
-            )
+        if term.recipe.transform != "none":
+            correction = 0 if term.recipe.transform == "norm_pix_biased" else 1
+            patches = visible if alone else self.patches(batch, masks.ids_predict)
+            var, mean = torch.var_mean(patches, dim=-1, keepdim=True, correction=correction)
             var, mean = (x.mean(1, keepdim=True) if alone else x for x in (var, mean))
             prediction = prediction * (var + NORM_PIX_EPS).sqrt() + mean
         b, values = prediction.shape[0], visible.shape[2]
@@ -256,7 +267,8 @@ class Pretrainer(nn.Module):
         decoder = self.recipe.student.decoder
         told = {
             "student": f"{self.recipe.student.model} as patch {info.patch} at {info.size} px,"
-            f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {counted(len(self.student.blocks), 'block')}",
+            f" grid {info.grid[0]} x {info.grid[1]}, width {self.student.embed_dim}, {counted(len(self.student.blocks), 'block')}"
+            + self.left_words(),
             "decoder": "none"
             if self.decoder is None or decoder is None
             else f"{decoder.kind}, {counted(decoder.depth, 'block')} of width {decoder.width}",
@@ -264,6 +276,12 @@ class Pretrainer(nn.Module):
             "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
         }
         return told | {f"term {term.name}": str(term) for term in self.terms}
+
+    def left_words(self) -> str:
+        """What is left out of the named student, or left at its start, because no term reads it; empty for nothing."""
+        cut = f"; its last {counted(self.blocks_cut, 'block')}, which no term reads, left out" * bool(self.blocks_cut)
+        norm = "; the final norm, which no term reads, stays at its start"
+        return cut + norm * (not self.student.norm.weight.requires_grad)
 
 
 @contextlib.contextmanager
@@ -310,17 +328,31 @@ def student_size(recipe: Recipe, info: CacheInfo) -> tuple[int, int]:
 
 def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | MaskedConvViT:
     """The recipe's student for this cache's size and grid. Raises ValueError for unknown names and what does not fit them."""
-    name, rate = recipe.student.model, recipe.student.drop_path
-    if "mcmae" not in name:
-        vit = build_vit(name, size=info.size, patch=info.patch, grid=info.grid, channels=info.channels)
-        if rate == 0 or all(type(block) is Block for block in vit.blocks):
-            return vit
-    elif rate == 0:
-        return build_mcmae(name, patch=info.patch, grid=info.grid, channels=info.channels)
-    raise ValueError(
-        f"student {name!r}: student.drop_path is {rate:g} and its blocks are not plain transformer blocks; 0 was expected; "
-        "use --set student.drop_path=0"
-    )
+    asked = recipe.student
+    usual = {"drop_path": "0", "init_values": "null", "qkv_bias": "all", "cls": "true"}
+    changed = {key: value for key in usual if (value := getattr(asked, key)) != getattr(StudentRecipe(), key)}
+    vit: VisionTransformer | None = None
+    if "mcmae" not in asked.model:
+        vit = build_vit(
+            asked.model,
+            size=info.size,
+            patch=info.patch,
+            grid=info.grid,
+            channels=info.channels,
+            cls=asked.cls,
+            init_values=asked.init_values,
+        )
+    elif not changed:
+        return build_mcmae(asked.model, patch=info.patch, grid=info.grid, channels=info.channels)
+    if vit is None or (changed and not all(type(block) is Block for block in vit.blocks)):
+        key, value = next(iter(changed.items()))
+        raise ValueError(
+            f"student {asked.model!r}: student.{key} is {value} and its blocks are not plain transformer blocks; {usual[key]} was "
+            f"expected; use --set student.{key}={usual[key]}"
+        )
+    if asked.qkv_bias == "qv":
+        hold_key_bias(vit)
+    return vit
 
 
 def usual_students() -> dict[str, str]:
@@ -339,22 +371,25 @@ def usual_students() -> dict[str, str]:
     return found
 
 
-def freeze_unread(
+def leave_unread(
     student: VisionTransformer | MaskedConvViT, taps: Collection[str], keep_blocks: Collection[int]
 ) -> None:
-    """Take from training what no tap reads: it would get no gradient, which weight decay and data-parallel runs mistake.
+    """Take from a student what nothing reads, `final` not being among the taps: it would be computed, and exported, at its start.
 
-    With only block taps these are the blocks after the last one read, the final norm, and MCMAE's stage fusion.
+    The blocks after the last one read are cut off. The final norm, which an encoder must have, and MCMAE's stage fusion stay and do not
+    train: weight decay and data-parallel runs mistake parameters without a gradient.
     """
     if "final" in taps:
         return
-    unread = [*student.blocks[max(keep_blocks) :]]
+    last = max(keep_blocks)
     if isinstance(student, MaskedConvViT):
-        unread += [student.stage1_output_decode, student.stage2_output_decode]
-    if "learned" not in taps:
-        unread.append(student.norm)
-    for module in unread:
-        module.requires_grad_(False)
+        student.blocks3 = student.blocks3[:last]
+        for module in (student.stage1_output_decode, student.stage2_output_decode):
+            module.requires_grad_(False)
+    else:
+        student.blocks = student.blocks[:last]
+    if not any(tap == "learned" or tap.startswith("placed") for tap in taps):
+        student.norm.requires_grad_(False)
 
 
 def unpatchify(patches: Float[Tensor, "b l P"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b h w c"]:

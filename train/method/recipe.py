@@ -19,13 +19,14 @@ from mrmae.common.suggest import did_you_mean
 RECIPES = Path(__file__).with_name("recipes")
 
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
+PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
-HeadKind = Literal["linear", "ln_linear", "mlp", "mlp3_ln"]
-Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix"]
+HeadKind = Literal["linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
+Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
-ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix)[1-9][0-9]*")
+ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed)[1-9][0-9]*")
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 
@@ -94,21 +95,28 @@ class DecoderRecipe:
 class StudentRecipe:
     """A plain timm VisionTransformer by name, or `mcmae_base`; the cache's size and grid set its image and patch size.
 
-    fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1. drop_path: stochastic depth at the last block,
-    rising linearly from 0 at the first.
+    fused_blocks: the block outputs behind the tap `mean_ln`, counted from 1. drop_path: stochastic depth, with drop_path_law
+    `rising` linearly from 0 at the first block to it at the last, or `constant`.
+    init_values: where the layer scale of a ViT's residual branches starts; null: none. qkv_bias: `qv` holds the keys' at zero.
+    cls: whether there is a CLS token. positions: the fixed table of the encoder's and the decoder's positions (student.py).
     """
 
     model: str = "vit_base_patch16_224"
     decoder: DecoderRecipe | None = field(default_factory=DecoderRecipe)
     fused_blocks: tuple[int, ...] = (3, 6, 9, 12)
     drop_path: float = 0.0
+    drop_path_law: Literal["rising", "constant"] = "rising"
+    init_values: float | None = None
+    qkv_bias: Literal["all", "qv"] = "all"
+    cls: bool = True
+    positions: PositionKind = "sincos"
 
 
 @dataclass(frozen=True)
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`; `final+decoder` where one head serves both.
+    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
     target: `pixels`, their `hog` (targets.py), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
@@ -141,7 +149,10 @@ class TermRecipe:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; the peak learning rate is `lr_per_256 * batch_size / 256`. batch_size: images per update, over all ranks."""
+    """AdamW; the peak learning rate is `lr_per_256 * batch_size / 256 * lr_scale`. batch_size: images per update, over all ranks.
+
+    clip_norm: gradients of a larger norm, all of them together, are scaled to it; null: none are.
+    """
 
     lr_per_256: float = 1.5e-4
     min_lr: float = 0.0
@@ -151,6 +162,8 @@ class Optim:
     epochs: int = 200
     batch_size: int = 2048
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    lr_scale: float = 1.0
+    clip_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -319,6 +332,8 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         "no block twice",
     )
     yield "student.drop_path", 0 <= recipe.student.drop_path < 1, "0 <= rate < 1 was expected"
+    start = recipe.student.init_values
+    yield "student.init_values", start is None or start > 0, "a number above 0, or null, was expected"
     if decoder is not None:
         yield "student.decoder.depth", decoder.depth >= 0, "at least 0 was expected"
         yield (
@@ -335,6 +350,8 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
         yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
     yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
+    yield "optim.lr_scale", optim.lr_scale > 0, "a number above 0 was expected"
+    yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "a number above 0, or null, was expected"
     yield "optim.epochs", optim.epochs >= 1, "at least 1 was expected"
     yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
 
@@ -346,7 +363,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield (
             f"{at}.tap",
             is_tap,
-            "final, block<i>, mix<i>, mean_ln, learned or decoder was expected, or two joined by +",
+            "final, block<i>, placed<i>, mix<i>, mean_ln, learned or decoder was expected, or two joined by +",
         )
         yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
         yield (
@@ -367,10 +384,10 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.teachers", not (pixels and term.teachers), f"none was expected with target {term.target}"
         yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        transforms = {"pixels": ("none", "norm_pix"), "hog": ("none",)}
-        fits = term.transform in transforms[term.target] if pixels else term.transform != "norm_pix"
+        transforms = {"pixels": ("none", "norm_pix", "norm_pix_biased"), "hog": ("none",)}
+        fits = term.transform in transforms[term.target] if pixels else "norm_pix" not in term.transform
         names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
-        yield f"{at}.transform", fits, f"pixels: none or norm_pix; teachers: {names}"
+        yield f"{at}.transform", fits, f"pixels: none, norm_pix or norm_pix_biased; teachers: {names}"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"

@@ -5,7 +5,8 @@ un-shuffled. The modules are timm's own, so the state dict is timm's.
 """
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import timm
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from mrmae.common.suggest import nearest
 from mrmae.kernels import dispatch
 from mrmae.train.method.drop_path import scaled_block
+from mrmae.train.method.recipe import PositionKind
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
 MAE_EMBEDDING, MCMAE_EMBEDDING = "patch_embed.proj", "patch_embed3.proj"
@@ -38,9 +40,50 @@ def sincos_positions(grid: tuple[int, int], width: int) -> Float64[Tensor, "l+1 
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])
 
 
-def build_vit(name: str, *, size: int, patch: int, grid: tuple[int, int], channels: int = 3) -> VisionTransformer:
+def sincos_row_first(grid: tuple[int, int], width: int) -> Float64[Tensor, "l+1 width"]:
+    """As `sincos_positions`, but the first half of the channels encodes the row (CAE, arXiv 2202.03026)."""
+    half = width // 2
+    table = sincos_positions(grid, width)
+    return torch.cat([table[:, half:], table[:, :half]], dim=1)
+
+
+def sinusoid_positions(grid: tuple[int, int], width: int) -> Float64[Tensor, "l+1 width"]:
+    """Fixed 1-D positions in raster order, sin on even and cos on odd channels; row 0 belongs to CLS and is zero (UMT, arXiv 2303.16058)."""
+    frequency = 10000.0 ** -(torch.arange(0, width, 2, dtype=torch.float64) / width)
+    angles = torch.arange(grid[0] * grid[1], dtype=torch.float64)[:, None] * frequency
+    patches = torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), patches])
+
+
+POSITION_TABLES: dict[PositionKind, Callable[[tuple[int, int], int], Float64[Tensor, "l+1 width"]]] = {
+    "sincos": sincos_positions,
+    "sincos_cae": sincos_row_first,
+    "sinusoid": sinusoid_positions,
+}
+
+
+def vit_arguments(
+    *,
+    size: int,
+    patch: int,
+    channels: int = 3,
+    cls: bool = True,
+    init_values: float | None = None,
+    depth: int | None = None,
+) -> dict[str, Any]:
+    """What `timm.create_model` is told beside the name to build a student, here and wherever an exported one is loaded."""
+    told: dict[str, Any] = {"img_size": size, "patch_size": patch, "in_chans": channels, "fc_norm": False}
+    told |= {"global_pool": "token"} if cls else {"global_pool": "avg", "class_token": False}
+    chosen = {"init_values": init_values, "depth": depth}
+    return told | {name: value for name, value in chosen.items() if value is not None}
+
+
+def build_vit(
+    name: str, *, size: int, patch: int, grid: tuple[int, int], channels: int = 3, cls: bool = True, **more: Any
+) -> VisionTransformer:
     """timm's VisionTransformer `name` at another image and patch size, without classifier, with fixed sin-cos positions.
 
+    more: init_values and depth, as `vit_arguments` takes them.
     Raises ValueError for unknown names (with the nearest ones) and for models that are more than a plain ViT with a CLS token and
     absolute positions: their extra parts would be skipped silently.
     """
@@ -52,17 +95,9 @@ def build_vit(name: str, *, size: int, patch: int, grid: tuple[int, int], channe
         )
     try:
         with torch.random.fork_rng(devices=[]):
-            vit = timm.create_model(
-                name,
-                pretrained=False,
-                img_size=size,
-                patch_size=patch,
-                in_chans=channels,
-                num_classes=0,
-                global_pool="token",
-                fc_norm=False,
-            )
-        surplus = what_is_not_plain(vit)
+            told = vit_arguments(size=size, patch=patch, channels=channels, cls=cls, **more)
+            vit = timm.create_model(name, pretrained=False, num_classes=0, **told)
+        surplus = what_is_not_plain(vit, cls=cls)
     except (TypeError, AssertionError, RuntimeError, ValueError) as error:
         surplus = f"it cannot be built with a CLS token at {size} px and patch {patch} ({error})"
     if surplus:
@@ -71,15 +106,16 @@ def build_vit(name: str, *, size: int, patch: int, grid: tuple[int, int], channe
             "use vit_tiny, vit_small, vit_base, vit_large or vit_huge"
         )
     assert isinstance(vit, VisionTransformer)
-    vit.pos_embed = nn.Parameter(sincos_positions(grid, vit.embed_dim).to(torch.float32)[None], requires_grad=False)
+    positions = sincos_positions(grid, vit.embed_dim)[1 - vit.num_prefix_tokens :]
+    vit.pos_embed = nn.Parameter(positions.to(torch.float32)[None], requires_grad=False)
     return vit
 
 
-def what_is_not_plain(vit: nn.Module) -> str:
+def what_is_not_plain(vit: nn.Module, *, cls: bool = True) -> str:
     """What `encode` would skip in this model; empty for a plain ViT."""
     if type(vit) is not VisionTransformer:
         return f"it is a {type(vit).__name__}"
-    if vit.cls_token is None or vit.num_prefix_tokens != 1:
+    if (vit.cls_token is not None) != cls or vit.num_prefix_tokens != cls:
         return f"it has {vit.num_prefix_tokens} prefix tokens instead of one CLS token"
     if vit.pos_embed is None or vit.no_embed_class:
         return "it has no absolute position per token"
@@ -88,6 +124,21 @@ def what_is_not_plain(vit: nn.Module) -> str:
     if not isinstance(vit.norm_pre, nn.Identity) or not isinstance(vit.norm, nn.LayerNorm) or vit.attn_pool is not None:
         return "it has a norm before its blocks, no final LayerNorm, or attention pooling"
     return ""
+
+
+def hold_key_bias(vit: VisionTransformer) -> None:
+    """Keep the keys' bias of every block at its start, zero: only q and v have one then, in timm's own parameters.
+
+    The softmax does not see it, so nothing else changes.
+    """
+    for number in range(len(vit.blocks)):
+        vit.get_parameter(f"blocks.{number}.attn.qkv.bias").register_hook(without_keys)  # type: ignore[no-untyped-call]
+
+
+def without_keys(gradient: Float[Tensor, " 3d"]) -> Float[Tensor, " 3d"]:
+    """The gradient of a qkv bias, zero for the keys'."""
+    q, k, v = gradient.chunk(3)
+    return torch.cat([q, torch.zeros_like(k), v])
 
 
 def initialise(model: nn.Module, seed: int) -> None:
@@ -139,12 +190,12 @@ def encode_vit(
     paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
 ) -> tuple[Float[Tensor, "v k+1 d"], dict[int, Float[Tensor, "v k+1 d"]]]:
-    """`final` (last block, then the final norm) of [CLS | visible], and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
+    """`final` (last block, then the final norm) of [CLS | visible] (of visible without CLS), and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
     paths: factors of the blocks' residual branches, from `path_factors`.
     """
-    assert vit.pos_embed is not None and vit.cls_token is not None
+    assert vit.pos_embed is not None
     proj, patch, position = vit.patch_embed.proj, vit.patch_embed.patch_size[0], vit.pos_embed[0]
     patches = dispatch.gather_patches(
         pixels,
@@ -157,7 +208,10 @@ def encode_vit(
         kernels=kernels,
     )
     tokens = F.linear(patches, proj.weight.flatten(1), proj.bias)
-    x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
+    if vit.cls_token is None:
+        x = tokens + position[ids_keep]
+    else:
+        x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
     outputs = {0: x} if 0 in keep_blocks else {}
     for number, block in enumerate(vit.blocks, start=1):
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]

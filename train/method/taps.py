@@ -55,6 +55,12 @@ def tokens_at(taps: Mapping[str, Tokens], names: Sequence[str], positions: str) 
     return Tokens(torch.cat([p.x for p in parts], dim=1), torch.cat([p.ids for p in parts], dim=1), prefix, visible)
 
 
+def placed(tokens: Tokens, position: Float[Tensor, "l d"]) -> Tokens:
+    """The tokens with their patches' positions added; CLS has none."""
+    x, prefix = tokens.x, tokens.prefix
+    return tokens._replace(x=torch.cat([x[:, :prefix], x[:, prefix:] + position[tokens.ids]], dim=1))
+
+
 class MeanOfNorms(nn.Module):
     """Tap `mean_ln`: the mean over chosen blocks of their outputs, each through a LayerNorm of its own.
 
@@ -99,6 +105,19 @@ class Mix(nn.Module):
         return weighted_sum(self.weight, outputs)
 
 
+class NormedBlock(nn.Module):
+    """Tap `placed<i>`: a block's output through the encoder's own final norm; the model adds the positions again (UMT, arXiv 2303.16058)."""
+
+    def __init__(self, block: int) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, outputs: Outputs, norm: nn.Module) -> Tensor:
+        """The final norm of one raw block output."""
+        out: Tensor = norm(outputs[self.block])
+        return out
+
+
 def first_weights(row: int, depth: int) -> Tensor:
     """0.01 for every block and 1.01 for number `row`; without such a block 1 / depth for all."""
     if row > depth:
@@ -126,13 +145,15 @@ def build_fusions(taps: Iterable[str], fused_blocks: Sequence[int], *, width: in
             fusions[tap] = LearnedSum(range(1, depth + 1))
         elif tap.startswith("mix"):
             fusions[tap] = Mix(int(tap.removeprefix("mix")), depth)
+        elif tap.startswith("placed"):
+            fusions[tap] = NormedBlock(int(tap.removeprefix("placed")))
     return fusions
 
 
 def blocks_behind(tap: str, fused_blocks: Iterable[int], depth: int) -> set[int]:
     """The blocks whose raw outputs a tap reads, counted from 1; none for `final` and `decoder`."""
-    if tap.startswith("block"):
-        return {int(tap.removeprefix("block"))}
+    if tap.startswith(("block", "placed")):
+        return {int(tap.removeprefix("block").removeprefix("placed"))}
     if tap == "learned" or tap.startswith("mix"):
         return set(range(1, depth + 1))
     return set(fused_blocks) if tap == "mean_ln" else set()

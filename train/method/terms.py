@@ -88,11 +88,17 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
 
 
 def check_taps(
-    terms: Iterable[Term], fused_blocks: Iterable[int], *, depth: int, n_predict: int, has_cls: bool
+    terms: Iterable[Term],
+    fused_blocks: Iterable[int],
+    *,
+    depth: int,
+    n_predict: int,
+    has_cls: bool,
+    fuses: bool = False,
 ) -> frozenset[int]:
     """The blocks whose raw outputs the taps need, counted from 1.
 
-    has_cls: a plain ViT; without, the student's `final` already fuses its stages. Raises ValueError for a block or a token the
+    has_cls: whether the student has a CLS token; fuses: whether its `final` already fuses its stages. Raises ValueError for a block or a token the
     student does not have, and for terms on predicted patches when none is predicted.
     """
     wanted: set[int] = set()
@@ -105,11 +111,15 @@ def check_taps(
                 f"term {term.name}: tap {tap} reads the blocks {sorted(blocks)}; numbers from 1 to {depth} were expected, the "
                 f"student has {depth}; change terms.{key}.tap or student.fused_blocks"
             )
-        if not has_cls and (term.recipe.at("cls") or "learned" in term.recipe.taps):
-            what = "wants a CLS token" if term.recipe.at("cls") else "reads tap learned, made for a plain ViT"
+        if not has_cls and term.recipe.at("cls"):
             raise ValueError(
-                f"term {term.name}: {what} and the student has no CLS and fuses its stages itself; tap final at visible "
-                f"positions was expected; change terms.{key}"
+                f"term {term.name}: wants a CLS token and the student has no CLS; visible positions were expected; change "
+                f"terms.{key}.positions"
+            )
+        if fuses and any(one == "learned" or one.startswith("placed") for one in term.recipe.taps):
+            raise ValueError(
+                f"term {term.name}: reads tap {tap}, made for a plain ViT, and the student fuses its stages itself; tap final was "
+                f"expected; change terms.{key}.tap"
             )
         if term.recipe.at("predicted", "all") and n_predict == 0:
             raise ValueError(
@@ -179,7 +189,8 @@ def pixel_errors(
         scale=pixels.scale,
         shift=pixels.shift,
         channels_last=True,
-        norm_pix=term.recipe.transform == "norm_pix",
+        norm_pix=term.recipe.transform != "none",
+        biased=term.recipe.transform == "norm_pix_biased",
         kernels=kernels,
     )
 

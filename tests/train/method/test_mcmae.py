@@ -274,9 +274,12 @@ def test_under_bf16_the_residual_stream_stays_fp32() -> None:
         (4, 14, [], "patches have 14 px"),
         (4, 16, ["student.model=mcmae_bas"], "did you mean mcmae_base"),
         (4, 16, ["student.drop_path=0.1"], "drop_path is 0.1 and its blocks are not plain transformer blocks"),
+        (4, 16, ["student.qkv_bias=qv"], "qkv_bias is qv .* all was expected; use --set student.qkv_bias=all"),
+        (4, 16, ["student.init_values=0.1"], "init_values is 0.1 .* use --set student.init_values=null"),
         (4, 16, ["terms.mimic.positions=cls"], "wants a CLS token and the student has no CLS"),
         (4, 16, ["terms.mimic.positions=cls+visible"], "wants a CLS token and the student has no CLS"),
         (4, 16, ["terms.mimic.tap=learned"], "reads tap learned, made for a plain ViT"),
+        (4, 16, ["terms.mimic.tap=placed2"], "reads tap placed2, made for a plain ViT"),
         (4, 16, ["terms.mimic.tap=block4"], "numbers from 1 to 3"),
     ],
 )
@@ -301,7 +304,7 @@ def test_block_taps_count_in_the_transformer_and_what_they_do_not_read_does_not_
     model(batch, draw_masks(batch, Draw(0, 0), recipe=model.recipe.mask, l=16))[0].backward()
     still = {name for name, p in model.student.named_parameters() if not p.requires_grad}
     assert {name.partition(".")[0] for name in still} == {
-        "pos_embed", "blocks3", "norm", "stage1_output_decode", "stage2_output_decode"
+        "pos_embed", "norm", "stage1_output_decode", "stage2_output_decode"
     }  # fmt: skip
-    assert all("blocks3.2." in name for name in still if name.startswith("blocks3"))
+    assert len(model.student.blocks) == 2 and model.blocks_cut == 1
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())

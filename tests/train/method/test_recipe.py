@@ -27,6 +27,8 @@ from mrmae.train.method.targets import Batch
 from mrmae.train.optim import base_lr, lr_at
 
 COUNTS = {
+    "cae-v2": (98, 98),
+    "maskdistill-sparse": (49, 0),
     "dmjd": (76, 120),
     "dmjd-mimic": (76, 120),
     "maskalign": (58, 0),
@@ -208,6 +210,10 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("optim=3", "optim is 3; a mapping"),
         ("optim.betas=[0.9, 1.0]", "numbers in [0, 1)"),
         ("optim.epochs=0", "at least 1"),
+        ("optim.clip_norm=0", "a number above 0, or null"),
+        ("optim.lr_scale=0", "a number above 0"),
+        ("student.init_values=0", "a number above 0, or null"),
+        ("student.positions=sincos2d", "did you mean sincos"),
         ("mask.ratio=1.5", "mask.ratio is 1.5; 0 < ratio < 1"),
         ("mask.ratio=null", "mask.ratio is null; expected a finite number"),
         ("mask.sampler=randm", "mask.sampler is 'randm'; did you mean random?"),
@@ -217,7 +223,7 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("terms.mimic.weight=-1", "terms.mimic.weight is -1.0; at least 0"),
         ("terms.mimic.positions=predicted", "tap final holds cls, pooled, visible, alive"),
         ("terms.mimic.transform=norm_pix", "teachers: none, ln0, l2, channel, phi_s, position, "),
-        ("terms.pixels.transform=ln0", "pixels: none or norm_pix"),
+        ("terms.pixels.transform=ln0", "pixels: none, norm_pix or norm_pix_biased"),
         ("terms.pixels.tap=final", "predicted"),
         ("terms.pixels.distance=cosd", "mse was expected"),
         ("terms.pixels.teachers=[clip]", "none was expected with target pixels"),

@@ -10,8 +10,10 @@ from torch import nn
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.recipe import DecoderRecipe
 from mrmae.train.method.student import (
+    POSITION_TABLES,
     build_vit,
     encode_vit,
+    hold_key_bias,
     initialise,
     sincos_positions,
     what_is_not_plain,
@@ -46,6 +48,21 @@ def test_the_first_half_of_the_position_is_constant_along_a_grid_column() -> Non
     assert torch.equal(position[..., :16], position[:1, :, :16].expand(4, 6, 16))
     assert torch.equal(position[..., 16:], position[:, :1, 16:].expand(4, 6, 16))
     assert not torch.equal(position[..., 16:], position[:1, :, 16:].expand(4, 6, 16))
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(3, 5), (4, 4)])
+def test_caes_positions_put_the_row_first_and_umts_run_through_the_patches(rows: int, columns: int) -> None:
+    width, n = 16, rows * columns
+    cae, umt = (POSITION_TABLES[kind]((rows, columns), width) for kind in ("sincos_cae", "sinusoid"))  # type: ignore[index]
+    assert cae.shape == umt.shape == (1 + n, width) and (cae[0] == 0).all() and (umt[0] == 0).all()
+    for at in range(n):
+        row, column = divmod(at, columns)
+        halves = [
+            wave(place / 10000 ** (i / 4)) for place in (row, column) for wave in (math.sin, math.cos) for i in range(4)
+        ]
+        assert cae[1 + at].tolist() == pytest.approx(halves, abs=1e-12)
+        waves = [(math.cos if i % 2 else math.sin)(at / 10000 ** (2 * (i // 2) / width)) for i in range(width)]
+        assert umt[1 + at].tolist() == pytest.approx(waves, abs=1e-12)
 
 
 def test_the_student_holds_frozen_sin_cos_positions() -> None:
@@ -92,6 +109,46 @@ def test_with_every_patch_visible_the_forward_is_timms(grid: int, patch: int, ch
     ours, _ = encode_vit(vit, pixels, torch.arange(l).expand(2, l), scale=scale, shift=shift)
     theirs = vit.forward_features((pixels.double() * scale + shift).permute(0, 3, 1, 2))
     assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_layer_scale_starts_where_it_is_told_and_is_timms() -> None:
+    vit = build_vit("test_vit", size=16, patch=4, grid=(4, 4), init_values=0.3)
+    initialise(vit, 0)
+    gammas = {name: p for name, p in vit.named_parameters() if name.endswith("gamma")}
+    assert len(gammas) == 12 and all((g == 0.3).all() for g in gammas.values())
+    whole = torch.arange(16).expand(2, -1)
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    ours, _ = encode_vit(vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double())
+    theirs = vit.forward_features((pixels.double() / 99).permute(0, 3, 1, 2))
+    assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_a_student_without_cls_is_timms() -> None:
+    vit = build_vit("test_vit", size=16, patch=4, grid=(4, 4), cls=False)
+    initialise(vit, 0)
+    assert vit.cls_token is None and vit.pos_embed is not None
+    assert torch.equal(vit.pos_embed[0], sincos_positions((4, 4), 64)[1:].float())
+    whole = torch.arange(16).expand(2, -1)
+    pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
+    ours, _ = encode_vit(vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double())
+    theirs = vit.forward_features((pixels.double() / 99).permute(0, 3, 1, 2))
+    assert ours.shape == (2, 16, 64) and (ours - theirs).abs().max() < 1e-10
+
+
+def test_without_a_bias_of_keys_they_stay_at_zero_and_nothing_else_changes() -> None:
+    free, held = tiny_vit(), tiny_vit()
+    hold_key_bias(held)
+    keep, pixels = torch.tensor([[1, 2, 7]]), torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
+    for vit in (free, held):
+        final, _ = encode_vit(vit, pixels, keep, scale=torch.ones(3) / 99, shift=torch.zeros(3))
+        final.square().sum().backward()
+    for (name, one), (_, other) in zip(free.named_parameters(), held.named_parameters()):
+        if name.endswith("qkv.bias"):
+            (q, k, v), (q_held, k_held, v_held) = one.grad.chunk(3), other.grad.chunk(3)  # type: ignore[union-attr]
+            assert (k_held == 0).all() and k.abs().max() < 1e-4 * q.abs().max()  # the softmax cancels it: rounding only
+            assert torch.equal(q, q_held) and torch.equal(v, v_held)
+        else:
+            assert one.grad is None or torch.equal(one.grad, other.grad)  # type: ignore[arg-type]
 
 
 def test_hidden_pixels_do_not_reach_visible_tokens_and_visible_ones_do() -> None:

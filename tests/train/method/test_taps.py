@@ -1,6 +1,7 @@
 """Positions: which tokens a term reads, and that several masks per image are several batches."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import pytest
@@ -140,3 +141,42 @@ def test_weights_of_a_mask_weigh_predicted_patches_in_each_image(
     errors = (model.heads["pixels"](model.taps(batch, masks)["decoder"].x) - target).square().mean(2)
     expected = (errors[0, 3] + 3 * errors[0, 5]) / 4 / 2
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_a_placed_block_is_its_formulas_in_loss_and_gradients(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    """UMT: the encoder's final norm of a block, the positions again, Linear, LayerNorm; 2 - 2 cos of visible patches."""
+    term = "terms.mimic={tap: placed2, positions: visible, head: linear_ln, target: teachers, teachers: [dino], distance: 2-2cos}"
+    student = ["student.cls=false", "student.positions=sinusoid", "student.qkv_bias=qv"]
+    info = tiny_info()
+    model = build_model(tiny_recipe("mimic-only", term, *student), info, dtype=torch.float64)
+    draw = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += (
+                0.1 * torch.randn(parameter.shape, generator=draw, dtype=torch.float64) * parameter.requires_grad
+            )
+    batch = tiny_batch(info)
+    masks = draw_masks(batch, Draw(0, 0), recipe=model.recipe.mask, l=16)
+    loss, _ = model(batch, masks)
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-6).sqrt() * weight + bias
+
+    assert len(model.student.blocks) == 2 and model.student.pos_embed is not None
+    _, blocks = model.encode(batch.pixels, masks.ids_keep)
+    own, (linear, last) = model.student.norm, model.heads["mimic/dino"].children()
+    each = []
+    for i, row in enumerate(masks.ids_keep):
+        for j, patch in enumerate(row):
+            waves = [(math.cos if c % 2 else math.sin)(int(patch) / 10000 ** (2 * (c // 2) / 64)) for c in range(64)]
+            u = norm(blocks[2][i, j], own.weight, own.bias) + torch.tensor(waves, dtype=torch.float64)
+            u = norm(linear.weight @ u + linear.bias, last.weight, last.bias)
+            y = batch.targets["dino"]["tokens"][i, patch].double()
+            each.append(2 - 2 * (u @ y) / (u.norm() * y.norm()))
+    expected = torch.stack(each).mean()
+    assert abs(loss - expected) < 1e-10
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for ours, theirs in zip(torch.autograd.grad(loss, trained), torch.autograd.grad(expected, trained)):
+        assert (ours - theirs).abs().max() < 1e-10
