@@ -253,8 +253,8 @@ def whole_targets(batch: Batch, yardstick: Yardstick, pixels: PixelScale) -> Flo
         image = batch.pixels.permute(0, 3, 1, 2)
         l = (image.shape[2] // pixels.patch) * (image.shape[3] // pixels.patch)
         ids = torch.arange(l, device=image.device).expand(len(image), -1)
-        norm_pix = yardstick.transform == "norm_pix"
-        how = {"patch": pixels.patch, "norm_pix": norm_pix, "work": torch.float32}
+        norm_pix, biased = yardstick.transform != "none", yardstick.transform == "norm_pix_biased"
+        how = {"patch": pixels.patch, "norm_pix": norm_pix, "biased": biased, "work": torch.float32}
         target, _ = reference.pixel_target(image, ids, pixels.scale, pixels.shift, **how)  # type: ignore[arg-type]
         return target - target.mean(-1, keepdim=True)
     assert yardstick.statistics is not None and yardstick.source is not None

@@ -22,7 +22,9 @@ SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint",
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
 HeadKind = Literal["linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
-Transform = Literal["none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"]
+Transform = Literal[
+    "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
+]
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
