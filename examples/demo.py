@@ -32,7 +32,7 @@ HUB = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_2
 SMALL_VIEWS = ("--size", "64", "--grid", "8", "--views", "4")
 SMALL_STUDENT = (
     "--student", "test_vit", "--set", "student.decoder.depth=1", "--set", "student.decoder.width=64",
-    "--set", "student.decoder.heads=2", "--batch-size", "50", "--blr", "1e-2",
+    "--set", "student.decoder.heads=2", "--blr", "1e-2",
 )  # fmt: skip
 LARGE_STUDENT = (
     "--student", "vit_tiny_patch16_224", "--set", "student.decoder.depth=2", "--set", "student.decoder.width=192",
@@ -133,9 +133,8 @@ def on_photos(images: Path, out: Path, state: dict[str, Any]) -> None:
         click.secho(NO_HUB.format(reason=state["reason"], out=out), fg="yellow", bold=True, err=True)
     for name, command in photo_commands(images, out, state["teachers"], quick=state["quick"]).items():
         run(command, name, out, state)
-    student = out / "run" / "student"
-    click.secho(f"\nOpen {out / 'run'}: curves.png, and the newest of panels/", bold=True)
-    click.echo(f"and load the student: timm.create_model('local-dir:{student}', pretrained=True)")
+    click.secho(f"\nOpen {out / 'run' / 'report.html'}", bold=True)
+    click.echo(f"and load the student: timm.create_model('local-dir:{out / 'run' / 'student'}', pretrained=True)")
 
 
 NO_HUB = """

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner, Result
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,29 +90,61 @@ def run_here(command: list[str], name: str, out: Path, state: dict[str, Any]) ->
     state["took"][name] = [2.0, 1.0]
 
 
-def test_the_demo_ends_with_a_page_of_what_it_measured_and_says_so_again(
-    examples: Callable[[str], Any], few_tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from click.testing import CliRunner
+@pytest.fixture(scope="module")
+def made(
+    examples: Callable[[str], Any], few_tiles: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Result]:
+    """Runs the demo on few images for an epoch, the first time it is called, in one folder: `.out`."""
+    demo, out = examples("demo"), tmp_path_factory.mktemp("demo") / "out"
 
-    demo, page = examples("demo"), examples("demo_page")
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(demo, "TILES", few_tiles)
-    monkeypatch.setattr(demo, "QUICK_EPOCHS", 1)
-    monkeypatch.setattr(demo, "run", run_here)
-    words = ["--out", str(tmp_path / "out"), "--quick"]
-    made = CliRunner().invoke(demo.main, words, catch_exceptions=False)
-    assert made.exit_code == 0, made.output
-    text = (tmp_path / "out" / "index.html").read_text()
-    found = page.comparison(tmp_path / "out")
+    def run(*words: str) -> Result:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(ROOT)
+            patch.setenv("OMP_NUM_THREADS", "1")
+            for name, value in {"TILES": few_tiles, "QUICK_EPOCHS": 1, "run": run_here}.items():
+                patch.setattr(demo, name, value)
+            return CliRunner().invoke(demo.main, ["--out", str(out), *words])
+
+    run.out = out  # type: ignore[attr-defined]
+    return run
+
+
+def test_the_demo_ends_with_a_page_of_what_it_measured_and_says_so_again(
+    examples: Callable[[str], Any], made: Any
+) -> None:
+    first = made("--quick")
+    assert first.exit_code == 0, first.output
+    text, found = (made.out / "index.html").read_text(), examples("demo_page").comparison(made.out)
     assert (found["n_train"], found["n_test"], found["n_classes"]) == (60, 20, 10)
     assert {row["kind"] for row in found["rows"]} == {"given", "pixels", "untrained"}
     for row in found["rows"][:3]:
         assert f"{100 * row['accuracy']:.1f}" in text, row
-    again = CliRunner().invoke(demo.main, words, catch_exceptions=False)
-    assert "All is done" in again.output
-    other = CliRunner().invoke(demo.main, words[:2])
+    assert "All is done" in made("--quick").output
+    other = made()
     assert other.exit_code and "holds a demo with quick true, not false" in other.output
+
+
+def test_a_browser_shows_the_demo_s_page(made: Any, open_page: Callable[..., Any]) -> None:
+    made("--quick")
+    with open_page(made.out / "index.html") as page:
+        assert page.locator(".plot svg.main-svg").count() >= 4
+        assert page.locator("figure.slider").count() == 2
+        assert page.locator("h1").inner_text() == "mrmae: what the demo has measured"
+
+
+def test_what_has_ended_well_is_not_run_again_and_what_failed_is(
+    examples: Callable[[str], Any], tmp_path: Path
+) -> None:
+    demo = examples("demo")
+    state: dict[str, Any] = {"took": {}, "done": []}
+    with pytest.raises(SystemExit):
+        demo.run(["python", "-c", "raise SystemExit(3)"], "step", tmp_path, state)
+    assert state["done"] == [] and state["took"]["step"][0] > 0
+    mark = tmp_path / "mark"
+    for _ in range(2):
+        demo.run(["python", "-c", f"open({str(mark)!r}, 'a').write('x')"], "step", tmp_path, state)
+    assert mark.read_text() == "x" and state["done"] == ["step"]
+    assert json.loads((tmp_path / "demo.json").read_text()) == state
 
 
 def test_differences_are_read_either_way_round_and_the_verdict_follows_the_interval(
@@ -134,8 +167,6 @@ def test_differences_are_read_either_way_round_and_the_verdict_follows_the_inter
 def test_photographs_get_the_hub_s_teachers_or_the_demo_s_own_said_aloud(
     examples: Callable[[str], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from click.testing import CliRunner
-
     demo, ran = examples("demo"), []
     monkeypatch.setattr(demo, "run", lambda command, *_: ran.append(command))
     photos = tmp_path / "photos"
@@ -146,6 +177,7 @@ def test_photographs_get_the_hub_s_teachers_or_the_demo_s_own_said_aloud(
         made = CliRunner().invoke(demo.main, ["--images", str(photos), "--out", str(out)], catch_exceptions=False)
         assert ("SATELLITE IMAGES only" in made.output) == bool(reason)
         assert [word for word in ran[-2] if "timm:" in word or "open_clip:" in word] == teachers
+        assert "--batch-size" not in ran[-1], "a folder may be smaller than any batch: the run's own default fits it"
         assert json.loads((out / "demo.json").read_text())["teachers"] == teachers
 
 
