@@ -15,6 +15,7 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import compute_stats, shared_energy, write_stats
 from mrmae.train import baselines, rehearsal
 from mrmae.train.log import read_rows
+from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.ranks import Ranks
 from mrmae.train.run import Run, build_run
@@ -103,6 +104,17 @@ def test_pixels_are_measured_against_each_patchs_mean(cache: Cache, tiny_recipe:
         recipe = tiny_recipe("mae", *SHORT, f"terms.pixels.transform={transform}")
         got = baselines.baselines_of(run_of(cache, recipe, tmp_path), keep=False)
         assert got["pixels"] == pytest.approx({"patch_mean": expected.item(), "images": 11}, rel=1e-5)
+
+
+def test_gradients_of_pixels_have_baselines_like_tokens(
+    make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    cache = open_cache(make_cache(tmp_path / "cache", n=5))
+    term = "terms.hog={tap: decoder, positions: predicted, target: hog, distance: mse}"
+    got = baselines.baselines_of(run_of(cache, tiny_recipe("mae", "optim.batch_size=4", *SHORT[1:], term), tmp_path))
+    x = torch.cat([cache.read_pixels(cache.numbers, cache.numbers * 0 + v) for v in range(2)])
+    expected = costs_of_constants(hog_targets(x, 8, dtype=torch.float64), "mse")
+    assert got["hog"] == pytest.approx({**expected, "images": 5}, rel=1e-5)
 
 
 def test_several_ranks_measure_it_together(
