@@ -29,7 +29,7 @@ def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = Tru
     out.mkdir(parents=True)
     (out / "run.json").write_text(json.dumps(run))
     (out / "recipe.yaml").write_text(
-        f"name: '{name}'\nseed: 0\noptim: {{batch_size: 16, epochs: 3, warmup_epochs: 1, lr_per_256: 0.0016}}\n"
+        f"name: '{name}'\nseed: 0\noptim: {{batch_size: 16, epochs: 3, warmup_epochs: 1, lr_per_256: 0.0016, lr_scale: 1.0}}\n"
     )
     rows = [{"kind": "step", "step": s, "epoch": (s - 1) // 4 + 1, "loss": 1 / s, "terms": {term: 1 / s, "pixels": None if s == 2 else 2 / s},
              "lr": 1e-4 * s, "images_per_s": 50.0 + s, "stall": 0.01, "memory_mib": 300.0} for s in range(1, 4 * epochs + 1)]  # fmt: skip
