@@ -104,15 +104,13 @@ def test_inspect_cache_says_the_same_of_both_formats(extracted: Path, tars: Path
     assert code == 1 and "format: 'zarr' | 'webdataset'" in text and "quantiser" not in text and ".id:" not in text
     sheets, moments = [], []
     for i, path in enumerate((extracted, tars)):
-        shutil.copytree(path, tmp_path / str(i))
-        assert inspect("pictures", tmp_path / str(i))[0] == inspect("stats", tmp_path / str(i))[0] == 0
-        sheets.append((tmp_path / str(i) / "pictures.png").read_bytes())
-        moments.append(read_stats(open_cache(tmp_path / str(i)), "vit.pre_tail"))
+        shutil.copytree(path, here := tmp_path / str(i) / "cache")  # the sheet says the name
+        assert inspect("pictures", here)[0] == inspect("stats", here)[0] == 0
+        sheets.append((here / "pictures.png").read_bytes())
+        moments.append(read_stats(open_cache(here), "vit.pre_tail"))
     assert sheets[0] == sheets[1] and moments[0].id == moments[1].id
     assert np.array_equal(moments[0].covariance, moments[1].covariance)
-    assert (
-        inspect("drop", tmp_path / "1", "cnn", "--yes")[0] == 0 and inspect("verify", tmp_path / "1", "--full")[0] == 0
-    )
+    assert inspect("drop", here, "cnn", "--yes")[0] == 0 and inspect("verify", here, "--full")[0] == 0
 
 
 def test_convert_verifies_live_repairs_itself_and_is_not_extracted_into(

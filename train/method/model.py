@@ -281,7 +281,7 @@ class Pretrainer(nn.Module):
         """What is left out of the named student, or left at its start, because no term reads it; empty for nothing."""
         cut = f"; its last {counted(self.blocks_cut, 'block')}, which no term reads, left out" * bool(self.blocks_cut)
         norm = "; the final norm, which no term reads, stays at its start"
-        return cut + norm * (not self.student.norm.weight.requires_grad)
+        return cut + norm * (not any(p.requires_grad for p in self.student.norm.parameters()))
 
 
 @contextlib.contextmanager
