@@ -390,6 +390,8 @@ def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows
     index = read_index(tar)
     if index.of != pixels_of(plan, view, shard):
         raise Damaged(tar, None, f"its index belongs to {shown(index.of)}")
+    if len(index.keys) != len(numbers):
+        raise Damaged(tar, None, f"its index has {len(index.keys)} samples; the plan gives this shard {len(numbers)}")
     for _ in read_members(tar, rows, index.tables["jpg"]):
         pass
     for row, content in enumerate(read_members(tar, range(len(numbers)), index.tables["json"])):
