@@ -16,7 +16,7 @@ from mrmae.common.files import publish
 from mrmae.common.page import write_document
 from mrmae.common.progress import counted
 from mrmae.probe import report
-from mrmae.probe.compare_page import comparison_page
+from mrmae.probe.compare_page import comparison_page, short_names
 from mrmae.probe.data import Data
 from mrmae.probe.run import ProbeOptions, Probing, begin_probing, drawn, folder_name, one, tell_run_page
 from mrmae.probe.sources import PIXELS_ALONE, UNTRAINED
@@ -166,11 +166,12 @@ def markdown_of(found: Mapping[str, Any]) -> list[str]:
     """A comparison as tables: accuracies, then paired differences."""
     lines = [f"# {report.cell(found['data'])}: {counted(len(found['sources']), 'source')} compared"]
     for probe, table in found["probes"].items():
+        names = short_names([row["source"] for row in table["rows"]])
         lines += ["", f"## {probe}: {table['n_train']} train images, {table['n_test']} test images of {table['n_classes']} classes", "",
                   "| source | accuracy | 95 % interval | |", "| --- | ---: | --- | --- |"]  # fmt: skip
-        lines += [f"| {report.cell(row['source'])} | {row['accuracy']:.3f} | {report.span(row)} | {report.cell(row['headline'])} |"
+        lines += [f"| {report.cell(names[row['source']])} | {row['accuracy']:.3f} | {report.span(row)} | {report.cell(row['headline'])} |"
                   for row in table["rows"]]  # fmt: skip
         lines += ["", "| paired, on the same test images | difference | 95 % interval |", "| --- | ---: | --- |"]
-        lines += [f"| {report.cell(pair['a'])} − {report.cell(pair['b'])} | {pair['difference']:+.3f} | "
+        lines += [f"| {report.cell(names[pair['a']])} − {report.cell(names[pair['b']])} | {pair['difference']:+.3f} | "
                   f"{pair['interval'][0]:+.3f} to {pair['interval'][1]:+.3f} |" for pair in table["differences"]]  # fmt: skip
     return lines

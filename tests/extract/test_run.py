@@ -238,6 +238,16 @@ def test_other_images_are_refused_before_a_plan_is_shown(folder: Path, tmp_path:
     assert not said
 
 
+def test_a_forgotten_option_of_the_model_is_one_line_that_names_it(folder: Path, tmp_path: Path) -> None:
+    narrow = timm.create_model("test_vit", pretrained=False, embed_dim=32).state_dict()
+    torch.save(narrow, tmp_path / "narrow.pth")
+    told = CliRunner().invoke(
+        main, [str(folder), str(tmp_path / "c"), "--teacher", f"vit=timm:test_vit@{tmp_path}/narrow.pth"]
+    )
+    assert told.exit_code == 1 and len(told.output.strip().splitlines()) == 1
+    assert "with its options (?embed_dim=, ?depth=, ...)" in told.output and not (tmp_path / "c").exists()
+
+
 def test_other_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     for seed in (0, 1):
         torch.manual_seed(seed)
