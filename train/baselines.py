@@ -8,6 +8,7 @@ They are computed in one pass over the cache (two for smooth-L1) and kept in `st
 what they are of; in OUT/baselines.json where the cache cannot be written.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,11 +22,11 @@ from jaxtyping import Float, Float64
 from rich.console import Console
 from torch import Tensor
 
-from mrmae.common.backend import Url, read_bytes
+from mrmae.common.backend import Url
 from mrmae.common.files import publish
 from mrmae.common.progress import Progress
 from mrmae.kernels import reference
-from mrmae.shards.format import FORMAT_VERSION, content_id
+from mrmae.shards.format import FORMAT_VERSION, content_id, read_json
 from mrmae.train import batches
 from mrmae.train.batches import Loaded
 from mrmae.train.feed import Feed
@@ -36,6 +37,7 @@ from mrmae.train.run import Run
 Costs = dict[str, float]
 KINDS_OF_COST = ("zero", "constant", "position")
 IMAGES_AT_ONCE = 64
+MOST_BYTES = 16 << 20  # of a file of baselines, of a few hundred bytes per term
 REMOTE_IMAGES = 2_000  # of a cache at a URL: the first in canonical order, a random sample
 
 
@@ -158,13 +160,20 @@ def kept_costs(run: Run) -> dict[str, Costs]:
     """What is kept beside the cache's moments or in OUT, by id; what is damaged there is as if it were not."""
     found: dict[str, Costs] = {}
     for path in places_kept(run):
-        try:
-            stored = json.loads(read_bytes(path))
-            found |= {id: {kind: float(costs[kind]) for kind in costs if kind != "of"} for id, costs in stored.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue
+        for id, costs in stored_costs(path).items():
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                found[id] = {kind: float(cost) for kind, cost in costs.items() if kind != "of"}
     whole = ({"images", *KINDS_OF_COST}, {"images", "patch_mean"})
     return {id: costs for id, costs in found.items() if set(costs) in whole and all(map(math.isfinite, costs.values()))}
+
+
+def stored_costs(path: Path) -> dict[str, dict[str, Any]]:
+    """What a file of baselines holds by id, each with what it is `of`; nothing where there is none or it is damaged."""
+    try:
+        stored: dict[str, dict[str, Any]] = read_json(path, dict[str, dict[str, Any]], MOST_BYTES)
+    except (OSError, ValueError):
+        return {}
+    return stored
 
 
 def places_kept(run: Run) -> list[Path]:
@@ -176,12 +185,8 @@ def keep_costs(run: Run, measured: Mapping[str, Mapping[str, Any]]) -> None:
     """Keep baselines beside the moments of a finished cache on this machine's disks, else in OUT."""
     beside = not isinstance(run.cache.path, Url) and run.cache.unfinished is None
     for path in reversed(places_kept(run)[: 1 + beside]):
+        every = {**stored_costs(path), **measured}
         try:
-            there = json.loads(path.read_bytes()) if path.exists() else {}
-        except ValueError:
-            there = {}
-        try:
-            every = {**(there if isinstance(there, dict) else {}), **measured}
             publish(path, (json.dumps(every, indent=1) + "\n").encode(), replace=True)
         except OSError:  # a cache that can only be read
             continue

@@ -219,3 +219,25 @@ def test_the_energy_that_images_share_is_estimated_without_bias() -> None:
     few, many = (shared_energy(Drawn(n), "x") for n in (40, 400))  # type: ignore[arg-type]
     assert few == pytest.approx(many, abs=0.01)
     assert many == pytest.approx((1 / 3, 2 / 3), abs=0.06)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[" * 100_000,
+        '{"x": {"zero": ' + "1" * 4000 + "}}",
+        '{"x": {"zero": 1e999}}',
+        '{"x": 3}',
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
+)
+def test_a_damaged_file_of_baselines_is_as_if_it_were_not(
+    cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path, content: str | bytes
+) -> None:
+    run = run_of(cache, tiny_recipe("mr-mae", *SHORT, *ONLY), tmp_path)
+    told = baselines.baselines_of(run, keep=False)
+    tmp_path.joinpath("baselines.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert baselines.baselines_of(run) == told
+    kept = json.loads((cache.path / "stats" / "baselines.json").read_text())
+    (tmp_path / "baselines.json").write_text(json.dumps(kept | {"more": {"zero": "x" * baselines.MOST_BYTES}}))
+    assert baselines.stored_costs(tmp_path / "baselines.json") == {}
