@@ -40,7 +40,7 @@ from mrmae.shards.format import (
     write_tail,
 )
 from mrmae.shards.manifest import entry_of
-from mrmae.shards.plans import Wanted, agree, look, negotiate
+from mrmae.shards.plans import Wanted, agree, look, negotiate, refuse_altered_samples
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
 
@@ -81,7 +81,9 @@ def convert_alone(
     cache: Cache, out: Path, wanted: Plan, *, about: Mapping[str, Any], progress: Callable[[int], object]
 ) -> dict[str, Any]:
     """The same, while nobody else is at work at `out`."""
-    plan = agree(out, Wanted(wanted, rows=read_sources(cache.path), extend=False)).plan
+    rows = read_sources(cache.path)
+    refuse_altered_samples(cache.path, cache.plan, rows)
+    plan = agree(out, Wanted(wanted, rows=rows, extend=False)).plan
     plan = freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
     for name in {teacher.name for teacher in plan.columns}:

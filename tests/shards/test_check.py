@@ -79,3 +79,12 @@ def test_a_plan_that_lost_a_quantiser_is_told_by_its_commit_records(make_small: 
     (path / "plan.json").write_text(json.dumps(fields))
     found = check.find_problems(path, full=True)
     assert any("a.pre_tail" in problem.file and "expected None" in problem.what for problem in found)
+
+
+def test_a_tar_of_fewer_samples_than_its_shard_is_told(make_small: Make, tmp_path: Path) -> None:
+    path = make_small(tmp_path / "c", finalise=False)
+    made = plan.load_plan(path)
+    tar = plan.tar_path(path, 0, 0)
+    check.check_tar(tar, made, 0, 0, range(3), range(3))
+    with pytest.raises(ValueError, match="000000.tar: its index has 3 samples; the plan gives this shard 5"):
+        check.check_tar(tar, made, 0, 0, range(5), range(5))

@@ -209,3 +209,16 @@ def test_extraction_does_not_go_on_with_a_requantised_cache(source: Path, tmp_pa
     for path, command in ((tmp_path / "c", "inspect-cache convert"), (source, "extract-features")):
         told = open_cache(path).shards.repair_text(Damaged(path, None, "x"), (0, "a.pre_tail", 0))
         assert f"run the same {command} command again" in told
+
+
+def test_altered_images_of_the_source_are_told_as_the_sources(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = convert.read_sources(source)
+    altered = [dataclasses.replace(rows[0], sha256="a\x00b"), *rows[1:]]
+    monkeypatch.setattr(convert, "read_sources", lambda _: altered)
+    with pytest.raises(
+        ValueError, match=rf"{source}/samples.parquet: its images are not those that the plan was made of"
+    ):
+        converted(source, tmp_path / "out")
+    assert not (tmp_path / "out/plan.json").exists()
