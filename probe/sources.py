@@ -240,7 +240,7 @@ def usual_column(cache: Cache, teacher: str) -> str:
 def column_behind(cache: Cache, column: str) -> dict[str, Any]:
     """How a column follows from its stored tokens: by the final norm, and by the projection."""
     tap = cache.derived[column].spec.tap if column in cache.derived else None
-    return {"behind_norm": tap is not None, **({"tap": tap} if tap == "projected" else {})}
+    return {"behind_norm": tap is not None, **({} if tap in (None, "post_ln") else {"tap": tap})}
 
 
 def column_features(source: FeatureSource, numbers: Any) -> tuple[Float[Tensor, "b l d"], Float[Tensor, "b d"] | None]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from mrmae.common.files import publish
 from mrmae.shards.format.spec import TeacherSpec
 
 BEHIND = ("post_ln", "projected")  # taps that follow from `pre_tail` and a tail
+LAYER_TAP = re.compile(
+    r"block_\d+"
+)  # taps that a tail may be applied to likewise: `block_7_post_ln`, `block_7_projected`
 Tail = Mapping[str, Any]  # tensors; epsilons may be numbers
 
 
@@ -31,26 +35,33 @@ def taps_behind(tail: Tail) -> tuple[str, ...]:
     return BEHIND if "proj.weight" in tail else BEHIND[:1]
 
 
+def stored_tap(tap: str) -> str:
+    """The tap to extract for one that a recipe names: `block_7` for `block_7_projected`, any other as it is."""
+    block = LAYER_TAP.match(tap)
+    return block[0] if block else tap
+
+
 def derived_specs(specs: Sequence[TeacherSpec], tail_of: Callable[[str], Tail]) -> dict[str, tuple[TeacherSpec, str]]:
     """(spec, stored column it follows from) of every column that is not stored and need not be, by name.
 
     tail_of: a teacher's tail by its name, empty where there is none.
     """
     stored, found = {spec.column for spec in specs}, {}
-    for source in (spec for spec in specs if spec.tap == "pre_tail"):
-        tail = tail_of(source.name)
+    for source in (spec for spec in specs if spec.tap == "pre_tail" or LAYER_TAP.fullmatch(spec.tap)):
+        tail, before = tail_of(source.name), "" if source.tap == "pre_tail" else f"{source.tap}_"
         for tap in taps_behind(tail):
             width = source.width if tap == "post_ln" else len(tail["proj.weight"])
-            spec = dataclasses.replace(source, tap=tap, width=width)
+            spec = dataclasses.replace(source, tap=before + tap, width=width)
             found[spec.column] = (spec, source.column)
     return {name: about for name, about in found.items() if name not in stored}
 
 
 def apply_tail(tokens: Tensor, tail: Tail, tap: str) -> Tensor:
-    """Tokens at `post_ln` or `projected`, from tokens at `pre_tail` [..., d] in fp32.
+    """Tokens at `post_ln` or `projected` (or `block_7_projected`), from tokens at `pre_tail` (`block_7`) [..., d] in fp32.
 
     ValueError where the tail does not define that tap.
     """
+    tap = tap.removeprefix(f"{stored_tap(tap)}_")
     if tap not in taps_behind(tail):
         raise ValueError(f"tap {tap!r} does not follow from this tower's tail ({', '.join(tail) or 'empty'}); "
                          "expected post_ln with a norm, or projected with a norm and a projection")  # fmt: skip

@@ -28,6 +28,9 @@ def make_recipe(name: str, *overrides: str) -> Recipe:
         small.append("student.model=test_mcmae")
     if recipe.student.decoder is not None and recipe.student.decoder.kind == "taps":
         small.append("student.decoder.blocks=[5, 3, 2]")
+    for key, term in recipe.terms.items():
+        if term.tap.startswith("placed"):
+            small.append(f"terms.{key}.tap=placed{(int(term.tap.removeprefix('placed')) + 1) // 2}")
     for field in ("n_keep", "n_predict"):
         if n := getattr(recipe.mask, field):
             small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")

@@ -74,6 +74,41 @@ def test_the_loss_is_that_of_the_derived_column(
     assert torch.allclose(got, expected, rtol=1e-6, atol=0)
 
 
+def test_a_tail_applies_to_a_stored_block_too_under_a_name_of_its_own(
+    make_cache: Callable[..., Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    path = make_cache(
+        tmp_path / "cache",
+        teachers={"a": {"width": 8, "tap": "block_7", "has_cls": True, "has_attention": True}},
+        n_views=1,
+        finalise=False,
+    )
+    draw = torch.Generator().manual_seed(0)
+    weight, bias, proj = (torch.randn(shape, generator=draw) for shape in ((8,), (8,), (5, 8)))
+    tail = {
+        "layer_norm.weight": weight,
+        "layer_norm.bias": bias,
+        "layer_norm.eps": torch.tensor(1e-5),
+        "proj.weight": proj,
+    }
+    tail_files.write_tail(path, "a", tail)
+    commit.finalise(path, plan.load_plan(path))
+    cache = open_cache(path)
+    assert sorted(cache.derived) == ["a.block_7_post_ln", "a.block_7_projected"]
+    stored = cache.read_tokens("a.block_7", [3], [0])[0, 2]
+    normed = (stored - stored.mean()) / (stored.var(unbiased=False) + 1e-5).sqrt() * weight + bias
+    assert torch.allclose(cache.read_tokens("a.block_7_post_ln", [3], [0])[0, 2], normed, atol=1e-5)
+    assert torch.allclose(cache.read_tokens("a.block_7_projected", [3], [0])[0, 2], proj @ normed, atol=1e-5)
+    change = ("terms.mimic.teacher_tap=block_7_projected", "terms.mimic.positions=cls+visible", *SHORT)
+    run = run_of(cache, tiny_recipe("mr-mae", *change), tmp_path / "out")
+    assert [term.name for term in run.model.terms] == ["mimic/a:block_7_projected", "pixels"]
+    assert run.model(*load_masked(run, run.numbers[:4], epoch=0))[0].isfinite()  # type: ignore[arg-type]
+    with pytest.raises(
+        ValueError, match=r"wants tap block_8_projected .* the cache has a.block_7; .*[?]tap=block_8, with"
+    ):
+        run_of(cache, tiny_recipe("mr-mae", "terms.mimic.teacher_tap=block_8_projected", *SHORT), tmp_path / "other")
+
+
 def test_only_a_term_that_names_the_tap_predicts_it(
     cache: Cache, tiny_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

@@ -64,12 +64,12 @@ def tiles() -> dict[str, bytes]:
 
 @pytest.fixture
 def cache_of(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], Path]:
-    """`cache_of(recipe)`: a cache of photographs with what the recipe needs; clip has a norm and a projection behind its tokens."""
+    """`cache_of(recipe)`: a cache of photographs with what the recipe needs; clip, and a teacher of one tap, has a norm and a projection."""
 
     def make(recipe: Recipe) -> Path:
         wide = "mcmae" in recipe.student.model or any(term.target == "hog" for term in recipe.terms.values())
         taps = {term.teacher_tap for term in recipe.terms.values()} - {None, "projected", "post_ln"}
-        key = (64 if wide else 32, tuple(sorted(tap for tap in taps if tap)))
+        key = (64 if wide else 32, tuple(sorted(tap.removesuffix("_projected") for tap in taps if tap)))
         if key not in CACHES:
             CACHES[key] = built(make_cache, tmp_path_factory.mktemp("photographs") / "cache", *key)
         return CACHES[key]
@@ -84,17 +84,15 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[st
     if taps:
         teachers = {f"vit{tap.removeprefix('block_')}": {"width": 8, "tap": tap, **told} for tap in taps}
     make_cache(path, size=size, images=tiles(), n=N, n_views=1, teachers=teachers, finalise=False)
-    if not taps:
-        draw = torch.Generator().manual_seed(0)
-        norm = {
-            "layer_norm.weight": torch.rand(8, generator=draw) + 0.5,
-            "layer_norm.bias": torch.randn(8, generator=draw),
-        }
-        write_tail(
-            path,
-            "clip",
-            norm | {"layer_norm.eps": torch.tensor(1e-5), "proj.weight": torch.randn(5, 8, generator=draw)},
-        )
+    draw = torch.Generator().manual_seed(0)
+    tail = {
+        "layer_norm.weight": torch.rand(8, generator=draw) + 0.5,
+        "layer_norm.bias": torch.randn(8, generator=draw),
+        "layer_norm.eps": torch.tensor(1e-5),
+        "proj.weight": torch.randn(5, 8, generator=draw),
+    }
+    for teacher in teachers if taps else ["clip"]:
+        write_tail(path, teacher, tail)
     commit.finalise(path, plan.load_plan(path))
     cache = open_cache(path)
     for column in cache.columns:

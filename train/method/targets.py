@@ -9,7 +9,7 @@ from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
 from mrmae.kernels import reference
-from mrmae.shards.format import BlockRule, apply_tail
+from mrmae.shards.format import BlockRule, apply_tail, stored_tap
 from mrmae.train.method.phi_s import phi_s
 from mrmae.train.method.recipe import TermRecipe, Transform
 
@@ -279,7 +279,7 @@ def chosen(name: str, term: TermRecipe, info: CacheInfo) -> tuple[str, ...]:
         if not taken:
             raise ValueError(
                 f"term {name}: wants tap {term.teacher_tap} of {f'teacher {teacher!r}' if teacher else 'a teacher'}; the cache "
-                f"has {has}; a column of that tap was expected; {ADD} NAME=LIBRARY:MODEL?tap={term.teacher_tap}, with a name "
+                f"has {has}; a column of that tap was expected; {ADD} NAME=LIBRARY:MODEL?tap={stored_tap(term.teacher_tap or '')}, with a name "
                 "of its own for each tap"
             )
         found += taken

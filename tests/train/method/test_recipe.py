@@ -36,6 +36,7 @@ COUNTS = {
     "mimic-only": (49, 0),
     "mr-mae-light": (49, 49),
     "selective-mae": (29, 49),
+    "umt": (40, 0),
 }
 LIKE_MAE = [
     "mae",
