@@ -1,10 +1,12 @@
-"""The teachers of a command: built where something of theirs may have to be computed, else as the cache has them recorded."""
+"""The teachers and maps of a command: built where something of theirs may have to be computed, else as the cache has them recorded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from mrmae.common.backend import exists
+from mrmae.extract.maps import GivenMap, read_map
 from mrmae.extract.options import Options
 from mrmae.extract.recorded import recorded_teachers, with_folder
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
@@ -24,18 +26,66 @@ from mrmae.shards.manifest import read_manifest
 
 @dataclasses.dataclass(frozen=True)
 class Teachers:
-    """The teachers asked for. built: by column; the cache is complete where one is missing, and its spec recorded."""
+    """The teachers asked for. built: by column; the cache is complete where one is missing, and its spec recorded.
+
+    maps: likewise, as they were given.
+    """
 
     specs: Sequence[TeacherSpec]
     built: Mapping[str, Teacher]
+    maps: Mapping[str, GivenMap]
+
+    @property
+    def map_sha256(self) -> dict[str, str]:
+        """By column, what the values of the maps are."""
+        return {column: given.sha256 for column, given in self.maps.items()}
 
 
-def asked_teachers(options: Options, there: Plan | None, say: Callable[[str], None]) -> Teachers:
-    """The teachers of the options, built where something of theirs may have to be computed.
+def asked_maps(options: Options, there: Plan | None, keys: Sequence[str]) -> dict[str, tuple[TeacherSpec, GivenMap]]:
+    """The maps of the options by column, with the spec that a cache has or will have of them. keys: of the images.
 
-    there: the plan of the cache, if there is one. What follows from another column and its tail is left out, aloud.
+    ValueError where a file is no map for this grid, or other values were given before; without --append also where it lacks one
+    of the images and something of it has to be written.
     """
-    requests = [parse_teacher(text) for text in options.teachers]
+    found = {}
+    for text in options.maps:
+        given = read_map(text, grid=options.grid, views=options.views)
+        spec = recorded_map(options, there, given)
+        if not options.append and not (there and spec in there.columns and all_committed(options, there, spec)):
+            given.refuse_lacking(keys)
+        if spec.column in found:
+            raise ValueError(f"--map {text}: {given.name} is given twice; expected one file per name; rename one")
+        found[spec.column] = spec, given
+    return found
+
+
+def recorded_map(options: Options, there: Plan | None, given: GivenMap) -> TeacherSpec:
+    """The spec of a map: the cache's own where these values were given before, or come with images to append."""
+    spec = given.spec((options.grid, options.grid))
+    old = next((t for t in there.columns if t.column == spec.column and t.is_map), None) if there else None
+    if there is None or old is None:
+        return spec
+    known = {old.weights_sha256, *(more.maps.get(old.column) for more in there.appended)}
+    if given.sha256 not in known and not options.append:
+        raise ValueError(f"{given.where}: its values are {given.sha256[:15]}...; those of {old.column} in {options.cache} are "
+                         f"{old.weights_sha256[:15]}...; give the file of then, or another name, or drop the old one with inspect-cache "
+                         "drop (nothing was changed)")  # fmt: skip
+    return replace(spec, weights_sha256=old.weights_sha256)
+
+
+def all_committed(options: Options, there: Plan, spec: TeacherSpec) -> bool:
+    """Whether a cache has every shard of a map in all views that are asked for."""
+    return options.views <= there.n_views and all(
+        valid_record(options.cache, there, *unit) for unit in units(there) if unit[1] == spec.column
+    )
+
+
+def asked_teachers(options: Options, there: Plan | None, keys: Sequence[str], say: Callable[[str], None]) -> Teachers:
+    """The teachers and maps of the options, built where something of theirs may have to be computed.
+
+    there: the plan of the cache, if there is one. keys: of the images. What follows from another column and its tail is left out, aloud.
+    """
+    requests, maps = [parse_teacher(text) for text in options.teachers], asked_maps(options, there, keys)
     specs: dict[int, TeacherSpec] = {}
     built: dict[str, Teacher] = {}
     for i in sorted(range(len(requests)), key=lambda i: requests[i].tap in BEHIND):
@@ -51,7 +101,8 @@ def asked_teachers(options: Options, there: Plan | None, say: Callable[[str], No
             spec = teacher.spec
             built[spec.column] = teacher
         specs[i] = spec
-    return Teachers([specs[i] for i in sorted(specs)], built)
+    every = [*(specs[i] for i in sorted(specs)), *(spec for spec, _ in maps.values())]
+    return Teachers(every, built, {column: given for column, (_, given) in maps.items()})
 
 
 def follows(

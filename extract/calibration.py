@@ -9,7 +9,7 @@ from torch import Tensor
 from mrmae.common.progress import Progress
 from mrmae.extract.pipeline import ExtractJob, batches_decoded_ahead, planned_batches, unfinished, view_pixels
 from mrmae.extract.prepare import KeptBatches, Prepared, PreparedBatch
-from mrmae.shards.format import CALIBRATION_SAMPLES, Quantiser, calibrate, first_rows, freeze_quantisers
+from mrmae.shards.format import CALIBRATION_SAMPLES, NOT_QUANTISED, Quantiser, calibrate, first_rows, freeze_quantisers
 
 
 def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
@@ -19,15 +19,16 @@ def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
     shown to the teachers again afterwards.
     """
     pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
-    if not pending:
+    maps = [t.column for t in job.plan.columns if t.is_map and t.column not in job.plan.quantisers]
+    if not pending and not maps:
         return job, {}
     kept: KeptBatches = {}
-    if job.options.dtype == "float16":
+    if not pending or job.options.dtype == "float16":
         found = {column: Quantiser(job.options.dtype) for column in pending}
     else:
         kept = calibration_batches(dataclasses.replace(job, teachers=pending))
         found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) for column in pending}
-    plan = freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found})
+    plan = freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found, **dict.fromkeys(maps, NOT_QUANTISED)})
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
 
@@ -60,7 +61,7 @@ def seen(job: ExtractJob, batch: PreparedBatch) -> PreparedBatch:
     """The batch with view 0's features; its pixels are let go of where no other teacher has still to see them."""
     pixels = view_pixels(batch.samples, 0)
     features = {column: teacher.forward(pixels) for column, teacher in job.teachers.items()}
-    seen_by_all = len(job.teachers) == len(job.plan.columns)
+    seen_by_all = len(job.teachers) == sum(not teacher.is_map for teacher in job.plan.columns)
     return dataclasses.replace(
         batch, features=features, samples=without(0, batch.samples) if seen_by_all else batch.samples
     )

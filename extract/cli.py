@@ -55,6 +55,14 @@ torchscript_option = click.option(
     metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
     help="open_clip or timm model (repeatable). @FILE: local weights. /random: random weights.",
 )
+@click.option(
+    "--map",
+    "maps",
+    multiple=True,
+    metavar="NAME=FILE",
+    show_default=False,
+    help="A value per patch from FILE, .npz or .parquet by key (repeatable): ids, bits or scores; crops and flips apply to it.",
+)
 @click.option("--views", default=1, type=click.IntRange(1), help="Crops stored per image.")
 @click.option("--crop-scale", default=(0.4, 1.0), nargs=2, type=float, help="Share of the image's area in a crop.")
 @click.option("--flip", default=0.5, type=click.FloatRange(0, 1), help="Probability that a view is mirrored.")

@@ -44,8 +44,10 @@ PROBE_IMAGES = 32  # decoded for the estimate, and shown to the teachers in batc
 
 
 def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1) -> int:
-    """Bytes of one sample and view in a teacher's column: tokens, scale, CLS, attention, norm, and what the format adds."""
+    """Bytes of one sample and view in a column: tokens, scale, CLS, attention, norm, or a map, and what the format adds."""
     l = teacher.grid[0] * teacher.grid[1]
+    if teacher.is_map:
+        return 2 * l + STORAGES[format].OVERHEAD_BYTES
     stored = DTYPES[dtype]
     parts = [l * teacher.width * stored.bytes, 2 * l]
     parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
@@ -91,7 +93,8 @@ def cost_of_choices(plan: Plan) -> str:
     """What other choices would cost: bytes per image and view, and of the whole cache."""
     teachers, blocks = plan.columns, plan.token_layout.blocks if plan.token_layout else 1
     every: dict[str, Sequence[TeacherSpec]] = {f"{dtype}, all teachers": teachers for dtype in DTYPES}
-    every |= {f"int8, only {t.column}": [t] for t in teachers if len(teachers) > 1} | {"no teachers: views alone": []}
+    alone = [t for t in teachers if not t.is_map]
+    every |= {f"int8, only {t.column}": [t] for t in alone if len(teachers) > 1} | {"no teachers: views alone": []}
     lines = []
     for name, kept in every.items():
         size = jpeg_bytes(plan.recipe) + sum(sample_bytes(t, name.partition(",")[0], plan.format, blocks) for t in kept)
@@ -100,7 +103,7 @@ def cost_of_choices(plan: Plan) -> str:
         )
         lines.append(f"  {name:<40} {human_bytes(size):>8}/view  {whole}")
     views = f"  training shows one stored view of an image per epoch: {views_words()}; more can be added later"
-    return "\n".join([f"choices, by views per image ({plan.format}):", *lines, views, *read_in_blocks(teachers)])
+    return "\n".join([f"choices, by views per image ({plan.format}):", *lines, views, *read_in_blocks(alone)])
 
 
 def read_in_blocks(teachers: Sequence[TeacherSpec], blocks: int = 4) -> list[str]:
@@ -115,6 +118,9 @@ def read_in_blocks(teachers: Sequence[TeacherSpec], blocks: int = 4) -> list[str
 
 def teacher_in_words(teacher: TeacherSpec, dtype: str) -> str:
     """A column in a few words: model, weights, grid, width, dtype, what else is stored."""
+    if teacher.is_map:
+        said = "of the only view" if teacher.resample == "none" else f"of the whole image, by {teacher.resample}"
+        return f"map, {teacher.model} per patch, {said}"
     model = f"{teacher.model}/{teacher.tag}" if teacher.tag else teacher.model
     weights = "RANDOM weights" if teacher.weights == "random" else f"{teacher.weights} weights"
     extras = "".join([" +cls" * teacher.has_cls, " +attention" * teacher.has_attention])

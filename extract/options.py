@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mrmae.common.backend import Url, expect_utf8, locate
@@ -23,13 +23,14 @@ class Options:
     """What extract-features can be told. 0, -1 and "auto" choose; see the command's --help.
 
     grid: patches per side of the student; recipe.size must be a multiple of it. shards: 'i/n', this process's part of
-    the shards. limit: only the first so many images in canonical order, 0 for all. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. part: follows from it and from torchrun's environment.
+    the shards. limit: only the first so many images in canonical order, 0 for all. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. maps: NAME=FILE each. part: follows from it and from torchrun's environment.
     """
 
     images: Sequence[str | os.PathLike[str]]
     cache: Path
     recipe: ViewRecipe = dataclasses.field(default_factory=lambda: ViewRecipe(224))
     teachers: Sequence[str] = DEFAULT_TEACHERS
+    maps: Sequence[str] = ()
     include: Sequence[str] = ()
     limit: int = 0
     views: int = 1
@@ -54,7 +55,7 @@ class Options:
     def resolved(self) -> "Options":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
         given = [("IMAGES", i) for i in self.images] + [("--include", i) for i in self.include]
-        given += [("--teacher", teacher) for teacher in self.teachers]
+        given += [("--teacher", teacher) for teacher in self.teachers] + [("--map", text) for text in self.maps]
         for name, text in [*given, ("the working folder", os.getcwd())]:
             expect_utf8(text, name)
         if isinstance(locate(self.cache), Url):
@@ -90,6 +91,7 @@ class Options:
         words = ["extract-features", *(os.fspath(image) for image in self.images), os.fspath(self.cache)]
         words += [word for pattern in self.include for word in ("--include", pattern)]
         words += [word for teacher in self.teachers for word in ("--teacher", teacher)]
+        words += [word for text in self.maps for word in ("--map", text)]
         words += ["--crop-scale", *map(repr, recipe.crop_scale)] * (recipe.crop_scale != default.recipe.crop_scale)
         values = {name: getattr(recipe, name) for name in ("flip", "size", "seed")}
         values |= {name: getattr(self, name) for name in SAID}
@@ -102,11 +104,13 @@ class Options:
 
 
 def asked(
-    options: Options, there: Plan | None, teachers: Sequence[TeacherSpec] | None = None, keys: Sequence[str] | None = None
+    options: Options, there: Plan | None, teachers: Sequence[TeacherSpec] | None = None, keys: Sequence[str] | None = None,
+    maps: Mapping[str, str] | None = None,
 ) -> Wanted:  # fmt: skip
     """What the options ask for, as far as it is known by now. What they leave open is as in the plan that is there.
 
-    there: that plan, if any. teachers: None before they are built, and those that are there stand for them. keys: of the images.
+    there: that plan, if any. teachers: with the maps; None before they are built, and those that are there stand for them. keys: of
+    the images. maps: as of Wanted.
     """
     if there is not None:  # before columns of another grid come into a plan
         compare_specs(there.grid, (options.grid, options.grid), str(options.cache / "plan.json"), field="grid")
@@ -125,7 +129,7 @@ def asked(
         format=options.format,
         token_layout=options.block_rule(),
     )
-    return Wanted(plan, keys, append=options.append, limit=options.limit)
+    return Wanted(plan, keys, append=options.append, limit=options.limit, maps=maps or {})
 
 
 def refuse_untiled(size: int, grid: int) -> None:

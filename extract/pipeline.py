@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mrmae.common.progress import Progress
 from mrmae.common.versions import versions
+from mrmae.extract.maps import GivenMap
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import (
     Images,
@@ -44,13 +45,14 @@ class HopelessQuality(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExtractJob:
-    """An extraction under way: the plan on disk, the images, and a teacher for every column."""
+    """An extraction under way: the plan on disk, the images, and a teacher or a map for every column that something is missing of."""
 
     path: Path
     plan: Plan
     images: Images
     teachers: Mapping[str, Teacher]
     options: Options
+    maps: Mapping[str, GivenMap] = dataclasses.field(default_factory=dict)
 
     @property
     def in_turns(self) -> bool:
@@ -76,6 +78,7 @@ def unfinished(job: ExtractJob) -> dict[int, Units]:
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for view, column, shard in commits.missing(job.path, job.plan):
         refuse_requantised(job, column)
+        refuse_other_map(job, column, shard)
         if job.options.part.owns(shard):
             todo[shard].append((view, column))
     return dict(todo)
@@ -87,6 +90,18 @@ def refuse_requantised(job: ExtractJob, column: str) -> None:
     if quantiser is not None and quantiser.source is not None:
         raise ValueError(f"{job.path}: {column} was made by inspect-cache convert from column {quantiser.source[:19]} and "
                          "has shards missing; only that can write them: repeat the command that made this cache")  # fmt: skip
+
+
+def refuse_other_map(job: ExtractJob, column: str, shard: int) -> None:
+    """ValueError for a shard of a map whose values were given by another file."""
+    if (given := job.maps.get(column)) is None:
+        return
+    first = job.plan.ranges[shard].start
+    part = next(part for part in job.plan.parts if first in part.numbers)
+    told = job.plan.spec_in(part, job.plan.teacher(column)).weights_sha256
+    if told != given.sha256:
+        raise ValueError(f"{given.where}: its values are {given.sha256[:15]}...; shard {shard} of {column} is missing in {job.path} and its "
+                         f"values were {told[:15]}...; give the file of then with --map")  # fmt: skip
 
 
 def extract_claimed(job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatches) -> dict[int, Units]:
@@ -176,6 +191,8 @@ def extract_shard(
         for (view, column), into in gathered.items():
             if column == PIXELS:
                 add_pixels(view, batch, into)
+            elif column in job.maps:
+                add_map(job, view, column, batch, into)
             else:
                 add_features(job, view, column, batch, into)
         known = bool(batch.features) and 0 in batch.planned.views
@@ -204,6 +221,16 @@ def add_features(job: ExtractJob, view: int, column: str, batch: PreparedBatch, 
     add_codes(job, column, features, where, into)
     into.seconds["forward"] += forward_at - began
     into.seconds["quantise"] += time.monotonic() - forward_at
+
+
+def add_map(job: ExtractJob, view: int, column: str, batch: PreparedBatch, into: Gathered) -> None:
+    """Add what a map says of one batch: of every readable image the patches of its view."""
+    for sample in batch.samples:
+        crop = sample.rows[view].view
+        into.valid.append(crop is not None)
+        if crop is not None:
+            seen = job.maps[column].seen(sample.rows[view].key, crop, job.plan.grid)
+            into.arrays["map"].append(torch.from_numpy(seen[None]))
 
 
 def view_pixels(samples: Sequence[Prepared], view: int) -> Tensor:

@@ -50,6 +50,9 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
     lines = [head + (", complete before; nothing was left to do" if nothing_done else f", {human_time(seconds)}")]
     for column in manifest["columns"]:
         quality, teacher = column["quality"], column["teacher"]
+        if teacher["library"] == "map":
+            lines.append(f"  {column['name']}: {teacher['model']} per patch, as given")
+            continue
         weights = ", RANDOM weights: these features know nothing" if teacher["weights"] == "random" else ""
         made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""
         lines.append(f"  {column['name']}: SNR {quality['snr_db']:.1f} dB in the worst shard, "

@@ -38,8 +38,8 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     sources = list_sources(options.images, options.include).first(options.limit)
     keys = [image.key for image in sources]
     lead_say: Say = say if options.part.leads else lambda line: None
-    teachers = asked_teachers(options, found.plan, lead_say)
-    wanted = asked(options, found.plan, teachers.specs, keys)
+    teachers = asked_teachers(options, found.plan, keys, lead_say)
+    wanted = asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
     if dry_run:
         negotiate(found, wanted)
         say_plan(options, sources, wanted, lead_say)
@@ -74,8 +74,11 @@ def begin(
     held.enter_context(claims.at_work(options.cache))
     with take_the_plan(options.cache):
         found = look(options.cache)  # another command may have planned meanwhile
-        wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys)
+        wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys, wanted.maps)
         negotiate(found, wanted)
+        there = {row.key for row in found.rows or ()}
+        for given in teachers.maps.values() if options.append else ():
+            given.refuse_lacking([key for key in wanted.keys or () if key not in there])
         say_plan(options, sources, wanted, say)  # not before it is agreed to, and before images are hashed for hours
         agreed = negotiate(found, replace(wanted, rows=hashed_rows(options, sources, found)))
         if options.append:
@@ -120,4 +123,4 @@ def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agree
     at = {image.key: i for i, image in enumerate(sources)}
     order = [at.get(row.key, -1) for row in agreed.rows]  # with --append not every image need be given
     images = Images(sources, agreed.rows, order, options.max_pixels)
-    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options)
+    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options, teachers.maps)

@@ -99,8 +99,8 @@ class Cache:
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
     can be read. grid: (height, width) of a view in patches. blocks: how tokens are cut into blocks, None where they lie in raster
-    order. columns: those stored, by name `<teacher>.<tap>`; teachers: (first) column name by teacher name; ids: dataset, geometry
-    and column ids.
+    order. columns: those stored of teachers, by name `<teacher>.<tap>`; maps: those of maps, `<name>.map`; teachers: (first) column
+    name by teacher name; ids: dataset, geometry and column ids.
     """
 
     def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
@@ -113,11 +113,13 @@ class Cache:
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
         self.size, self.grid, self.dtype, self.blocks = plan.recipe.size, plan.grid, plan.dtype, plan.token_layout
         self.n_views, self.shard_samples = plan.n_views, plan.shard_samples
-        self.columns = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
-                        for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
+        self.stored = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
+                       for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
+        self.columns = {name: column for name, column in self.stored.items() if not column.spec.is_map}
+        self.maps = {name: column for name, column in self.stored.items() if column.spec.is_map}
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
-                    **{name: column.id for name, column in self.columns.items()}}  # fmt: skip
+                    **{name: column.id for name, column in self.stored.items()}}  # fmt: skip
         self.shards = Shards(path, plan, self.keys, threads)
         self.complete = bool(manifest)  # all that was asked for is committed
         self._tails: dict[str, dict[str, Tensor]] = {}
@@ -125,11 +127,12 @@ class Cache:
     def narrowed(self, columns: Sequence[str] | None, views: int | None, images: int | None = None) -> "Cache":
         """The same cache as if it held only these columns and the first so many views and images; None leaves all of them.
 
-        What is read of them is the same, however many more the cache has by now. Raises ValueError for what it does not hold.
+        Maps stay. What is read of them is the same, however many more the cache has by now. Raises ValueError for what it does not hold.
         """
-        kept = [teacher.column for teacher in self.plan.columns] if columns is None else columns
+        every = [teacher.column for teacher in self.plan.columns]
+        kept = every if columns is None else [*columns, *self.maps]
         n_views, n_images = views or self.n_views, images or self.plan.n_images
-        if lacking := [name for name in kept if name not in self.columns and name in (columns or ())]:
+        if lacking := [name for name in columns or () if name not in self.columns]:
             raise ValueError(f"{self.path}: there is no column {lacking[0]!r}; it holds {', '.join(self.columns) or 'none'}; "
                              "choose one (in a recipe, null takes all there are), or extract with that teacher")  # fmt: skip
         for what, n, there, more in (
@@ -140,13 +143,8 @@ class Cache:
                 raise ValueError(f"{self.path}: {n} {what} are wanted and {there} are stored; at most that was expected; {more}, or "
                                  "choose fewer (in a recipe, null takes all there are)")  # fmt: skip
         parts, rows = self.plan.holding(n_images)
-        plan = dataclasses.replace(
-            self.plan,
-            appended=self.plan.appended[: parts - 1],
-            columns=tuple(teacher for teacher in self.plan.columns if teacher.column in kept),
-            quantisers={name: made for name, made in self.plan.quantisers.items() if name in kept},
-            n_views=n_views,
-        )
+        plan = self.plan.without([name for name in every if name not in kept])
+        plan = dataclasses.replace(plan, appended=plan.appended[: parts - 1], n_views=n_views)
         told: dict[str, list[Any]] = {"key": self.keys, "label": self.labels, "reason": self.reasons}
         table = {name: values[: plan.n_rows] for name, values in told.items()}
         readable = [bool(ok) and number < rows for number, ok in enumerate(self.readable[: plan.n_rows])]
@@ -217,6 +215,8 @@ class Cache:
             one[name] = {
                 array: apply_tail(source[array], tail, about.spec.tap) for array in ("tokens", "cls") if array in source
             }
+        for name in self.maps:
+            one[name] = {"map": self.read_column(name, [number], [view], ("map",))["map"][0]}
         return one | {teacher: one[name] for teacher, name in self.teachers.items()}
 
     def read_pixels(
@@ -306,10 +306,10 @@ class Cache:
 
         ValueError for a column or an array that the cache does not have.
         """
-        if column not in self.columns:
-            raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.columns)}; "
-                             "choose one, or extract with that teacher")  # fmt: skip
-        stored = self.columns[column].layout.arrays()
+        if column not in self.stored:
+            raise ValueError(f"{self.path}: there is no column {column!r}; it holds {sorted(self.stored)}; "
+                             "choose one, or extract with that teacher or map")  # fmt: skip
+        stored = self.stored[column].layout.arrays()
         arrays = [name for name in arrays if name != "scale" or name in stored]
         if lacking := [name for name in arrays if name not in stored]:
             raise ValueError(f"{self.path}: column {column} has no {lacking[0]}; it holds {sorted(stored)}; "

@@ -53,11 +53,9 @@ def converted_plan(cache: Cache, *, format: str | None, dtype: str | None, drop:
     names = {name for teacher in plan.columns for name in (teacher.name, teacher.column)}
     if unknown := sorted(set(drop) - names):
         raise ValueError(f"--drop {unknown[0]}: {cache.path} has no such teacher or column; it holds "
-                         f"{', '.join(sorted(cache.columns))}; name one of them")  # fmt: skip
-    kept = tuple(teacher for teacher in plan.columns if not {teacher.name, teacher.column} & set(drop))
-    return dataclasses.replace(
-        plan, columns=kept, quantisers={}, format=format or plan.format, dtype=dtype or plan.dtype
-    )
+                         f"{', '.join(sorted(cache.stored))}; name one of them")  # fmt: skip
+    plan = plan.without([t.column for t in plan.columns if {t.name, t.column} & set(drop)])
+    return dataclasses.replace(plan, quantisers={}, format=format or plan.format, dtype=dtype or plan.dtype)
 
 
 def convert_cache(
@@ -99,15 +97,15 @@ def convert_alone(
 
 
 def converted_quantisers(cache: Cache, plan: Plan) -> dict[str, Quantiser]:
-    """The source's quantisers where the dtype stays, else new ones that name the column they are made from.
+    """The source's quantisers where the dtype stays, else new ones that name the column they are made from. Maps stay as they are.
 
     Those that an interrupted call has frozen already are not calibrated again.
     """
     found = {}
     for teacher in plan.columns:
-        column = cache.columns[teacher.column]
+        column = cache.stored[teacher.column]
         frozen = plan.quantisers.get(teacher.column)
-        if plan.dtype == cache.dtype:
+        if plan.dtype == cache.dtype or teacher.is_map:
             found[teacher.column] = column.quantiser
         elif frozen is not None and frozen.source == column.id:
             found[teacher.column] = frozen
@@ -130,7 +128,8 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
         "quality": record.get("quality"), "extracted": origin, "written": int(time.time()), **about,
     }  # fmt: skip
     record = {name: value for name, value in record.items() if value is not None}
-    if column == PIXELS or (plan.format, plan.dtype) == (cache.plan.format, cache.dtype):
+    same_values = plan.dtype == cache.dtype or column in cache.maps
+    if column == PIXELS or (plan.format == cache.plan.format and same_values):
         copy_unit(cache, out, plan, unit, record)
     else:
         arrays, valid, quality = converted_arrays(cache, plan, unit, record.get("quality"))
@@ -161,10 +160,10 @@ def converted_arrays(
     numbers = plan.ranges[shard]
     valid = cache.readable[numbers.start : numbers.stop]
     good = np.arange(numbers.start, numbers.stop)[valid]
-    read = cache.read_column(column, good, good * 0 + view, tuple(cache.columns[column].layout.arrays()))
+    read = cache.read_column(column, good, good * 0 + view, tuple(cache.stored[column].layout.arrays()))
     stored = {name: tensor.numpy() for name, tensor in read.items()}
     changed: dict[str, Any] = {}
-    if plan.dtype != cache.dtype and len(good):
+    if plan.dtype != cache.dtype and len(good) and column in cache.columns:
         old, new = cache.columns[column].quantiser, plan.quantisers[column]
         codes, scale, cost = requantised(stored.pop("tokens"), stored.pop("scale", None), old, new)
         stored |= {"tokens": codes} if scale is None else {"tokens": codes, "scale": scale}

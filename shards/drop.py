@@ -4,7 +4,6 @@ Ids of what stays do not change: a column's id knows nothing of other columns, t
 """
 
 import contextlib
-import dataclasses
 from pathlib import Path
 
 from mrmae.common.backend import exists, refuse_url
@@ -30,9 +29,7 @@ def drop_column(path: Path, column: str) -> list[str]:
 def dropped(path: Path, column: str) -> list[str]:
     """The same, while nobody else is at work on the cache."""
     files, plan = files_of_column(path, column), load_plan(path)
-    kept = tuple(teacher for teacher in plan.columns if teacher.column != column)
-    quantisers = {name: quantiser for name, quantiser in plan.quantisers.items() if name != column}
-    plan = dataclasses.replace(plan, columns=kept, quantisers=quantisers)
+    plan = plan.without([column])
     if exists(path / "manifest.json"):
         refuse_damaged(path, plan)
     commits.withdraw_manifest(path, plan)
@@ -43,7 +40,7 @@ def dropped(path: Path, column: str) -> list[str]:
         commits.finalise(path, plan)
     for folder in reversed(column_folders(path, plan, column)):  # as long as there is one, the same call goes on
         remove_empty(folder)
-    return [teacher.column for teacher in kept]
+    return [teacher.column for teacher in plan.columns]
 
 
 def refuse_damaged(path: Path, plan: Plan) -> None:

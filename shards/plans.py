@@ -61,6 +61,7 @@ class Wanted:
 
     plan: without quantisers; dataset_id "" leaves the id to the images. keys: of its images, once they are listed. rows: the
     same, once they are hashed, in canonical order, or by number where the plan names its parts.
+    maps: by column, the sha256 of the values that are given for its images, new ones of a map that is there among them.
     append: images may be new. extend: teachers and views may be. limit: the images are the first so many of those given, 0: all.
     """
 
@@ -70,6 +71,7 @@ class Wanted:
     append: bool = False
     extend: bool = True
     limit: int = 0
+    maps: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +108,7 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
     if there is None or wanted.rows is None:
         return Agreed(plan, there or (), len(new), steps_to(old, plan, samples=lost), old)
     refuse_other_rows(found.path, old, wanted, there)
-    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new])
+    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new], wanted.maps)
     return Agreed(plan, rows, len(new), steps_to(old, plan, samples=lost or bool(new)), old)
 
 
@@ -151,9 +153,9 @@ def extended(old: Plan, wanted: Wanted, where: str) -> Plan:
     names = {teacher.column for teacher in wanted.plan.columns}
     gone = [teacher.column for teacher in old.columns if teacher.column not in names]
     if gone and wanted.extend:
-        raise ValueError(f"{where}: the cache has column {gone[0]}, which this command does not ask for; teachers are "
-                         "added by repeating the cache's and giving one more --teacher, and dropped with inspect-cache "
-                         "drop (nothing was changed)")  # fmt: skip
+        raise ValueError(f"{where}: the cache has column {gone[0]}, which this command does not ask for; teachers "
+                         "(and maps) are added by repeating the cache's and giving one more --teacher (--map), and dropped with "
+                         "inspect-cache drop (nothing was changed)")  # fmt: skip
     ordered = in_order_of(old, wanted.plan)
     added = ordered.columns[len(old.columns) :]
     new = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, ordered.n_views))
@@ -255,13 +257,19 @@ def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[So
         compare_specs(before, now, str(path / "plan.json"))
 
 
-def grown(plan: Plan, there: Sequence[Source], new: Sequence[Source]) -> tuple[Plan, Sequence[Source]]:
-    """(the plan with these images as a part of their own, all images by number), the same where there are none."""
+def grown(
+    plan: Plan, there: Sequence[Source], new: Sequence[Source], maps: Mapping[str, str]
+) -> tuple[Plan, Sequence[Source]]:
+    """(the plan with these images as a part of their own, all images by number), the same where there are none.
+
+    maps: the sha256 of the values that are given for them, by column.
+    """
     if not new:
         return plan, there
     ordered = canonical_sources(new)
     id = grown_dataset_id(plan.parts[-1].dataset_id, leaves(ordered))
-    plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered))))
+    other = {name: sha256 for name, sha256 in maps.items() if sha256 != plan.teacher(name).weights_sha256}
+    plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered), other)))
     gap = plan.parts[-1].numbers.start - len(there)
     return plan, [*there, *[EMPTY_ROW] * gap, *ordered]
 

@@ -25,8 +25,9 @@ def build_teachers(cache: Cache, texts: Sequence[str], *, device: torch.device) 
     the cache knows must be that teacher.
     Raises ValueError where one cannot be built, is another than the cache's, or there is none.
     """
-    requests = [parse_teacher(text) for text in texts] or [request_of(spec, cache) for spec in cache.plan.columns]
-    cached = {spec.name: spec for spec in cache.plan.columns}
+    specs = [spec for spec in cache.plan.columns if not spec.is_map]
+    requests = [parse_teacher(text) for text in texts] or [request_of(spec, cache) for spec in specs]
+    cached = {spec.name: spec for spec in specs}
     if not requests:
         raise ValueError(
             f"--online: {cache.path} names no teacher to run; at least one was expected; give --teacher NAME=LIBRARY:MODEL"

@@ -1,5 +1,7 @@
-"""A contact sheet of a cache: per image the view, every teacher's tokens as colours, and its attention."""
+"""A contact sheet of a cache: per image the view, every teacher's tokens as colours, its attention, and the maps."""
 
+import colorsys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +11,7 @@ from mrmae.common.pictures import (
     COLOUR_NOTE,
     ENOUGH_IMAGES,
     STRIPES_NOTE,
+    Pictures,
     Strip,
     as_bytes,
     colour_images,
@@ -22,11 +25,14 @@ from mrmae.common.pictures import (
 )
 from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import Numbers
+from mrmae.shards.format import Array, Numbers
+
+GOLDEN_RATIO = 0.618033988749895
+SHOWN_IDS = 8
 
 
 def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
-    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms."""
+    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms; the maps."""
     if not len(cache.numbers):
         raise ValueError(f"{cache.path}: no sample can be read; expected at least one to show")
     numbers = spread(cache.numbers, n)
@@ -35,6 +41,7 @@ def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
     strips = [Strip(f"view {view}", pixels, f"as the teachers saw it, {cache.size} px", captions=keys)]
     for name in cache.columns:
         strips += teacher_strips(cache, name, numbers, view)
+    strips += [map_strip(cache, name, numbers, view) for name in cache.maps]
     rows, per_row = cache.grid
     title = f"{cache.path.name}: {len(numbers)} of {counted(len(cache.numbers), 'image')}, {rows} x {per_row} patches"
     return draw_sheet(strips, title=title, notes=(COLOUR_NOTE, STRIPES_NOTE))
@@ -62,6 +69,28 @@ def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list
         content = as_bytes(content_rgb(tokens, cache.grid)[: len(numbers)])
         strips.append(Strip(f"{name}, content", content, f"without the position's mean over {len(every)} images"))
     return [*strips, Strip(f"{name}, {array}", heat(scores, cache.grid), what, captions=ranges(scores))]
+
+
+def map_strip(cache: Cache, name: str, numbers: Numbers, view: int) -> Strip:
+    """A map: scores as brightness, ids and bits as colours."""
+    values = cache.read_column(name, numbers, numbers * 0 + view, ("map",))["map"]
+    if values.is_floating_point():
+        return Strip(name, heat(values.float(), cache.grid), "scores as given", captions=ranges(values.float()))
+    colours = id_rgb(values.numpy()).reshape(-1, *cache.grid, 3)
+    captions = [in_few_words(sorted(set(row.tolist()))) for row in values]
+    return Strip(name, colours, "a colour per id, black is 0", captions=captions)
+
+
+def id_rgb(ids: Array) -> Pictures:
+    """A colour per id, black for 0: neighbouring ids differ by the golden ratio of the colour circle."""
+    hues = np.unique(ids)
+    colours = np.array([colorsys.hsv_to_rgb(hue * GOLDEN_RATIO % 1, 0.65, 0.95 if hue else 0) for hue in hues.tolist()])
+    return np.asarray((colours * 255).round()[np.searchsorted(hues, ids)], np.uint8)
+
+
+def in_few_words(ids: Sequence[int]) -> str:
+    """The ids that are there, or how many."""
+    return f"ids {', '.join(map(str, ids))}" if len(ids) <= SHOWN_IDS else f"{len(ids)} ids, {ids[0]} to {ids[-1]}"
 
 
 def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:

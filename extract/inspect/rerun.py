@@ -21,7 +21,7 @@ from mrmae.shards.format import Plan, commit_path, units
 
 Given = tuple[str, str]  # a command, and the folder it was given in
 MAY_BE_RERUN = {
-    "extract-features": ("include", "teacher", "crop-scale", "flip", "size", "seed", "append", *(name.replace("_", "-") for name in SAID)),
+    "extract-features": ("include", "teacher", "map", "crop-scale", "flip", "size", "seed", "append", *(name.replace("_", "-") for name in SAID)),
     "inspect-cache": ("format", "dtype", "drop"),
 }  # fmt: skip
 
@@ -94,6 +94,8 @@ def from_folder(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "images" in params:
         params["images"] = tuple(str(folder / image) for image in params["images"])
         params["teachers"] = tuple(with_folder(text, folder) for text in params["teachers"])
+        named = [text.partition("=") for text in params["maps"]]
+        params["maps"] = tuple(f"{name}{equals}{folder / file}" for name, equals, file in named)
     return params
 
 

@@ -24,6 +24,7 @@ from mrmae.shards.format.quantiser import (
     CALIBRATION_SAMPLES,
     DTYPES,
     FP16_MAX,
+    NOT_QUANTISED,
     SAMPLES_AT_ONCE,
     Measured,
     Quantiser,
@@ -48,6 +49,7 @@ from mrmae.shards.format.samples import (
 from mrmae.shards.format.shape import parsed, read_json
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
+    MAP_DTYPES,
     NAME,
     NOT_HASHED,
     Array,
@@ -95,9 +97,11 @@ __all__ = [
     "FP16_MAX",
     "IN_BLOCKS",
     "Layout",
+    "MAP_DTYPES",
     "Measured",
     "NAME",
     "NOT_HASHED",
+    "NOT_QUANTISED",
     "NO_IMAGE",
     "PIXELS",
     "Pixels",

@@ -5,14 +5,15 @@ from typing import Any
 
 from mrmae.shards.format.blocks import IN_BLOCKS
 from mrmae.shards.format.quantiser import DTYPES
-from mrmae.shards.format.spec import expect
+from mrmae.shards.format.spec import MAP_DTYPES, expect
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of DTYPES).
 
-    blocks: chunks per sample of the arrays that are stored block by block (1: raster order).
+    blocks: chunks per sample of the arrays that are stored block by block (1: raster order). map: the dtype of a map, which is the
+    column's only array; None for a teacher's.
     """
 
     n: int
@@ -23,12 +24,16 @@ class Layout:
     has_cls: bool
     has_attention: bool
     blocks: int = 1
+    map: str | None = None
 
     def __post_init__(self) -> None:
         expect(self.dtype in DTYPES, "layout.dtype", self.dtype, ", ".join(DTYPES))
+        expect(self.map in (None, *MAP_DTYPES), "layout.map", self.map, ", ".join(MAP_DTYPES))
 
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape of one sample, dtype) of every stored array, by name."""
+        if self.map is not None:
+            return {"map": ((self.l,), self.map)}
         tokens = DTYPES[self.dtype]
         stored = {
             "tokens": ((self.l, self.d), tokens.array),
@@ -44,8 +49,9 @@ class Layout:
         return self.blocks if name in IN_BLOCKS else 1
 
     def to_json(self) -> dict[str, Any]:
-        """The layout as attributes hold it; one block goes without saying."""
-        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("blocks", 1)}
+        """The layout as attributes hold it; one block, and that it is no map, go without saying."""
+        unsaid = (("blocks", 1), ("map", None))
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) not in unsaid}
 
     def count(self, shard: int) -> int:
         """How many samples the shard holds: shard_samples, fewer in the last."""

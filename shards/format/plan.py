@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -17,7 +17,7 @@ from mrmae.common.errors import shortened
 from mrmae.common.files import publish
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
-from mrmae.shards.format.quantiser import DTYPES, Quantiser
+from mrmae.shards.format.quantiser import DTYPES, NOT_QUANTISED, Quantiser
 from mrmae.shards.format.samples import Source, read_samples
 from mrmae.shards.format.shape import expect_kind, read_json
 from mrmae.shards.format.spec import (
@@ -49,15 +49,20 @@ VALUE = {  # by dtype, in a column's attributes
     "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
     "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
     "float16": "tokens[sample, patch, channel]",
+    "map": "map[sample, patch]",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Appended:
-    """Images appended to a cache: how many, and the id of the data set with them."""
+    """Images appended to a cache: how many, and the id of the data set with them.
+
+    maps: by column, the sha256 of the values that were given for these images, where it is not the column's own.
+    """
 
     dataset_id: str
     n_samples: int
+    maps: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         expect(self.n_samples > 0, "appended.n_samples", self.n_samples, "at least one")
@@ -65,10 +70,14 @@ class Appended:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Consecutive samples that came together, the first images or an appended part, and the id of the data set up to them."""
+    """Consecutive samples that came together, the first images or an appended part, and the id of the data set up to them.
+
+    maps: as of Appended.
+    """
 
     numbers: range
     dataset_id: str
+    maps: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 class QuantiserFields(TypedDict):
@@ -172,7 +181,10 @@ class Plan:
     def refuse_foreign_quantisers(self) -> None:
         """ValueError for a quantiser of no column, of another dtype or of another number of channels."""
         widths = {teacher.column: teacher.width for teacher in self.columns}
+        maps = {teacher.column for teacher in self.columns if teacher.is_map}
         for name, quantiser in self.quantisers.items():
+            if name in maps and quantiser.to_json() == NOT_QUANTISED.to_json():
+                continue
             if name not in widths:
                 raise ValueError(f"plan: a quantiser is of {name!r}, which is no column; expected the plan's columns")
             if quantiser.dtype != self.dtype or quantiser.width not in (None, widths[name]):
@@ -190,7 +202,7 @@ class Plan:
         parts = [Part(range(self.n_samples), self.dataset_id)]
         for more in self.appended:
             start = -(-parts[-1].numbers.stop // self.shard_samples) * self.shard_samples
-            parts.append(Part(range(start, start + more.n_samples), more.dataset_id))
+            parts.append(Part(range(start, start + more.n_samples), more.dataset_id, more.maps))
         return parts
 
     @property
@@ -239,10 +251,26 @@ class Plan:
         found, blocks = [], None if self.token_layout is None else plain(self.token_layout)
         for part in self.parts:
             geometry = geometry_id(part.dataset_id, self.recipe)
-            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json(), blocks)
-                     for t in self.columns if t.column in self.quantisers}  # fmt: skip
+            specs = [self.spec_in(part, t) for t in self.columns if t.column in self.quantisers]
+            named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json(), None if t.is_map else blocks)
+                     for t in specs}  # fmt: skip
             found.append({PIXELS: geometry, **named})
         return found
+
+    def spec_in(self, part: Part, spec: TeacherSpec) -> TeacherSpec:
+        """A column's spec for the images of a part: of a map, with the values that were given for them."""
+        return dataclasses.replace(spec, weights_sha256=part.maps.get(spec.column, spec.weights_sha256))
+
+    def without(self, columns: Collection[str]) -> "Plan":
+        """The same plan without these columns."""
+        appended = [dataclasses.replace(more, maps={name: sha256 for name, sha256 in more.maps.items() if name not in columns})
+                    for more in self.appended]  # fmt: skip
+        return dataclasses.replace(
+            self,
+            columns=tuple(teacher for teacher in self.columns if teacher.column not in columns),
+            quantisers={name: quantiser for name, quantiser in self.quantisers.items() if name not in columns},
+            appended=tuple(appended),
+        )
 
     def shard_ids(self, shard: int) -> dict[str, str]:
         """Ids of the pixels and of every column with a quantiser, as a shard's records and seals hold them."""
@@ -263,12 +291,16 @@ class Plan:
         teacher, (h, w) = self.teacher(column), self.grid
         return Layout(self.n_rows, h * w, teacher.width, self.shard_samples, self.dtype,
                       teacher.has_cls, teacher.has_attention,
-                      1 if self.token_layout is None else self.token_layout.blocks)  # fmt: skip
+                      1 if self.token_layout is None or teacher.is_map else self.token_layout.blocks,
+                      teacher.model if teacher.is_map else None)  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plan.json holds it; raster order goes without saying."""
+        """The plan as plan.json holds it; raster order, and that nothing was appended or given anew, go without saying."""
         fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
         fields |= {field.name: plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        for more in fields["appended"]:
+            if not more["maps"]:
+                del more["maps"]
         if not self.appended:
             del fields["appended"]
         if self.token_layout is None:
@@ -350,7 +382,7 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
     compare_specs({"quantisers": before}, {"quantisers": now}, str(path / "plan.json"))
     if len(before) == len(quantisers):
         return load_plan(path)
-    if others := {q.dtype for q in quantisers.values()} - {plan.dtype}:
+    if others := {quantisers[t.column].dtype for t in plan.columns if not t.is_map} - {plan.dtype}:
         raise ValueError(
             f"{path}: a quantiser is of {others.pop()}; the cache has {plan.dtype}; its columns share one dtype"
         )
@@ -397,7 +429,7 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
         "view": view,
         "teacher": plain(plan.teacher(column)),
         "quantiser": plan.quantisers[column].to_json(),
-        "value": VALUE[plan.dtype],
+        "value": VALUE["map" if plan.teacher(column).is_map else plan.dtype],
     }
 
 

@@ -97,6 +97,9 @@ class Quantiser:
         return Quantiser(fields["dtype"], standardised=fields["standardised"], source=fields.get("source"), **arrays)
 
 
+NOT_QUANTISED = Quantiser("float16")  # what a map has in a quantiser's place: its values are stored as they are
+
+
 def parts_of(features: Float[Tensor, "n l d"]) -> Sequence[Float[Tensor, "_ l d"]]:
     """The samples a few at a time on a CPU, all at once elsewhere."""
     if features.device.type != "cpu" or not len(features):

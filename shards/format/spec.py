@@ -23,6 +23,7 @@ FORMAT_VERSION = 2
 LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
 LARGEST_GRID = 1024  # patches per side
 LARGEST_WIDTH = 1 << 20  # channels of a token
+MAP_DTYPES = ("uint16", "float16")  # ids or bits, and scores
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Where weights came from and how they were called does not change a number; their sha256 does.
 NOT_HASHED = ("name", "weights", "tag")
@@ -63,6 +64,7 @@ class TeacherSpec:
     """Everything about a teacher that changes its numbers, and three fields that do not (name, weights, tag).
 
     input_size, native_grid, grid: (height, width). weights_sha256: of the visual tower's state dict as fp32.
+    A map has the library `map`, its dtype as model, and the sha256 of the values that were given instead of weights.
     """
 
     name: str
@@ -99,7 +101,9 @@ class TeacherSpec:
                "1 to 64 letters, digits, - or _, starting with a letter or digit, and not 'pixels'")  # fmt: skip
         expect(bool(NAME.fullmatch(self.tap)), "tap", self.tap, "letters, digits, - or _")
         expect(self.weights in ("hub", "file", "random"), "weights", self.weights, "hub, file or random")
-        expect(self.resample in ("none", "bilinear"), "resample", self.resample, "none or bilinear")
+        ways = ("none", "nearest", "area") if self.is_map else ("none", "bilinear")
+        expect(self.resample in ways, "resample", self.resample, " or ".join(ways))
+        expect(not self.is_map or self.model in MAP_DTYPES, "map", self.model, " or ".join(MAP_DTYPES))
         expect(0 < self.width <= LARGEST_WIDTH, "width", self.width, f"1 to {LARGEST_WIDTH} channels")
         expect(
             all(0 < n <= LARGEST_GRID for n in self.grid), "grid", self.grid, f"1 to {LARGEST_GRID} patches per side"
@@ -109,6 +113,11 @@ class TeacherSpec:
     def column(self) -> str:
         """Name of this teacher's column: `<teacher>.<tap>`."""
         return f"{self.name}.{self.tap}"
+
+    @property
+    def is_map(self) -> bool:
+        """Whether this is no teacher but a map that was given: one value per patch."""
+        return self.library == "map"
 
 
 Spec = TypeVar("Spec", ViewRecipe, TeacherSpec)

@@ -30,6 +30,7 @@ DIMENSIONS = {
     "cls": ("sample", "channel"),
     "attention": ("sample", "patch"),
     "norm": ("sample", "patch"),
+    "map": ("sample", "patch"),
 }
 STORED = {"patch": "stored_patch"}  # in blocks: not the raster's
 
@@ -93,13 +94,18 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
             shards=(layout.shard_samples, *shape),
             chunks=(1, shape[0] // blocks, *shape[1:]),
             dtype=dtype,
-            fill_value=DTYPES[layout.dtype].unwritten if name == "tokens" else np.nan,
+            fill_value=unwritten(layout, name, dtype),
             filters=None,
             compressors=Crc32cCodec(),
             dimension_names=[STORED.get(d, d) if blocks > 1 else d for d in DIMENSIONS[name]],
             attributes={"encoding": "e4m3fn"} if dtype == "uint8" else None,
         )
     return {name: content.to_bytes() for name, content in memory.items()}
+
+
+def unwritten(layout: Layout, name: str, dtype: str) -> float:
+    """What an element that was never written reads as; for ids and bits, of which any may be a value, 0."""
+    return DTYPES[layout.dtype].unwritten if name == "tokens" else 0 if dtype == "uint16" else np.nan
 
 
 def read_attributes(folder: Path, file: str = METADATA) -> tuple[Layout, dict[str, Any]]:
@@ -195,6 +201,8 @@ def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where
         if array.shape != (len(keep), *shape) or array.dtype != np.dtype(dtype):
             raise ValueError(f"{where}: {name} is {array.dtype}{list(array.shape)}; "
                              f"expected {dtype}{[len(keep), *shape]}")  # fmt: skip
+        if dtype == "uint16":
+            continue
         refused = DTYPES[layout.dtype].refused if name == "tokens" else ()
         wrong = unfit(array, keep, refused)
         if wrong:
