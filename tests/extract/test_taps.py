@@ -26,7 +26,7 @@ def test_taps_of_one_teacher_are_columns_with_one_tail(extract: Any, photo_folde
     cache = open_cache(tmp_path / "c")
     assert cache.teachers == {"vit": "vit.pre_tail"}, "the first tap is the teacher's"
     view = cache[0].views[0]
-    assert set(view) == {"pixels", "view", "vit", "vit.pre_tail", "vit.block_1", "vit.post_ln"}
+    assert set(view) == {"pixels", "view", "vit", "vit.pre_tail", "vit.block_1", "vit.post_ln", "vit.block_1_post_ln"}
     assert all(column.good for column in compare_live(cache, 3)) and not any(
         column.good for column in compare_live(cache, 3, mirror=True, texts=[VIT])
     )
