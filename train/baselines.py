@@ -86,7 +86,7 @@ def baselines_of(
     """Term -> `zero`, `constant` and `position`, or `patch_mean`; and `images`, how many they are over.
 
     They are read where they are kept, else measured by all ranks together. limit: images to measure on instead of all. keep:
-    store what was measured on all. Teachers that run in the step have none: what they say is not stored.
+    store what was measured on all. Teachers that run in the step have none: what they say is not stored; nor has the student as its own.
     """
     wanted = {term.name: yardsticks(run, term) for term in run.model.terms}
     every = {yardstick.id: yardstick for parts in wanted.values() for yardstick, _ in parts}
@@ -111,6 +111,8 @@ def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
         "format_version": FORMAT_VERSION, "dataset": cache.ids["dataset"], "n_views": cache.n_views, "n_valid": len(cache.numbers),
         "unfinished": cache.unfinished, "transform": recipe.transform, "distance": distance.kernel, "beta": distance.beta,
     }  # fmt: skip
+    if recipe.target == "self":
+        return []
     if term.teacher is None:
         of |= {
             "target": recipe.target,

@@ -25,11 +25,14 @@ STATE_BYTES = 16  # per parameter: fp32 weight, gradient, and AdamW's two moment
 def count_costs(run: Run) -> dict[str, float]:
     """What a step costs per image, in numbers: FLOP, bytes read, memory; and the parameters that are trained.
 
-    encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it.
+    encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it. teacher_flops: of those, and
+    of the student as its own.
     """
     whole, teachers = teacher_flops(run)
     updates = updates_of_law(run, *whole)
-    forward = statistics.mean(student_flops(run, *update) for update in updates)
+    own = statistics.mean(own_flops(run, *update) for update in updates)
+    forward = statistics.mean(student_flops(run, *update) for update in updates) - own
+    teachers += own
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
     return {
@@ -49,7 +52,7 @@ def cost_facts(run: Run) -> dict[str, str]:
     """FLOPs, bytes and memory per image of this run, in words, for the plan."""
     cost, micro = count_costs(run), run.share.micro_size
     features, view, state, saved = (cost[f"{name}_bytes"] for name in ("feature", "view", "state", "saved"))
-    online = f", teachers {cost['teacher_flops'] / 1e9:.3g}" if run.online else ""
+    online = f", teachers {cost['teacher_flops'] / 1e9:.3g}" if cost["teacher_flops"] else ""
     return {
         "operations": f"{cost['step_flops'] / 1e9:.3g} GFLOP per image and step (forward {cost['forward_flops'] / 1e9:.3g},"
         f" x 3 with backward{online}), {cost['step_flops'] * run.recipe.optim.batch_size / 1e12:.3g} TFLOP per update",
@@ -68,7 +71,7 @@ def updates_of_law(run: Run, batch: Batch, masks: Masks) -> list[tuple[Batch, Ma
     return [(batch, draw_masks(batch, draw_of(run.recipe, run.info, 0), recipe=one, l=l)) for one in each]
 
 
-def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], int]:
+def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], float]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
     loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
     with counted_flops() as counter:
@@ -97,6 +100,13 @@ def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
     """FLOPs of the forward pass on one image."""
     with counted_flops() as counter:
         run.model(batch, masks)
+    return int(counter.get_total_flops())
+
+
+def own_flops(run: Run, batch: Batch, masks: Masks) -> int:
+    """FLOPs of the encoders in the step that give targets, without a gradient."""
+    with counted_flops() as counter:
+        run.model.own_targets(batch, masks)
     return int(counter.get_total_flops())
 
 

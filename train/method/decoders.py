@@ -4,6 +4,8 @@ Each kind has hidden tokens `mask_token + position` that read the encoder's outp
 have one: hidden patches nobody predicts are absent. CLS, where the student has one, has no position.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
@@ -14,7 +16,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from mrmae.train.method.recipe import DecoderRecipe
-from mrmae.train.method.student import sincos_positions
+from mrmae.train.method.student import sincos_positions, without_keys
 from mrmae.train.method.taps import Outputs, Tokens, placed
 
 
@@ -103,6 +105,7 @@ class Regressor(nn.Module):
     """`regressor`: CAE's latent contextual regressor (arXiv 2202.03026); holds CLS and visible patches, too, as `final` has them.
 
     Where its width is not the encoder's, all of `final` first passes a Linear and a LayerNorm (CAE v2's smallest student).
+    `behind`: blocks of self-attention over the predicted tokens, with positions, and a LayerNorm: CAE's own decoder.
     """
 
     position: Tensor
@@ -117,6 +120,12 @@ class Regressor(nn.Module):
         self.register_buffer("position", sincos_positions(grid, recipe.width)[1:].float(), persistent=False)
         self.norm = last_norm(recipe)
         self.blocks = nn.ModuleList(RegressorBlock(recipe) for _ in range(recipe.depth))
+        self.behind = nn.Sequential(*gated_blocks(recipe))
+
+    def decoded(self, latents: Tokens) -> Tokens:
+        """What the blocks behind the regressor make of what it says at predicted patches."""
+        t = latents.at("predicted")
+        return t._replace(x=self.behind(t.x + self.position[t.ids]))
 
     def forward(self, final: Tokens, ids_predict: Int64[Tensor, "v m"], outputs: Outputs | None = None) -> Tokens:
         """[CLS | visible | predicted], from the encoder's `final`; the queries start as the mask token, without a position."""
@@ -291,6 +300,21 @@ def self_blocks(recipe: DecoderRecipe) -> list[Block]:
             Block(recipe.width, recipe.heads, mlp_ratio=recipe.mlp_ratio, qkv_bias=True, norm_layer=LayerNorm)
             for _ in range(recipe.depth)
         ]
+
+
+def gated_blocks(recipe: DecoderRecipe) -> list[nn.Module]:
+    """`behind` blocks of MAE's decoder with a layer scale, then a LayerNorm; the keys' bias, which the softmax does not see, stays at zero."""
+    told: dict[str, Any] = {
+        "mlp_ratio": recipe.mlp_ratio,
+        "qkv_bias": True,
+        "init_values": recipe.init_values,
+        "norm_layer": LayerNorm,
+    }
+    with torch.random.fork_rng(devices=[]):
+        blocks = [Block(recipe.width, recipe.heads, **told) for _ in range(recipe.behind)]
+    for block in blocks:
+        block.get_parameter("attn.qkv.bias").register_hook(without_keys)  # type: ignore[no-untyped-call]
+    return [*blocks, LayerNorm(recipe.width)] if blocks else []
 
 
 # ---- tokens

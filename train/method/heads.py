@@ -8,6 +8,15 @@ from torch import nn
 from mrmae.train.method.student import LN_EPS
 
 
+def none(width: int, out: int) -> nn.Module:
+    """The tokens as they are. Raises ValueError where the target has another width."""
+    if width != out:
+        raise ValueError(
+            f"head none: tokens of width {width} and a target of {out}; equal widths were expected; use head linear"
+        )
+    return nn.Identity()
+
+
 def linear(width: int, out: int) -> nn.Module:
     """One Linear."""
     return nn.Linear(width, out)
@@ -37,4 +46,11 @@ def mlp3_ln(width: int, out: int) -> nn.Module:
     return nn.Sequential(*first, *second, *last)
 
 
-HEADS = {"linear": linear, "ln_linear": ln_linear, "linear_ln": linear_ln, "mlp": mlp, "mlp3_ln": mlp3_ln}
+HEADS = {
+    "none": none,
+    "linear": linear,
+    "ln_linear": ln_linear,
+    "linear_ln": linear_ln,
+    "mlp": mlp,
+    "mlp3_ln": mlp3_ln,
+}

@@ -17,7 +17,7 @@ from mrmae.common.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae
-from mrmae.train.method.decoders import DECODERS, Decoder, blocks_read, reads_final
+from mrmae.train.method.decoders import DECODERS, Decoder, Regressor, blocks_read, reads_final
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
@@ -77,15 +77,20 @@ class Pretrainer(nn.Module):
         taps = {tap for term in self.terms for tap in term.recipe.taps}
         self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
         self.decoder: Decoder | None = None
-        if decoder is not None and "decoder" in taps:
+        if decoder is not None and not taps.isdisjoint(("decoder", "decoded")):
             self.keep_blocks |= blocks_read(decoder, depth)
             self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
             taps |= {"final"} if reads_final(decoder) else set()
+        if "final" not in taps and any(term.recipe.target == "self" for term in self.terms):
+            raise ValueError(
+                f"recipe {recipe.name}: target self is the student's final output, which no term reads; one that does was expected; "
+                "use tap final or decoder"
+            )
         self.heads = nn.ModuleDict()
         self.statistics = nn.ModuleDict()
         for term in self.terms:
             width_in = self.width_of(term)
-            self.heads[term.name] = HEADS[term.recipe.head](width_in, width_of_target(term, info))
+            self.heads[term.name] = HEADS[term.recipe.head](width_in, self.width_of_target(term))
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         leave_unread(self.student, taps, self.keep_blocks)
         self.blocks_cut = depth - len(self.student.blocks)
@@ -116,7 +121,7 @@ class Pretrainer(nn.Module):
         """Channels of the tokens that a term's head reads. Raises ValueError where its taps differ."""
         decoder = self.recipe.student.decoder
         widths = [
-            decoder.width if decoder is not None and tap == "decoder" else self.student.embed_dim
+            decoder.width if decoder is not None and tap in ("decoder", "decoded") else self.student.embed_dim
             for tap in term.recipe.taps
         ]
         if len(set(widths)) > 1:
@@ -125,6 +130,15 @@ class Pretrainer(nn.Module):
                 f"expected; use --set student.decoder.width={self.student.embed_dim}"
             )
         return widths[0]
+
+    def width_of_target(self, term: Term) -> int:
+        """Numbers that a term predicts per token. Raises ValueError for a target that patches of this size do not have."""
+        info = self.info
+        if term.teacher is not None:
+            return info.target(term.teacher).width
+        if term.recipe.target == "self":
+            return self.decoder.position.shape[1] if isinstance(self.decoder, Regressor) else self.student.embed_dim
+        return hog_width(info.patch, info.channels) if term.recipe.target == "hog" else info.patch**2 * info.channels
 
     @property
     def pixels(self) -> PixelScale:
@@ -137,7 +151,7 @@ class Pretrainer(nn.Module):
             self.terms,
             self.heads,
             self.statistics,
-            self.taps(batch, masks, paths=self.paths(batch, masks)),
+            self.taps(batch, masks, paths=self.paths(batch, masks)) | self.own_targets(batch, masks),
             batch,
             masks,
             pixels=self.pixels,
@@ -158,7 +172,21 @@ class Pretrainer(nn.Module):
                 taps[name] = placed(taps[name], self.student.pos_embed[0, prefix:])
         if self.decoder is not None:
             taps["decoder"] = self.decoder(taps["final"], masks.ids_predict, blocks)
+            if isinstance(self.decoder, Regressor) and len(self.decoder.behind):
+                taps["decoded"] = self.decoder.decoded(taps["decoder"])
         return taps
+
+    @torch.no_grad()
+    def own_targets(self, batch: Batch, masks: Masks) -> dict[str, Tokens]:
+        """What terms with target `self` predict, by that name: the encoder's output on [CLS | predicted patches], all branches running.
+
+        Behind the Linear and the LayerNorm through which a regressor of another width sees the encoder (CAE, arXiv 2202.03026).
+        """
+        if all(term.recipe.target != "self" for term in self.terms):
+            return {}
+        final, _ = self.encode(batch.pixels, masks.ids_predict)
+        x = final[:, self.student.num_prefix_tokens :]
+        return {"self": Tokens(self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x, masks.ids_predict)}
 
     def encode(
         self, pixels: UInt8[Tensor, "b h w c"], ids_keep: Int64[Tensor, "v k"], *, paths: Tensor | None = None
@@ -296,13 +324,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
-
-
-def width_of_target(term: Term, info: CacheInfo) -> int:
-    """Numbers that a term predicts per token. Raises ValueError for a target that patches of this size do not have."""
-    if term.teacher is not None:
-        return info.target(term.teacher).width
-    return hog_width(info.patch, info.channels) if term.recipe.target == "hog" else info.patch**2 * info.channels
 
 
 def count(parameters: Iterable[Tensor]) -> int:

@@ -21,7 +21,7 @@ RECIPES = Path(__file__).with_name("recipes")
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
-HeadKind = Literal["linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
+HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
@@ -80,6 +80,7 @@ class DecoderRecipe:
     `prompt` (MILAN's), `regressor` (CAE's), or `taps` (Hi-End-MAE's). `prompt` and `regressor` also hold CLS and visible patches.
     weighted: kind cross reads weighted sums of all block outputs (CrossMAE). blocks: whose outputs kind taps reads, in this order.
     init_values: layer scale of kind regressor. norm: whether a LayerNorm ends it.
+    behind: blocks of self-attention over the predicted tokens behind kind regressor, whose output is the tap `decoded` (CAE's own decoder).
     """
 
     depth: int = 8
@@ -91,6 +92,7 @@ class DecoderRecipe:
     blocks: tuple[int, ...] = (10, 7, 4)
     init_values: float = 0.1
     norm: bool = True
+    behind: int = 0
 
 
 @dataclass(frozen=True)
@@ -118,10 +120,11 @@ class StudentRecipe:
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder) or `decoder`; `final+decoder` where one head serves both.
+    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
-    target: `pixels`, their `hog` (targets.py), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), or `teachers`: one term for
+    each of `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
@@ -129,7 +132,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog"]
+    target: Literal["pixels", "teachers", "hog", "self"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -347,6 +350,8 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield "student.decoder.heads", divides, f"a divisor of the decoder's width {decoder.width} was expected"
         yield "student.decoder.mlp_ratio", decoder.mlp_ratio > 0, "a number above 0 was expected"
         mixes = not decoder.weighted or decoder.kind == "cross"
+        behind = decoder.behind == 0 or (decoder.behind > 0 and decoder.kind == "regressor")
+        yield "student.decoder.behind", behind, "0 was expected, or with decoder regressor a number of blocks"
         yield "student.decoder.weighted", mixes, f"false was expected with decoder {decoder.kind}"
         yield "student.decoder.blocks", len(set(decoder.blocks)) == len(decoder.blocks), "no block twice"
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
@@ -360,18 +365,28 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
 
 def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
-        at, pixels, decoded = f"terms.{name}", term.target != "teachers", "decoder" in term.taps
-        is_tap = all(tap == "decoder" or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
+        at, pixels, decoded = (
+            f"terms.{name}",
+            term.target != "teachers",
+            not {"decoder", "decoded"}.isdisjoint(term.taps),
+        )
+        is_tap = all(tap in ("decoder", "decoded") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
         yield (
             f"{at}.tap",
             is_tap,
-            "final, block<i>, placed<i>, mix<i>, mean_ln, learned or decoder was expected, or two joined by +",
+            "final, block<i>, placed<i>, mix<i>, mean_ln, learned, decoder or decoded was expected, or two joined by +",
         )
         yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
         yield (
             f"{at}.tap",
             not decoded or recipe.student.decoder is not None,
             "student.decoder is null; give one, or another tap",
+        )
+        deep = recipe.student.decoder is not None and recipe.student.decoder.behind > 0
+        yield (
+            f"{at}.tap",
+            "decoded" not in term.taps or deep,
+            "decoded is behind student.decoder.behind blocks; give some, or another tap",
         )
         asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student.decoder)
         known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
@@ -386,10 +401,20 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.teachers", not (pixels and term.teachers), f"none was expected with target {term.target}"
         yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        transforms = {"pixels": ("none", "norm_pix", "norm_pix_biased"), "hog": ("none",)}
+        transforms = {
+            "pixels": ("none", "norm_pix", "norm_pix_biased"),
+            "hog": ("none",),
+            "self": ("none", "ln0", "l2"),
+        }
         fits = term.transform in transforms[term.target] if pixels else "norm_pix" not in term.transform
         names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
-        yield f"{at}.transform", fits, f"pixels: none, norm_pix or norm_pix_biased; teachers: {names}"
+        yield (
+            f"{at}.transform",
+            fits,
+            f"pixels: none, norm_pix or norm_pix_biased; self: none, ln0 or l2; teachers: {names}",
+        )
+        hidden = term.target != "self" or term.positions == "predicted"
+        yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
@@ -406,7 +431,7 @@ def held_positions(taps: Iterable[str], decoder: DecoderRecipe | None) -> set[st
     """Where these taps hold tokens, together."""
     held, visible = {"alive"}, {"cls", "pooled", "visible"}
     for tap in taps:
-        held |= visible if tap != "decoder" else {"predicted"}
+        held |= visible if tap not in ("decoder", "decoded") else {"predicted"}
         if tap == "decoder" and decoder is not None and decoder.kind in ("prompt", "regressor"):
             held |= visible
     return held | ({"all"} if {"visible", "predicted"} <= held else set())

@@ -152,6 +152,8 @@ def score(
         prediction = tokens._replace(x=heads[term.name](tokens.x))
         if term.recipe.target == "hog":
             errors = hog_errors(prediction, term, batch, pixels, kernels)
+        elif term.recipe.target == "self":
+            errors = latent_errors(prediction, term, taps["self"], kernels)
         elif term.teacher is None:
             errors = pixel_errors(prediction, term, batch, pixels, kernels)
         else:
@@ -211,6 +213,21 @@ def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale,
         kernels=kernels,
     )
     return errors * distance.factor
+
+
+def latent_errors(prediction: Tokens, term: Term, target: Tokens, kernels: str) -> Float[Tensor, "v n"]:
+    """Distance of every prediction to the token of an encoder in the step, gathered at the same places."""
+    distance = DISTANCES[term.recipe.distance]
+    return distance.factor * dispatch.mimic_loss(
+        prediction.x,
+        target.x.detach(),
+        prediction.ids,
+        target=term.recipe.transform,
+        distance=distance.kernel,
+        beta=distance.beta,
+        gathered=True,
+        kernels=kernels,
+    )
 
 
 def mimic_errors(

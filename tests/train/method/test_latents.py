@@ -1,0 +1,188 @@
+"""Targets that an encoder in the step gives: each restated plainly in float64, loss and gradients."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mrmae.train.method.masks import Draw, Masks
+from mrmae.train.method.model import Pretrainer, build_model
+from mrmae.train.method.recipe import Recipe
+from mrmae.train.method.samplers import draw_masks
+from mrmae.train.method.student import POSITION_TABLES
+from mrmae.train.method.targets import Batch, CacheInfo
+
+MakeRecipe = Callable[..., Recipe]
+MakeInfo = Callable[..., CacheInfo]
+MakeBatch = Callable[..., Batch]
+Weights = Mapping[str, Tensor]
+
+# ---- the formulas, nothing of ours but the parameter names and the positions (tested in test_student.py)
+
+
+def line(x: Tensor, w: Weights, at: str) -> Tensor:
+    return x @ w[f"{at}.weight"].T + w.get(f"{at}.bias", torch.zeros(()).double())
+
+
+def norm(x: Tensor, w: Weights, at: str) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], w[f"{at}.weight"], w[f"{at}.bias"], 1e-6)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(-3, -2) for x in (q, k, v))
+    return ((q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1) @ v).transpose(-3, -2).flatten(-2)
+
+
+def mlp(x: Tensor, w: Weights, at: str) -> Tensor:
+    return line(F.gelu(line(x, w, f"{at}.fc1")), w, f"{at}.fc2")
+
+
+def block(x: Tensor, w: Weights, at: str, heads: int) -> Tensor:
+    """MAE's, with a layer scale where there is one."""
+    one = torch.ones(()).double()
+    found = attend(*line(norm(x, w, f"{at}.norm1"), w, f"{at}.attn.qkv").chunk(3, -1), heads)  # type: ignore[arg-type]
+    x = x + w.get(f"{at}.ls1.gamma", one) * line(found, w, f"{at}.attn.proj")
+    return x + w.get(f"{at}.ls2.gamma", one) * mlp(norm(x, w, f"{at}.norm2"), w, f"{at}.mlp")
+
+
+def patches_of(model: Pretrainer, pixels: Tensor) -> Tensor:
+    """[b, l, c*p*p] as the student reads them."""
+    p = model.info.patch
+    mean, std = (torch.tensor(x, dtype=torch.float64) for x in (model.recipe.prepare.mean, model.recipe.prepare.std))
+    return F.unfold(((pixels.double() / 255 - mean) / std).permute(0, 3, 1, 2), p, stride=p).mT
+
+
+def rows(x: Tensor, ids: Tensor) -> Tensor:
+    return torch.stack([one[i] for one, i in zip(x, ids)])
+
+
+def encoder(model: Pretrainer, w: Weights, pixels: Tensor, ids: Tensor, at: str = "student") -> Tensor:
+    """`final` of [CLS | patches at ids], every token embedded first."""
+    table = POSITION_TABLES[model.recipe.student.positions](model.info.grid, model.student.embed_dim)
+    x = line(patches_of(model, pixels), {**w, "p.weight": w[f"{at}.patch_embed.proj.weight"].flatten(1), "p.bias": w[f"{at}.patch_embed.proj.bias"]}, "p")  # fmt: skip
+    x = rows(x + table[1:], ids)
+    if f"{at}.cls_token" in w:
+        x = torch.cat([w[f"{at}.cls_token"].expand(len(x), -1, -1), x], 1)
+    for i in range(len(model.student.blocks)):
+        x = block(x, w, f"{at}.blocks.{i}", model.student.blocks[0].attn.num_heads)
+    return norm(x, w, f"{at}.norm")
+
+
+def regressor(model: Pretrainer, w: Weights, final: Tensor, masks: Masks) -> Tensor:
+    """CAE's, behind its last norm, from [CLS | visible]."""
+    decoder = model.recipe.student.decoder
+    assert decoder is not None
+    table = POSITION_TABLES[model.recipe.student.positions](model.info.grid, decoder.width)[1:]
+    seen, place = table[masks.ids_keep], table[masks.ids_predict]
+    t, latent = w["decoder.mask_token"].expand(place.shape), final[:, 1:]
+    for i in range(decoder.depth):
+        at = f"decoder.blocks.{i}"
+        both = torch.cat([latent, t], 1)
+        k = line(norm(both + torch.cat([seen, place], 1), w, f"{at}.norm_k"), w, f"{at}.k")
+        q, v = (
+            line(norm(t + place, w, f"{at}.norm_q"), w, f"{at}.q"),
+            line(norm(both, w, f"{at}.norm_v"), w, f"{at}.v"),
+        )
+        t = norm(t + w[f"{at}.gamma1"] * line(attend(q, k, v, decoder.heads), w, f"{at}.proj"), w, f"{at}.norm_c")
+        t = t + w[f"{at}.gamma2"] * mlp(t, w, f"{at}.mlp")
+    return norm(t, w, "decoder.norm")
+
+
+def normalised_pixels(model: Pretrainer, pixels: Tensor, ids: Tensor) -> Tensor:
+    x = rows(patches_of(model, pixels), ids)
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True) + 1e-6).sqrt()
+
+
+# ---- ours against them
+
+
+def moved(model: Pretrainer) -> dict[str, Tensor]:
+    """Every trained parameter away from its start; a copy of all, and of the buffers, to restate with."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=draw) * parameter.requires_grad
+    held = {name: x.detach().clone().requires_grad_(x.requires_grad) for name, x in model.named_parameters()}
+    return held | {name: x.clone() for name, x in model.named_buffers()}
+
+
+def assert_same(model: Pretrainer, w: Weights, found: Tensor, expected: Tensor) -> None:
+    """Losses and all gradients, to 1e-10."""
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10)
+    found.backward()
+    expected.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ours, theirs = parameter.grad, w[name].grad
+            assert ours is not None and theirs is not None and theirs.abs().max() > 0, name
+            if (
+                name.endswith("qkv.bias") and model.recipe.student.qkv_bias == "qv"
+            ):  # the softmax does not see the keys'
+                ours, theirs = (torch.cat(g.chunk(3)[::2]) for g in (ours, theirs))
+            assert (ours - theirs).norm() <= 1e-10 * theirs.norm() + 1e-13, name
+
+
+def masks_for(model: Pretrainer, batch: Batch) -> Masks:
+    return draw_masks(batch, Draw(0, 0), recipe=model.recipe.mask, l=model.info.n_patches)
+
+
+ALIGN = "terms.align={tap: decoder, positions: predicted, head: none, target: self, weight: 2.0}"
+DEEP = "terms.deep={tap: decoded, positions: predicted, target: pixels, transform: norm_pix}"
+
+
+@pytest.mark.parametrize("width", [64, 16])
+def test_the_student_as_its_own_target_is_caes(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, width: int
+) -> None:
+    """2 mse(t, sg encoder([CLS; hidden])[1:]), and what four blocks over t and positions predict; of another width behind a Linear and LN."""
+    told = (f"student.decoder.width={width}", "student.decoder.norm=true", "student.decoder.behind=2", "terms.align=null", "student.drop_path=0")  # fmt: skip
+    model = build_model(tiny_recipe("cae-v2", *told, ALIGN, DEEP), tiny_info(), dtype=torch.float64)
+    w, batch = moved(model), tiny_batch(model.info)
+    masks = masks_for(model, batch)
+    loss, parts = model(batch, masks)
+
+    def seen(ids: Tensor) -> Tensor:
+        final = encoder(model, w, batch.pixels, ids)
+        return final if width == 64 else norm(line(final, w, "decoder.embed.0"), w, "decoder.embed.1")
+
+    t = regressor(model, w, seen(masks.ids_keep), masks)
+    align = (t - seen(masks.ids_predict)[:, 1:].detach()).square().mean()
+    z = t + POSITION_TABLES["sincos_cae"]((4, 4), width)[1:][masks.ids_predict]
+    for i in range(2):
+        z = block(z, w, f"decoder.behind.{i}", 2)
+    told_pixels = line(norm(z, w, "decoder.behind.2"), w, "heads.deep")
+    deep = (told_pixels - normalised_pixels(model, batch.pixels, masks.ids_predict)).square().mean()
+    assert parts["align"].item() == pytest.approx(align.item(), rel=1e-10)
+    assert_same(model, w, loss, 2 * align + deep)
+    assert torch.equal(model.decoder.behind[0].attn.qkv.bias.grad[width : 2 * width], torch.zeros(width).double())  # type: ignore
+
+
+def test_the_students_own_target_drops_no_branch_and_gives_no_gradient(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
+) -> None:
+    model = build_model(tiny_recipe("cae-v2", ALIGN, "student.drop_path=0.9"), tiny_info())
+    batch = tiny_batch(model.info)
+    masks = masks_for(model, batch)
+    train, still = model.train().own_targets(batch, masks)["self"].x, model.eval().own_targets(batch, masks)["self"].x
+    assert torch.equal(train, still) and not train.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ([ALIGN.replace("predicted", "visible")], "predicted was expected with target self"),
+        ([ALIGN.replace("none", "linear, transform: channel")], "self: none, ln0 or l2"),
+        (["terms.align={tap: final, positions: visible, head: none, target: teachers}"], "head none: tokens of width 64 and a target of 8"),
+        ([DEEP], "decoded is behind student.decoder.behind blocks"),
+        (["student.decoder.behind=-1"], "0 was expected, or with decoder regressor"),
+        (["student.decoder.kind=self", "student.decoder.behind=1"], "0 was expected, or with decoder regressor"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused(
+    tiny_recipe: MakeRecipe, tiny_info: MakeInfo, overrides: list[str], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        build_model(tiny_recipe("cae-v2", *overrides), tiny_info())
