@@ -18,11 +18,12 @@ from torch import Tensor
 
 from mrmae.common import backend
 from mrmae.extract.images import decode
+from mrmae.extract.maps import GivenMap
 from mrmae.shards import commit
 from mrmae.shards.format import plan, samples, views
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.plan import Plan
-from mrmae.shards.format.quantiser import calibrate, quantise
+from mrmae.shards.format.quantiser import NOT_QUANTISED, calibrate, quantise
 from mrmae.shards.format.quantiser import quality as quality_of
 from mrmae.shards.format.samples import Source
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
@@ -45,11 +46,13 @@ def write_synthetic_cache(
     format: str = "zarr",
     blocks: int = 0,
     images: Mapping[str, bytes] | None = None,
+    maps: Mapping[str, Callable[[str, int], Any]] | None = None,
 ) -> Path:  # fmt: skip
     """A complete cache of n smooth random images (or of those given), whose features are functions of the pixels that can be learnt.
 
     size: a multiple of 2 * grid. blocks: token blocks per view, 0 for raster order.
     bad: positions of images (in the order they are made) that do not decode.
+    maps: by name, what a key's view of that number shows, [l] of uint16 or float16.
     """
     given = images or smooth_images(n, seed, labels)
     images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(given.items())}
@@ -58,20 +61,30 @@ def write_synthetic_cache(
         for key, data in images.items()
     )
     specs = tuple(teacher_spec(name, size, grid, **about) for name, about in teachers.items())
+    drawn = {f"{name}.map": value for name, value in (maps or {}).items()}
+    given = [GivenMap(name, path, {"": value(sources[0].key, 0)}, "0" * 64) for name, value in (maps or {}).items()]
+    columns = (*specs, *(one.spec((grid, grid)) for one in given))
     data_id = dataset_id((s.key, s.bytes, s.sha256) for s in sources)
     recipe = ViewRecipe(size=size, seed=seed)
     rule = BlockRule(seed, blocks) if blocks else None
     wanted = Plan(
-        data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, specs, format=format, token_layout=rule
+        data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, columns, format=format, token_layout=rule
     )
     made = agree(path, Wanted(wanted, rows=sources, extend=False)).plan
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
     sample = [row for row in rows[0] if row.jpeg][:16]
     made = plan.freeze_quantisers(path, made, {
-        spec.column: calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs
+        **{spec.column: calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs},
+        **dict.fromkeys(drawn, NOT_QUANTISED),
     })  # fmt: skip
     for view, column, shard in commit.missing(path, made):
-        write_unit(path, made, view, column, shard, rows[view][shard * shard_samples : (shard + 1) * shard_samples])
+        here = rows[view][shard * shard_samples : (shard + 1) * shard_samples]
+        if column in drawn:
+            values = np.stack([drawn[column](row.key, view) for row in here])
+            kept = np.array([row.jpeg is not None for row in here])
+            commit.store_column(path, made, view, column, shard, {"map": values}, kept, {"quality": None})
+        else:
+            write_unit(path, made, view, column, shard, here)
     for spec in specs:
         write_tail(path, spec.name, {"norm.weight": torch.ones(spec.width), "norm.bias": torch.zeros(spec.width)})
     if finalise:

@@ -20,6 +20,7 @@ from mrmae.shards.order import epoch_order, view_of
 from mrmae.shards.stats import read_stats
 from mrmae.train.method import (
     ADD,
+    MAP,
     NEEDS_STATISTICS,
     Batch,
     CacheInfo,
@@ -29,6 +30,7 @@ from mrmae.train.method import (
     Rows,
     TeacherInfo,
     chosen,
+    fit_values,
     target_names,
 )
 
@@ -50,7 +52,8 @@ def cache_info(cache: Cache) -> CacheInfo:
             has_scale=column.quantiser.stored.scaled,
         )
     derived = derived_targets(cache, teachers)
-    return CacheInfo(cache.size, cache.grid, teachers, blocks=cache.blocks, n_views=cache.n_views, derived=derived)
+    maps = {column.spec.name: str(column.layout.map) for column in cache.maps.values()}
+    return CacheInfo(cache.size, cache.grid, teachers, 3, cache.blocks, cache.n_views, derived, maps)
 
 
 def derived_targets(cache: Cache, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherInfo]:
@@ -184,13 +187,16 @@ def load_batch(
 ) -> Batch:
     """The batch of these samples on the host: hashes, pixels of the epoch's views, and only the arrays that are needed.
 
-    needed: teacher -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`). blocks: of tokens and scale, the
-    one block of each sample to read.
+    needed: target -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`; of a map `map`). blocks: of tokens and
+    scale, the one block of each sample to read.
     """
-    samples = cache.hashes[torch.from_numpy(numbers)]
-    views, columns = views_of(cache, numbers, epoch=epoch), target_names(cache.columns)
+    samples, views = cache.hashes[torch.from_numpy(numbers)], views_of(cache, numbers, epoch=epoch)
+    columns = target_names(cache.columns) | {f"{MAP}{column.spec.name}": name for name, column in cache.maps.items()}
 
     def read(column: str, arrays: tuple[str, ...]) -> dict[str, Tensor]:
+        if column in cache.maps:
+            values = cache.read_column(column, numbers, views, arrays=arrays)["map"]
+            return {"map": values.int() if values.dtype == torch.uint16 else values}
         if blocks is None:
             return cache.read_column(column, numbers, views, arrays=arrays)
         return cache.read_block(column, numbers, views, blocks, arrays=arrays)
@@ -199,6 +205,20 @@ def load_batch(
     rows: Rows = "grid" if blocks is None else "visible"
     pixels = cache.read_pixels(numbers, views)
     return Batch(samples=samples, pixels=pixels, targets=targets, rows=rows, epoch=torch.tensor(epoch))
+
+
+def refuse_unfit_map(cache: Cache, numbers: Numbers, batch: Batch, recipe: Recipe) -> None:
+    """ValueError, naming map, image and value, where a map that the recipe reads holds what it cannot use."""
+    values = batch.targets.get(recipe.mask.source, {}).get("map")
+    if values is None:
+        return
+    low, high, expected = fit_values(recipe)
+    if len(wrong := ((values < low) | (values > high)).nonzero()):
+        image, patch = wrong[0].tolist()
+        raise ValueError(
+            f"{cache.path}: map {recipe.mask.source.removeprefix(MAP)} holds {values[image, patch].item():g} at patch {patch} of "
+            f"{cache.keys[numbers[image]]!r}; for mask.sampler {recipe.mask.sampler} {expected}"
+        )
 
 
 @dataclass(frozen=True)

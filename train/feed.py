@@ -13,7 +13,7 @@ from torch import Tensor
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
-from mrmae.train.method import chosen_blocks, draw_masks, draw_of
+from mrmae.train.method import MAP, chosen_blocks, draw_masks, draw_of
 from mrmae.train.run import Run
 
 BATCHES_AHEAD = 4  # micro-batches in memory beside the one in use
@@ -39,16 +39,20 @@ def feed_of(run: Run) -> "Feed":
 def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> Loaded:
     """These samples on the host as an update of `epoch` shows them, with their masks.
 
-    Where teachers run in the step there are no targets yet, and no masks: they may follow the teachers' attention. Masks that
-    compare the student's own embeddings are drawn in the step, too.
+    Where teachers run in the step there are no targets yet but maps, and no masks: they may follow the teachers' attention. Masks
+    that compare the student's own embeddings are drawn in the step, too.
     """
     draw = draw_of(run.recipe, run.info, epoch, update)
     if run.online:
-        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), draw
+        stored = {target: arrays for target, arrays in run.needed.items() if target.startswith(MAP)}
+        batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=stored)
+        batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
+        return batch, draw
     blocks = None
     if run.recipe.mask.sampler == "stored_block":
         blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
     batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
+    batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
     if run.recipe.mask.sampler == "similarity":
         return batch, draw
     masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)

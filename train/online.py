@@ -114,12 +114,12 @@ def only_needed(teachers: Mapping[str, Teacher], needed: Mapping[str, set[str]])
 
 
 def teach(batch: Batch, teachers: Mapping[str, Teacher], needed: Mapping[str, set[str]]) -> Batch:
-    """The same batch with what the teachers say about its views now: whole grids, fp32, on the batch's device."""
+    """The same batch with what the teachers say about its views now: whole grids, fp32, on the batch's device; maps stay."""
     targets: dict[str, dict[str, Tensor]] = {}
     for name, teacher in teachers.items():
         found = teacher.forward(batch.pixels)
         targets[name] = {array: getattr(found, array) for array in sorted(needed[name])}
-    return replace(batch, targets=targets)
+    return replace(batch, targets=batch.targets | targets)
 
 
 def with_targets(

@@ -16,8 +16,8 @@ from mrmae.common.files import publish
 from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
 from mrmae.train import optim
-from mrmae.train.method import MaskedConvViT, Optim, to_dict
-from mrmae.train.run import Run, cache_ids, random_teachers, teacher_specs
+from mrmae.train.method import MAP, MaskedConvViT, Optim, reads_saliency, to_dict
+from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
 
 def write_text(path: Path, text: str) -> None:
@@ -69,7 +69,7 @@ def add_costs(run: Run, costs: Mapping[str, float]) -> None:
 def source_of(run: Run) -> dict[str, Any]:
     """Where the student comes from, in plain values: recipe, cache and its ids, every teacher with its weights."""
     teachers, specs = {}, teacher_specs(run)
-    for teacher in sorted(run.needed):
+    for teacher in teachers_read(run):
         spec = specs[teacher]
         teachers[teacher] = {
             "model": f"{spec.library}:{spec.model}" + (f"/{spec.tag}" if spec.tag else ""),
@@ -89,6 +89,11 @@ def source_of(run: Run) -> dict[str, Any]:
     }
 
 
+def teachers_read(run: Run) -> list[str]:
+    """The target names of all that training reads but maps, in order."""
+    return sorted(target for target in run.needed if not target.startswith(MAP))
+
+
 def card_source(run: Run) -> dict[str, Any]:
     """`source_of` for the student's model card, which may be published: without paths of this machine."""
     facts = {name: value for name, value in source_of(run).items() if name != "cache"}
@@ -99,6 +104,7 @@ def card_source(run: Run) -> dict[str, Any]:
 def random_line(run: Run) -> str | None:
     """The sentence every report carries where a teacher's weights are random."""
     names = [name for name in random_teachers(run) if name in run.needed]
+    names += [f"map {name}" for name, spec in maps_read(run).items() if spec.weights == "random"]
     if not names:
         return None
     return f"RANDOM WEIGHTS: the features of {', '.join(names)} come from untrained teachers; what mimics them is a test, not a model"
@@ -123,7 +129,8 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
             else {}
         ),
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
-        **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in sorted(run.needed)},
+        **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in teachers_read(run)},
+        **{f"map {name}": map_words(run, name) for name in maps_read(run)},
         **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
         **described,
         "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
@@ -173,6 +180,15 @@ def teacher_words(run: Run, teacher: str) -> str:
     return f"{what}, for {asking_words(run, teacher)}"
 
 
+def map_words(run: Run, name: str) -> str:
+    """A map, and what of the recipe reads it."""
+    asking = [f"mask.sampler {run.recipe.mask.sampler}"] if reads_saliency(run.recipe.mask) else []
+    asking += [f"terms.{name}.focus" for name, term in run.recipe.terms.items() if term.focus]
+    dtype = run.info.maps[name]
+    what = "scores" if dtype == "float16" else "ids or bits"
+    return f"{what}, a {dtype} per patch, for {', '.join(asking)} (mask.source {run.recipe.mask.source})"
+
+
 def asking_words(run: Run, teacher: str) -> str:
     """Which parts of the recipe read a teacher, and whether they name it."""
     asking = {}
@@ -220,16 +236,17 @@ def blocks_words(run: Run) -> str:
 
 
 def feature_bytes(run: Run) -> int:
-    """Bytes of cached features read per image and epoch; none where the teachers run in the step."""
-    total, l = 0, run.info.n_patches
+    """Bytes of cached features and maps read per image and epoch; only maps where the teachers run in the step."""
+    l = run.info.n_patches
+    total = 2 * l * len(maps_read(run))
     if run.online:
         return total
     rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "stored_block" else l
-    for teacher, arrays in run.needed.items():
+    for teacher in teachers_read(run):
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
         sizes = {"tokens": rows * width * column.quantiser.stored.bytes, "scale": 2 * rows, "cls": 2 * width}
-        total += sum(sizes.get(name, 2 * l) for name in arrays)
+        total += sum(sizes.get(name, 2 * l) for name in run.needed[teacher])
     return total
 
 

@@ -17,6 +17,7 @@ from mrmae.train.batches import Share
 from mrmae.train.fit import fitted_decoder, fitted_to_data, small_rate_words
 from mrmae.train.log import Sums
 from mrmae.train.method import (
+    MAP,
     CacheInfo,
     Pretrainer,
     Recipe,
@@ -123,7 +124,8 @@ def build_run(
     if "student.decoder" in recipe.fit:
         recipe, more = fitted_decoder(recipe, *student_size(recipe, info))
         notes += more
-    recipe = pinned(recipe, cache, info, needed or (info.teachers if setup.online else ()))
+    taught = [target for target in needed if not target.startswith(MAP)]
+    recipe = pinned(recipe, cache, info, taught or (info.teachers if setup.online else ()))
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
     return Run(
         out=out,
@@ -131,7 +133,7 @@ def build_run(
         setup=setup,
         cadence=cadence,
         cache=cache,
-        unread=unread(whole, cache, {info.teachers[name].column for name in needed}),
+        unread=unread(whole, cache, {info.column(target) for target in needed}),
         numbers=numbers,
         held_out=held_out,
         info=info,
@@ -164,6 +166,9 @@ def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
     """What `whole` holds and a run does not read, and why. cache: as the run knows it; read: its columns that are."""
     why = {True: "no term of this recipe asks for it", False: "not among the run's columns (prepare.columns)"}
     found = {f"column {name}": why[name in cache.columns] for name in whole.columns if name not in read}
+    found |= {
+        f"map {column.spec.name}": "mask.source is another" for name, column in whole.maps.items() if name not in read
+    }
     if cache.n_views < whole.n_views:
         found["views"] = f"the run keeps to the first {cache.n_views} of {whole.n_views} (prepare.views)"
     if len(cache.numbers) < len(whole.numbers):
@@ -180,8 +185,9 @@ def cache_ids(run: Run) -> dict[str, Any]:
     targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
     ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:
-        return ids | online.online_ids(cache, run.online)
-    return ids | {f"column {name}": cache.columns[run.info.teachers[name].column].id for name in sorted(run.needed)}
+        ids |= online.online_ids(cache, run.online)
+    read = [target for target in sorted(run.needed) if target.startswith(MAP) or not run.setup.online]
+    return ids | {f"column {target}": cache.stored[run.info.column(target)].id for target in read}
 
 
 def teacher_specs(run: Run) -> dict[str, TeacherSpec]:
@@ -189,6 +195,12 @@ def teacher_specs(run: Run) -> dict[str, TeacherSpec]:
     if run.setup.online:
         return {name: teacher.spec for name, teacher in run.online.items()}
     return {name: run.cache.columns[teacher.column].spec for name, teacher in run.info.teachers.items()}
+
+
+def maps_read(run: Run) -> dict[str, TeacherSpec]:
+    """The maps that training reads, by name."""
+    maps = [target.removeprefix(MAP) for target in sorted(run.needed) if target.startswith(MAP)]
+    return {name: run.cache.maps[f"{name}.map"].spec for name in maps}
 
 
 def random_teachers(run: Run) -> list[str]:

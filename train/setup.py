@@ -8,7 +8,7 @@ from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches, optim
 from mrmae.train.batches import Share
-from mrmae.train.method import CacheInfo, Optim, Recipe, counts, needed_arrays
+from mrmae.train.method import CacheInfo, Optim, Recipe, counts, map_column, needed_arrays
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,15 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
     """
     known, views, images = recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images
     threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
+    maps = [column] if (column := map_column(recipe)) else []
+    asked = None if known is None else [*known, *maps]
     cache = open_cache(
-        path, allow_partial=setup.allow_partial, columns=known, views=views, images=images, threads=threads
+        path, allow_partial=setup.allow_partial, columns=asked, views=views, images=images, threads=threads
     )
     if cache.unfinished is None:
         return cache
     info = batches.cache_info(cache.narrowed(known, views, images))
-    needed = () if setup.online else needed_arrays(recipe, info)
-    columns = [info.teachers[teacher].column for teacher in needed]
+    columns = maps if setup.online else [info.column(target) for target in needed_arrays(recipe, info)]
     cache = open_cache(path, allow_partial=True, columns=columns, views=views, images=images, threads=threads)
     if cache.unfinished is not None and not len(cache.numbers):
         raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'}"

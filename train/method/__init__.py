@@ -3,7 +3,17 @@
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.distances import DISTANCES, Distance
 from mrmae.train.method.hog import hog_targets
-from mrmae.train.method.masks import Draw, Masks, buckets, check_blocks, counts, draw_of
+from mrmae.train.method.masks import (
+    Draw,
+    Masks,
+    buckets,
+    check_blocks,
+    counts,
+    draw_of,
+    fit_values,
+    map_column,
+    reads_saliency,
+)
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.model import Pretrainer, build_model, evaluating, student_size, usual_students
 from mrmae.train.method.recipe import (
@@ -23,6 +33,7 @@ from mrmae.train.method.samplers import chosen_blocks, draw_masks
 from mrmae.train.method.student import LN_EPS, POSITION_TABLES, build_vit, initialise, sincos_positions, vit_arguments
 from mrmae.train.method.targets import (
     ADD,
+    MAP,
     NEEDS_STATISTICS,
     Batch,
     CacheInfo,
@@ -43,6 +54,7 @@ __all__ = [
     "Distance",
     "Draw",
     "LN_EPS",
+    "MAP",
     "MaskDecoder",
     "MaskedConvViT",
     "Masks",
@@ -72,12 +84,15 @@ __all__ = [
     "draw_masks",
     "draw_of",
     "evaluating",
+    "fit_values",
     "from_dict",
     "hog_targets",
     "initialise",
     "load_recipe",
+    "map_column",
     "needed_arrays",
     "patch_targets",
+    "reads_saliency",
     "recipe_summaries",
     "recipe_text",
     "replaced",

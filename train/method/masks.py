@@ -12,13 +12,13 @@ from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Float, Float64, Int64, Shaped
 from torch import Tensor
 
 from mrmae.kernels import ids
 from mrmae.shards.format import BlockRule
 from mrmae.train.method.recipe import MaskRecipe, Recipe
-from mrmae.train.method.targets import ADD, Batch, CacheInfo
+from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo
 
 BUCKETS = 4  # ratios of a law: few shapes, each compiled once
 NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is finite and the noise still orders them
@@ -140,6 +140,13 @@ def reads_saliency(recipe: MaskRecipe) -> bool:
     return recipe.sampler in ("attn_prob", "score") or recipe.predict == "score"
 
 
+def map_column(recipe: Recipe) -> str | None:
+    """The cache's column of the map that the run reads; None where it reads none."""
+    source = recipe.mask.source
+    reads = reads_saliency(recipe.mask) or any(term.focus for term in recipe.terms.values())
+    return f"{source.removeprefix(MAP)}.map" if reads and source.startswith(MAP) else None
+
+
 def draw_of(recipe: Recipe, info: CacheInfo, epoch: int, update: int = 0) -> Draw:
     """What decides the masks of a run on a cache in an update of `epoch`."""
     return Draw(recipe.seed, epoch, info.blocks, info.n_views, recipe.optim.epochs, update)
@@ -178,13 +185,35 @@ def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
         )
 
 
+def fit_values(recipe: Recipe) -> tuple[float, float, str]:
+    """(lowest, highest, in words) of the values that the recipe can use of a map."""
+    mask = recipe.mask
+    drawn = mask.draw == "prob" and (
+        mask.sampler == "attn_prob" or (mask.sampler, mask.mode) == ("score", "multinomial")
+    )
+    if drawn or mask.predict == "score" or any(term.focus for term in recipe.terms.values()):
+        return (
+            0,
+            math.inf,
+            "shares, of at least 0, were expected; shift the map, or choose mask.mode=mask_top or keep_top",
+        )
+    return -math.inf, math.inf, "any number was expected"
+
+
 def saliency_arrays(source: str, info: CacheInfo) -> dict[str, str]:
-    """Teacher -> the array behind its saliency map.
+    """Target -> the array behind its saliency map.
 
     source: `mean`, the CLS attention of every teacher that has one; a teacher's name, its attention; `norm` or `norm:NAME`,
-    the norms of the stored tokens, for teachers without a CLS token.
+    the norms of the stored tokens, for teachers without a CLS token; `map:NAME`, a map of the cache.
     Raises ValueError when the cache has no such map, saying what it has and how to add it.
     """
+    if source.startswith(MAP):
+        if (name := source.removeprefix(MAP)) not in info.maps:
+            raise ValueError(
+                f"mask.source = {source}: the cache has no map {name!r}, it has {', '.join(info.maps) or 'none'}; {ADD_MAP} {name}=FILE, or "
+                "choose another mask.source"
+            )
+        return {source: "map"}
     attentive = [name for name, teacher in info.teachers.items() if teacher.has_attention]
     has = f"the cache has {', '.join(info.teachers) or 'no teacher'}, with attention: {', '.join(attentive) or 'none'}"
     if source == "mean":
@@ -207,6 +236,8 @@ def saliency(targets: Mapping[str, Mapping[str, Tensor]], source: str, l: int) -
 
     Raises ValueError when the batch lacks it, and on the host when a value is negative or not a number.
     """
+    if source.startswith(MAP):
+        return normalised(stored_map(targets, source, l))
     array = "norm" if source.partition(":")[0] == "norm" else "attention"
     name = source.partition(":")[2] if array == "norm" else source
     wanted = sorted(targets) if name in ("", "mean") else [name]
@@ -218,6 +249,19 @@ def saliency(targets: Mapping[str, Mapping[str, Tensor]], source: str, l: int) -
     return torch.stack([normalised(m) for m in maps]).mean(dim=0)
 
 
+def ranking(targets: Mapping[str, Mapping[str, Tensor]], source: str, l: int) -> Float64[Tensor, "b l"]:
+    """What patches are ordered by: a map's values as they are, also below 0; of teachers their `saliency`."""
+    return stored_map(targets, source, l).double() if source.startswith(MAP) else saliency(targets, source, l)
+
+
+def stored_map(targets: Mapping[str, Mapping[str, Tensor]], source: str, l: int) -> Shaped[Tensor, "b l"]:
+    """The values of the map `map:NAME`. Raises ValueError when the batch lacks it."""
+    values = targets.get(source, {}).get("map")
+    if values is None or values.shape[1:] != (l,):
+        raise ValueError(f"mask.source = {source}: the batch has no map of {l} patches; ask needed_arrays what to read")
+    return values
+
+
 def normalised(values: Float[Tensor, "b l"]) -> Float64[Tensor, "b l"]:
     """Each row divided by its sum, to the same bits in any batch and on any device.
 
@@ -226,7 +270,7 @@ def normalised(values: Float[Tensor, "b l"]) -> Float64[Tensor, "b l"]:
     if values.device.type == "cpu" and not torch.compiler.is_compiling() and not bool((values >= 0).all()):
         raise ValueError(
             "saliency: a map holds negative or missing values; values of at least 0 were expected; "
-            "check the cache's attention and norm arrays"
+            "check the cache's map, attention and norm arrays"
         )
     counted = (values.double() * 2.0**24).round().long()
     return counted.double() / counted.sum(dim=1, keepdim=True).clamp_min(1).double()

@@ -15,7 +15,18 @@ from torch import Tensor
 
 from mrmae.kernels import ids
 from mrmae.shards.order import view_of
-from mrmae.train.method.masks import NEVER, Draw, Masks, at_update, counts, kept_cells, own_hash, saliency, side_of
+from mrmae.train.method.masks import (
+    NEVER,
+    Draw,
+    Masks,
+    at_update,
+    counts,
+    kept_cells,
+    own_hash,
+    ranking,
+    saliency,
+    side_of,
+)
 from mrmae.train.method.recipe import MaskRecipe
 from mrmae.train.method.targets import Batch
 
@@ -35,13 +46,13 @@ def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Mask
 
 
 def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """Keep `n_keep` patches drawn without replacement with probability proportional to the teachers' saliency.
+    """Keep `n_keep` patches drawn without replacement with probability proportional to their saliency.
 
     Gumbel top-k on log(saliency) with hashed noise has the law of `torch.multinomial(saliency, n_keep)`. draw: `prob` is that;
     `softmax_prob` takes the softmax of the map first (much flatter); `topk` takes the largest values, without noise.
     Focused mimicking of MR-MAE (arXiv 2303.05475); the rule is inferred, it is the one of MaskAlign, MILAN and UMT.
     """
-    share = saliency(batch.targets, recipe.source, l)
+    share = (saliency if recipe.draw == "prob" else ranking)(batch.targets, recipe.source, l)
     if recipe.draw != "topk":
         noise = ids.gumbel_noise(own_hash(batch, draw), l, seed=draw.seed, epoch=draw.epoch)
         share = noise + (share.clamp_min(NEVER).log() if recipe.draw == "prob" else share)
@@ -158,7 +169,7 @@ def score_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks
     """
     if recipe.mode == "multinomial":
         return attn_prob_mask(batch, draw, recipe=recipe, l=l)
-    order = saliency(batch.targets, recipe.source, l).argsort(dim=1, stable=True)
+    order = ranking(batch.targets, recipe.source, l).argsort(dim=1, stable=True)
     return split_order(order if recipe.mode == "mask_top" else order.flip(1), recipe)
 
 

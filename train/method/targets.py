@@ -15,6 +15,8 @@ from mrmae.train.method.recipe import TermRecipe, Transform
 
 # How to get what a cache lacks, for the ends of error messages.
 ADD = "add the teacher to the cache with extract-features IMAGES CACHE --teacher"
+ADD_MAP = "add it to the cache with extract-features IMAGES CACHE --map"
+MAP = "map:"  # begins the target names of maps
 NEEDS_STATISTICS = ("channel", "phi_s", "position", "position+ln0", "position+phi_s")
 Rows = Literal["grid", "visible"]
 
@@ -54,6 +56,7 @@ class CacheInfo:
 
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
     derived: likewise, those that follow from stored ones; only a term that names their tap predicts them.
+    maps: by name, whether they hold `uint16` (ids, bits) or `float16` (scores); the target name of a map is `map:NAME`.
     blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image.
     """
 
@@ -64,6 +67,11 @@ class CacheInfo:
     blocks: BlockRule | None = None
     n_views: int = 1
     derived: Mapping[str, TeacherInfo] = field(default_factory=dict)
+    maps: Mapping[str, str] = field(default_factory=dict)
+
+    def column(self, target: str) -> str:
+        """The cache's column that holds the arrays of a stored target: a teacher's, or a map."""
+        return f"{target.removeprefix(MAP)}.map" if target.startswith(MAP) else self.teachers[target].column
 
     def target(self, name: str) -> TeacherInfo:
         """A target, stored or derived."""
@@ -91,7 +99,7 @@ class Batch:
     """b views and what the teachers said about them, as stored: nothing is dequantised before the loss.
 
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
-    scale [b, l], cls [b, d], attention [b, l], norm [b, l].
+    scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
     epoch: in which it is trained on.
     """

@@ -68,7 +68,7 @@ def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
 
 
 def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
-    """Teacher -> the cached arrays that training reads: tokens (with scale where stored), cls, attention, norm.
+    """Target -> the cached arrays that training reads: tokens (with scale where stored), cls, attention, norm; of a map its map.
 
     Raises ValueError when the cache lacks one, saying what it has and how to add it.
     """
