@@ -120,6 +120,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         else ""
     )
     l, cls = run.info.n_patches, int(run.model.student.num_prefix_tokens)
+    seen = cls + (run.model.n_keep if run.model.mask_token is None else l)
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {counted(len(run.cache.numbers), 'image')} x {counted(run.cache.n_views, 'view')}, {run.info.size} px",
@@ -133,7 +134,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         **{f"map {name}": map_words(run, name) for name in maps_read(run)},
         **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
         **described,
-        "tokens": f"{run.model.n_keep + cls} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
+        "tokens": f"{seen} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",

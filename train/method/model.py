@@ -68,11 +68,19 @@ class Pretrainer(nn.Module):
         if reads_saliency(recipe.mask):
             saliency_arrays(recipe.mask.source, info)
         self.student = build_student(recipe, info)
+        self.mask_token = None
+        if recipe.student.hidden == "replace":
+            self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
         fuses = isinstance(self.student, MaskedConvViT)
         self.keep_blocks = check_taps(
-            self.terms, fused, depth=depth, n_predict=self.n_predict, has_cls=has_cls, fuses=fuses
+            self.terms,
+            fused,
+            depth=depth,
+            hidden=(self.n_predict, info.n_patches - self.n_keep),
+            has_cls=has_cls,
+            fuses=fuses,
         )
         taps = {tap for term in self.terms for tap in term.recipe.taps}
         self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
@@ -160,18 +168,28 @@ class Pretrainer(nn.Module):
         )
 
     def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tokens]:
-        """The named outputs the terms read: the encoder's at `ids_keep`, after CLS where the student has one, `decoder` at `ids_predict`."""
-        final, blocks = self.encode(batch.pixels, masks.ids_keep, paths=paths)
+        """The named outputs the terms read: the encoder's at `ids_keep`, after CLS where the student has one, `decoder` at `ids_predict`.
+
+        Where mask tokens stand for hidden patches in the encoder, its taps also hold `ids_predict`.
+        """
+        ids, prefix, shown = masks.ids_keep, self.student.num_prefix_tokens, masks.ids_keep.shape[1]
+        hidden = None
+        if self.mask_token is not None:
+            ids = torch.cat([ids, masks.ids_predict], dim=1)
+            hidden = torch.cat([masks.ids_predict, complement(ids, self.info.n_patches)], dim=1)
+        final, blocks = self.encode(batch.pixels, masks.ids_keep, ids_hidden=hidden, paths=paths)
+        final, blocks = final[:, : prefix + ids.shape[1]], {i: x[:, : prefix + ids.shape[1]] for i, x in blocks.items()}
         outputs = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
         outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
-        prefix, shown = self.student.num_prefix_tokens, masks.ids_keep.shape[1]
-        taps = {name: Tokens(x, masks.ids_keep, prefix, shown) for name, x in outputs.items()}
+        taps = {name: Tokens(x, ids, prefix, shown) for name, x in outputs.items()}
         assert self.student.pos_embed is not None
         for name in self.fusions:
             if name.startswith("placed"):
                 taps[name] = placed(taps[name], self.student.pos_embed[0, prefix:])
         if self.decoder is not None:
-            taps["decoder"] = self.decoder(taps["final"], masks.ids_predict, blocks)
+            seen = Tokens(final[:, : prefix + shown], masks.ids_keep, prefix, shown)
+            read = {i: x[:, : prefix + shown] for i, x in blocks.items()}
+            taps["decoder"] = self.decoder(seen, masks.ids_predict, read)
             if isinstance(self.decoder, Regressor) and len(self.decoder.behind):
                 taps["decoded"] = self.decoder.decoded(taps["decoder"])
         return taps
@@ -189,17 +207,25 @@ class Pretrainer(nn.Module):
         return {"self": Tokens(self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x, masks.ids_predict)}
 
     def encode(
-        self, pixels: UInt8[Tensor, "b h w c"], ids_keep: Int64[Tensor, "v k"], *, paths: Tensor | None = None
+        self,
+        pixels: UInt8[Tensor, "b h w c"],
+        ids_keep: Int64[Tensor, "v k"],
+        *,
+        ids_hidden: Int64[Tensor, "v h"] | None = None,
+        paths: Tensor | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need."""
+        """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need.
+
+        ids_hidden: where the mask token stands for a patch; these tokens come last.
+        """
         common = {"scale": self.scale, "shift": self.shift}
         if isinstance(self.student, MaskedConvViT):
             return mcmae.encode_mcmae(
                 self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
             )
-        return encode_vit(
-            self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, paths=paths, kernels=self.kernels
-        )
+        hidden = None if self.mask_token is None or ids_hidden is None else (self.mask_token, ids_hidden)
+        more = {"keep_blocks": self.keep_blocks, "paths": paths, "kernels": self.kernels}
+        return encode_vit(self.student, pixels, ids_keep, hidden=hidden, **common, **more)  # type: ignore[arg-type]
 
     def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
         """Which residual branches run in this training step; None for all of them."""
@@ -229,9 +255,9 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def predicted(self, term: Term, batch: Batch, masks: Masks) -> Tokens:
-        """What a term's head says of patches: of all, from the whole view, where it reads encoders only; else as it is trained."""
+        """What a term's head says of patches: of all, from the whole view, where it reads visible ones of an encoder; else as it is trained."""
         positions = term.recipe.positions
-        if "decoder" not in term.recipe.taps:
+        if "decoder" not in term.recipe.taps and (self.mask_token is None or not term.recipe.at("predicted")):
             everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
             masks, positions = Masks(everything, everything[:, :0]), "visible"
         tokens = tokens_at(self.taps(batch, masks), term.recipe.taps, positions).at("alive")
@@ -300,10 +326,17 @@ class Pretrainer(nn.Module):
             "decoder": "none"
             if self.decoder is None or decoder is None
             else f"{decoder.kind}, {counted(decoder.depth, 'block')} of width {decoder.width}",
-            "mask": f"{self.recipe.mask.sampler}: {self.n_keep} of {info.n_patches} patches visible, {self.n_predict} predicted",
+            "mask": self.mask_words(),
             "parameters": f"{count(trainable):,}, of them {count(self.student.parameters()):,} in the student",
         }
         return told | {f"term {term.name}": str(term) for term in self.terms}
+
+    def mask_words(self) -> str:
+        """Who is visible and predicted, and what the encoder sees of the others."""
+        if self.recipe.student.hidden == "none":
+            return f"none: all {self.info.n_patches} patches visible"
+        tokens = "; mask tokens stand for hidden patches in the encoder" * (self.mask_token is not None)
+        return f"{self.recipe.mask.sampler}: {self.n_keep} of {self.info.n_patches} patches visible, {self.n_predict} predicted{tokens}"
 
     def left_words(self) -> str:
         """What is left out of the named student, or left at its start, because no term reads it; empty for nothing."""
@@ -324,6 +357,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def complement(ids: Int64[Tensor, "v n"], l: int) -> Int64[Tensor, "v l-n"]:
+    """The patches of a grid of l that are not among these, ascending."""
+    free = torch.ones(len(ids), l, dtype=torch.uint8, device=ids.device).scatter(1, ids, 0)
+    return free.argsort(dim=1, descending=True, stable=True)[:, : l - ids.shape[1]]
 
 
 def count(parameters: Iterable[Tensor]) -> int:
@@ -350,7 +389,7 @@ def student_size(recipe: Recipe, info: CacheInfo) -> tuple[int, int]:
 def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | MaskedConvViT:
     """The recipe's student for this cache's size and grid. Raises ValueError for unknown names and what does not fit them."""
     asked = recipe.student
-    usual = {"drop_path": "0", "init_values": "null", "qkv_bias": "all", "cls": "true"}
+    usual = {"drop_path": "0", "init_values": "null", "qkv_bias": "all", "cls": "true", "hidden": "drop"}
     changed = {key: value for key in usual if (value := getattr(asked, key)) != getattr(StudentRecipe(), key)}
     vit: VisionTransformer | None = None
     if "mcmae" not in asked.model:

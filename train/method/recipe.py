@@ -20,6 +20,7 @@ RECIPES = Path(__file__).with_name("recipes")
 
 SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
+HiddenKind = Literal["drop", "replace", "none"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
 HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
 Transform = Literal[
@@ -103,6 +104,8 @@ class StudentRecipe:
     `rising` linearly from 0 at the first block to it at the last, or `constant`.
     init_values: where the layer scale of a ViT's residual branches starts; null: none. qkv_bias: `qv` holds the keys' at zero.
     cls: whether there is a CLS token. positions: the fixed table of the encoder's and the decoder's positions (student.py).
+    hidden: what the encoder sees of hidden patches: nothing (`drop`), or one learned mask token and their positions (`replace`: a tap of
+    the encoder then holds predicted patches, too; a decoder still reads the visible ones). `none`: nothing is hidden, with mask.ratio 0.
     """
 
     model: str = "vit_base_patch16_224"
@@ -114,6 +117,7 @@ class StudentRecipe:
     qkv_bias: Literal["all", "qv"] = "all"
     cls: bool = True
     positions: PositionKind = "sincos"
+    hidden: HiddenKind = "drop"
 
 
 @dataclass(frozen=True)
@@ -318,7 +322,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         "no column twice",
     )
     yield "prepare.std", all(s > 0 for s in recipe.prepare.std), "numbers above 0 were expected"
-    yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected"
+    yield from _nothing_hidden(mask) if recipe.student.hidden == "none" else _some_hidden(mask)
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
     yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
     yield "mask.masks_per_image", mask.masks_per_image >= 1, "at least 1 was expected"
@@ -363,6 +367,17 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
 
 
+def _some_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:
+    yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected (0 with student.hidden none)"
+
+
+def _nothing_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:
+    for name in ("ratio", "sampler", "n_keep", "n_predict", "law", "masks_per_image"):
+        whole = 0 if name == "ratio" else getattr(MaskRecipe(), name)
+        expected = f"{strict_yaml.shown_value(whole)} was expected with student.hidden none"
+        yield f"mask.{name}", getattr(mask, name) == whole, expected
+
+
 def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
         at, pixels, decoded = (
@@ -388,7 +403,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             "decoded" not in term.taps or deep,
             "decoded is behind student.decoder.behind blocks; give some, or another tap",
         )
-        asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student.decoder)
+        asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student)
         known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
         yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
         told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
@@ -427,11 +442,12 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         )
 
 
-def held_positions(taps: Iterable[str], decoder: DecoderRecipe | None) -> set[str]:
+def held_positions(taps: Iterable[str], student: StudentRecipe) -> set[str]:
     """Where these taps hold tokens, together."""
-    held, visible = {"alive"}, {"cls", "pooled", "visible"}
+    held, visible, decoder = {"alive"}, {"cls", "pooled", "visible"}, student.decoder
+    encoded = visible | {"drop": set(), "replace": {"predicted"}, "none": {"all"}}[student.hidden]
     for tap in taps:
-        held |= visible if tap not in ("decoder", "decoded") else {"predicted"}
+        held |= encoded if tap not in ("decoder", "decoded") else {"predicted"}
         if tap == "decoder" and decoder is not None and decoder.kind in ("prompt", "regressor"):
             held |= visible
     return held | ({"all"} if {"visible", "predicted"} <= held else set())

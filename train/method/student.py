@@ -186,13 +186,15 @@ def encode_vit(
     *,
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"],
+    hidden: tuple[Float[Tensor, "1 1 d"], Int64[Tensor, "v h"]] | None = None,
     keep_blocks: Iterable[int] = (),
     paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
-) -> tuple[Float[Tensor, "v k+1 d"], dict[int, Float[Tensor, "v k+1 d"]]]:
+) -> tuple[Float[Tensor, "v n d"], dict[int, Float[Tensor, "v n d"]]]:
     """`final` (last block, then the final norm) of [CLS | visible] (of visible without CLS), and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
+    hidden: the mask token and where it stands for a patch's embedding; these tokens follow the visible ones.
     paths: factors of the blocks' residual branches, from `path_factors`.
     """
     assert vit.pos_embed is not None
@@ -212,6 +214,9 @@ def encode_vit(
         x = tokens + position[ids_keep]
     else:
         x = dispatch.embed_tokens(tokens, position[1:], vit.cls_token[0, 0] + position[0], ids_keep, kernels=kernels)
+    if hidden is not None:
+        mask_token, ids_hidden = hidden
+        x = torch.cat([x, mask_token + position[vit.num_prefix_tokens :][ids_hidden]], dim=1)
     outputs = {0: x} if 0 in keep_blocks else {}
     for number, block in enumerate(vit.blocks, start=1):
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]

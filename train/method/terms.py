@@ -92,13 +92,13 @@ def check_taps(
     fused_blocks: Iterable[int],
     *,
     depth: int,
-    n_predict: int,
+    hidden: tuple[int, int],
     has_cls: bool,
     fuses: bool = False,
 ) -> frozenset[int]:
     """The blocks whose raw outputs the taps need, counted from 1.
 
-    has_cls: whether the student has a CLS token; fuses: whether its `final` already fuses its stages. Raises ValueError for a block or a token the
+    hidden: how many patches are predicted, and hidden. has_cls: whether the student has a CLS token; fuses: whether its `final` already fuses its stages. Raises ValueError for a block or a token the
     student does not have, and for terms on predicted patches when none is predicted.
     """
     wanted: set[int] = set()
@@ -121,7 +121,8 @@ def check_taps(
                 f"term {term.name}: reads tap {tap}, made for a plain ViT, and the student fuses its stages itself; tap final was "
                 f"expected; change terms.{key}.tap"
             )
-        if term.recipe.at("predicted", "all") and n_predict == 0:
+        n_predict, n_hidden = hidden
+        if n_predict == 0 and (term.recipe.at("predicted") or (term.recipe.at("all") and n_hidden)):
             raise ValueError(
                 f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
                 "mask.n_predict or mask.n_keep"

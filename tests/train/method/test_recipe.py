@@ -31,6 +31,8 @@ COUNTS = {
     "maskdistill-sparse": (49, 0),
     "dmjd": (76, 120),
     "dmjd-mimic": (76, 120),
+    "fd": (196, 0),
+    "maskdistill": (118, 78),
     "maskalign": (58, 0),
     "medic": (118, 78),
     "mimic-only": (49, 0),
