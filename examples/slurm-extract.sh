@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
-# extract-features on a SLURM cluster: an array job, one GPU and one part of the shards per task, and a job after it that finishes:
-#   job=$(sbatch --parsable examples/slurm-extract.sh /data/imagenet/train /cache/in1k --views 2)
-#   sbatch --array=0-0 --dependency=afterok:$job examples/slurm-extract.sh /data/imagenet/train /cache/in1k --views 2
+# extract-features on a SLURM cluster: an array job, one GPU per task. All tasks run the same command and take shards as they come:
+#   sbatch examples/slurm-extract.sh /data/imagenet/train /cache/in1k --views 2
 # Adapt the #SBATCH lines. Two minutes before its time limit, or when it is pre-empted, a task is stopped and queued again; what is
 # committed stays. The images, the cache and any weights files must be seen under the same paths on every node.
 #SBATCH --job-name=extract
@@ -16,13 +15,10 @@
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 
-part=()                                                              # an array of one does what is left, and finishes
-[ "${SLURM_ARRAY_TASK_COUNT:-1}" -gt 1 ] && part=(--shards "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT")
-
 stopping=
 trap 'stopping=1; kill -TERM "$job" 2>/dev/null' USR1 TERM
 
-srun extract-features "$@" "${part[@]}" &
+srun extract-features "$@" &
 job=$!
 wait "$job"; status=$?
 while kill -0 "$job" 2>/dev/null; do wait "$job"; status=$?; done   # the first wait ends when the trap has run

@@ -92,7 +92,11 @@ torchscript_option = click.option(
 )
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")
 @click.option(
-    "--shards", default="", metavar="I/N", show_default=False, help="Do part I of N (from 0); without: all, and finish."
+    "--shards",
+    default="",
+    metavar="I/N",
+    show_default=False,
+    help="Do exactly part I of N (from 0); without: whatever is left, and finish.",
 )
 @click.option("--append", is_flag=True, help="Append the IMAGES that are new to CACHE; what it holds stays as it is.")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
@@ -108,8 +112,8 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.
 
     IMAGES: a folder, tar files (plain or webdataset, {000..009} patterns), or a text file of paths.
-    The same command again continues where it stopped. Under torchrun the processes share the work; --shards does one
-    part of it (part 0 plans and calibrates, the others wait), and the same command without --shards finishes.
+    The same command again continues where it stopped, and shares the work with every other one that runs, on any machine: each
+    takes the next shard that nobody has claimed. --shards does exactly one part; the same command without it finishes.
     """
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:

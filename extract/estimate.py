@@ -207,7 +207,8 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
     worst = max(stages, key=lambda name: stages[name])
     # On a CPU decoding and teachers share the cores; on an accelerator every stage runs beside the others.
     seconds = max(rates.decode_s + forward_s, write_s) if on_cpu else max(stages.values())
-    total, of = seconds * images * options.views / options.part.of, options.part.of
+    of = options.part.of * options.part.ranks
+    total = seconds * images * options.views / of
     lines = [f"measured: decoding {1 / rates.decode_s:.3g} views/s with {options.workers} threads"]
     lines += [f"          {column} {1 / spent:.3g} views/s" for column, spent in rates.forward_s.items()]
     lines += [

@@ -74,14 +74,13 @@ def extract_missing(job: ExtractJob, kept: KeptBatches) -> None:
 
 
 def unfinished(job: ExtractJob) -> dict[int, Units]:
-    """(view, column) of everything that this process's part has to do, by shard."""
+    """(view, column) of everything that this process's part has to do, by shard, in the order in which this process takes them."""
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
     for view, column, shard in commits.missing(job.path, job.plan):
         refuse_requantised(job, column)
         refuse_other_map(job, column, shard)
-        if job.options.part.owns(shard):
-            todo[shard].append((view, column))
-    return dict(todo)
+        todo[shard].append((view, column))
+    return {shard: todo[shard] for shard in job.options.part.in_order(todo)}
 
 
 def refuse_requantised(job: ExtractJob, column: str) -> None:

@@ -15,7 +15,7 @@ from mrmae.extract.options import Options, asked
 from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.prepare import Images, KeptBatches
 from mrmae.extract.report import refuse_too_many_bad, summary
-from mrmae.extract.workers import take_the_plan, wait_for_plan, wait_for_shards
+from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.format import Source, canonical_order
@@ -47,7 +47,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
         lead_say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     with contextlib.ExitStack() as held:
-        job, kept = (begin if options.part.leads else join_leader)(options, sources, teachers, wanted, say, held)
+        job, kept = begin(options, sources, teachers, wanted, lead_say, held)
         finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
         extract_missing(job, kept)
         if options.shards or not options.part.leads:
@@ -66,12 +66,16 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
 def begin(
     options: Options, sources: Sources, teachers: Teachers, wanted: Wanted, say: Say, held: contextlib.ExitStack
 ) -> tuple[ExtractJob, KeptBatches]:
-    """The job, planned and calibrated while no other process does, and what calibration has seen.
+    """The job, planned and calibrated while no other process does, and what calibration has seen; or as others have planned it.
 
     held: keeps this process's share of the cache until the end.
     """
     make_folder(options.cache)
     held.enter_context(claims.at_work(options.cache))
+    joins = not options.part.first or any(claims.writers(options.cache))
+    if joins and (agreed := plan_of_others(options.cache, wanted)):  # they have hashed the images
+        say_plan(options, sources, wanted, say)
+        return job_of(options, sources, teachers, agreed), {}
     with take_the_plan(options.cache):
         found = look(options.cache)  # another command may have planned meanwhile
         wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys, wanted.maps)
@@ -106,16 +110,6 @@ def hashed_rows(options: Options, sources: Sources, found: Found) -> list[Source
         known = []  # the bytes of what is appended decide, not only their number
     digests = digest_images(sources, order, known, options.cache / DIGESTS, workers=options.workers)
     return [Source(key, sources[i].label, size, sha256) for i, (key, size, sha256) in zip(order, digests)]
-
-
-def join_leader(
-    options: Options, sources: Sources, teachers: Teachers, wanted: Wanted, say: Say, held: contextlib.ExitStack
-) -> tuple[ExtractJob, KeptBatches]:
-    """The job as the leading process planned and calibrated it; waits for that. say, held: as in `begin`."""
-    agreed = wait_for_plan(options.cache, wanted, options.part)
-    held.enter_context(claims.at_work(options.cache))
-    refuse_changed_plan(options.cache, agreed.plan)
-    return job_of(options, sources, teachers, agreed), {}
 
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:

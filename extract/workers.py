@@ -1,7 +1,7 @@
-"""Several processes, one extraction: who does which shards, and how the others wait for the one that plans.
+"""Several processes, one extraction: whoever comes first plans, and each takes the next shard that nobody has claimed.
 
-A shard belongs to one process, by its number alone, and what is computed for it does not depend on how many there are.
-Processes see each other only through the cache's folder, so they may run on different machines, or one after another.
+What is computed for a shard does not depend on who does it, or on how many there are. Processes see each other only through the
+cache's folder: they may run on different machines, come and go, or run one after another.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,8 +17,8 @@ from mrmae.common.progress import counted, human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.claims import Claim
-from mrmae.shards.format import Plan, Unit, load_plan
-from mrmae.shards.plans import Agreed, Found, Wanted, look, negotiate
+from mrmae.shards.format import Plan, Unit
+from mrmae.shards.plans import Agreed, Wanted, look, negotiate
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
 GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
@@ -31,19 +31,34 @@ Awaited = TypeVar("Awaited")
 
 @dataclasses.dataclass(frozen=True)
 class ProcessPart:
-    """This process's share: shards whose number is `index` modulo `of`. Number 0 plans and calibrates for all."""
+    """This process's share: part `index` of `of`, where --shards names one, and there rank `rank` of `ranks`."""
 
     index: int = 0
     of: int = 1
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process plans and calibrates."""
-        return self.index == 0
+        """Whether this process speaks for its part, and finishes the cache where no part is named."""
+        return self.rank == 0
+
+    @property
+    def first(self) -> bool:
+        """Whether it is the one that is expected to plan; whoever comes before it does."""
+        return self.index == self.rank == 0
 
     def owns(self, shard: int) -> bool:
-        """Whether the shard is this process's work."""
+        """Whether the shard belongs to this part; its ranks share it."""
         return shard % self.of == self.index
+
+    def in_order(self, shards: Iterable[int]) -> list[int]:
+        """Those of this part: this rank's own ones first, then what slower ranks have left, from behind."""
+        mine: list[int] = []
+        others: list[int] = []
+        for shard in sorted(filter(self.owns, shards)):
+            (mine if shard // self.of % self.ranks == self.rank else others).append(shard)
+        return mine + others[::-1]
 
     def __str__(self) -> str:
         return f"{self.index}/{self.of}"
@@ -60,7 +75,7 @@ def process_part(shards: str, environment: Mapping[str, str] = os.environ) -> Pr
     if not index < of:
         raise ValueError(f"--shards {shards}: is no part; expected i/n with 0 <= i < n, e.g. "
                          "$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT with --array=0-7")  # fmt: skip
-    return ProcessPart(index * world + rank, of * world)
+    return ProcessPart(index, of, rank, world)
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
@@ -68,37 +83,16 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     return int(environment.get("LOCAL_RANK", "0")), int(environment.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def wait_for_plan(path: Path, wanted: Wanted, part: ProcessPart) -> Agreed:
-    """What part 0 has written for the same options and images, as soon as it is calibrated.
-
-    ValueError, saying what it lacks, where nobody is making such a plan, and where images of it are not among these.
-    """
-    why = ["there is none yet"]
-
-    def ready() -> Agreed | None:
-        if not (path / "plan.json").exists():
-            return None
-        plan = load_plan(path)
-        try:
-            negotiate(Found(path, plan), dataclasses.replace(wanted, keys=None, extend=False))
-        except ValueError as error:
-            why[0] = str(error)
-            return None
-        if set(plan.quantisers) != {teacher.column for teacher in plan.columns}:
-            why[0] = "it is not calibrated yet"
-            return None
-        found = look(path)
-        if (lacking := negotiate(found, dataclasses.replace(wanted, append=True))).new or lacking.steps:
-            why[0] = f"part {part} sees other images than the plan's; the same IMAGES are expected everywhere"
-            return None
-        return negotiate(found, wanted)
-
-    return wait_until(
-        ready,
-        lambda: f"{path}: waiting for part 0 (rank 0) to plan: {why[0]}",
-        lambda: claims.held_by(path / claims.PLAN_LOCK),
-        "start part 0 (--shards 0/N, or rank 0), then this command again",
-    )
+def plan_of_others(path: Path, wanted: Wanted) -> Agreed | None:
+    """The plan on disk, where it is calibrated and all that is wanted; None where something is to be planned first."""
+    if not (path / "plan.json").exists():
+        return None
+    try:
+        agreed = negotiate(look(path), dataclasses.replace(wanted, append=True, extend=False))
+    except ValueError:
+        return None  # who plans says what is wrong
+    calibrated = set(agreed.plan.quantisers) == {teacher.column for teacher in agreed.plan.columns}
+    return agreed if calibrated and not agreed.new and not agreed.steps else None
 
 
 def take_the_plan(path: Path) -> Claim:

@@ -5,16 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import elsewhere
 
-from mrmae.extract import workers as ranks
+from mrmae.extract import run
 from mrmae.extract.options import Options, asked
 from mrmae.extract.workers import ProcessPart, process_part
+from mrmae.shards import claims
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
 
@@ -27,12 +28,14 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
-def test_a_part_is_a_rank_within_a_part() -> None:
+def test_ranks_share_a_part() -> None:
     assert process_part("", {}) == ProcessPart(0, 1) and process_part("2/3", {}) == ProcessPart(2, 3)
-    assert process_part("", {"RANK": "1", "WORLD_SIZE": "4"}) == ProcessPart(1, 4)
+    assert process_part("2/3", {"RANK": "1", "WORLD_SIZE": "4"}) == ProcessPart(2, 3, 1, 4)
     parts = [process_part(f"{i}/3", {"RANK": str(r), "WORLD_SIZE": "2"}) for i in range(3) for r in range(2)]
-    assert [p.index for p in parts] == list(range(6)) and {p.of for p in parts} == {6}
-    assert all(sum(p.owns(shard) for p in parts) == 1 for shard in range(20))
+    assert [p.leads for p in parts] == [True, False] * 3 and [p.first for p in parts] == [True] + [False] * 5
+    shards = [7, 1, 4, 19, 10, 13, 16, 2]
+    assert parts[2].in_order(shards) == [1, 7, 13, 19, 16, 10, 4], "its own first, then the other rank's from behind"
+    assert parts[3].in_order(shards) == [4, 10, 16, 19, 13, 7, 1]
     for text in ("3/3", "1", "a/b", "1/0", "-1/2"):
         with pytest.raises(ValueError, match=f"--shards {text}: is no part; expected i/n"):
             process_part(text, {})
@@ -61,11 +64,12 @@ def test_a_part_and_a_number_of_ranks_are_nothing_a_plan_knows_of(
 def test_parts_one_after_another_make_the_same_cache(
     extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path
 ) -> None:
+    """Whichever comes first plans."""
     said: list[str] = []
     options = {"views": 2, "shard_samples": 8, "say": said.append}
-    for part in ("0/3", "2/3"):
+    for part in ("2/3", "0/3"):
         assert extract(photo_folder, tmp_path / "c", VIT, CNN, shards=part, **options) == {}
-    assert "part 2/3 is committed; when all are, the same command without --shards finishes" in said[-1]
+    assert "part 0/3 is committed; when all are, the same command without --shards finishes" in said[-1]
     with pytest.raises(ValueError, match="12 of 18 shards are committed"):
         open_cache(tmp_path / "c")
     extract(photo_folder, tmp_path / "c", VIT, CNN, shards="1/2", **options)  # another number of parts continues
@@ -74,49 +78,33 @@ def test_parts_one_after_another_make_the_same_cache(
     assert contents(tmp_path / "c") == contents(extracted)
 
 
-def test_a_part_waits_for_the_plan_and_the_leader_for_the_shards(
-    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    """Two ranks at once, as threads: the second starts first."""
-    monkeypatch.setattr(ranks, "SAY_AFTER_SECONDS", 0.0)
-    results: dict[str, Any] = {}
-
-    def second() -> None:
-        results["second"] = extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8, shards="1/2")
-
-    thread = threading.Thread(target=second)
-    thread.start()
-    said, deadline = "", time.monotonic() + 60
-    while "waiting for part 0 (rank 0) to plan: there is none yet" not in said and time.monotonic() < deadline:
-        time.sleep(0.05)
-        said += capsys.readouterr().err
-    assert "there is none yet" in said and not (tmp_path / "c").exists(), "it waits"
-    monkeypatch.setattr(Options, "resolved", leading(Options.resolved))
-    results["first"] = extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8)
-    thread.join(60)
-    assert results["second"] == {} and results["first"]["n_valid"] == 20
+def test_a_rank_does_what_others_leave(
+    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    assert extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8) == {}
+    monkeypatch.setenv("RANK", "0")
+    extract(photo_folder, tmp_path / "c", VIT, CNN, views=2, shard_samples=8, say=said.append)
     assert contents(tmp_path / "c") == contents(extracted)
 
 
-def leading(resolved: Any) -> Any:
-    """Options.resolved as in rank 0 of 2."""
-    import dataclasses
-
-    return lambda options: dataclasses.replace(resolved(options), part=ProcessPart(0, 2))
-
-
-def test_a_part_with_another_plan_or_other_images_is_refused(
-    extract: Any, photo_folder: Path, extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_who_comes_late_goes_by_the_plan_of_those_at_work(
+    extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.0)
-    with pytest.raises(ValueError, match="n_views is 2 there and 3"):
-        extract(photo_folder, extracted, VIT, CNN, views=3, shard_samples=8, shards="1/2")
-    for i in range(20):
-        (tmp_path / "other").mkdir(exist_ok=True)
-        (tmp_path / f"other/{i}.png").write_bytes(b"")
-    with pytest.raises(ValueError, match="part 1/2 sees other images than the plan's"):
-        extract(tmp_path / "other", extracted, VIT, CNN, views=2, shard_samples=8, shards="1/2")
+    """No image is hashed again, and nobody waits; images that are no part of the plan are still refused."""
+    extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="0/2")
+    monkeypatch.setattr(run, "hashed_rows", lambda *_: pytest.fail("hashed again"))
+    with elsewhere(claims.shard_lock(tmp_path / "c", 0)), elsewhere(tmp_path / "c/.planning.lock"):
+        assert extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="0/2") == {}, "all of it is there"
+        assert extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="1/2") == {}
+    monkeypatch.undo()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.png").write_bytes(b"")
+    with elsewhere(claims.shard_lock(tmp_path / "c", 0)), pytest.raises(ValueError, match="20 gone, 1 new"):
+        extract(tmp_path / "other", tmp_path / "c", VIT, shard_samples=8, shards="1/2")
+    assert extract(photo_folder, tmp_path / "c", VIT, shard_samples=8)["n_valid"] == 20
 
 
 def command(folder: Path, cache: Path) -> list[str]:
@@ -159,4 +147,4 @@ def test_torchrun_killed_and_continued_makes_the_same_cache(
 def test_torchrun_makes_the_same_cache(photo_folder: Path, extracted: Path, tmp_path: Path) -> None:
     done = subprocess.run(command(photo_folder, tmp_path / "c"), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
-    assert "part 1/2 is committed" in done.stdout and contents(tmp_path / "c") == contents(extracted)
+    assert done.stdout.count("is committed") == 1 and contents(tmp_path / "c") == contents(extracted)

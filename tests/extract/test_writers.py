@@ -3,7 +3,6 @@
 import errno
 import fcntl
 import os
-import signal
 import threading
 import time
 from pathlib import Path
@@ -131,37 +130,24 @@ def test_one_process_converts_to_a_folder(made: Path, tmp_path: Path) -> None:
     assert not check.find_problems(tmp_path / "out", full=True) and not locks(tmp_path / "out")
 
 
-def test_a_dead_planner_is_told_from_a_living_one(
-    extract: Any,
-    photo_folder: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(ranks, "GRACE_SECONDS", 0.5)
+def test_a_planner_that_dies_is_replaced(
+    extract: Any, photo_folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:  # fmt: skip
     monkeypatch.setattr(ranks, "SAY_AFTER_SECONDS", 0.0)
     cache = tmp_path / "c"
-    with pytest.raises(ValueError, match=r"there is none yet, since ..:..:..; nobody is at work on it.*start part 0"):
-        extract(photo_folder, cache, VIT, shards="1/2", **OPTIONS)
     with elsewhere(cache / ".planning.lock") as process:
-        killed: list[float] = []
-
-        def kill() -> None:
-            time.sleep(1.5)
-            killed.append(time.monotonic())
-            os.kill(process.pid, signal.SIGKILL)
-
-        threading.Thread(target=kill).start()
-        with pytest.raises(ValueError, match="nobody is at work on it.*start part 0"):
-            extract(photo_folder, cache, VIT, shards="1/2", **OPTIONS)
-        assert killed and time.monotonic() - killed[0] < 30, "it waited for the living, not for the dead"
-    assert f"process {process.pid} on " in capsys.readouterr().err
+        threading.Thread(target=lambda: [time.sleep(1), process.kill()]).start()
+        assert extract(photo_folder, cache, VIT, shards="1/2", **OPTIONS) == {}
+    said = capsys.readouterr().err
+    assert "waiting for another process that plans" in said and f"process {process.pid} on " in said
+    extract(photo_folder, cache, VIT, **OPTIONS)
+    assert contents(cache) == contents(made)
 
 
 def test_the_second_planner_waits_for_the_first(
     extract: Any, photo_folder: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Part 0 twice at once: one plans and calibrates, the other finds it done."""
+    """The same command twice at once: one plans and calibrates, the other finds it done; one finishes, so does the other."""
     real = run.calibrated
 
     def calibrated(job: Any) -> Any:
@@ -172,7 +158,7 @@ def test_the_second_planner_waits_for_the_first(
 
     monkeypatch.setattr(run, "calibrated", calibrated)
     pids = [forked(lambda: extract(photo_folder, tmp_path / "c", VIT, **OPTIONS)) for _ in range(2)]
-    assert ends(pids) == [0, 0] and (tmp_path / "seen").read_text() == "False True "
+    assert ends(pids) == [0, 0] and (tmp_path / "seen").read_text() in ("False ", "False True ")
     assert contents(tmp_path / "c") == contents(made)
 
 

@@ -1,4 +1,4 @@
-"""examples/slurm*.sh with SLURM's commands stubbed: pre-emption saves what is done and queues the job again, an error does not."""
+"""examples/slurm*.sh with SLURM's commands stubbed, and the Kubernetes job as processes: what is done is kept, work is shared."""
 
 import contextlib
 import os
@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
+from mrmae.shards.manifest import read_manifest
 from mrmae.train.log import read_rows
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -109,34 +111,52 @@ def test_a_job_that_ends_by_itself_is_not_queued_again(tmp_path: Path, submit: S
     assert told == {"nnodes": "<1>", "nproc-per-node": "<2>", "rdzv-endpoint": "<localhost:30077>", "rdzv-id": "<77>"}
 
 
-def test_an_array_extracts_in_parts_and_an_array_of_one_finishes(
-    tiny_images: dict[str, bytes], tmp_path: Path, submit: Submit
-) -> None:
+OPTIONS = "--size 32 --grid 4 --teacher vit=timm:test_vit/random --device cpu --shard-samples 4".split()
+
+
+@pytest.fixture
+def images(tiny_images: dict[str, bytes], tmp_path: Path) -> Path:
     for key, data in list(tiny_images.items())[:8]:
         (tmp_path / "images" / key).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / key).write_bytes(data)
+    return tmp_path / "images"
+
+
+def test_tasks_of_an_array_share_an_extraction_and_all_see_it_finished(
+    images: Path, tmp_path: Path, submit: Submit
+) -> None:
     cache = tmp_path / "the cache"
-    options = (
-        "--size",
-        "32",
-        "--grid",
-        "4",
-        "--teacher",
-        "vit=timm:test_vit/random",
-        "--device",
-        "cpu",
-        "--shard-samples",
-        "4",
-    )
-    for array, finished in (((0, 2), False), ((0, 1), True)):
-        job = submit(str(tmp_path / "images"), str(cache), *options, script="slurm-extract.sh", array=array)
-        assert job.wait(100) == 0, (tmp_path / "said").read_text()
-        assert (cache / "manifest.json").exists() == finished
-        assert ("part 0/2 is committed" in (tmp_path / "said").read_text()) != finished
-    assert not (tmp_path / "asked").exists()
+    tasks = [
+        submit(str(images), str(cache), *OPTIONS, script="slurm-extract.sh", array=(number, 2)) for number in (0, 1)
+    ]
+    assert [task.wait(150) for task in tasks] == [0, 0], (tmp_path / "said").read_text()
+    assert read_manifest(cache)["n_valid"] == 8 and not (tmp_path / "asked").exists()
 
 
-def test_a_pre_empted_part_is_queued_again_and_one_that_fails_is_not(tmp_path: Path, submit: Submit) -> None:
+def test_pods_of_a_kubernetes_job_share_an_extraction(images: Path, tmp_path: Path) -> None:
+    """The example's own words as two processes, with its paths and teacher exchanged for small ones."""
+    spec = yaml.safe_load((EXAMPLES / "kubernetes-extract.yaml").read_text())["spec"]
+    (container,) = spec["template"]["spec"]["containers"]
+    assert spec["completionMode"] == "Indexed" and container["command"] == ["extract-features"]
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    folder, cache, teacher, *options = container["args"]
+    assert {f"/{Path(word).parts[1]}" for word in (folder, cache)} < mounted and teacher == "--teacher"
+    words = [sys.executable, "-m", "mrmae.extract.cli", str(images), str(tmp_path / "c"), *options[1:], *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pods = [
+        subprocess.Popen(words, env={**environment, "JOB_COMPLETION_INDEX": str(i)}, stderr=subprocess.DEVNULL)
+        for i in range(2)
+    ]
+    try:
+        assert [pod.wait(150) for pod in pods] == [0, 0]
+    finally:
+        for pod in pods:
+            pod.kill()
+    manifest = read_manifest(tmp_path / "c")
+    assert manifest["n_views"] == 2 and manifest["n_valid"] == 8
+
+
+def test_a_pre_empted_task_is_queued_again_and_one_that_fails_is_not(tmp_path: Path, submit: Submit) -> None:
     busy = '#!/bin/sh\necho "<$*>"\nsleep 60 & wait $!\n'
     job = submit("IMAGES", "CACHE", script="slurm-extract.sh", array=(3, 8), **{"extract-features": busy})
     end = time.monotonic() + 30
@@ -144,7 +164,7 @@ def test_a_pre_empted_part_is_queued_again_and_one_that_fails_is_not(tmp_path: P
         time.sleep(0.05)
     job.send_signal(signal.SIGUSR1)
     assert job.wait(30) == 0 and (tmp_path / "asked").read_text() == "requeue 70_3\n"
-    assert (tmp_path / "said").read_text().splitlines()[0] == "<IMAGES CACHE --shards 3/8>"
+    assert (tmp_path / "said").read_text().splitlines()[0] == "<IMAGES CACHE>"
     (tmp_path / "asked").unlink()
     failing = {"extract-features": "#!/bin/sh\nexit 1\n"}
     assert submit("IMAGES", "CACHE", script="slurm-extract.sh", array=(3, 8), **failing).wait(30) == 1
