@@ -21,6 +21,7 @@ from mrmae.extract.run import Options
 from mrmae.extract.run import extract_features as extract
 from mrmae.probe.cli import main as probe_features
 from mrmae.shards import commit
+from mrmae.shards.cache import open_cache
 from mrmae.shards.format import ViewRecipe, load_plan
 from mrmae.shards.format.tail import read_tail, write_tail
 from mrmae.train.cli import main as train_mrmae
@@ -176,6 +177,9 @@ def provide_all(program: str, paths: list[str], named: dict[str, list[str]], tem
     }
     for recipe in (name for name in named.get("--recipe", []) if name.endswith(".yaml")):
         Path(recipe).write_text(recipe_text("mr-mae"))
+    for file in named.get("--labels", []):
+        rows = [f"{key},{key.partition('/')[0]}\n" for key in open_cache(templates["cache"]).keys]
+        Path(file).write_text("key,label\n" + "".join(rows))
     for word, kind in [*reads[program], *((word, "images") for word in named.get("--data", []))]:
         provide(word, kind, templates)
 

@@ -106,13 +106,13 @@ def baselines_of(
 
 def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
+    if term.recipe.target in ("self", "labels"):
+        return []
     cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]
     of: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "dataset": cache.ids["dataset"], "n_views": cache.n_views, "n_valid": len(cache.numbers),
         "unfinished": cache.unfinished, "transform": recipe.transform, "distance": distance.kernel, "beta": distance.beta,
     }  # fmt: skip
-    if recipe.target == "self":
-        return []
     if term.teacher is None:
         of |= {
             "target": recipe.target,

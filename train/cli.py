@@ -112,6 +112,11 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     help="A teacher to run in the step, as for extract-features; repeatable. [default with --online: the cache's own]",
 )
 @click.option(
+    "--labels",
+    type=click.Path(path_type=Path),
+    help="Classes by key, for terms with target labels: a .csv or .parquet of key and label. [default: the folders' names]",
+)
+@click.option(
     "--hold-out",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,

@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Self
 
 import torch
@@ -43,16 +44,18 @@ def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> L
     that compare the student's own embeddings are drawn in the step, too.
     """
     draw = draw_of(run.recipe, run.info, epoch, update)
+    labels = None if run.labels is None else run.labels.rows(numbers)
     if run.online:
         stored = {target: arrays for target, arrays in run.needed.items() if target.startswith(MAP)}
         batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=stored)
         batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
-        return batch, draw
+        return replace(batch, labels=labels), draw
     blocks = None
     if run.recipe.mask.sampler == "stored_block":
         blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
     batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
     batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
+    batch = replace(batch, labels=labels)
     if run.recipe.mask.sampler == "similarity":
         return batch, draw
     masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)

@@ -84,6 +84,7 @@ def source_of(run: Run) -> dict[str, Any]:
         **({"unfinished_cache": run.cache.unfinished} if run.cache.unfinished else {}),
         "images": len(run.numbers),
         "held_out": len(run.held_out),
+        **({"classes": run.labels.classes} if run.labels is not None else {}),
         "teachers": teachers,
         "teachers_run": "in the step" if run.online else "once, cached",
     }
@@ -132,6 +133,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         **({"held out": f"{len(run.held_out):,} of them, by their keys' hashes"} if len(run.held_out) else {}),
         **{("online " if run.online else "column ") + t: teacher_words(run, t) for t in teachers_read(run)},
         **{f"map {name}": map_words(run, name) for name in maps_read(run)},
+        **({"labels": labels_words(run)} if run.labels is not None else {}),
         **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
         **described,
         "tokens": f"{seen} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
@@ -148,6 +150,14 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     warning = random_line(run)
     return [*lines, *([warning] if warning else []), *run.notes, *progress_words(run)]
+
+
+def labels_words(run: Run) -> str:
+    """Where labels come from, and how many classes there are."""
+    assert run.labels is not None
+    classes, source = run.labels.classes, run.setup.labels or f"{run.cache.path}, the images' folders"
+    several = f", {len(run.labels.members) / len(run.cache.numbers):.3g} of them per image"
+    return f"{source}: {counted(len(classes), 'class', 'classes')}, {classes[0]} to {classes[-1]}{several}"
 
 
 def progress_words(run: Run) -> list[str]:

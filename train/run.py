@@ -1,7 +1,7 @@
 """A run before its first step: what is trained, on what, on which device, and how far it is."""
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +15,7 @@ from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
 from mrmae.train.fit import fitted_decoder, fitted_to_data, small_rate_words
+from mrmae.train.labels import Labels, labels_of
 from mrmae.train.log import Sums
 from mrmae.train.method import (
     MAP,
@@ -40,7 +41,7 @@ class Run:
     besides, and why that is not read. numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
     what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
-    update there were too many of them, and why; such a run does not go on. baselines: per term what predictions that never see an
+    update there were too many of them, and why; such a run does not go on. labels: where a term predicts them. baselines: per term what predictions that never see an
     image cost (baselines.py).
     """
 
@@ -63,6 +64,7 @@ class Run:
     precision: str
     updates: int
     skipped_in_a_row: Tensor
+    labels: Labels | None = None
     epoch: int = 0
     update: int = 0
     sums: Sums = field(default_factory=Sums)
@@ -112,7 +114,8 @@ def build_run(
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum)
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
-    info = batches.cache_info(cache)
+    labels = labels_of(cache, recipe, setup.labels)
+    info = replace(batches.cache_info(cache), classes=() if labels is None else labels.classes)
     check_fit(recipe, info, share, len(numbers))
     check_blocks(recipe, info, cached=not setup.online)
     teachers: dict[str, Teacher] = {}
@@ -147,6 +150,7 @@ def build_run(
         precision=resolve_precision(recipe.optim.precision, where),
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
         skipped_in_a_row=torch.zeros((), device=where),
+        labels=labels,
         notes=[*notes, *small_rate_words(recipe)],
     )
 
@@ -182,6 +186,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
     ids: dict[str, Any] = {"dataset": cache.ids["dataset"], "geometry": cache.ids["geometry"], "views": cache.n_views}
     if cache.unfinished is not None:
         ids[checkpoint.COMMITTED] = cache.unfinished
+    if run.labels is not None:
+        ids["labels"] = run.labels.id
     targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
     ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:

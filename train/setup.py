@@ -21,6 +21,7 @@ class Setup:
     online: run the teachers in the step instead of reading their features; `teachers`, as for extract-features, says which
     (and that they do), none: the cache's own.
     init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student.
+    labels: a file of labels by key, for terms that predict them; None: those that the cache keeps.
     allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
     command: what to type to continue, for the last line and for OUT.
     Raises ValueError for an unknown export, and for text that is not UTF-8: what a run writes down is.
@@ -36,6 +37,7 @@ class Setup:
     teachers: tuple[str, ...] = ()
     init: str | Path | None = None
     export: str | None = None
+    labels: str | Path | None = None
     allow_partial: bool = False
     command: str | None = None
 
@@ -43,10 +45,16 @@ class Setup:
         if self.export not in (None, "mae"):
             raise ValueError(f"export: {self.export!r} is unknown; 'mae' was expected; correct it or leave it out")
         object.__setattr__(self, "teachers", tuple(self.teachers))
-        object.__setattr__(self, "init", None if self.init is None else str(self.init))
+        for name in ("init", "labels"):
+            object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))
         object.__setattr__(self, "online", self.online or bool(self.teachers))
         teachers = [("--teacher", text) for text in self.teachers]
-        for name, text in [("--init", self.init or ""), *teachers, ("the command", self.command or "")]:
+        for name, text in [
+            ("--init", self.init or ""),
+            ("--labels", self.labels or ""),
+            *teachers,
+            ("the command", self.command or ""),
+        ]:
             expect_utf8(text, name)
 
 

@@ -146,6 +146,8 @@ class Pretrainer(nn.Module):
             return info.target(term.teacher).width
         if term.recipe.target == "self":
             return self.decoder.position.shape[1] if isinstance(self.decoder, Regressor) else self.student.embed_dim
+        if term.recipe.target == "labels":
+            return len(info.classes)
         return hog_width(info.patch, info.channels) if term.recipe.target == "hog" else info.patch**2 * info.channels
 
     @property

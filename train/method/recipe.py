@@ -26,7 +26,8 @@ HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
-DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos"]
+DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "bce", "asl", "ce"]
+OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed)[1-9][0-9]*")
@@ -127,8 +128,8 @@ class TermRecipe:
     tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
-    target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), or `teachers`: one term for
-    each of `teachers` (none named: all of the cache), which share `weight` equally.
+    target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), the image's `labels` (of CLS or
+    pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
@@ -136,7 +137,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog", "self"]
+    target: Literal["pixels", "teachers", "hog", "self", "labels"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -380,11 +381,12 @@ def _nothing_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:
 
 def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
-        at, pixels, decoded = (
+        at, given, decoded = (
             f"terms.{name}",
             term.target != "teachers",
             not {"decoder", "decoded"}.isdisjoint(term.taps),
         )
+        labels = term.target == "labels"
         is_tap = all(tap in ("decoder", "decoded") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
         yield (
             f"{at}.tap",
@@ -410,29 +412,34 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
         yield (
             f"{at}.positions",
-            not pixels or not term.at("cls", "pooled"),
+            not given or labels or not term.at("cls", "pooled"),
             f"patches were expected with target {term.target}",
         )
-        yield f"{at}.teachers", not (pixels and term.teachers), f"none was expected with target {term.target}"
-        yield f"{at}.teacher_tap", not (pixels and term.teacher_tap), f"null was expected with target {term.target}"
+        of_image = not labels or set(asked) <= {"cls", "pooled"}
+        yield f"{at}.positions", of_image, "cls or pooled was expected with target labels"
+        yield f"{at}.teachers", not (given and term.teachers), f"none was expected with target {term.target}"
+        yield f"{at}.teacher_tap", not (given and term.teacher_tap), f"null was expected with target {term.target}"
         yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
         transforms = {
             "pixels": ("none", "norm_pix", "norm_pix_biased"),
             "hog": ("none",),
+            "labels": ("none",),
             "self": ("none", "ln0", "l2"),
         }
-        fits = term.transform in transforms[term.target] if pixels else "norm_pix" not in term.transform
+        fits = term.transform in transforms[term.target] if given else "norm_pix" not in term.transform
         names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
         yield (
             f"{at}.transform",
             fits,
-            f"pixels: none, norm_pix or norm_pix_biased; self: none, ln0 or l2; teachers: {names}",
+            f"pixels: none, norm_pix or norm_pix_biased; hog, labels: none; self: none, ln0 or l2; teachers: {names}",
         )
         hidden = term.target != "self" or term.positions == "predicted"
         yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
+        of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
+        yield f"{at}.distance", labels == (term.distance in OF_LABELS), of
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
         yield (

@@ -57,7 +57,8 @@ class CacheInfo:
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
     derived: likewise, those that follow from stored ones; only a term that names their tap predicts them.
     maps: by name, whether they hold `uint16` (ids, bits) or `float16` (scores); the target name of a map is `map:NAME`.
-    blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image.
+    blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image. classes: of the images' labels,
+    where a term predicts them.
     """
 
     size: int
@@ -68,6 +69,7 @@ class CacheInfo:
     n_views: int = 1
     derived: Mapping[str, TeacherInfo] = field(default_factory=dict)
     maps: Mapping[str, str] = field(default_factory=dict)
+    classes: tuple[str, ...] = ()
 
     def column(self, target: str) -> str:
         """The cache's column that holds the arrays of a stored target: a teacher's, or a map."""
@@ -101,7 +103,7 @@ class Batch:
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
-    epoch: in which it is trained on.
+    epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them.
     """
 
     samples: Int64[Tensor, " b"]
@@ -109,12 +111,14 @@ class Batch:
     targets: dict[str, dict[str, Tensor]]
     rows: Rows = "grid"
     epoch: Int64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
+    labels: UInt8[Tensor, "b k"] | None = None
 
     def change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor replaced by `change(tensor)`."""
         targets = {t: {name: change(x) for name, x in arrays.items()} for t, arrays in self.targets.items()}
         samples, pixels, epoch = change(self.samples), change(self.pixels), change(self.epoch)
-        return replace(self, samples=samples, pixels=pixels, targets=targets, epoch=epoch)
+        labels = None if self.labels is None else change(self.labels)
+        return replace(self, samples=samples, pixels=pixels, targets=targets, epoch=epoch, labels=labels)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch, reference
-from mrmae.train.method.distances import DISTANCES
+from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
@@ -23,7 +23,7 @@ from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics, code
 
 @dataclass(frozen=True)
 class Term:
-    """One weighted loss, bound to one target: pixels or their HOG (teacher None) or one cached column of a teacher, by target name.
+    """One weighted loss, bound to one target: pixels, their HOG or labels (teacher None) or one cached column of a teacher, by target name.
 
     name: as in the recipe, `mimic`, with `/teacher` where it predicts one: the key of its head and of its logged value.
     weight: the recipe's, divided by the number of teachers that share it.
@@ -155,6 +155,8 @@ def score(
             errors = hog_errors(prediction, term, batch, pixels, kernels)
         elif term.recipe.target == "self":
             errors = latent_errors(prediction, term, taps["self"], kernels)
+        elif term.recipe.target == "labels":
+            errors = label_errors(prediction, term, batch)
         elif term.teacher is None:
             errors = pixel_errors(prediction, term, batch, pixels, kernels)
         else:
@@ -229,6 +231,14 @@ def latent_errors(prediction: Tokens, term: Term, target: Tokens, kernels: str) 
         gathered=True,
         kernels=kernels,
     )
+
+
+def label_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, "v n"]:
+    """Distance of every prediction's logits to the image's classes."""
+    assert batch.labels is not None
+    z = prediction.x.to(reference.wide(prediction.x))
+    y = batch.labels.to(z.dtype).repeat(len(z) // len(batch.labels), 1)
+    return LABEL_DISTANCES[term.recipe.distance](z, y[:, None])
 
 
 def mimic_errors(

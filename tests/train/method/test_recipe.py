@@ -12,7 +12,7 @@ import yaml
 
 from mrmae.train.method import heads, masks, samplers
 from mrmae.train.method import recipe as recipes
-from mrmae.train.method.distances import DISTANCES
+from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.recipe import (
     MaskRecipe,
     Recipe,
@@ -193,7 +193,8 @@ def test_the_docs_write_down_each_loss_and_show_what_the_yaml_says(name: str) ->
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     assert set(typing.get_args(recipes.SamplerName)) == set(samplers.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
-    assert set(typing.get_args(recipes.DistanceName)) == set(DISTANCES)
+    assert set(typing.get_args(recipes.DistanceName)) == {*DISTANCES, *LABEL_DISTANCES}
+    assert set(recipes.OF_LABELS) == set(LABEL_DISTANCES)
 
 
 @pytest.mark.parametrize(
