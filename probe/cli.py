@@ -7,8 +7,7 @@ import click
 
 from mrmae.common.errors import in_one_line
 from mrmae.common.suggest import Command
-
-PROBES = ("knn", "linear", "attentive", "finetune", "dense")
+from mrmae.probe.settings import PROBES
 
 
 @click.command(
@@ -61,7 +60,8 @@ def main(
     from mrmae.common.backend import Unreachable
     from mrmae.common.device import keep_memory
     from mrmae.probe.compare import compare_sources, sources_and_data
-    from mrmae.probe.run import ProbeOptions, probe_features  # torch takes seconds to import: --help need not wait
+    from mrmae.probe.job import ProbeOptions
+    from mrmae.probe.run import probe_features  # torch takes seconds to import: --help need not wait
     from mrmae.probe.settings import settings_from
 
     keep_memory(options["device"])

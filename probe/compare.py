@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.common.backend import exists, locate
@@ -18,23 +18,29 @@ from mrmae.common.progress import counted
 from mrmae.probe import report
 from mrmae.probe.compare_page import comparison_page, short_names
 from mrmae.probe.data import Data
-from mrmae.probe.run import ProbeOptions, Probing, begin_probing, drawn, folder_name, one, tell_run_page
+from mrmae.probe.job import ProbeOptions, Probing, begin_probing, folder_name
+from mrmae.probe.run import drawn, one, tell_run_page
 from mrmae.probe.sources import PIXELS_ALONE, UNTRAINED
 from mrmae.shards.format import content_id
 
-COMPARED = ("knn", "linear", "attentive", "finetune")
+COMPARED = ("knn", "linear", "low-shot", "attentive", "finetune")
 # What nobody trained, by probe: 16 x 16 pixels have no tokens to attend to, and a training from scratch is asked for by name.
-BESIDE = {"knn": ("pixels", "untrained"), "linear": ("pixels", "untrained"), "attentive": ("untrained",)}
+BESIDE = {
+    "knn": ("pixels", "untrained"),
+    "linear": ("pixels", "untrained"),
+    "low-shot": ("pixels", "untrained"),
+    "attentive": ("untrained",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One source's result of a probe, and which test images it got right. kind: given, pixels or untrained."""
+    """One source's result of a probe, and which test images it got right (of several draws: in what share of them). kind: given, pixels or untrained."""
 
     source: str
     kind: str
     result: report.Result
-    right: Bool[Tensor, "n"]
+    right: Float[Tensor, "n"]
 
 
 def sources_and_data(words: Sequence[str], data: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -99,8 +105,7 @@ def compare_sources(
         heard |= {*job.notes}
         for probe in probes:
             result = one(job, probe)
-            right = report.load_predicted(job.home, result) == job.labels[1]
-            found[probe].append(Compared(source, kind, result, right))
+            found[probe].append(Compared(source, kind, result, report.right_answers(job.home, result, job.labels[1])))
         tell_run_page(job)
     return keep(options, sources, {probe: table_of(rows, options.seed) for probe, rows in found.items()}, say)
 
@@ -137,7 +142,7 @@ def table_of(rows: Sequence[Compared], seed: int) -> dict[str, Any]:
 
 def paired_difference(a: Compared, b: Compared, seed: int) -> dict[str, Any]:
     """By how much `a` is ahead of `b` on the same test images, with the paired interval."""
-    ahead = float(a.right.double().mean() - b.right.double().mean())
+    ahead = float(a.right.mean() - b.right.mean())
     return {
         "a": a.source,
         "b": b.source,

@@ -73,11 +73,13 @@ class Data:
 
 def open_data(
     paths: Sequence[str], home: Path, *, train_include: Sequence[str] = (), test_include: Sequence[str] = (), workers: int = 1,
-    partial: Sequence[str] | None = None,
+    partial: Sequence[str] | None = None, divided: bool = True, labelled: bool = True,
 ) -> Data:  # fmt: skip
     """Train and test part of DATA: one path with train/ and test/ (or patterns), a train and a test path, or a cache.
 
     partial: columns that must be committed with the pixels, of a cache that may then be unfinished.
+    divided: without, one path that has no train/ and test/ is both parts at once, for what learns nothing from a train part.
+    labelled: whether every image must have a class.
     home: where digests of the files are kept, so that they are read once. Raises ValueError for missing labels, an empty
     part, fewer than two classes, classes that only the test part has, and images that are in both parts.
     """
@@ -86,9 +88,14 @@ def open_data(
     chosen = {"train": tuple(train_include), "test": tuple(test_include)}
     if len(paths) == 1:
         chosen = {"train": chosen["train"] or TRAIN, "test": chosen["test"] or TEST}
-    train, test = (open_part(name, path, chosen[name], home, workers, partial)
-                   for name, path in zip(chosen, [paths[0], paths[-1]]))  # fmt: skip
-    return checked(train, test)
+    try:
+        train, test = (open_part(name, path, chosen[name], home, workers, partial)
+                       for name, path in zip(chosen, [paths[0], paths[-1]]))  # fmt: skip
+    except ValueError:
+        if divided or len(paths) > 1 or train_include or test_include:
+            raise
+        train = test = open_part("whole", paths[0], (), home, workers, partial)
+    return checked(train, test, labelled=labelled)
 
 
 def open_part(
@@ -140,8 +147,15 @@ def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[s
     return Split(name, [rows[n] for n in numbers], image, cache, numbers)
 
 
-def checked(train: Split, test: Split) -> Data:
-    """The data, once every image has a class that can be learnt, with what should be heard about it."""
+def checked(train: Split, test: Split, *, labelled: bool) -> Data:
+    """The data, once every image has a class that can be learnt where it must, with what should be heard about it."""
+    if not labelled:
+        return Data(
+            train,
+            test,
+            sorted({str(row.label) for row in train.rows}),
+            tuple(dict.fromkeys([*train.notes, *test.notes])),
+        )
     for part in (train, test):
         if unlabelled := [row.key for row in part.rows if row.label is None]:
             raise ValueError(f"DATA: {len(unlabelled)} of {len(part)} {part.name} images have no label, first {unlabelled[0]!r}; "
@@ -153,7 +167,8 @@ def checked(train: Split, test: Split) -> Data:
     if unknown := sorted(asked - known):
         raise ValueError(f"DATA: class {unknown[0]!r} is in the test part and not in the train part ({len(unknown)} such "
                          "classes); nothing can be learnt about it; add train images, or leave it out")  # fmt: skip
-    refuse_same_images(train, test)
+    if train is not test:
+        refuse_same_images(train, test)
     return Data(train, test, sorted(known), tuple(notes_on(train, test, known - asked)))
 
 

@@ -1,16 +1,38 @@
 """Linear probe on cached features: BatchNorm without affine + Linear, one head per learning rate, all in one pass."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from mrmae.probe.settings import Linear
 from mrmae.train.optim import lr_at
 
 BATCH_NORM_EPS = 1e-6  # of the BatchNorm, as in MAE's probe
 ROWS = 4096  # per chunk of logits: 131 MB for 8 heads of 1000 classes
+
+
+def probe_linear(
+    train: Float[Tensor, "n d"], labels: Int64[Tensor, "n"], test: Float[Tensor, "m d"], settings: Linear, *, n_classes: int, seed: int,
+) -> tuple[Int64[Tensor, "h m"], int, list[str]]:  # fmt: skip
+    """Every head's classes of the test rows, the head that a held-out part of train chooses, and what to say about the choice."""
+    held = hold_out(labels, settings.held_out, seed=seed)
+    labels, held = labels.to(train.device), held.to(train.device)
+    how: dict[str, Any] = {"lrs": settings.lrs, "n_classes": n_classes, "epochs": settings.epochs,
+                           "batch_size": settings.batch_size, "momentum": settings.momentum, "seed": seed}  # fmt: skip
+    if bool(held.any()):
+        fit, choose = standardise(train[~held], train[held])
+        heads = train_heads(fit, labels[~held], **how)
+        predicted, loss = predict_linear(*heads, choose), cross_entropy(*heads, choose, labels[held])
+        best, notes = choose_head(predicted, loss, labels[held].cpu()), []
+    else:
+        best = len(settings.lrs) // 2
+        notes = [f"one train image per class: none can be held out: lr {settings.lrs[best]:g} is the headline unseen"]
+    train, test = standardise(train, test)
+    return predict_linear(*train_heads(train, labels, **how), test), best, notes
 
 
 def train_heads(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from mrmae.common.files import publish
@@ -30,18 +30,25 @@ def interval(right: Bool[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMP
     return float(low), float(high)
 
 
+def mean_interval(values: Float[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """The 95 % percentile-bootstrap interval of a mean over test images whose values are of a few kinds.
+
+    How many of each kind are among n drawn with replacement is multinomial: exact, at no cost.
+    """
+    kinds, counts = np.unique(values.numpy(), return_counts=True)
+    drawn = np.random.default_rng(seed).multinomial(len(values), counts / len(values), resamples)
+    low, high = np.quantile(drawn @ kinds / len(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
+
+
 def paired_interval(
-    right: Bool[Tensor, "n"], other: Bool[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMPLES
+    right: Shaped[Tensor, "n"], other: Shaped[Tensor, "n"], *, seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
     """The 95 % percentile-bootstrap interval of the difference of two accuracies, test images drawn for both at once.
 
-    Of n images drawn with replacement, how many only the one or only the other got right is multinomial: exact, at no cost.
+    right, other: which images each got right, or in what share of several draws.
     """
-    n = len(right)
-    ours, theirs = (float((a & ~b).double().mean()) for a, b in ((right, other), (other, right)))
-    counts = np.random.default_rng(seed).multinomial(n, [ours, theirs, max(0.0, 1 - ours - theirs)], resamples)
-    low, high = np.quantile((counts[:, 0] - counts[:, 1]) / n, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+    return mean_interval(right.double() - other.double(), seed=seed, resamples=resamples)
 
 
 def row(name: str, predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"], *, seed: int) -> dict[str, Any]:
@@ -67,7 +74,7 @@ def load_result(home: Path, probe: str, id: str) -> Result | None:
     return found if found.get("id") == id and all(p.exists() for p in pictures) else None
 
 
-def save_result(home: Path, result: Mapping[str, Any], predicted: Int64[Tensor, "n"] | None) -> Path:
+def save_result(home: Path, result: Mapping[str, Any], predicted: Int64[Tensor, "*draws n"] | None) -> Path:
     """Write the JSON, the headline's predicted classes beside it (for paired comparisons), and results.md anew."""
     path = result_path(home, result["probe"], result["id"])
     if predicted is not None:
@@ -78,10 +85,15 @@ def save_result(home: Path, result: Mapping[str, Any], predicted: Int64[Tensor, 
     return path
 
 
-def load_predicted(home: Path, result: Mapping[str, Any]) -> Int64[Tensor, "n"]:
+def load_predicted(home: Path, result: Mapping[str, Any]) -> Int64[Tensor, "*draws n"]:
     """The headline's predicted classes of a result of this folder."""
     path = result_path(home, result["probe"], result["id"]).with_suffix(".safetensors")
     return safetensors.torch.load_file(path)["predicted"]
+
+
+def right_answers(home: Path, result: Mapping[str, Any], labels: Int64[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """1 for every test image that the headline got right, else 0; of several draws their mean."""
+    return (load_predicted(home, result) == labels).double().reshape(-1, len(labels)).mean(0)
 
 
 def all_results(home: Path) -> list[Result]:
@@ -94,7 +106,7 @@ def line(result: Mapping[str, Any]) -> str:
     """One line for the terminal."""
     where = f"{result['probe']}  {cell(result['source'])}"
     if result.get("accuracy") is None:
-        return f"{where}: {', '.join(result['pictures'])}"
+        return f"{where}: " + "; ".join([*result.get("told", []), *result["pictures"]])
     low, high = result["interval"]
     return (
         f"{where}: {result['accuracy']:.3f} [{low:.3f}, {high:.3f}]  {result['headline']}, {result['n_test']} test images of "
@@ -122,7 +134,16 @@ def detail(result: Mapping[str, Any]) -> list[str]:
         text += ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
         text += [f"| {cell(r['name'])} | {r['accuracy']:.3f} | {span(r)} |" for r in result["rows"]]
         text.append("")
+    if measures := result.get("measures"):
+        text += [f"| {' | '.join(map(cell, measures[0]))} |", f"| {' | '.join('---' for _ in measures[0])} |"]
+        text += [f"| {' | '.join(measured(value) for value in row.values())} |" for row in measures]
+        text.append("")
     return text + [f"![{Path(picture).stem}]({picture})\n" for picture in result.get("pictures", [])]
+
+
+def measured(value: Any) -> str:
+    """A measure in a table: numbers with four digits, nothing for None."""
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else cell(str(value))
 
 
 def span(found: Mapping[str, Any]) -> str:

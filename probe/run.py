@@ -2,79 +2,27 @@
 
 import dataclasses
 import os
-import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mrmae.common.backend import expect_utf8
 from mrmae.common.knn import knn_predict
 from mrmae.common.progress import counted
 from mrmae.common.versions import versions
-from mrmae.extract.options import Options as ExtractOptions
 from mrmae.probe import attentive, dense, finetune, linear, report
-from mrmae.probe.data import Data, open_data, shared_with, shown_images
-from mrmae.probe.features import PooledFeatures, refuse_foreign_column
+from mrmae.probe.job import Outcome, ProbeOptions, Probing, begin_probing, evenly, headline, pictures_of
+from mrmae.probe.low_shot import run_low_shot
 from mrmae.probe.pools import choose_pool, pools
-from mrmae.probe.settings import Settings
-from mrmae.probe.sources import FeatureSource, open_source
-from mrmae.shards.format import content_id, load_plan
+from mrmae.probe.rank import run_rank
+from mrmae.probe.stability import run_stability
+from mrmae.shards.format import content_id
 from mrmae.train.run_page import write_run_page
 
 RESULTS_VERSION = 1  # raise it when the same features and settings give another result
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeOptions:
-    """What probe-features can be told. out: None for OUT/probes of a student's run, else probes/NAME here."""
-
-    source: str
-    data: Sequence[str]
-    probes: Sequence[str] = ("knn",)
-    settings: Settings = dataclasses.field(default_factory=Settings)
-    out: Path | None = None
-    train_include: Sequence[str] = ()
-    test_include: Sequence[str] = ()
-    size: int = 0
-    seed: int = 0
-    device: str = "auto"
-    precision: str = "auto"
-    batch_size: int = 0
-    workers: int = 0
-    allow_shared: bool = False
-    allow_partial: bool = False
-
-    def resolved(self) -> "ProbeOptions":
-        """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
-        how = ExtractOptions([], Path(), device=self.device, precision=self.precision, batch_size=self.batch_size,
-                             workers=self.workers).resolved()  # fmt: skip
-        return dataclasses.replace(
-            self, device=how.device, precision=how.precision, batch_size=how.batch_size, workers=how.workers
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class Probing:
-    """Everything a probe reads. notes: what a person should hear before anything is computed."""
-
-    options: ProbeOptions
-    source: FeatureSource
-    data: Data
-    train: PooledFeatures
-    test: PooledFeatures
-    home: Path
-    say: Callable[[str], None]
-    notes: Sequence[str] = ()
-
-    @property
-    def labels(self) -> tuple[Tensor, Tensor]:
-        """Class indices of both parts."""
-        return self.data.labels(self.data.train), self.data.labels(self.data.test)
 
 
 def probe_features(options: ProbeOptions, *, say: Callable[[str], None] = print) -> list[report.Result]:
@@ -110,69 +58,9 @@ def drawn(path: Path, draw: Callable[[], object], say: Callable[[str], None]) ->
     return True
 
 
-def begin_probing(options: ProbeOptions, say: Callable[[str], None], data: Data | None = None) -> Probing:
-    """The job, checked: nothing is computed yet but digests of the images. data: where DATA was opened before."""
-    if unknown := [name for name in options.probes if name not in RUNNERS]:
-        raise ValueError(f"--probe {unknown[0]}: unknown; expected {', '.join(RUNNERS)}")
-    given = [("SOURCE", options.source), *(("DATA", text) for text in options.data), ("--out", options.out or "")]
-    for name, text in given:
-        expect_utf8(text, name)
-    source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
-                         allow_partial=options.allow_partial)  # fmt: skip
-    home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))
-    data = data or open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
-                     workers=options.workers, partial=needed_columns(source) if options.allow_partial else None)  # fmt: skip
-    notes = refuse_shared(source, data, allowed=options.allow_shared)
-    notes += [f"{part.name} views are stored at {part.cache.size} px and resized to the model's {source.size} px"
-              for part in (data.train, data.test) if part.cache and not source.column and part.cache.size != source.size]  # fmt: skip
-    parts = []
-    for part in (data.train, data.test):
-        refuse_foreign_column(source, part)
-        parts.append(PooledFeatures(source, part, home, options.batch_size, options.workers, say))
-    return Probing(options, source, data, parts[0], parts[1], home, say, (*source.notes, *data.notes, *notes))
-
-
-def needed_columns(source: FeatureSource) -> list[str]:
-    """The stored columns that a source reads."""
-    if source.column is None:
-        return []
-    cache, column = source.column
-    return [cache.derived[column].source if column in cache.derived else column]
-
-
-def folder_name(source: str) -> str:
-    """A readable folder name for a source."""
-    return (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", Path(source.partition("?")[0]).name).strip("-.")
-        + "-"
-        + content_id(source)[7:13]
-    )
-
-
-def refuse_shared(source: FeatureSource, data: Data, *, allowed: bool) -> list[str]:
-    """What to say about images that the student was pre-trained on and that are in the test part; ValueError unless allowed."""
-    if source.cache is None:
-        return []
-    try:
-        known = {part.dataset_id: part.numbers.stop for part in load_plan(source.cache).parts}
-        same = source.cache_dataset in known
-        shared = shared_with(data.test, source.cache, known[str(source.cache_dataset)]) if same else []
-    except ValueError:
-        same = False
-    if not same:
-        return [f"the student's cache is not at {source.cache} any more: whether it held test images is not known"]
-    if shared and not allowed:
-        raise ValueError(f"DATA: {len(shared)} of {len(data.test)} test images are in the student's own cache {source.cache} (same "
-                         f"key or same bytes), first {shared[0]!r}; expected images it never saw; choose others with "
-                         "--test-include, or pass --allow-shared to measure on seen images")  # fmt: skip
-    return (
-        [f"{len(shared)} of {len(data.test)} test images were seen in pre-training (without labels)"] if shared else []
-    )
-
-
 def one(job: Probing, probe: str) -> report.Result:
     """The result of one probe, from before or new."""
-    settings = dataclasses.asdict(getattr(job.options.settings, probe))
+    settings = dataclasses.asdict(job.options.settings.of(probe))
     id = content_id({"version": RESULTS_VERSION, "probe": probe, "train": job.train.id, "test": job.test.id, "settings": settings,
                      "labels": [row.label for part in (job.data.train, job.data.test) for row in part.rows],
                      "seed": job.options.seed})  # fmt: skip
@@ -190,14 +78,6 @@ def one(job: Probing, probe: str) -> report.Result:
         report.save_result(job.home, found, predicted)
     job.say(report.line(found))
     return found
-
-
-Outcome = tuple[dict[str, Any], Tensor | None]  # what goes into the result; predicted classes of the test part
-
-
-def headline(row: dict[str, Any]) -> dict[str, Any]:
-    """The row that stands for a probe."""
-    return {"headline": row["name"], "accuracy": row["accuracy"], "interval": row["interval"]}
 
 
 def run_knn(job: Probing, name: str) -> Outcome:
@@ -231,20 +111,9 @@ def run_linear(job: Probing, name: str) -> Outcome:
     """Linear heads for every learning rate; a held-out part of train chooses which one is the headline."""
     settings, (labels, truth), seed = job.options.settings.linear, job.labels, job.options.seed
     train, test = (choose_pool(part.pooled(), settings.pool).to(job.options.device) for part in (job.train, job.test))
-    held = linear.hold_out(labels, settings.held_out, seed=seed)
-    labels, held = labels.to(train.device), held.to(train.device)
-    how: dict[str, Any] = {"lrs": settings.lrs, "n_classes": len(job.data.classes), "epochs": settings.epochs,
-                           "batch_size": settings.batch_size, "momentum": settings.momentum, "seed": seed}  # fmt: skip
-    if bool(held.any()):
-        fit, choose = linear.standardise(train[~held], train[held])
-        heads = linear.train_heads(fit, labels[~held], **how)
-        predicted, loss = linear.predict_linear(*heads, choose), linear.cross_entropy(*heads, choose, labels[held])
-        best, notes = linear.choose_head(predicted, loss, labels[held].cpu()), []
-    else:
-        best = len(settings.lrs) // 2
-        notes = [f"one train image per class: none can be held out: lr {settings.lrs[best]:g} is the headline unseen"]
-    train, test = linear.standardise(train, test)
-    predicted = linear.predict_linear(*linear.train_heads(train, labels, **how), test)
+    predicted, best, notes = linear.probe_linear(
+        train, labels, test, settings, n_classes=len(job.data.classes), seed=seed
+    )
     rows = [
         report.row(f"linear, {settings.pool}, lr {lr:g} per 256", p, truth, seed=seed)
         for lr, p in zip(settings.lrs, predicted)
@@ -275,7 +144,7 @@ def run_attentive(job: Probing, name: str) -> Outcome:
         f"EP (cached, no aug), {settings.queries} queries, blr {settings.blrs[best]:g}", predicted, truth, seed=seed
     )
     with torch.no_grad():
-        few = list(range(len(test)))[:: max(1, len(test) // max(settings.pictures, 1))][: settings.pictures]
+        few = evenly(len(test), settings.pictures)
         looked = probe.cpu().attention(test[few].float())
     picture = Path("pictures") / f"{name}.png"
     dense.draw_attention(
@@ -298,7 +167,7 @@ def run_attentive(job: Probing, name: str) -> Outcome:
 def run_dense(job: Probing, name: str) -> Outcome:
     """PCA colours and k-means segments of a few test images spread over the part."""
     settings = job.options.settings.dense
-    few = list(range(len(job.data.test)))[:: max(1, len(job.data.test) // settings.images)][: settings.images]
+    few = evenly(len(job.data.test), settings.images)
     part = dataclasses.replace(job.data.test, rows=[job.data.test.rows[i] for i in few], image=lambda i: job.data.test.image(few[i]),
                                numbers=None if job.data.test.numbers is None else job.data.test.numbers[few])  # fmt: skip
     with ThreadPoolExecutor(job.options.workers) as pool:
@@ -318,16 +187,13 @@ def run_finetune(job: Probing, name: str) -> Outcome:
     return {"rows": [row], "notes": notes, **headline(row)}, predicted
 
 
-def pictures_of(job: Probing, positions: Sequence[int]) -> Tensor:
-    """What the source was shown of these test images."""
-    with ThreadPoolExecutor(job.options.workers) as pool:
-        return shown_images(job.data.test, positions, job.source.size, job.source.spec.interpolation, pool)
-
-
 RUNNERS: dict[str, Callable[[Probing, str], Outcome]] = {
     "knn": run_knn,
     "linear": run_linear,
+    "low-shot": run_low_shot,
     "attentive": run_attentive,
     "finetune": run_finetune,
     "dense": run_dense,
+    "rank": run_rank,
+    "stability": run_stability,
 }

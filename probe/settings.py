@@ -6,6 +6,9 @@ from typing import Any, Literal
 
 from mrmae.common import strict_yaml
 
+PROBES = ("knn", "linear", "low-shot", "attentive", "finetune", "dense", "rank", "stability")
+LABEL_FREE = ("dense", "rank", "stability")  # read no label
+UNTRAINED_PROBES = LABEL_FREE  # learn nothing from a train part
 Pool = Literal["mean", "cls", "both"]
 
 
@@ -33,6 +36,22 @@ class Linear:
     lrs: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
     momentum: float = 0.9
     held_out: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class LowShot:
+    """k-NN and linear on a few labels [ours]: `shares` of every class of the train part, at least one image of each, `draws` times.
+
+    k, temperature and centre as in knn (k at most the images drawn), linear as in linear; pool of both.
+    """
+
+    shares: tuple[float, ...] = (0.01, 0.05, 0.1)
+    draws: int = 3
+    pool: Pool = "mean"
+    k: int = 20
+    temperature: float = 0.07
+    centre: bool = False
+    linear: Linear = dataclasses.field(default_factory=Linear)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,48 +113,78 @@ class Dense:
 
 
 @dataclasses.dataclass(frozen=True)
+class Rank:
+    """How many directions pooled features use. images: at most so many, evenly spaced over all of DATA."""
+
+    images: int = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Stability:
+    """How far tokens move when an image changes a little [ours]. images: test images, evenly spaced; pictures: of them drawn.
+
+    noise: standard deviations, of values in 0..1. jpeg: qualities. blur: standard deviations in pixels. shift: pixels to the
+    right and down.
+    """
+
+    images: int = 64
+    noise: tuple[float, ...] = (0.02, 0.05, 0.1)
+    jpeg: tuple[int, ...] = (90, 50, 10)
+    blur: tuple[float, ...] = (0.5, 1.0, 2.0)
+    shift: tuple[int, ...] = (1, 2, 4)
+    pictures: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """The settings of all probes."""
 
     knn: Knn = dataclasses.field(default_factory=Knn)
     linear: Linear = dataclasses.field(default_factory=Linear)
+    low_shot: LowShot = dataclasses.field(default_factory=LowShot)
     attentive: Attentive = dataclasses.field(default_factory=Attentive)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     dense: Dense = dataclasses.field(default_factory=Dense)
+    rank: Rank = dataclasses.field(default_factory=Rank)
+    stability: Stability = dataclasses.field(default_factory=Stability)
+
+    def of(self, probe: str) -> Any:
+        """The settings of one probe; `low-shot` has those of low_shot."""
+        return getattr(self, probe.replace("-", "_"))
 
 
 def settings_from(overrides: Sequence[str]) -> Settings:
     """The defaults with overrides like `knn.k=10` applied. ValueError naming the key, the value and what was expected."""
     values: dict[str, Any] = {}
     for override in overrides:
-        strict_yaml.override(values, override)
+        key, equals, value = override.partition("=")
+        strict_yaml.override(values, key.replace("-", "_") + equals + value)
     settings: Settings = strict_yaml.from_values(Settings, values, "--set")
     check(settings)
     return settings
 
 
+POSITIVE = ("k", "temperature", "epochs", "batch_size", "queries", "d_out", "images", "clusters", "parts", "micro_batch", "layer_decay",
+            "draws")  # fmt: skip
+LISTS = ("ks", "lrs", "blrs", "shares", "noise", "jpeg", "blur", "shift")  # of numbers above 0
+SHARES = ("held_out", "drop_path", "label_smoothing", "ema", "erase")
+
+
 def check(settings: Settings) -> None:
     """ValueError for values that no probe can use."""
-    positive = (
-        "k",
-        "temperature",
-        "epochs",
-        "batch_size",
-        "queries",
-        "d_out",
-        "images",
-        "clusters",
-        "parts",
-        "micro_batch",
-        "layer_decay",
-    )
-    for probe in ("knn", "linear", "attentive", "finetune", "dense"):
-        for name, value in dataclasses.asdict(getattr(settings, probe)).items():
-            lists = name in ("ks", "lrs", "blrs")
-            if (name in positive and value <= 0) or (lists and (not value or min(value) <= 0)):
-                raise ValueError(
-                    f"--set {probe}.{name}={value}: expected {'numbers' if lists else 'a number'} above 0; correct it"
-                )
-            shares = name in ("held_out", "drop_path", "label_smoothing", "ema", "erase")
-            if shares and not 0 <= value < 1:
-                raise ValueError(f"--set {probe}.{name}={value}: expected 0 <= {name} < 1; correct it")
+    for key, value in strict_yaml.dotted_values(dataclasses.asdict(settings)).items():
+        name = key.rpartition(".")[2]
+        if (name in POSITIVE and value <= 0) or (name in LISTS and (not value or min(value) <= 0)):
+            raise ValueError(
+                f"--set {key}={value}: expected {'numbers' if name in LISTS else 'a number'} above 0; correct it"
+            )
+        if name in SHARES and not 0 <= value < 1:
+            raise ValueError(f"--set {key}={value}: expected 0 <= {name} < 1; correct it")
+    if max(settings.low_shot.shares) > 1:
+        raise ValueError(
+            f"--set low_shot.shares={settings.low_shot.shares}: expected shares of the labels, at most 1; correct it"
+        )
+    if max(settings.stability.jpeg) > 100:
+        raise ValueError(
+            f"--set stability.jpeg={settings.stability.jpeg}: expected qualities from 1 to 100; correct it"
+        )

@@ -12,7 +12,8 @@ from mrmae.extract.cli import main as extract_cli
 from mrmae.extract.inspect.cli import main as inspect_cli
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_cli
-from mrmae.probe.run import ProbeOptions, probe_features
+from mrmae.probe.job import ProbeOptions
+from mrmae.probe.run import probe_features
 from mrmae.shards.cache import open_cache
 from mrmae.train.cli import main as train_cli
 from mrmae.train.loop import train
@@ -28,7 +29,7 @@ def nothing_done(*_: Any, **__: Any) -> None:
 
 @pytest.fixture(autouse=True)
 def slow_work(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("mrmae.extract.run.list_sources", "mrmae.train.run.open_needed", "mrmae.probe.run.open_source",
+    for place in ("mrmae.extract.run.list_sources", "mrmae.train.run.open_needed", "mrmae.probe.job.open_source",
                   "mrmae.shards.convert.agree"):  # fmt: skip
         monkeypatch.setattr(place, nothing_done)
 

@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 
 from mrmae.probe.cli import main
 from mrmae.probe.compare import compare_sources, sources_and_data
-from mrmae.probe.run import ProbeOptions, probe_features
+from mrmae.probe.job import ProbeOptions
+from mrmae.probe.run import probe_features
 from mrmae.probe.settings import settings_from
 from mrmae.probe.sources import open_source
 from mrmae.probe.students import locate_student, read_student

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mrmae.probe.run import ProbeOptions, probe_features
+from mrmae.probe.job import ProbeOptions
+from mrmae.probe.run import probe_features
 from mrmae.probe.settings import settings_from
 
 CLOTHING = {"10-NN, mean": 0.847, "10-NN, mean, centred": 0.858}

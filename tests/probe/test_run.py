@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.probe import attentive, features
-from mrmae.probe.cli import PROBES, main
-from mrmae.probe.run import RUNNERS, ProbeOptions, probe_features
-from mrmae.probe.settings import settings_from
+from mrmae.probe.cli import main
+from mrmae.probe.job import ProbeOptions
+from mrmae.probe.run import RUNNERS, probe_features
+from mrmae.probe.settings import PROBES, Settings, settings_from
 from mrmae.train.run_page import write_run_page
 
 FEW = (
@@ -25,6 +27,9 @@ FEW = (
     "attentive.blrs=[1.0]",
     "dense.images=3",
     "dense.clusters=3",
+    "low_shot.linear.epochs=5",
+    "stability.jpeg=[50]",
+    "stability.images=3",
 )
 
 
@@ -37,7 +42,9 @@ def probe(
 
 
 def test_the_command_knows_every_probe() -> None:
-    assert set(PROBES) == set(RUNNERS)
+    assert [*PROBES] == [*RUNNERS] and {probe.replace("-", "_") for probe in PROBES} == {
+        f.name for f in fields(Settings)
+    }
 
 
 def test_all_probes_of_features_give_results_files_and_pictures(trained: Path, images: Path, tmp_path: Path) -> None:
@@ -59,6 +66,36 @@ def test_all_probes_of_features_give_results_files_and_pictures(trained: Path, i
         pixels = np.asarray(Image.open(tmp_path / result["pictures"][0]).convert("RGB"))
         assert min(pixels.shape[:2]) > 200 and pixels.std() > 20
     assert any(line.startswith("linear  ") for line in said)
+
+
+def test_what_needs_no_label_takes_any_folder_and_gives_measures_and_pictures(
+    trained: Path, images: Path, tmp_path: Path
+) -> None:
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in images.rglob("train/*/*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}-{path.name}")
+    (rank, moved), said = probe(trained, flat, "rank", "stability", out=tmp_path / "out")
+    assert [row["vectors"] for row in rank["measures"]] == ["mean", "cls", "both"] and rank["measures"][0][
+        "images"
+    ] == 24
+    assert all(0 < row["effective rank, centred"] <= 24 for row in rank["measures"])
+    assert [row["change"] for row in moved["measures"]][3:5] == ["JPEG, quality 50", "blur, std 0.5 px"]
+    assert all(row["tokens"] > 0 for row in moved["measures"])
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert "| vectors | RankMe | effective rank, centred |" in table and "| shift, 4 px | " in table
+    for result in (rank, moved):
+        assert Image.open(tmp_path / "out" / result["pictures"][0]).width > 500
+    assert any(line.startswith("rank  ") and "mean: RankMe " in line for line in said)
+    both, _ = probe(trained, images, "rank", out=tmp_path / "both")
+    assert both[0]["measures"][0]["images"] == 36, "train and test part"
+    with pytest.raises(ValueError, match="none of .* keys match|matches none of"):
+        probe(trained, flat, "rank", "knn", out=tmp_path / "no")
+
+
+def test_stability_of_a_column_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="stability needs those of changed ones"):
+        probe(f"{tiny_cache}#a", tiny_cache, "stability", out=tmp_path)
 
 
 def test_a_runs_page_tells_what_was_found_and_its_failure_is_a_note(
@@ -150,6 +187,8 @@ def test_a_moved_cache_is_said(trained: Path, images: Path, tmp_path: Path) -> N
     ("linear.lrs=[]", "linear.lrs="),
     ("knn.pool=max", "knn.pool"),
     ("finetune.drop_path=1.0", "0 <= drop_path < 1"),
+    ("low-shot.shares=[0.1, 2.0]", "shares of the labels, at most 1"),
+    ("stability.jpeg=[101]", "qualities from 1 to 100"),
     ("attentive.queries=5", "5 queries cannot share 64 / 1 channels"),
 ])  # fmt: skip
 def test_settings_that_cannot_be_are_refused(trained: Path, images: Path, tmp_path: Path, sets: str, told: str) -> None:
