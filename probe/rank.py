@@ -37,7 +37,7 @@ def run_rank(job: Probing, name: str) -> Outcome:
                      "uniformity": uniformity(x), "channels": x.shape[1], "images": len(x)})  # fmt: skip
     picture = Path("pictures") / f"{name}.png"
     draw_spectra(
-        job.home / picture, spectra, title=f"Singular values of centred features: {report.title(job.source.name)}"
+        job.home / picture, spectra, title=f"Singular values of centred features\n{report.title(job.source.name)}"
     )
     told = [f"{row['vectors']}: RankMe {row['RankMe']:.1f}, effective rank {row['effective rank, centred']:.1f} (centred) of at most "
             f"{min(row['channels'], row['images'])}, uniformity {row['uniformity']:.3f}" for row in rows]  # fmt: skip

@@ -39,14 +39,15 @@ def run_stability(job: Probing, name: str) -> Outcome:
     with ThreadPoolExecutor(job.options.workers) as pool:
         pixels = shown_images(job.data.test, few, job.source.size, job.source.spec.interpolation, pool)
     before = tokens_of(teacher, pixels, job.options.batch_size)
-    rows, strips = [], [Strip("image", pixels[: settings.pictures].numpy())]
+    rows, middles, strips = [], [], [Strip("image", pixels[: settings.pictures].numpy())]
     for kind, words in CHANGES.items():
         for strength in getattr(settings, kind):
             changed = torch.from_numpy(changed_images(pixels.numpy(), kind, strength, seed=seed))
             after = tokens_of(teacher, changed, job.options.batch_size)
             rows.append({"change": words.format(strength), **moved(before, after)})
+        middles.append(rows[-1 - len(getattr(settings, kind)) // 2])
         strips += shown_change(words.format(strength), changed, relative_shift(before, after), job.test.grid, settings)
-    rows += moved_along(teacher, pixels, before, job)
+    along = moved_along(teacher, pixels, before, job)
     picture = Path("pictures") / f"{name}.png"
     notes = [
         "Tokens that move: |t' - t| / |t| of every patch, under the strongest change of each kind; each map from its lowest to its highest."
@@ -54,8 +55,8 @@ def run_stability(job: Probing, name: str) -> Outcome:
     publish_png(
         job.home / picture, draw_sheet(strips, title=f"Stability: {report.title(job.source.name)}", notes=notes)
     )
-    told = [f"{row['change']} {row['tokens']:.3f}" for row in rows]
-    return {"measures": rows, "told": [f"relative shift of tokens: {', '.join(told)}"], "pictures": [str(picture)], "n_images": len(few),
+    told = [f"{row['change']} {row['tokens']:.3f}" for row in [*middles, *along]]
+    return {"measures": [*rows, *along], "told": [f"relative shift of tokens: {', '.join(told)}"], "pictures": [str(picture)], "n_images": len(few),
             "headline": "relative shift of tokens", "accuracy": None, "interval": None}, None  # fmt: skip
 
 
