@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mrmae.common.progress import human_bytes
 from mrmae.train import batches
 from mrmae.train.feed import load_masked
-from mrmae.train.method import Batch, Masks, buckets, draw_masks, draw_of
+from mrmae.train.method import Batch, Masks, buckets, draw_masks, draw_of, evaluating
 from mrmae.train.online import with_targets
 from mrmae.train.report import feature_bytes
 from mrmae.train.run import Run
@@ -29,12 +29,19 @@ def count_costs(run: Run) -> dict[str, float]:
     of the student as its own.
     """
     whole, teachers = teacher_flops(run)
+    with evaluating(run.model):  # a batch norm learns nothing from an image that is only counted
+        return counted_costs(run, whole, teachers)
+
+
+def counted_costs(run: Run, whole: tuple[Batch, Masks], teachers: float) -> dict[str, float]:
+    """`count_costs` of one image as a step sees it."""
     updates = updates_of_law(run, *whole)
     own = statistics.mean(own_flops(run, *update) for update in updates)
     forward = statistics.mean(student_flops(run, *update) for update in updates) - own
     teachers += own
     parameters = sum(p.numel() for p in run.model.parameters() if p.requires_grad)
     frozen = sum(p.nbytes for t in run.online.values() for p in t.tower.module.parameters())
+    frozen += sum(p.nbytes for p in run.model.follower.parameters()) if run.model.follower is not None else 0
     return {
         "parameters": parameters,
         "encoder_flops": encoder_flops(run, whole[0]),

@@ -76,7 +76,7 @@ def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list
 def small_rate_words(recipe: Recipe) -> list[str]:
     """A line where the peak learning rate is small, as the linear rule makes it of a small batch; else none."""
     o = recipe.optim
-    peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale)
+    peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule)
     if peak >= SMALL_LR:
         return []
     study = STUDY_LR * 256 / o.batch_size

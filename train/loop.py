@@ -29,7 +29,7 @@ from mrmae.train.feed import Feed, feed_of
 from mrmae.train.foreign import export_published
 from mrmae.train.held_out import held_out_loss, knn_accuracy, knn_setting
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
-from mrmae.train.method import Recipe
+from mrmae.train.method import Recipe, running_statistics
 from mrmae.train.online import with_targets
 from mrmae.train.pictures import draw_curves, draw_run_panels, panels_path
 from mrmae.train.ranks import (
@@ -178,6 +178,8 @@ def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
     """
     run.optimizer.zero_grad(set_to_none=True)
     parts, bf16 = [], run.precision == "bf16"
+    seen = running_statistics(run.model)
+    before = [x.clone() for x in seen]
     for micro in range(run.share.accum):
         batch, masks = with_targets(next(loop.feed), run.online, run.needed, model=run.model)
         last = micro == run.share.accum - 1
@@ -190,6 +192,8 @@ def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
     optim.clip_gradients(run.model.parameters(), norm, run.recipe.optim.clip_norm)
     skipped = optim.guarded_step(run.optimizer, norm)
     run.skipped_in_a_row = optim.skipped_in_a_row(run.skipped_in_a_row, skipped)
+    optim.keep_where(skipped, seen, before)
+    run.model.follow(optim.momentum_at(run.step, run.total, *run.recipe.optim.ema))
     losses = mean_over_ranks(torch.stack(parts).mean(0), run.ranks)
     return torch.cat([losses, torch.stack([norm, skipped, run.skipped_in_a_row]).to(losses.dtype)])
 

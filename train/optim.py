@@ -5,15 +5,30 @@ acted upon on the device, so nothing waits for the host.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 
-def base_lr(lr_per_256: float, images_per_update: int, scale: float = 1.0) -> float:
-    """The peak learning rate: `lr_per_256 * images_per_update / 256` (linear scaling rule), times a method's own factor."""
-    return lr_per_256 * images_per_update / 256 * scale
+def base_lr(lr_per_256: float, images_per_update: int, scale: float = 1.0, rule: str = "linear") -> float:
+    """The peak learning rate: `lr_per_256 * images_per_update / 256` (linear scaling rule), times a method's own factor.
+
+    rule: `sqrt` takes the root of `images_per_update / 256`.
+    """
+    batches = images_per_update / 256
+    return lr_per_256 * (math.sqrt(batches) if rule == "sqrt" else batches) * scale
+
+
+def momentum_at(step: int, total: int, start: float, end: float) -> float:
+    """The momentum of a copy that follows the student, after update number `step` (from 0) of `total`: half a cosine from `start` to `end`."""
+    return end - (end - start) * 0.5 * (1.0 + math.cos(math.pi * step / total))
+
+
+def keep_where(skipped: Tensor, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Give tensors back what they were `before` an update that was skipped; on the device, nothing waits for the host."""
+    for tensor, old in zip(tensors, before):
+        tensor.copy_(torch.where(skipped > 0, old, tensor))
 
 
 def lr_at(epoch: float, *, peak: float, warmup_epochs: float, epochs: float, min_lr: float = 0.0) -> float:

@@ -140,7 +140,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
-        "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale):.3g} = {o.lr_per_256:g} x {o.batch_size} / 256{scale_words(o)},"
+        "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule):.3g} = {o.lr_per_256:g} x {batches_words(o)}{scale_words(o)},"
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
         **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},
@@ -171,6 +171,11 @@ def progress_words(run: Run) -> list[str]:
     return [
         f"continuing from epoch {run.epoch + 1}, update {run.update} of {run.updates} ({run.step:,} of {run.total:,} are done)"
     ]
+
+
+def batches_words(o: Optim) -> str:
+    """What the learning rate of 256 images is multiplied by."""
+    return f"sqrt({o.batch_size} / 256)" if o.lr_rule == "sqrt" else f"{o.batch_size} / 256"
 
 
 def scale_words(o: Optim) -> str:

@@ -46,6 +46,7 @@ def begin_or_resume(
             refuse_begun_meanwhile(out)
         if not begun and setup.init is not None:
             run.notes += init_from(run.model, setup.init)
+            run.model.follow(0.0)
         run.lock = lock
         held.pop_all()
     return run

@@ -94,7 +94,7 @@ class Run:
     def lr(self, step: int) -> float:
         """The learning rate of the update that follows `step` updates."""
         o = self.recipe.optim
-        peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale)
+        peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule)
         return optim.lr_at(
             step / self.updates, peak=peak, warmup_epochs=o.warmup_epochs, epochs=o.epochs, min_lr=o.min_lr
         )

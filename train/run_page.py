@@ -96,7 +96,7 @@ def origin(run: Facts, recipe: str) -> Iterator[Html]:
 def schedule(recipe: Facts) -> str:
     """Batch, learning rate and seed of a recipe in a line."""
     o = recipe["optim"]
-    peak = base_lr(o["lr_per_256"], o["batch_size"], o["lr_scale"])
+    peak = base_lr(o["lr_per_256"], o["batch_size"], o["lr_scale"], o.get("lr_rule", "linear"))
     warmup = counted(o["warmup_epochs"], "epoch")
     return f"{counted(o['epochs'], 'epoch')}, batch {o['batch_size']:,}, learning rate up to {peak:.3g}, warm-up {warmup}, seed {recipe['seed']}"
 

@@ -117,7 +117,7 @@ def check_schedule(o: Optim) -> None:
             f"optim.warmup_epochs: is {o.warmup_epochs:g} in a run of {counted(o.epochs, 'epoch')}, which would never reach its learning"
             f" rate; less than optim.epochs was expected; set optim.warmup_epochs={optim.usual_warmup(o.epochs)}"
         )
-    peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale)
+    peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule)
     if o.min_lr > peak:
         raise ValueError(
             f"optim.min_lr: is {o.min_lr:g}, above the peak learning rate {peak:.3g} = {o.lr_per_256:g} x {o.batch_size} / 256; at"

@@ -16,6 +16,7 @@ from training import train_quietly
 
 from mrmae.train import ranks
 from mrmae.train import run as runs
+from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
 from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import load_recipe
@@ -91,10 +92,12 @@ def launch(forks: Any, tiny_cache: Path, tmp_path: Path) -> Iterator[Callable[..
     """`launch(size, out)`: that many ranks, as torchrun sets them up, their store kept by this process; their exit codes."""
     started: list[Any] = []
 
-    def run(size: int, out: Path, *, event: str = "", event_step: int = -1, **options: Any) -> list[int]:
+    def run(
+        size: int, out: Path, *, event: str = "", event_step: int = -1, more: tuple[str, ...] = (), **options: Any
+    ) -> list[int]:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         given = {"size": size, "port": store.port, "folder": str(tmp_path), "cache": str(tiny_cache), "out": str(out),
-                 "recipe": list(QUICK), "options": options, "event": event, "event_step": event_step}  # fmt: skip
+                 "recipe": [*QUICK, *more], "options": options, "event": event, "event_step": event_step}  # fmt: skip
         own = [forks.Process(target=exec, args=(RANK, given | {"rank": rank})) for rank in range(size)]
         started.extend(own)
         for process in own:
@@ -157,6 +160,22 @@ def test_two_ranks_equal_one_and_a_run_resumed_with_another_number_equals_both(
     assert _seen(tmp_path, 2, 1) == whole  # samples, views and masks, bit for bit
     for out in ("two", "changed"):
         _assert_same_losses(tmp_path / out, alone)
+
+
+def test_batch_norms_see_all_ranks_and_the_copy_follows_alike(
+    launch: Callable[..., list[int]], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    followed = "terms.ctx={tap: final, positions: pooled, head: predictor, target: ema, distance: 2-2cos}"
+    more = (followed, "optim.epochs=1", "optim.warmup_epochs=0")
+    assert launch(2, tmp_path / "two", more=more) == [0, 0]
+    monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
+    train_quietly(tiny_cache, tmp_path / "one", load_recipe("mr-mae", [*QUICK, *more]), log_every=1)
+    two, one = (
+        read_checkpoint(list_checkpoints(tmp_path / out / "checkpoints")[-1])["model"] for out in ("two", "one")
+    )
+    assert {"follower.projectors.ctx.1.running_var", "heads.ctx.predictor.1.running_mean"} <= one.keys()
+    for name, x in one.items():
+        assert (x - two[name]).abs().max() <= 1e-7 * x.abs().max(), name
 
 
 def test_the_first_update_in_fp32_has_the_same_loss(

@@ -2,6 +2,7 @@
 
 from mrmae.train.method.decoders import MaskDecoder
 from mrmae.train.method.distances import DISTANCES, Distance
+from mrmae.train.method.follower import running_statistics
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import (
     Draw,
@@ -96,6 +97,7 @@ __all__ = [
     "recipe_summaries",
     "recipe_text",
     "replaced",
+    "running_statistics",
     "sincos_positions",
     "student_size",
     "target_names",

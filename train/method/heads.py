@@ -3,8 +3,14 @@
 Which head MR-MAE uses is not published; one Linear is what its sibling code uses.
 """
 
-from torch import nn
+from typing import Any
 
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mrmae.kernels import reference
 from mrmae.train.method.student import LN_EPS
 
 
@@ -46,6 +52,70 @@ def mlp3_ln(width: int, out: int) -> nn.Module:
     return nn.Sequential(*first, *second, *last)
 
 
+class PredictorHead(nn.Module):
+    """LUT's projector and predictor (arXiv 2310.13593), each Linear, BatchNorm, ReLU, Linear, 4096 wide, without biases.
+
+    A copy of the projector alone makes the targets of a term with target `ema`.
+    """
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        wide = 4096
+        self.projector, self.predictor = (
+            nn.Sequential(nn.Linear(n, wide, bias=False), BatchNorm(wide), nn.ReLU(), nn.Linear(wide, out, bias=False))
+            for n in (width, out)
+        )
+
+    def forward(self, x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n out"]:
+        """The prediction."""
+        out: Tensor = self.predictor(self.projector(x))
+        return out
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """BatchNorm over all tokens of a batch; in training over those of all ranks together. In fp32 at least."""
+
+    def forward(self, x: Float[Tensor, "v n d"]) -> Float[Tensor, "v n d"]:
+        """Raises ValueError for a single token, which has no variance."""
+        rows = x.flatten(0, 1).to(reference.wide(x))
+        ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if self.training and len(rows) * ranks == 1:
+            raise ValueError(
+                "head predictor: its batch norm has 1 token; 2 were expected; give a larger batch, or fewer micro-batches"
+            )
+        if not self.training or ranks == 1:
+            return super().forward(rows).view(x.shape)
+        n = torch.as_tensor(len(rows) * ranks)
+        mean = SumOverRanks.apply(rows.sum(0)) / n
+        var = SumOverRanks.apply((rows - mean).square().sum(0)) / n
+        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
+        assert self.num_batches_tracked is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * n / (n - 1), self.momentum)
+        out: Tensor = (rows - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+        return out.view(x.shape)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's tensor; its gradient is the sum of every rank's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """All ranks have tensors of one shape."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        """Likewise."""
+        total = grad.clone()
+        dist.all_reduce(total)
+        return total
+
+
 HEADS = {
     "none": none,
     "linear": linear,
@@ -53,4 +123,5 @@ HEADS = {
     "linear_ln": linear_ln,
     "mlp": mlp,
     "mlp3_ln": mlp3_ln,
+    "predictor": PredictorHead,
 }

@@ -19,13 +19,14 @@ from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae
 from mrmae.train.method.decoders import DECODERS, Decoder, Regressor, blocks_read, reads_final
 from mrmae.train.method.drop_path import path_factors, path_keys
+from mrmae.train.method.follower import Follower
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe, StudentRecipe
 from mrmae.train.method.student import POSITION_TABLES, build_vit, encode_vit, hold_key_bias, initialise
-from mrmae.train.method.taps import Tokens, build_fusions, placed, tokens_at
+from mrmae.train.method.taps import Tokens, build_fusions, placed, tokens_at, whole_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
 from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_taps, score
 
@@ -44,6 +45,7 @@ def build_model(
     initialise(model, recipe.seed)
     model.to(dtype)
     model.fill_constants(dtype)
+    model.follow(0.0)
     return model
 
 
@@ -89,9 +91,10 @@ class Pretrainer(nn.Module):
             self.keep_blocks |= blocks_read(decoder, depth)
             self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
             taps |= {"final"} if reads_final(decoder) else set()
-        if "final" not in taps and any(term.recipe.target == "self" for term in self.terms):
+        own = next((term.recipe.target for term in self.terms if term.recipe.target in ("self", "ema")), None)
+        if "final" not in taps and own is not None:
             raise ValueError(
-                f"recipe {recipe.name}: target self is the student's final output, which no term reads; one that does was expected; "
+                f"recipe {recipe.name}: target {own} is the student's final output, which no term reads; one that does was expected; "
                 "use tap final or decoder"
             )
         self.heads = nn.ModuleDict()
@@ -102,6 +105,13 @@ class Pretrainer(nn.Module):
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         leave_unread(self.student, taps, self.keep_blocks)
         self.blocks_cut = depth - len(self.student.blocks)
+        copied = any(term.recipe.target == "ema" for term in self.terms)
+        self.follower = Follower(self.student, dict(self.heads.items())) if copied else None
+
+    def follow(self, momentum: float) -> None:
+        """Let the copy that terms with target `ema` predict follow the student, after an update; 0 makes it the student."""
+        if self.follower is not None:
+            self.follower.follow(self.student, dict(self.heads.items()), momentum)
 
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
@@ -109,9 +119,10 @@ class Pretrainer(nn.Module):
         self.register_buffer("scale", (1 / (255 * std)).to(dtype), persistent=False)
         self.register_buffer("shift", (-mean / std).to(dtype), persistent=False)
         table, grid = POSITION_TABLES[self.recipe.student.positions], self.info.grid
-        assert self.student.pos_embed is not None
         own = table(grid, self.student.embed_dim)[1 - self.student.num_prefix_tokens :]
-        self.student.pos_embed.data = own.to(dtype)[None]
+        for encoder in [self.student, *([] if self.follower is None else [self.follower.student])]:
+            assert encoder.pos_embed is not None
+            encoder.get_parameter("pos_embed").data = own.to(dtype)[None]
         if self.decoder is not None:
             self.decoder.position = table(grid, self.decoder.position.shape[1])[1:].to(dtype)
         wanted = {
@@ -144,6 +155,8 @@ class Pretrainer(nn.Module):
         info = self.info
         if term.teacher is not None:
             return info.target(term.teacher).width
+        if term.recipe.target == "ema":
+            return self.student.embed_dim
         if term.recipe.target == "self":
             return self.decoder.position.shape[1] if isinstance(self.decoder, Regressor) else self.student.embed_dim
         if term.recipe.target == "labels":
@@ -198,15 +211,29 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def own_targets(self, batch: Batch, masks: Masks) -> dict[str, Tokens]:
-        """What terms with target `self` predict, by that name: the encoder's output on [CLS | predicted patches], all branches running.
+        """What terms with target `self` and `ema` predict, as taps `target/NAME`, token by token.
 
-        Behind the Linear and the LayerNorm through which a regressor of another width sees the encoder (CAE, arXiv 2202.03026).
+        self: the encoder's output on [CLS | predicted patches], all branches running; behind the Linear and the LayerNorm through which
+        a regressor of another width sees the encoder (CAE, arXiv 2202.03026). ema: the copy's output on the whole view (`pooled`: the mean
+        of all its patches), behind the copy of the term's projector where its head has one (LUT, arXiv 2310.13593).
         """
-        if all(term.recipe.target != "self" for term in self.terms):
-            return {}
-        final, _ = self.encode(batch.pixels, masks.ids_predict)
-        x = final[:, self.student.num_prefix_tokens :]
-        return {"self": Tokens(self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x, masks.ids_predict)}
+        found: dict[str, Tokens] = {}
+        own, copied = ([term for term in self.terms if term.recipe.target == target] for target in ("self", "ema"))
+        prefix = self.student.num_prefix_tokens
+        if own:
+            x = self.encode(batch.pixels, masks.ids_predict)[0][:, prefix:]
+            x = self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x
+            found |= {f"target/{term.name}": Tokens(x, masks.ids_predict) for term in own}
+        if copied and self.follower is not None:
+            everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
+            final, _ = self.encode(batch.pixels, everything, student=self.follower.student)
+            whole = Tokens(final, everything, prefix, everything.shape[1])
+            for term in copied:
+                x = whole_at(whole, term.recipe.positions, masks)
+                if term.name in self.follower.projectors:
+                    x = self.follower.projectors[term.name](x)
+                found[f"target/{term.name}"] = Tokens(x, masks.ids_keep)
+        return found
 
     def encode(
         self,
@@ -215,19 +242,20 @@ class Pretrainer(nn.Module):
         *,
         ids_hidden: Int64[Tensor, "v h"] | None = None,
         paths: Tensor | None = None,
+        student: VisionTransformer | MaskedConvViT | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need.
 
-        ids_hidden: where the mask token stands for a patch; these tokens come last.
+        ids_hidden: where the mask token stands for a patch; these tokens come last. student: the encoder, if another than the model's own.
         """
-        common = {"scale": self.scale, "shift": self.shift}
-        if isinstance(self.student, MaskedConvViT):
+        common, student = {"scale": self.scale, "shift": self.shift}, student or self.student
+        if isinstance(student, MaskedConvViT):
             return mcmae.encode_mcmae(
-                self.student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
+                student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
             )
         hidden = None if self.mask_token is None or ids_hidden is None else (self.mask_token, ids_hidden)
         more = {"keep_blocks": self.keep_blocks, "paths": paths, "kernels": self.kernels}
-        return encode_vit(self.student, pixels, ids_keep, hidden=hidden, **common, **more)  # type: ignore[arg-type]
+        return encode_vit(student, pixels, ids_keep, hidden=hidden, **common, **more)  # type: ignore[arg-type]
 
     def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
         """Which residual branches run in this training step; None for all of them."""

@@ -22,7 +22,7 @@ SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint",
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 HiddenKind = Literal["drop", "replace", "none"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
-HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln"]
+HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln", "predictor"]
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
@@ -128,8 +128,9 @@ class TermRecipe:
     tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
-    target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), the image's `labels` (of CLS or
-    pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), `ema` (a copy of the student
+    that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of
+    `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
@@ -137,7 +138,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog", "self", "labels"]
+    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -161,6 +162,8 @@ class TermRecipe:
 class Optim:
     """AdamW; the peak learning rate is `lr_per_256 * batch_size / 256 * lr_scale`. batch_size: images per update, over all ranks.
 
+    lr_rule: `sqrt` takes the root of `batch_size / 256` instead. ema: the momentum of the copy that terms with target `ema` predict, at the first update
+    and at the end, along half a cosine.
     clip_norm: gradients of a larger norm, all of them together, are scaled to it; null: none are.
     """
 
@@ -174,6 +177,8 @@ class Optim:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     lr_scale: float = 1.0
     clip_norm: float | None = None
+    lr_rule: Literal["linear", "sqrt"] = "linear"
+    ema: tuple[float, float] = (0.996, 1.0)
 
 
 @dataclass(frozen=True)
@@ -362,6 +367,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
         yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
     yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
+    yield "optim.ema", all(0 <= momentum <= 1 for momentum in optim.ema), "two numbers in [0, 1] were expected"
     yield "optim.lr_scale", optim.lr_scale > 0, "a number above 0 was expected"
     yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "a number above 0, or null, was expected"
     yield "optim.epochs", optim.epochs >= 1, "at least 1 was expected"
@@ -412,7 +418,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
         yield (
             f"{at}.positions",
-            not given or labels or not term.at("cls", "pooled"),
+            not given or labels or term.target == "ema" or not term.at("cls", "pooled"),
             f"patches were expected with target {term.target}",
         )
         of_image = not labels or set(asked) <= {"cls", "pooled"}
@@ -425,16 +431,19 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             "hog": ("none",),
             "labels": ("none",),
             "self": ("none", "ln0", "l2"),
+            "ema": ("none", "ln0", "l2"),
         }
         fits = term.transform in transforms[term.target] if given else "norm_pix" not in term.transform
         names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
         yield (
             f"{at}.transform",
             fits,
-            f"pixels: none, norm_pix or norm_pix_biased; hog, labels: none; self: none, ln0 or l2; teachers: {names}",
+            f"pixels: none, norm_pix or norm_pix_biased; hog, labels: none; self and ema: none, ln0 or l2; teachers: {names}",
         )
         hidden = term.target != "self" or term.positions == "predicted"
         yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
+        told = "cls, pooled, visible, predicted or all was expected with target ema"
+        yield f"{at}.positions", term.target != "ema" or not term.at("alive"), told
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"

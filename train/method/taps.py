@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from mrmae.train.method.masks import Masks
 from mrmae.train.method.recipe import POSITIONS
 from mrmae.train.method.student import LN_EPS
 
@@ -53,6 +54,16 @@ def tokens_at(taps: Mapping[str, Tokens], names: Sequence[str], positions: str) 
         return parts[0]
     prefix, visible = sum(part.prefix for part in parts), sum(part.visible for part in parts)
     return Tokens(torch.cat([p.x for p in parts], dim=1), torch.cat([p.ids for p in parts], dim=1), prefix, visible)
+
+
+def whole_at(whole: Tokens, positions: str, masks: Masks) -> Float[Tensor, "v n d"]:
+    """The tokens of whole images [b, ..] at the `positions` of masked ones, in the order of POSITIONS; `pooled`: the mean of all patches."""
+    rows = torch.arange(len(masks.ids_keep), device=whole.x.device) % len(whole.x)
+    asked, patches = positions.replace("all", "visible+predicted").split("+"), whole.x[:, whole.prefix :]
+    parts = [whole.at(place).x[rows] for place in ("cls", "pooled") if place in asked]
+    ids = {"visible": masks.ids_keep, "predicted": masks.ids_predict}
+    parts += [patches[rows[:, None], at] for place, at in ids.items() if place in asked]
+    return torch.cat(parts, dim=1)
 
 
 def placed(tokens: Tokens, position: Float[Tensor, "l d"]) -> Tokens:

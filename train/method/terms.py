@@ -153,8 +153,8 @@ def score(
         prediction = tokens._replace(x=heads[term.name](tokens.x))
         if term.recipe.target == "hog":
             errors = hog_errors(prediction, term, batch, pixels, kernels)
-        elif term.recipe.target == "self":
-            errors = latent_errors(prediction, term, taps["self"], kernels)
+        elif term.recipe.target in ("self", "ema"):
+            errors = latent_errors(prediction, term, taps[f"target/{term.name}"], kernels)
         elif term.recipe.target == "labels":
             errors = label_errors(prediction, term, batch)
         elif term.teacher is None:
@@ -220,11 +220,11 @@ def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale,
 
 def latent_errors(prediction: Tokens, term: Term, target: Tokens, kernels: str) -> Float[Tensor, "v n"]:
     """Distance of every prediction to the token of an encoder in the step, gathered at the same places."""
-    distance = DISTANCES[term.recipe.distance]
+    distance, x = DISTANCES[term.recipe.distance], prediction.x
     return distance.factor * dispatch.mimic_loss(
-        prediction.x,
+        x,
         target.x.detach(),
-        prediction.ids,
+        None,
         target=term.recipe.transform,
         distance=distance.kernel,
         beta=distance.beta,
