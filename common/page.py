@@ -153,7 +153,7 @@ def data_url(source: bytes | Path) -> str:
 
 @dataclass(frozen=True)
 class Curve:
-    """One line of a chart; None and NaN are gaps. dashed: for images held out; dotted: for yardsticks.
+    """One line of a chart; None and NaN are gaps. dashed: for images held out; dotted: for yardsticks; hollow: marks alone, no line.
 
     hue: which of HUES; None for the next one. Give a dashed or dotted line that of the line it belongs to.
     """
@@ -163,6 +163,7 @@ class Curve:
     y: Sequence[float | None]
     dashed: bool = False
     dotted: bool = False
+    hollow: bool = False
     hue: int | None = None
 
 
@@ -175,8 +176,10 @@ def chart(
     """
     traces = [trace(curve, i, digits) for i, curve in enumerate(curves)]
     few = max((len(curve.x) for curve in curves), default=0) <= 30
-    for one in traces:
-        one["mode"] = "lines+markers" if few and one["line"]["dash"] == "solid" else "lines"
+    for one, curve in zip(traces, curves):
+        one["mode"] = (
+            "markers" if curve.hollow else "lines+markers" if few and one["line"]["dash"] == "solid" else "lines"
+        )
     layout = {
         **common_layout(x, buttons=True),
         "height": HEIGHT + LEGEND_HEIGHT * len(curves) * (len(curves) > 1),
@@ -238,7 +241,7 @@ def trace(curve: Curve, place: int, digits: int) -> dict[str, Any]:
         "y": [None if v is None or not math.isfinite(v) else v for v in curve.y],
         "line": {"color": HUES[(place if curve.hue is None else curve.hue) % len(HUES)], "width": 1.8,
                  "dash": "dot" if curve.dotted else "dash" if curve.dashed else "solid"},
-        "marker": {"size": 5},
+        "marker": {"size": 11, "symbol": "diamond-open"} if curve.hollow else {"size": 5},
         "hovertemplate": f"%{{y:.{digits}g}}",
     }  # fmt: skip
 

@@ -79,6 +79,14 @@ class Progress:
             self._said = self._bar.get_time()
             self.console.print(f"{self.what} {self.line()}")
 
+    def left(self) -> float:
+        """How many things are left to do."""
+        return self._task.remaining or 0.0
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        self.console.print(text, markup=False)
+
     def rate(self) -> float:
         """Things per second over the last minute; where fewer than two were done in it, since the beginning."""
         done, seconds = self._task.completed - self._already, self._task.elapsed or 0.0
@@ -86,7 +94,7 @@ class Progress:
 
     def seconds_left(self) -> float:
         """How long what is left will take at this rate; infinite as long as nothing is known."""
-        left, rate = self._task.remaining or 0.0, self.rate()
+        left, rate = self.left(), self.rate()
         return left / rate if rate > 0 else 0.0 if left <= 0 else math.inf
 
     def rates(self) -> str:

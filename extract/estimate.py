@@ -16,6 +16,7 @@ from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.images import Sources, decoded, read_image
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import Teacher
+from mrmae.extract.workers import ProcessPart
 from mrmae.shards.format import (
     DTYPES,
     BadImage,
@@ -217,6 +218,19 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
         worth_it(forward_s, view_bytes, rates.write_bytes_per_s, total),
     ]
     return "\n".join(lines)
+
+
+def time_left(part: ProcessPart, *, views: int, seconds: float, left: float) -> str:
+    """How long what is left of a process's part takes, and all parts, from the seconds that some views took."""
+    spent = left * seconds / views
+    until = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + spent))
+    of = f" of part {part}" if part.of > 1 else ""
+    every = (
+        f"; all {part.of} parts: as long where they run at once, about {human_time(part.of * spent)} one after the other"
+        if part.of > 1
+        else ""
+    )
+    return f"{counted(views, 'view')} took {seconds:.3g} s: about {human_time(spent)} for the {left:,.0f} that are left{of}, until {until}{every}"
 
 
 def shared_words(processes: int) -> str:

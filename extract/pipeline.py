@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mrmae.common.progress import Progress
 from mrmae.common.versions import versions
+from mrmae.extract.estimate import time_left
 from mrmae.extract.maps import GivenMap
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import (
@@ -37,6 +38,8 @@ from mrmae.extract.workers import ClaimedShards, Units, wait_for_writers
 from mrmae.shards import commit as commits
 from mrmae.shards.format import PIXELS, Measured, Plan, measure, quantise, summarise
 from mrmae.shards.store import PixelRow
+
+TIMED_BATCHES = 10  # after the first one, which warms up
 
 
 class HopelessQuality(ValueError):
@@ -115,7 +118,7 @@ def extract_claimed(job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatche
         contextlib.closing(batches_decoded_ahead(job, claimed_batches(job, mine, progress), kept)) as stream,
     ):  # fmt: skip
         writing: Future[None] | None = None
-        for shard, batches in itertools.groupby(stream, key=lambda batch: batch.planned.shard):
+        for shard, batches in itertools.groupby(timed(job, stream, progress), key=lambda batch: batch.planned.shard):
             write = extract_shard(job, shard, mine.units[shard], batches, progress)
             if writing is not None:
                 writing.result()
@@ -151,6 +154,23 @@ def batches_decoded_ahead(
     """The batches with their samples prepared, a few ahead of use."""
     return prepared_batches(job.images, job.plan.recipe, batches, known_pixels(job), workers=job.options.workers,
                             in_turns=job.in_turns, kept=kept)  # fmt: skip
+
+
+def timed(job: ExtractJob, stream: Iterable[PreparedBatch], progress: Progress) -> Iterator[PreparedBatch]:
+    """The same batches; once ten are done after a first one, how long all that are left take is said. Calibration's do not count."""
+    done = views = 0
+    began = time.monotonic()
+    for batch in stream:
+        yield batch
+        if batch.features or done > TIMED_BATCHES:
+            continue
+        done, views = done + 1, views + len(batch.samples) * len(batch.planned.views)
+        if done == 1:
+            began, views = time.monotonic(), 0
+        elif done == 1 + TIMED_BATCHES:
+            progress.say(
+                time_left(job.options.part, views=views, seconds=time.monotonic() - began, left=progress.left())
+            )
 
 
 def known_pixels(job: ExtractJob) -> Callable[[int], StoredRows]:

@@ -17,6 +17,8 @@ from mrmae.probe.settings import PROBES
 @click.argument("words", nargs=-1, required=True, metavar="SOURCE... [DATA [TEST]]")
 @click.option("--data", multiple=True, metavar="DATA",
               help="The images, when several SOURCES are to be compared; twice: the train and the test part.")  # fmt: skip
+@click.option("--compare", is_flag=True,
+              help="Put SOURCES in one table, also a single one beside bare pixels: DATA --compare RUN RUN, or RUN RUN --data DATA.")  # fmt: skip
 @click.option(
     "--probe", "probes", multiple=True, type=click.Choice(PROBES), default=("knn",), help="What to do; repeatable."
 )
@@ -48,9 +50,10 @@ from mrmae.probe.settings import PROBES
 @click.option("--allow-partial", is_flag=True, help="Probe on what is committed of an unfinished cache.")
 @click.option("--allow-shared", is_flag=True, help="Also test on images the student was pre-trained on.")
 def main(
-    words: tuple[str, ...], data: tuple[str, ...], probes: tuple[str, ...], sets: tuple[str, ...], baselines: bool, **options: Any
+    words: tuple[str, ...], data: tuple[str, ...], compare: bool, probes: tuple[str, ...], sets: tuple[str, ...], baselines: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
-    """Probe the features of SOURCE on the labelled images of DATA; several with --data: compare them.
+    """Probe the features of SOURCE on the labelled images of DATA; several with --data or --compare: compare them.
 
     SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value], CACHE#TEACHER[.TAP], `pixels`, or
     untrained:SOURCE. DATA: a folder or tar with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views).
@@ -66,9 +69,9 @@ def main(
 
     keep_memory(options["device"])
     try:
-        sources, data = sources_and_data(words, data)
+        sources, data = sources_and_data(words, data, compare=compare)
         chosen = ProbeOptions(sources[0], data, probes, settings_from(sets), **options)
-        if len(sources) == 1:
+        if len(sources) == 1 and not compare:
             probe_features(chosen, say=click.echo)
         else:
             compare_sources(sources, chosen, baselines=baselines, say=click.echo)

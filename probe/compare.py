@@ -43,13 +43,22 @@ class Compared:
     right: Float[Tensor, "n"]
 
 
-def sources_and_data(words: Sequence[str], data: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def sources_and_data(
+    words: Sequence[str], data: Sequence[str], *, compare: bool = False
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The sources and DATA of a command line: `SOURCE DATA [TEST]`, or `SOURCE... --data DATA [--data TEST]`.
 
-    Raises ValueError where DATA is missing, or a second source stands where DATA is expected.
+    compare: `DATA [TEST] --compare SOURCE...` is understood, too: what is no source is DATA. Raises ValueError where DATA is missing, or a second source stands where DATA is expected.
     """
     if data:
         return tuple(words), tuple(data)
+    if compare:
+        images = tuple(word for word in words if not looks_like_a_source(word))
+        sources = tuple(word for word in words if word not in images)
+        if not sources or len(images) not in (1, 2):
+            raise ValueError(f"--compare: of {', '.join(words)} these are SOURCES: {', '.join(sources) or 'none'}; expected them and one DATA, or its "
+                             "train and test part; correct the others, or name the images by --data")  # fmt: skip
+        return sources, images
     if len(words) < 2:
         raise ValueError(
             "DATA: missing; labelled images were expected: a folder, a tar or a cache; give it behind SOURCE"

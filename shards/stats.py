@@ -220,8 +220,10 @@ def read_stats(cache: Cache, column: str) -> Stats:
     except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path}: there are no moments of this column ({error}); {todo}") from None
     if id != wanted:
+        of_fewer = {"--views": cache.n_views, "--images": cache.plan.n_images}  # also where a run is pinned to them
+        todo += "".join(f" {name} {n}" for name, n in of_fewer.items())
         raise ValueError(f"{path}: these moments are of {shown(of)}; this cache is "
-                         f"{json.dumps(stats_fields(cache, column))}; {todo} again")  # fmt: skip
+                         f"{json.dumps(stats_fields(cache, column))}; {todo}")  # fmt: skip
     cls = None
     if spec.has_cls:
         n_images = n // len(tensors["position_mean"])

@@ -31,6 +31,7 @@ from mrmae.train import batches
 from mrmae.train.batches import Loaded
 from mrmae.train.feed import Feed
 from mrmae.train.method import DISTANCES, Batch, Distance, PixelScale, TeacherStatistics, Term, draw_of, hog_targets
+from mrmae.train.online import online_ids, teach
 from mrmae.train.ranks import agree_on, gather
 from mrmae.train.run import Run
 
@@ -39,6 +40,7 @@ KINDS_OF_COST = ("zero", "constant", "position")
 IMAGES_AT_ONCE = 64
 MOST_BYTES = 16 << 20  # of a file of baselines, of a few hundred bytes per term
 REMOTE_IMAGES = 2_000  # of a cache at a URL: the first in canonical order, a random sample
+LIVE_VIEWS = 256  # shown to teachers that run in the step, likewise of the first images
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,17 @@ def baselines_of(
     """Term -> `zero`, `constant` and `position`, or `patch_mean`; and `images`, how many they are over.
 
     They are read where they are kept, else measured by all ranks together. limit: images to measure on instead of all. keep:
-    store what was measured on all. Teachers that run in the step have none: what they say is not stored; nor has the student as its own, or a copy of it.
+    store what was measured. Teachers that run in the step are asked about LIVE_VIEWS views; the student as its own, or a copy of it, has none.
     """
     wanted = {term.name: yardsticks(run, term) for term in run.model.terms}
     every = {yardstick.id: yardstick for parts in wanted.values() for yardstick, _ in parts}
     known: dict[str, Costs] = agree_on({id: costs for id, costs in kept_costs(run).items() if id in every}, run.ranks)
     if missing := {id: yardstick for id, yardstick in every.items() if id not in known}:
         limit = limit or (REMOTE_IMAGES if isinstance(run.cache.path, Url) else None)
-        measured = blind_costs(run, missing, limit, console)
+        live = {id: yardstick for id, yardstick in missing.items() if yardstick.source in run.online}
+        stored = {id: yardstick for id, yardstick in missing.items() if id not in live}
+        measured = blind_costs(run, stored, limit, console) if stored else {}
+        measured |= blind_costs(run, live, math.ceil(LIVE_VIEWS / run.cache.n_views), console) if live else {}
         if keep and run.ranks.rank == 0:
             keep_costs(run, {id: {**costs, "of": missing[id].of} for id, costs in measured.items()})
         known |= measured
@@ -121,11 +126,14 @@ def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
             "prepare": asdict(run.recipe.prepare),
         }
         return [(Yardstick(None, recipe.target, recipe.transform, distance, None, of), 1.0)]
-    if run.online:
-        return []
     target, statistics = run.info.target(term.teacher), run.model.statistics[term.name]
     assert isinstance(statistics, TeacherStatistics)
-    of["column"] = cache.column(target.column).id
+    source = target.source or term.teacher
+    if run.online:
+        of |= {"column": online_ids(cache, run.online)[f"online teacher {source}"], "target": term.teacher}
+        of |= {"statistics": target.stats.id} if target.stats else {}
+    else:
+        of["column"] = cache.column(target.column).id
     shown = recipe.at("visible", "all") or (recipe.at("alive") and recipe.taps != ("decoder",))
     hidden = recipe.at("predicted", "all") or (recipe.at("alive") and "decoder" in recipe.taps)
     shares = {
@@ -136,7 +144,7 @@ def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     return [
         (
             Yardstick(
-                target.source or term.teacher,
+                source,
                 array,
                 recipe.transform,
                 distance,
@@ -236,19 +244,19 @@ def batches_in_turn(run: Run, wanted: Iterable[Yardstick], numbers: Any) -> Iter
     needed: dict[str, set[str]] = {}
     for yardstick in wanted:
         if yardstick.source is not None:
-            arrays = {"cls"} if yardstick.array == "cls" else {"tokens", "scale"}
+            arrays = {"cls"} if yardstick.array == "cls" else {"tokens"} if run.online else {"tokens", "scale"}
             needed.setdefault(yardstick.source, set()).update(arrays)
     chunks = [numbers[at : at + IMAGES_AT_ONCE] for at in range(0, len(numbers), IMAGES_AT_ONCE)]
     chunks = chunks[run.ranks.rank :: run.ranks.size]
 
     def load(view: int, at: int, _: int) -> Loaded:  # epochs 0 to K - 1 show an image's K views
-        batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed=needed)
+        batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed={} if run.online else needed)
         return batch, draw_of(run.recipe, run.info, view)
 
     todo = ((view, at, 0) for view in range(run.cache.n_views) for at in range(len(chunks)))
     with Feed(load, todo, run.device) as feed:
         for batch, _ in feed:
-            yield batch
+            yield teach(batch, {name: run.online[name] for name in needed}, needed) if run.online and needed else batch
 
 
 @torch.no_grad()

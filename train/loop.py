@@ -92,7 +92,7 @@ def train(
     written, the cache gets stats/baselines.json, which the next run reads.
     Summary: out, student (None until finished), finished, stopped (a signal's name or None), epoch, epochs, step, loss, terms,
     updates, seconds, images_per_s and stall (since this start), notes.
-    SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved.
+    SIGTERM, SIGUSR1 and Ctrl-C end the run after the update in flight, saved; its page says so.
     Raises ValueError for anything in recipe, cache or OUT that does not fit; OSError where OUT cannot be written; Diverged
     after three updates in a row that were not finite, and again when such a run is continued; OtherRankFailed where another
     process of the run failed first.
@@ -112,6 +112,9 @@ def train(
         feed = stack.enter_context(feed_of(run))
         loop = Loop(feed, log, stop)
         run_epochs(run, loop, forward_of(run))
+        if run.diverged and log is not None:
+            report.add_facts(run, stopped=f"diverged at {run.diverged}")
+            draw_report(run, log)
         check_converges(run)
         return finish(run, loop, command)
 
@@ -350,14 +353,23 @@ def finish(run: Run, loop: Loop, command: str) -> dict[str, Any]:
         log.close()
         if finished:
             summary["student"] = str(write_results(run))
-            log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
             if run.cadence.page:
-                log.attempt("cost", lambda: report.add_costs(run, cost.count_costs(run)))
-                log.attempt("report.html", lambda: write_run_page(run.out))
+                log.attempt("cost", lambda: report.add_facts(run, costs=cost.count_costs(run)))
+        else:
+            report.add_facts(run, stopped=report.stopped_words(run, summary["stopped"]))
+        draw_report(run, log)
         for line in report.closing_lines(run, summary, command):
             log.say(line)
     result: dict[str, Any] = agree_on(summary, run.ranks)
     return result
+
+
+def draw_report(run: Run, log: RunLog) -> None:
+    """Draw OUT/curves.png and OUT/report.html as far as the run is."""
+    if run.finished or (run.cadence.page and run.epoch):
+        log.attempt("curves.png", lambda: draw_run_curves(run, log.path))
+    if run.cadence.page:
+        log.attempt("report.html", lambda: write_run_page(run.out))
 
 
 def write_results(run: Run) -> Path:

@@ -31,7 +31,7 @@ from mrmae.train.feed import load_masked
 from mrmae.train.method import Batch, Masks, Term, as_compared, evaluating, patch_targets
 from mrmae.train.online import teach, with_targets
 from mrmae.train.run import Run, random_teachers
-from mrmae.train.run_page import BLIND
+from mrmae.train.run_page import BLIND, CONTINUED
 
 PATCHES = ("visible", "predicted", "all", "alive")
 HIDDEN_GRAY = torch.tensor(128, dtype=torch.uint8)
@@ -227,6 +227,8 @@ def draw_term(
     seen = [_number(row["terms"].get(name)) for row in epochs]
     aside = [_number(row.get("held_out", {}).get(name)) for row in epochs]
     draw_line(axis, epochs, seen, colour, label="training")
+    if continued := [(row["epoch"], y) for row, y in zip(epochs, seen) if row.get("resumed")]:
+        axis.plot(*zip(*continued), "D", color=colour, markerfacecolor="white", markersize=6, label=CONTINUED)
     if not np.isnan(aside).all():
         draw_line(axis, epochs, aside, colour, label="held out", linestyle=":", markerfacecolor="white")
     there = {kind: baselines[kind] for kind in BLIND_LINES if kind in baselines}

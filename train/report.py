@@ -60,10 +60,10 @@ def write_run_files(run: Run, *, command: str, how: Mapping[str, Any]) -> None:
     write_text(run.out / "README.md", readme(run, command))
 
 
-def add_costs(run: Run, costs: Mapping[str, float]) -> None:
-    """Note in run.json what a step cost."""
+def add_facts(run: Run, **facts: Any) -> None:
+    """Note more in run.json: `costs` of a step, or by what and where the run was `stopped`; a next start begins without them."""
     path = run.out / "run.json"
-    write_text(path, json.dumps({**json.loads(path.read_text()), "costs": costs}, indent=2) + "\n")
+    write_text(path, json.dumps({**json.loads(path.read_text()), **facts}, indent=2) + "\n")
 
 
 def source_of(run: Run) -> dict[str, Any]:
@@ -278,8 +278,12 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
             f"student   {how_to_load(run)}",
         ]
         return [*lines, *([warning] if warning else [])]
-    where = f"update {run.step} of {run.total} (epoch {run.epoch + 1} of {run.recipe.optim.epochs})"
-    return [f"stopped by {summary['stopped']} after {where}, saved; to continue:", f"    {command}"]
+    return [f"{stopped_words(run, summary['stopped'])}, saved; to continue:", f"    {command}"]
+
+
+def stopped_words(run: Run, by: str) -> str:
+    """By what a run was stopped, and where."""
+    return f"stopped by {by} after update {run.step:,} of {run.total:,} (epoch {run.epoch + 1} of {run.recipe.optim.epochs})"
 
 
 def how_to_load(run: Run) -> str:
@@ -308,7 +312,7 @@ def readme(run: Run, command: str) -> str:
             "",
             "| file | holds |",
             "| --- | --- |",
-            "| `report.html` | the run as one page: open it, or send it |",
+            "| `report.html` | the run, finished or stopped, as one page: open it, or send it |",
             "| `student/` | the encoder as timm loads it |",
             "| `published.pth` | with `--export mae`: what MAE's (for its student MCMAE's) fine-tuning scripts load |",
             "| `recipe.yaml` | everything that decides the result, resolved |",

@@ -1,4 +1,4 @@
-"""OUT/report.html: what a run leaves, as a page that one can send. It is drawn from the files in OUT alone."""
+"""OUT/report.html: what a run leaves, finished or stopped, as a page that one can send. It is drawn from the files in OUT alone."""
 
 import json
 import math
@@ -18,6 +18,7 @@ from mrmae.train.optim import base_lr
 
 FEW_EPOCHS = 30  # whose losses are drawn row by row of the log, not epoch by epoch
 BLIND = {"zero": "zero", "constant": "one constant", "position": "one per position", "patch_mean": "each patch's mean"}
+CONTINUED = "mean of a continued epoch"  # one in which the run was stopped and went on
 MOST_POINTS = 500  # of a curve: more are means of neighbours
 Facts = Mapping[str, Any]
 LogRows = Sequence[Facts]
@@ -37,18 +38,43 @@ def run_page(out: Path) -> str:
         f"epoch {int(path.stem.removeprefix('epoch-'))}": path for path in sorted((out / "panels").glob("epoch-*.png"))
     }
     probes = [json.loads(path.read_bytes()) for path in sorted((out / "probes" / "results").glob("*.json"))]
+    end = unfinished(run, yaml.safe_load(recipe)["optim"]["epochs"], epochs)
     sections = [
+        *(
+            [
+                page.section(
+                    "Continue", page.paragraph("The same command goes on from what is saved:"), page.code(again(run))
+                )
+            ]
+            if end
+            else []
+        ),
         page.section("What was trained on what", *origin(run, recipe)),
         page.section("Losses", *losses(run, epochs, steps)),
         page.section("What it is worth", *worth(epochs, probes)),
         *([page.section("What it sees", panel_slider(panels))] if panels else []),
         page.section("Speed", *speed(run, steps)),
         page.section("What it costs", *costs(run, trained_images(recipe, epochs))),
-        page.section("Load the student", *loading(run)),
+        page.section("Load the student", *loading(run, finished=not end)),
     ]
     return page.document(
-        f"{run['recipe']}: {run['student']}", *sections, lead=lead(run, epochs), warnings=warnings_of(run)
+        f"{run['recipe']}: {run['student']}", *sections, lead=lead(run, epochs), warnings=[*end, *warnings_of(run)]
     )
+
+
+def unfinished(run: Facts, wanted: int, epochs: LogRows) -> list[str]:
+    """What is said above the page of a run that has not done the epochs it was asked for; nothing of one that has."""
+    done, stopped = epochs[-1]["epoch"] if epochs else 0, run.get("stopped")
+    if done >= wanted and not stopped:
+        return []
+    stopped = stopped or f"{done} of {counted(wanted, 'epoch')} are done"
+    return [f"UNFINISHED: {stopped}; there is no student yet"]
+
+
+def again(run: Facts) -> str:
+    """The command of the last start, from the folder it was given in."""
+    last = run["starts"][-1]
+    return f"cd {shlex.quote(last['folder'])}\n{last['command']}"
 
 
 def lead(run: Facts, epochs: LogRows) -> str:
@@ -82,7 +108,7 @@ def origin(run: Facts, recipe: str) -> Iterator[Html]:
     if not run["teachers"]:
         yield page.paragraph("No teacher: this recipe reads none.", "quiet")
     yield page.paragraph("The same again, from the same cache:")
-    yield page.code(f"cd {shlex.quote(last['folder'])}\n{last['command']}")
+    yield page.code(again(run))
     yield page.folded("Ids of what was read", page.facts(run["cache_ids"]))
     yield page.folded("Versions", page.facts({**last["versions"], "git": last["git"] or "no checkout"}))
     yield page.folded("The recipe, resolved", page.code(recipe))
@@ -122,7 +148,7 @@ def losses(run: Facts, epochs: LogRows, steps: LogRows) -> Iterator[Html]:
           *(loss_words(loss_of(row, name)) for row in (epochs[0], epochs[-1])),
           *([loss_words(epochs[-1].get("held_out", {}).get(name))] if held else []),
           *(loss_words(blind[name][kind]) if kind in blind.get(name, {}) else "" for kind in kinds)] for name in names],
-        caption="Mean losses over an epoch; every term before its weight."
+        caption="Mean losses over an epoch; every term before its weight." + continued_words(epochs)
         + (" Behind them what a prediction costs that never sees an image: a loss above it has learnt nothing from images." if kinds else ""),
     )  # fmt: skip
     per_epoch = run["updates_per_epoch"]
@@ -134,10 +160,21 @@ def losses(run: Facts, epochs: LogRows, steps: LogRows) -> Iterator[Html]:
         if held:
             aside = [row.get("held_out", {}).get(name) for row in epochs]
             curves.append(Curve(f"{name}, held out", [row["epoch"] for row in epochs], aside, dashed=True, hue=hue))
+        if continued := [row for row in epochs if row.get("resumed")]:
+            ys = [row["terms"].get(name) for row in continued]
+            curves.append(Curve(f"{name}, {CONTINUED}", [row["epoch"] for row in continued], ys, hollow=True, hue=hue))
         for kind in ("position", "patch_mean"):
             if kind in blind.get(name, {}):
                 curves.append(Curve(f"{name}, {BLIND[kind]}", xs, [blind[name][kind]] * len(xs), dotted=True, hue=hue))
     yield page.chart("Loss per term, before weighting", curves, x="epoch", y="loss")
+
+
+def continued_words(epochs: LogRows) -> str:
+    """Which epochs the run was stopped in and went on; nothing where it was in none."""
+    told = [
+        f"{row['epoch']} (after update {', '.join(map(str, row['resumed']))})" for row in epochs if row.get("resumed")
+    ]
+    return f" Stopped and continued within epoch {', '.join(told)}: hollow marks in the chart." if told else ""
 
 
 def loss_of(row: Facts, name: str) -> float | None:
@@ -283,6 +320,8 @@ def macs(flops: float) -> str:
     return f"{n:.3g} {units[0]}"
 
 
-def loading(run: Facts) -> Iterator[Html]:
+def loading(run: Facts, *, finished: bool) -> Iterator[Html]:
     """The lines of Python that load the student."""
+    if not finished:
+        yield page.paragraph("It is written when the run is finished; then:")
     yield page.code(run["load"])

@@ -64,7 +64,7 @@ class Cadence:
 
     save_minutes: at least this often, beside every epoch's end. keep: checkpoints kept. log_every: updates per log row.
     panels_every: epochs per picture, 0 for none, None for ten per run. knn_every: epochs per k-NN accuracy of the images held
-    out, 0 for none. tensorboard: write OUT/tensorboard. page: write OUT/report.html at the end. wandb: a Weights & Biases project to log to.
+    out, 0 for none. tensorboard: write OUT/tensorboard. page: write OUT/report.html at the end of the run, or of a start that is stopped. wandb: a Weights & Biases project to log to.
     """
 
     save_minutes: float = 10.0

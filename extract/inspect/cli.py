@@ -234,8 +234,13 @@ def diff(a: Path, b: Path) -> None:
     metavar="TEACHER.TAP",
     help="Only these, also TEACHER.post_ln and .projected; default: all stored.",
 )
-def stats(cache: Path, columns: tuple[str, ...]) -> None:
-    """Compute exact means, at each position, and covariances of CACHE's columns (float64) and store them beside it."""
+@click.option("--views", type=click.IntRange(1), help="Of the first N views alone, for runs with prepare.views=N.")
+@click.option("--images", type=click.IntRange(1), help="Of the first N images alone, for runs with prepare.images=N.")
+def stats(cache: Path, columns: tuple[str, ...], views: int | None, images: int | None) -> None:
+    """Compute exact means, at each position, and covariances of CACHE's columns (float64) and store them beside it.
+
+    Those of other views or images that were computed before stay.
+    """
     from mrmae.shards.cache import open_cache
     from mrmae.shards.format import load_plan
     from mrmae.shards.stats import compute_stats, write_stats
@@ -249,7 +254,7 @@ def stats(cache: Path, columns: tuple[str, ...]) -> None:
             raise ValueError(
                 f"{cache}: is not finished, and moments are of all its images; run extract-features to its end first"
             )
-        opened = open_cache(cache)
+        opened = open_cache(cache).narrowed(None, views, images)
         if unknown := sorted(set(columns) - {*opened.columns, *opened.derived}):
             raise ValueError(f"--column {unknown[0]}: this cache has no such column; it has {sorted(opened.columns)}, and from "
                              f"their tails follow {sorted(opened.derived)}")  # fmt: skip

@@ -2,14 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from mrmae.extract import estimate
+from mrmae.extract import estimate, pipeline
 from mrmae.extract.estimate import Rates
 from mrmae.extract.options import Options
 from mrmae.extract.run import extract_features
+from mrmae.extract.workers import ProcessPart
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe
 
 VIT = "vit=timm:test_vit/random"
@@ -24,6 +26,24 @@ SPEC = TeacherSpec(
 def options(images: Path, cache: Path) -> Options:
     return Options(images=[images], cache=cache, teachers=(VIT,), recipe=ViewRecipe(32), grid=4, batch_size=4,
                    device="cpu", workers=2)  # fmt: skip
+
+
+def test_an_extraction_says_after_ten_batches_how_long_all_that_are_left_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, said = [0.0], list[str]()
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: now[0])
+    job: Any = SimpleNamespace(options=SimpleNamespace(part=ProcessPart(1, 3)))
+    progress: Any = SimpleNamespace(say=said.append, left=lambda: 600.0)
+    batches: list[Any] = [
+        SimpleNamespace(samples=[0] * 4, planned=SimpleNamespace(views=(0, 1)), features={"vit": 1} if i < 2 else {})
+        for i in range(16)
+    ]
+    for i, _ in enumerate(pipeline.timed(job, batches, progress)):
+        now[0] += 100.0 if i < 3 else 2.0  # calibration's, and the first, which warms up
+        assert len(said) == (i > 2 + pipeline.TIMED_BATCHES)
+    assert len(said) == 1
+    assert said[0].startswith("80 views took 20 s: about 2 min 30 s for the 600 that are left of part 1/3, until ")
+    assert said[0].endswith("all 3 parts: as long where they run at once, about 7 min 30 s one after the other")
+    assert "part" not in estimate.time_left(ProcessPart(), views=1, seconds=1, left=1)
 
 
 def test_a_dry_run_measures_every_stage_and_leaves_nothing(

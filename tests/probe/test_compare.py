@@ -98,6 +98,16 @@ def test_words_are_sources_and_images(words: list[str], data: list[str], expecte
     assert sources_and_data(words, data) == expected
 
 
+def test_compare_takes_data_among_its_words(trained: Path, images: Path) -> None:
+    run_, photos = str(trained), str(images)
+    for words in ([photos, run_, "pixels"], [run_, "pixels", photos]):
+        assert sources_and_data(words, [], compare=True) == ((run_, "pixels"), (photos,))
+    assert sources_and_data([run_, "b"], [photos], compare=True) == ((run_, "b"), (photos,))
+    for words in ([run_], [photos], [photos, "runs/typo", "runs/typos", run_]):
+        with pytest.raises(ValueError, match="--compare: of .* these are SOURCES: .*; expected them and one DATA"):
+            sources_and_data(words, [], compare=True)
+
+
 def test_several_sources_without_data_are_told_how_to_compare_them(
     trained: Path, images: Path, tiny_cache: Path
 ) -> None:

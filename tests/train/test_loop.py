@@ -27,6 +27,7 @@ from mrmae.train import run as runs
 from mrmae.train.log import read_rows
 from mrmae.train.method.model import build_model
 from mrmae.train.method.recipe import Recipe, load_recipe
+from mrmae.train.run_page import run_page
 
 QUICK = (
     "student.model=test_vit",
@@ -173,8 +174,12 @@ def test_a_signal_saves_says_how_to_go_on_and_the_same_call_does(
         stopped = _train(tiny_cache, tmp_path / "out", quick(), command="train-mrmae CACHE OUT")
     assert (stopped["finished"], stopped["stopped"], stopped["step"]) == (False, name, step + 1)
     assert f"stopped by {name}" in stopped["said"] and "train-mrmae CACHE OUT" in stopped["said"]
+    page = run_page(tmp_path / "out")
+    assert f"UNFINISHED: stopped by {name} after update {step + 1} of {4 * UPDATES} (epoch" in page
+    assert page.count("train-mrmae CACHE OUT</code>") == 2
     assert signal.getsignal(getattr(signal, name)) is before
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+    assert "UNFINISHED" not in run_page(tmp_path / "out")
     _assert_same_bits(tmp_path / "out", whole)
 
 
@@ -324,9 +329,10 @@ def test_divergence_in_a_short_epoch_is_told_and_saved_though_no_picture_can_be_
     told = []
     for _ in range(2):
         with pytest.raises(loop.Diverged, match=r"optim.lr_per_256, --blr, is 1e\+09") as error:
-            _train(tiny_cache, tmp_path / "out", recipe, panels_every=1, hold_out=0.0)
+            _train(tiny_cache, tmp_path / "out", recipe, panels_every=1, hold_out=0.0, page=True)
         told.append(str(error.value))
     assert told[0] == told[1]
+    assert "UNFINISHED: diverged at update" in (tmp_path / "out" / "report.html").read_text()
     assert all(value.isfinite().all() for value in _state(tmp_path / "out")["model"].values())
 
 

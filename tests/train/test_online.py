@@ -1,5 +1,6 @@
 """Teachers in the step say what the cache says of them, on the same views, to within how it is stored."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -57,6 +58,9 @@ def test_online_losses_are_the_cached_ones_within_quantisation(
 ) -> None:
     cached = _losses(caches[dtype], tmp_path / "cached")
     live = _losses(caches[dtype], tmp_path / "live", online=True, panels_every=1)
+    told, there = (json.loads((tmp_path / name / "run.json").read_text())["baselines"] for name in ("live", "cached"))
+    for name, costs in there.items():
+        assert told[name] == pytest.approx(costs, rel=20 * tolerance), "teachers in the step have baselines, too"
     assert cached[0].keys() == live[0].keys() == {"mimic/vit", "mimic/cnn", "pixels", "loss"} and len(live) == 2
     for a, b in zip(cached, live):
         assert a == pytest.approx(b, rel=tolerance)

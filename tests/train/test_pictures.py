@@ -56,10 +56,21 @@ def test_curves_are_written(tmp_path: Path) -> None:
 
 def test_a_term_has_its_baselines_as_dashed_lines_within_its_axis() -> None:
     figure, axis = plt.subplots()
-    rows = [{"epoch": e, "terms": {"mimic/gal": 0.4 - 0.01 * e}, "held_out": {"mimic/gal": 0.41}} for e in (1, 2, 3)]
+    rows = [
+        {"epoch": e, "terms": {"mimic/gal": 0.4 - 0.01 * e}, "held_out": {"mimic/gal": 0.41}, "resumed": [5] * (e == 2)}
+        for e in (1, 2, 3)
+    ]
     pictures.draw_term(axis, rows, "mimic/gal", "#0072b2", {"constant": 0.476, "position": 0.282, "images": 300.0})
     lines = {line.get_label(): line for line in axis.get_lines()}
-    assert set(lines) == {"training", "held out", "one constant: 0.476", "one per position: 0.282"}
+    assert set(lines) == {
+        "training",
+        "mean of a continued epoch",
+        "held out",
+        "one constant: 0.476",
+        "one per position: 0.282",
+    }
+    mark = lines["mean of a continued epoch"]
+    assert mark.get_xydata().tolist() == [[2, pytest.approx(0.38)]] and mark.get_markerfacecolor() == "white"
     assert lines["one constant: 0.476"].is_dashed() and not lines["training"].is_dashed()
     low, high = axis.get_ylim()
     assert low == 0 and high > 0.476

@@ -64,6 +64,28 @@ def test_what_is_not_there_is_left_out(tmp_path: Path, changes: dict[str, Any]) 
     assert ("No epoch was ended." in text) == (changes.get("epochs") == 0)
 
 
+def test_a_run_that_was_stopped_says_so_and_how_it_goes_on_and_where_it_was_continued(tmp_path: Path) -> None:
+    out = write_out(tmp_path / "out", epochs=2)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows[-1]["resumed"] = [1, 3]
+    (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = run_page(out)
+    assert "UNFINISHED: 2 of 3 epochs are done; there is no student yet" in text and "when the run is finished" in text
+    assert (
+        text.index("<h2>Continue</h2>")
+        < text.index("cd /somewhere\ntrain-mrmae run")
+        < text.index("<h2>What was trained on what</h2>")
+    )
+    assert "Stopped and continued within epoch 2 (after update 1, 3)" in text
+    assert '"name": "pixels, mean of a continued epoch"' in text and '"symbol": "diamond-open"' in text
+    whole = run_page(write_out(tmp_path / "whole"))
+    assert (
+        "UNFINISHED" not in whole
+        and "<h2>Continue</h2>" not in whole
+        and "diamond-open" not in whole.partition("<script>")[0]
+    )
+
+
 def test_the_interval_of_a_share_is_wilsons() -> None:
     assert share_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     low, high = share_interval(1.0, 10)
