@@ -53,12 +53,12 @@ def sources_and_data(
     if data:
         return tuple(words), tuple(data)
     if compare:
-        images = tuple(word for word in words if not looks_like_a_source(word))
-        sources = tuple(word for word in words if word not in images)
-        if not sources or len(images) not in (1, 2):
-            raise ValueError(f"--compare: of {', '.join(words)} these are SOURCES: {', '.join(sources) or 'none'}; expected them and one DATA, or its "
+        photos = tuple(word for word in words if not looks_like_a_source(word))
+        compared = tuple(word for word in words if word not in photos)
+        if not compared or len(photos) not in (1, 2):
+            raise ValueError(f"--compare: of {', '.join(words)} these are SOURCES: {', '.join(compared) or 'none'}; expected them and one DATA, or its "
                              "train and test part; correct the others, or name the images by --data")  # fmt: skip
-        return sources, images
+        return compared, photos
     if len(words) < 2:
         raise ValueError(
             "DATA: missing; labelled images were expected: a folder, a tar or a cache; give it behind SOURCE"

@@ -38,7 +38,7 @@ def run_page(out: Path) -> str:
         f"epoch {int(path.stem.removeprefix('epoch-'))}": path for path in sorted((out / "panels").glob("epoch-*.png"))
     }
     probes = [json.loads(path.read_bytes()) for path in sorted((out / "probes" / "results").glob("*.json"))]
-    end = unfinished(run, yaml.safe_load(recipe)["optim"]["epochs"], epochs)
+    end = unfinished_words(run, yaml.safe_load(recipe)["optim"]["epochs"], epochs)
     sections = [
         *(
             [
@@ -62,7 +62,7 @@ def run_page(out: Path) -> str:
     )
 
 
-def unfinished(run: Facts, wanted: int, epochs: LogRows) -> list[str]:
+def unfinished_words(run: Facts, wanted: int, epochs: LogRows) -> list[str]:
     """What is said above the page of a run that has not done the epochs it was asked for; nothing of one that has."""
     done, stopped = epochs[-1]["epoch"] if epochs else 0, run.get("stopped")
     if done >= wanted and not stopped:
