@@ -221,16 +221,14 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
 
 
 def time_left(part: ProcessPart, *, views: int, seconds: float, left: float) -> str:
-    """How long what is left of a process's part takes, and all parts, from the seconds that some views took."""
-    spent = left * seconds / views
+    """How long what is left of a process's part takes, shared by its ranks, and all parts, from the seconds that some views took in one."""
+    spent = left * seconds / views / part.ranks
     until = time.strftime("%a %d %b %H:%M", time.localtime(time.time() + spent))
     of = f" of part {part}" if part.of > 1 else ""
-    every = (
-        f"; all {part.of} parts: as long where they run at once, about {human_time(part.of * spent)} one after the other"
-        if part.of > 1
-        else ""
-    )
-    return f"{counted(views, 'view')} took {seconds:.3g} s: about {human_time(spent)} for the {left:,.0f} that are left{of}, until {until}{every}"
+    shared = f"with {part.ranks} processes like this one" if part.ranks > 1 else "in this one process"
+    every = f"; all {part.of} parts: as long where they run at once, about {human_time(part.of * spent)} one after the other"
+    return (f"{counted(views, 'view')} took {seconds:.3g} s: about {human_time(spent)} for the {left:,.0f} that are left{of}, {shared}, "
+            f"until {until}{every * (part.of > 1)}")  # fmt: skip
 
 
 def shared_words(processes: int) -> str:

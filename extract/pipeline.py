@@ -157,7 +157,7 @@ def batches_decoded_ahead(
 
 
 def timed(job: ExtractJob, stream: Iterable[PreparedBatch], progress: Progress) -> Iterator[PreparedBatch]:
-    """The same batches; once ten are done after a first one, how long all that are left take is said. Calibration's do not count."""
+    """The same batches; once ten are done after a first one, the first rank says how long all that are left take. Calibration's do not count."""
     done = views = 0
     began = time.monotonic()
     for batch in stream:
@@ -167,7 +167,7 @@ def timed(job: ExtractJob, stream: Iterable[PreparedBatch], progress: Progress) 
         done, views = done + 1, views + len(batch.samples) * len(batch.planned.views)
         if done == 1:
             began, views = time.monotonic(), 0
-        elif done == 1 + TIMED_BATCHES:
+        elif done == 1 + TIMED_BATCHES and job.options.part.leads:
             progress.say(
                 time_left(job.options.part, views=views, seconds=time.monotonic() - began, left=progress.left())
             )

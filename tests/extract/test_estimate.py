@@ -41,9 +41,12 @@ def test_an_extraction_says_after_ten_batches_how_long_all_that_are_left_take(mo
         now[0] += 100.0 if i < 3 else 2.0  # calibration's, and the first, which warms up
         assert len(said) == (i > 2 + pipeline.TIMED_BATCHES)
     assert len(said) == 1
-    assert said[0].startswith("80 views took 20 s: about 2 min 30 s for the 600 that are left of part 1/3, until ")
+    assert said[0].startswith(
+        "80 views took 20 s: about 2 min 30 s for the 600 that are left of part 1/3, in this one process, until "
+    )
     assert said[0].endswith("all 3 parts: as long where they run at once, about 7 min 30 s one after the other")
-    assert "part" not in estimate.time_left(ProcessPart(), views=1, seconds=1, left=1)
+    shared = estimate.time_left(ProcessPart(ranks=4), views=1, seconds=1, left=120)
+    assert "about 30 s for the 120 that are left, with 4 processes like this one" in shared and "part" not in shared
 
 
 def test_a_dry_run_measures_every_stage_and_leaves_nothing(
