@@ -18,6 +18,7 @@ STREAMS = {
     "predict": 4,
     "exchange": 5,
     "join": 6,
+    "fill": 7,
 }  # 2 cuts the blocks of a cache: shards/format/blocks.py
 
 

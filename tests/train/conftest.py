@@ -61,6 +61,9 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
         if teacher.has_scale:
             targets[name]["tokens"] = torch.randint(-127, 128, (b, l, d), dtype=torch.int8, generator=draw)
             targets[name]["scale"] = (torch.rand(b, l, generator=draw) * 0.02 + 0.01).half()
+    for name, dtype in info.maps.items():
+        bits = 1 << torch.randint(0, 11, (b, l), dtype=torch.int32, generator=draw)
+        targets[f"map:{name}"] = {"map": bits if dtype == "uint16" else torch.randn(b, l, generator=draw).half()}
     side = (b, info.size, info.size, info.channels)
     pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
     return Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
@@ -73,6 +76,9 @@ def info_for(name: str) -> CacheInfo:
     taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
     if any(term.transform in NEEDS_STATISTICS for term in recipe.terms.values()):
         return with_statistics(make_info(4, patch))
+    if recipe.mask.source.startswith("map:"):
+        kind = "uint16" if recipe.mask.sampler == "crfr_p" else "float16"
+        return replace(make_info(4, patch), maps={recipe.mask.source.removeprefix("map:"): kind})
     if not taps:
         return make_info(4, patch)
     named = {f"vit{tap.removeprefix('block_')}": tap for tap in sorted(taps)}

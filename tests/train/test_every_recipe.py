@@ -16,6 +16,7 @@ from training import train_quietly
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import plan
+from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import checkpoint, loop
@@ -36,6 +37,10 @@ SHORT = (
     "optim.min_lr=0.002",
     "optim.lr_per_256=0.064",
 )
+MAPS = {
+    "text": lambda key, view: np.random.default_rng(key_hash(key)).normal(size=16).astype(np.float16),
+    "parts": lambda key, view: (1 << np.random.default_rng(key_hash(key)).integers(0, 11, 16)).astype(np.uint16),
+}
 CACHES: dict[tuple[int, tuple[str, ...]], Path] = {}
 
 
@@ -83,7 +88,7 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[st
     teachers = {"clip": {"width": 8, **told}, "dino": {"width": 6, **told}}
     if taps:
         teachers = {f"vit{tap.removeprefix('block_')}": {"width": 8, "tap": tap, **told} for tap in taps}
-    make_cache(path, size=size, images=tiles(), n=N, n_views=1, teachers=teachers, finalise=False)
+    make_cache(path, size=size, images=tiles(), n=N, n_views=1, teachers=teachers, maps=MAPS, finalise=False)
     draw = torch.Generator().manual_seed(0)
     tail = {
         "layer_norm.weight": torch.rand(8, generator=draw) + 0.5,

@@ -112,6 +112,33 @@ def test_what_cannot_be_read_of_a_map_is_refused_with_what_to_do(
         train_quietly(copy, tmp_path / "begun", recipe)
 
 
+def test_a_map_of_parts_holds_parts(make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    maps = {
+        "ids": lambda key, view: np.arange(16, dtype=np.uint16) % 11,
+        "wide": lambda key, view: np.full(16, 2048, np.uint16),
+    }
+    cache = make_cache(tmp_path / "cache", n=8, maps=maps | {"depth": depth}, teachers={})
+
+    def masks_of(*overrides: str) -> Any:
+        run = run_of(cache, tmp_path / "out", tiny_recipe("fsfm", *SHORT, "terms.mimic=null", *overrides))
+        return load_masked(run, run.numbers, epoch=0)[1]
+
+    told = "map ids holds 0 at patch 0 of .*; for mask.sampler crfr_p bits of the parts 0 to 10.* or use mask.parts=ids"
+    with pytest.raises(ValueError, match=told):
+        masks_of("mask.source=map:ids")
+    assert masks_of("mask.source=map:ids", "mask.parts=ids").weight.shape == (8, 12)
+    for kind, told in (
+        ("bits", "wide holds 2048 .* bits of"),
+        ("ids", "wide holds 2048 .* ids of the parts 0 to 10 were"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            masks_of("mask.source=map:wide", f"mask.parts={kind}")
+    with pytest.raises(ValueError, match="map:depth: holds scores; with mask.sampler crfr_p ids or bits"):
+        masks_of("mask.source=map:depth")
+    with pytest.raises(ValueError, match="has no map 'parts', it has ids, wide, depth; .* --map parts=FILE"):
+        masks_of()
+
+
 def test_a_pinned_run_waits_for_its_map(
     make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:

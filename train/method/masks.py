@@ -21,6 +21,11 @@ from mrmae.train.method.recipe import MaskRecipe, Recipe
 from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo
 
 BUCKETS = 4  # ratios of a law: few shapes, each compiled once
+# FSFM's groups of face parts, in its order; `boundary` is where skin meets hair or background.
+PARTS = {"eyebrows": (2, 3), "eyes": (4, 5), "nose": (6,), "mouth": (7, 8, 9), "boundary": (), "hair": (10,), "skin": (1,),
+         "background": (0,)}  # fmt: skip
+COVERED = 6  # the first six of them may be covered whole
+LAST_PART = max(max(of, default=0) for of in PARTS.values())
 NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is finite and the noise still orders them
 
 
@@ -137,7 +142,7 @@ def at_update(recipe: MaskRecipe, draw: Draw, l: int) -> MaskRecipe:
 
 def reads_saliency(recipe: MaskRecipe) -> bool:
     """Whether masks follow the map that `mask.source` names."""
-    return recipe.sampler in ("attn_prob", "score") or recipe.predict == "score"
+    return recipe.sampler in ("attn_prob", "score", "crfr_p") or recipe.predict == "score"
 
 
 def map_column(recipe: Recipe) -> str | None:
@@ -188,6 +193,12 @@ def check_blocks(recipe: Recipe, info: CacheInfo, *, cached: bool) -> None:
 def fit_values(recipe: Recipe) -> tuple[float, float, str]:
     """(lowest, highest, in words) of the values that the recipe can use of a map."""
     mask = recipe.mask
+    if mask.sampler == "crfr_p":
+        known = f"the parts 0 to {LAST_PART}"
+        if mask.parts == "ids":
+            return 0, LAST_PART, f"ids of {known} were expected (mask.parts=ids); correct the map"
+        told = f"bits of {known}, 1 << part, one at least per patch, were expected (mask.parts=bits); correct the map, or use mask.parts=ids"
+        return 1, (2 << LAST_PART) - 1, told
     drawn = mask.draw == "prob" and (
         mask.sampler == "attn_prob" or (mask.sampler, mask.mode) == ("score", "multinomial")
     )

@@ -102,6 +102,9 @@ class Pretrainer(nn.Module):
         for term in self.terms:
             width_in = self.width_of(term)
             self.heads[term.name] = HEADS[term.recipe.head](width_in, self.width_of_target(term))
+        for term in self.terms:
+            if term.recipe.head_of is not None:
+                self.heads[term.name] = self.heads["".join([term.recipe.head_of, *term.name.partition("/")[1:]])]
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         leave_unread(self.student, taps, self.keep_blocks)
         self.blocks_cut = depth - len(self.student.blocks)

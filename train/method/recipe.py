@@ -18,7 +18,9 @@ from mrmae.common.suggest import did_you_mean
 
 RECIPES = Path(__file__).with_name("recipes")
 
-SamplerName = Literal["random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity"]
+SamplerName = Literal[
+    "random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity", "crfr_p"
+]
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 HiddenKind = Literal["drop", "replace", "none"]
 DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
@@ -58,6 +60,7 @@ class MaskRecipe:
     masks_per_image: masks of each image, as rows of the batch.
     law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
     source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of sampler disjoint's cells.
+    parts: what the map of sampler crfr_p holds: `bits`, 1 << part for every part that a patch touches, or `ids`, one part per patch.
     """
 
     sampler: SamplerName = "random"
@@ -72,6 +75,7 @@ class MaskRecipe:
     least: float = 0.0
     cell: int = 1
     mode: Literal["mask_top", "keep_top", "multinomial"] = "mask_top"
+    parts: Literal["bits", "ids"] = "bits"
 
 
 @dataclass(frozen=True)
@@ -134,6 +138,7 @@ class TermRecipe:
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
+    head_of: the term, at the same taps and with the same target, whose head it shares; null: it has its own.
     """
 
     tap: str
@@ -147,6 +152,7 @@ class TermRecipe:
     weight: float = 1.0
     focus: bool = False
     weighted: bool = False
+    head_of: str | None = None
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -339,6 +345,13 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "mask.n_keep", whole, "null was expected with sampler disjoint: mask.ratio and mask.cell say how many"
     yield "mask.cell", mask.cell >= 1, "at least 1 was expected"
     yield "mask.least", 0 <= mask.least < 1, "0 <= ratio < 1 was expected"
+    parts = mask.sampler == "crfr_p"
+    yield "mask.source", not parts or mask.source.startswith("map:"), "map:NAME was expected with sampler crfr_p"
+    yield (
+        "mask.predict",
+        not parts or mask.predict != "score",
+        "uniform was expected with sampler crfr_p: parts are no scores",
+    )
     free = mask.law == "fixed" or (mask.n_keep is None and mask.n_predict in (None, 0))
     yield "mask.law", free, "fixed was expected where n_keep or n_predict says how many"
     yield (
@@ -451,6 +464,18 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.distance", labels == (term.distance in OF_LABELS), of
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
+        parts = recipe.mask.sampler == "crfr_p"
+        yield f"{at}.focus", not (term.focus and parts), "false was expected with sampler crfr_p: parts are no scores"
+        other = recipe.terms.get(term.head_of or name)
+        shared = other is not None and (term.head_of is None or other.head_of is None)
+        yield (
+            f"{at}.head_of",
+            shared,
+            f"null, or a term with a head of its own, was expected: one of {', '.join(recipe.terms)}",
+        )
+        alike = ("tap", "head", "target", "teachers", "teacher_tap")
+        same = other is None or all(getattr(term, key) == getattr(other, key) for key in alike)
+        yield f"{at}.head_of", same, f"a term with the same {', '.join(alike)} was expected"
         yield (
             f"{at}.weighted",
             not term.weighted or term.positions == "predicted",

@@ -10,13 +10,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from mrmae.kernels import ids
 from mrmae.shards.order import view_of
 from mrmae.train.method.masks import (
+    COVERED,
     NEVER,
+    PARTS,
     Draw,
     Masks,
     at_update,
@@ -26,6 +28,7 @@ from mrmae.train.method.masks import (
     ranking,
     saliency,
     side_of,
+    stored_map,
 )
 from mrmae.train.method.recipe import MaskRecipe
 from mrmae.train.method.targets import Batch
@@ -33,10 +36,6 @@ from mrmae.train.method.targets import Batch
 Sampler = Callable[..., Masks]  # ids_predict: all hidden patches
 BLOCK_MASKS = 4096  # block masks drawn ahead
 TRIES = 100_000  # rectangles in a row that may fail before a bank is given up
-# FSFM's groups of face parts, in its order; `boundary` is where skin meets hair or background.
-PARTS = {"eyebrows": (2, 3), "eyes": (4, 5), "nose": (6,), "mouth": (7, 8, 9), "boundary": (), "hair": (10,), "skin": (1,),
-         "background": (0,)}  # fmt: skip
-COVERED = 6  # the first six of them may be covered whole
 
 
 def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
@@ -173,6 +172,49 @@ def score_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks
     return split_order(order if recipe.mode == "mask_top" else order.flip(1), recipe)
 
 
+def crfr_p_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
+    """Hide one part of a face whole and a like share of each other part: FSFM's CRFR-P (arXiv 2412.12032).
+
+    Of T = l - n_keep hidden patches |F| are those of one of the first COVERED groups of PARTS; of every other group, in order and of
+    patches that no group before it has, round(count (T - |F|) / (l - |F|)) are hidden, in float32, half to even. Then patches outside
+    F are hidden or shown until T are hidden; where |F| >= T only T patches of F. weight: 1 on what is hidden of F. The covered part is
+    drawn per image; the released code draws it once per batch.
+    """
+    noise = functools.partial(ids.patch_noise, own_hash(batch, draw), l, seed=draw.seed, epoch=draw.epoch)
+    chosen = ids.drawn_block(own_hash(batch, draw), COVERED, seed=draw.seed, epoch=draw.epoch)
+    n_hidden = l - counts(recipe, l)[0]
+    members = part_members(stored_map(batch.targets, recipe.source, l).long(), recipe.parts)
+    covered = members.gather(1, chosen[:, None, None].expand(-1, 1, l))[:, 0]
+    owner = torch.cat([covered[:, None], members, torch.ones_like(covered)[:, None]], dim=1).int().argmax(dim=1)
+    sizes = torch.nn.functional.one_hot(owner, len(PARTS) + 2).sum(dim=1)
+    n_covered = sizes[:, :1]
+    share = (n_hidden - n_covered).clamp_min(0).float() / (l - n_covered).clamp_min(1).float()
+    quota = (sizes * share).round().long()
+    quota[:, 0], quota[:, -1] = sizes[:, 0], 0
+    rank = in_order(owner, noise()).argsort(dim=1) - (sizes.cumsum(dim=1) - sizes).gather(1, owner)
+    hidden = rank < quota.gather(1, owner)
+    first = in_order(torch.where(covered, 0, torch.where(hidden, 1, 2)), noise(stream="fill"))
+    masks = split_kept(first[:, n_hidden:], l)
+    return Masks(masks.ids_keep, masks.ids_predict, covered.gather(1, masks.ids_predict).float())
+
+
+def part_members(parts: Int64[Tensor, "b l"], kind: str) -> Bool[Tensor, "b groups l"]:
+    """Which patches touch each group of PARTS. kind: whether `parts` are `bits` or `ids`."""
+    bits = 1 << parts if kind == "ids" else parts
+
+    def touched(*of: int) -> Bool[Tensor, "b l"]:
+        return bits & sum(1 << part for part in of) != 0
+
+    boundary = touched(*PARTS["skin"]) & touched(*PARTS["hair"], *PARTS["background"])
+    return torch.stack([touched(*of) if of else boundary for of in PARTS.values()], dim=1)
+
+
+def in_order(group: Int64[Tensor, "b l"], noise: Int64[Tensor, "b l"]) -> Int64[Tensor, "b l"]:
+    """Patches by ascending group, at random within one."""
+    order = noise.argsort(dim=1)
+    return order.gather(1, group.gather(1, order).argsort(dim=1, stable=True))
+
+
 def similarity_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int, embedded: Float[Tensor, "b l d"]) -> Masks:
     """SelectiveMAE's growing set (arXiv 2406.11933): half of n_keep are seeds, the rest joins in two rounds by similarity to them.
 
@@ -260,6 +302,7 @@ SAMPLERS: dict[str, Sampler] = {
     "quarters": quarters_mask,
     "score": score_mask,
     "similarity": similarity_mask,
+    "crfr_p": crfr_p_mask,
 }
 
 

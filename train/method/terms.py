@@ -18,7 +18,7 @@ from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
-from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
+from mrmae.train.method.targets import MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Term:
 
     def __str__(self) -> str:
         r, target = self.recipe, self.teacher or self.recipe.target
-        focus = " * saliency" if r.focus else ""
+        focus = " * saliency" * r.focus + " * mask's weights" * r.weighted + f", head of {r.head_of}" * bool(r.head_of)
         return f"{r.tap} @ {r.positions} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
 
 
@@ -84,6 +84,11 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
     if reads_saliency(recipe.mask) or any(term.focus for term in recipe.terms.values()):
         for teacher, array in saliency_arrays(recipe.mask.source, info).items():
             needed.setdefault(teacher, set()).add(array)
+    if recipe.mask.sampler == "crfr_p" and info.maps[recipe.mask.source.removeprefix(MAP)] != "uint16":
+        raise ValueError(
+            f"mask.source = {recipe.mask.source}: holds scores; with mask.sampler crfr_p ids or bits of parts, integers, were expected; give "
+            "another map, or use --set mask.sampler=score"
+        )
     return needed
 
 

@@ -38,6 +38,7 @@ COUNTS = {
     "mimic-only": (49, 0),
     "mr-mae-light": (49, 49),
     "selective-mae": (29, 49),
+    "sycoca-mask": (98, 98),
     "umt": (40, 0),
 }
 LIKE_MAE = [
@@ -114,7 +115,9 @@ def test_every_recipe_draws_as_many_patches_as_it_says(name: str) -> None:
     if said.law != "fixed":
         kept, predicted = masks.counts(masks.at_update(said, masks.Draw(0, 0), 196), 196)
     attention = torch.rand(3, 196, generator=torch.Generator().manual_seed(0))
-    batch = Batch(torch.tensor([5, -9, 2**40]), torch.empty(0, dtype=torch.uint8), {"t": {"attention": attention}})
+    given = {said.source: {"map": (attention * 2047).int()}} if said.source.startswith("map:") else {}
+    targets = {"t": {"attention": attention}, **given}
+    batch = Batch(torch.tensor([5, -9, 2**40]), torch.empty(0, dtype=torch.uint8), targets)
     tokens = torch.randn(3, 196, 8, generator=torch.Generator().manual_seed(1))
     embedded = tokens if said.sampler == "similarity" else None
     drawn = samplers.draw_masks(batch, masks.Draw(0, 0), recipe=said, l=196, embedded=embedded)
@@ -221,6 +224,9 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("student.positions=sincos2d", "did you mean sincos"),
         ("mask.ratio=1.5", "mask.ratio is 1.5; 0 < ratio < 1"),
         ("mask.ratio=null", "mask.ratio is null; expected a finite number"),
+        ("mask.sampler=crfr_p", "mask.source is 'mean'; map:NAME was expected with sampler crfr_p"),
+        ("terms.mimic.head_of=pixel", "terms.mimic.head_of is 'pixel'; null, or a term with a head of its own"),
+        ("terms.mimic.head_of=pixels", "a term with the same tap, head, target"),
         ("mask.sampler=randm", "mask.sampler is 'randm'; did you mean random?"),
         ("mask.n_keep=0", "mask.n_keep is 0"),
         ("terms.mimic.tap=block0", "terms.mimic.tap is 'block0'"),

@@ -2,12 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from mrmae.kernels import ids
 from mrmae.train.method.masks import BUCKETS, Draw, Masks, at_update, buckets, counts
 from mrmae.train.method.recipe import MaskRecipe
 from mrmae.train.method.samplers import draw_masks, grow_by_similarity, joining, rectangles
@@ -18,16 +20,23 @@ BEIT = MaskRecipe("beit", n_keep=98)
 DISJOINT = MaskRecipe("disjoint", ratio=0.6, cell=2, masks_per_image=2)
 QUARTERS = MaskRecipe("quarters", masks_per_image=4)
 SIMILAR = MaskRecipe("similarity", n_keep=29, n_predict=49)
+FACES = MaskRecipe("crfr_p", source="map:parts")
 LAWS = [MaskRecipe(law="truncnormal"), MaskRecipe(law="cosine", least=0.05)]
 ALL = [BEIT, DISJOINT, QUARTERS, SIMILAR, *LAWS, MaskRecipe("score"), MaskRecipe("score", mode="keep_top"),
        MaskRecipe("score", mode="multinomial"), MaskRecipe(masks_per_image=3), MaskRecipe(n_predict=16),
-       MaskRecipe(n_predict=16, predict="score")]  # fmt: skip
+       MaskRecipe(n_predict=16, predict="score"), FACES, dataclasses.replace(FACES, n_predict=16),
+       MaskRecipe("score", source="map:text"), MaskRecipe("attn_prob", source="map:text", draw="softmax_prob")]  # fmt: skip
 
 
 def batch_of(rows: slice = slice(None), l: int = L) -> Batch:
     attention = torch.rand(B, l, generator=torch.Generator().manual_seed(0)).half().float()
     samples = (torch.arange(B) * 7919 - 3)[rows]
-    return Batch(samples, torch.zeros(len(samples), 1, 1, 3, dtype=torch.uint8), {"t": {"attention": attention[rows]}})
+    draw = torch.Generator().manual_seed(3)
+    parts = (1 << torch.randint(0, 11, (B, l), generator=draw)) | (1 << torch.randint(0, 11, (B, l), generator=draw))
+    text = torch.randn(B, l, generator=draw).half()
+    targets = {"t": {"attention": attention}, "map:parts": {"map": parts.int()}, "map:text": {"map": text}}
+    here = {name: {array: x[rows] for array, x in arrays.items()} for name, arrays in targets.items()}
+    return Batch(samples, torch.zeros(len(samples), 1, 1, 3, dtype=torch.uint8), here)
 
 
 def embedded(rows: slice = slice(None), l: int = L) -> Tensor:
@@ -124,6 +133,108 @@ def test_a_top_score_is_hidden_or_kept() -> None:
         attention.gather(1, hidden).amin(1) >= attention.gather(1, drawn(MaskRecipe("score")).ids_keep).amax(1)
     ).all()
     assert torch.equal(kept, attention.argsort(dim=1, descending=True)[:, :49].sort(dim=1).values)
+
+
+SOURCES = ["mean", "t", "norm", "norm:u", "map:text"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("mode", ["mask_top", "keep_top", "multinomial"])
+def test_a_score_of_any_source_keeps_whom_numpy_keeps(mode: Any, source: str) -> None:
+    rng, n, l = np.random.default_rng(7), 3, 36
+    given = {name: rng.random((n, l)).astype(np.float16) for name in ("t", "u", "norm t", "norm u", "map:text")}
+    if mode != "multinomial":
+        given["map:text"] -= np.float16(0.5)
+    for values in given.values():
+        values[:, 5] = values[:, 9]  # a tie
+    tensors = {name: torch.from_numpy(values) for name, values in given.items()}
+    targets = {name: {"attention": tensors[name], "norm": tensors[f"norm {name}"]} for name in ("t", "u")}
+    batch = Batch(torch.arange(n) * 31, torch.zeros(0), targets | {"map:text": {"map": tensors["map:text"]}})
+    recipe = MaskRecipe("score", n_keep=11, n_predict=7, predict="score", mode=mode, source=source)
+    if mode != "multinomial" and source == "map:text":
+        recipe = dataclasses.replace(recipe, predict="uniform")
+    masks = draw_masks(batch, Draw(3, 4), recipe=recipe, l=l)
+    used = {
+        "mean": ["t", "u"],
+        "t": ["t"],
+        "norm": ["norm t", "norm u"],
+        "norm:u": ["norm u"],
+        "map:text": ["map:text"],
+    }[source]
+    wide = [given[name].astype(np.float64) for name in used]
+    share = np.mean([values / values.sum(1, keepdims=True) for values in wide], axis=0)
+    order = wide[0] if source == "map:text" else share
+    for i in range(n):
+        by = [order[i, j] for j in range(l)]
+        if mode == "multinomial":
+            noise = ids.gumbel_noise(batch.samples, l, seed=3, epoch=4)[i].numpy()
+            by = [math.log(share[i, j]) + noise[j] for j in range(l)]
+        ascending = sorted(range(l), key=lambda j: (by[j], j))
+        kept = ascending[:11] if mode == "mask_top" else ascending[-11:]
+        assert masks.ids_keep[i].tolist() == sorted(kept)
+        if recipe.predict == "score":
+            noise = ids.gumbel_noise(batch.samples, l, seed=3, epoch=4, stream="predict")[i].numpy()
+            likely = sorted(set(range(l)) - set(kept), key=lambda j: -(math.log(share[i, j]) + noise[j]))
+            assert masks.ids_predict[i].tolist() == sorted(likely[:7])
+
+
+GROUPS = [{2, 3}, {4, 5}, {6}, {7, 8, 9}, "boundary", {10}, {1}, {0}]
+
+
+def crfr_p(
+    touched: list[set[int]], picked: int, noise: list[int], fill: list[int], n_hidden: int
+) -> tuple[set[int], set[int]]:
+    """(hidden, covered) patches, step by step; of several patches at random those of the smallest noise."""
+    l = len(touched)
+
+    def members(group: Any) -> set[int]:
+        if group == "boundary":
+            return {p for p in range(l) if touched[p] & {0, 10} and 1 in touched[p]}
+        return {p for p in range(l) if touched[p] & group}
+
+    covered = members(GROUPS[picked])
+    n = n_hidden - len(covered)
+    if n <= 0:
+        covered = set(sorted(covered, key=lambda p: fill[p])[:n_hidden])
+        return covered, covered
+    share = np.float32(n) / np.float32(l - len(covered))
+    hidden, claimed = set(covered), set(covered)
+    for group in [group for at, group in enumerate(GROUPS) if at != picked]:
+        free = members(group) - claimed
+        hidden |= set(sorted(free, key=lambda p: noise[p])[: int(np.round(np.float32(len(free)) * share))])
+        claimed |= free
+    if len(hidden) < n_hidden:
+        hidden |= set(sorted(set(range(l)) - hidden, key=lambda p: fill[p])[: n_hidden - len(hidden)])
+    shown = sorted(hidden - covered, key=lambda p: -fill[p])[: len(hidden) - n_hidden]
+    return hidden - set(shown), covered
+
+
+@pytest.mark.parametrize("l", [16, 196])
+@pytest.mark.parametrize("kind", ["any", "one", "no eyes", "all mouth", "none"])
+def test_a_part_is_covered_whole_and_the_others_by_the_like_share(kind: str, l: int) -> None:
+    rng, n = np.random.default_rng(l), 24
+    one = rng.choice([0, 1, 10, 6], (n, l)) if kind == "no eyes" else rng.integers(0, 11, (n, l))
+    bits = 1 << one
+    if kind == "any":
+        bits |= 1 << rng.integers(0, 11, (n, l))
+    bits = {"all mouth": bits | 1 << 8, "none": 0 * bits}.get(kind, bits)
+    batch = Batch(torch.arange(n) * 977 - 5, torch.zeros(0), {"map:parts": {"map": torch.from_numpy(bits).int()}})
+    masks = draw_masks(batch, Draw(5, 6), recipe=FACES, l=l)
+    here = {"seed": 5, "epoch": 6}
+    noise, fill = (ids.patch_noise(batch.samples, l, stream=name, **here).tolist() for name in ("order", "fill"))
+    picked, full = ids.drawn_block(batch.samples, 6, **here).tolist(), False
+    assert masks.weight is not None and set(picked) == set(range(6))
+    for i in range(n):
+        touched = [{part for part in range(11) if bits[i, p] >> part & 1} for p in range(l)]
+        hidden, covered = crfr_p(touched, picked[i], noise[i], fill[i], l - l // 4)
+        assert len(hidden) == l - l // 4 and masks.ids_predict[i].tolist() == sorted(hidden)
+        assert masks.weight[i].tolist() == [float(p in covered) for p in sorted(hidden)]
+        full |= covered == hidden
+    assert full or kind != "all mouth"
+    if kind == "one":
+        same = Batch(batch.samples, batch.pixels, {"map:parts": {"map": torch.from_numpy(one).int()}})
+        named = draw_masks(same, Draw(5, 6), recipe=dataclasses.replace(FACES, parts="ids"), l=l)
+        assert torch.equal(named.ids_predict, masks.ids_predict) and torch.equal(named.weight, masks.weight)  # type: ignore[arg-type]
 
 
 def test_a_growing_set_takes_who_brute_force_takes() -> None:

@@ -143,6 +143,26 @@ def test_weights_of_a_mask_weigh_predicted_patches_in_each_image(
     assert found.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
+def test_a_covered_part_counts_again_through_the_same_head(
+    tiny_recipe: MakeRecipe, info_of_recipe: Callable[[str], CacheInfo], tiny_batch: MakeBatch
+) -> None:
+    """FSFM: the mean over hidden patches, and 0.007 times the mean over those of the covered part."""
+    info = info_of_recipe("fsfm")
+    model = build_model(tiny_recipe("fsfm", "terms.mimic=null"), info, dtype=torch.float64)
+    batch = tiny_batch(info, 6)
+    masks = draw_masks(batch, Draw(0, 1), recipe=model.recipe.mask, l=16)
+    assert model.heads["covered"] is model.heads["pixels"] and masks.weight is not None
+    patches = model.patches(batch, masks.ids_predict)
+    target = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6).sqrt()
+    errors = (model.heads["pixels"](model.taps(batch, masks)["decoder"].x) - target).square().mean(2)
+    again = [e[w > 0].mean() if w.any() else e.sum() * 0 for e, w in zip(errors, masks.weight)]
+    expected, found = errors.mean() + 0.007 * torch.stack(again).mean(), model(batch, masks)[0]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-10) and found.item() != errors.mean().item()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for one, two in zip(*(torch.autograd.grad(loss, parameters) for loss in (found, expected))):
+        assert torch.allclose(one, two, atol=1e-10)
+
+
 def test_a_placed_block_is_its_formulas_in_loss_and_gradients(
     tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch
 ) -> None:
