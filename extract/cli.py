@@ -32,8 +32,8 @@ torchscript_option = click.option(
 
 
 @click.command(cls=Command, context_settings={"show_default": True, "help_option_names": ["-h", "--help"]})
-@click.argument("images", nargs=-1, required=True)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=False)
+@click.argument("cache", type=click.Path(path_type=Path), required=False)
 @click.option(
     "--include",
     multiple=True,
@@ -107,14 +107,24 @@ torchscript_option = click.option(
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."
 )
+@click.option("--list-teachers", is_flag=False, flag_value="*", default=None, metavar="[PATTERN]", show_default=False,
+              help="List the teachers whose names match, with what each gives for --grid, and do nothing else.")  # fmt: skip
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
-def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, **options: Any) -> None:
+def main(
+    images: tuple[str, ...], cache: Path | None, dry_run: bool, list_teachers: str | None, traceback: bool, **options: Any
+) -> None:  # fmt: skip
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.
 
     IMAGES: a folder, tar files (plain or webdataset, {000..009} patterns), or a text file of paths.
     The same command again continues where it stopped, and shares the work with every other one that runs, on any machine: each
     takes the next shard that nobody has claimed. --shards does exactly one part; the same command without it finishes.
     """
+    if list_teachers is not None:
+        return say_teachers(list_teachers, options["grid"])
+    if cache is None or not images:
+        raise click.UsageError(
+            "Missing argument 'IMAGES... CACHE': images to read, and the folder of the cache to write."
+        )
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
     try:
         from mrmae.common.device import keep_memory
@@ -135,6 +145,17 @@ def main(images: tuple[str, ...], cache: Path, dry_run: bool, traceback: bool, *
         )
         click.echo(f"stopped; {what}", err=True)
         raise SystemExit(130) from None
+
+
+def say_teachers(pattern: str, grid: int) -> None:
+    """Print the teachers that match."""
+    from mrmae.extract.teachers import list_teachers
+
+    try:
+        for line in list_teachers(pattern, grid=grid):
+            click.echo(line)
+    except ValueError as error:
+        raise click.ClickException(str(error)) from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Frozen teachers: an address becomes a model whose features are tokens on a grid."""
 
 from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
+from mrmae.extract.teachers.catalogue import list_teachers
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Features, Teacher, build_teacher, make_spec, normalise
 from mrmae.extract.teachers.tower import Origin, Preprocessing, Tower, activation_of
 from mrmae.extract.teachers.weights import first_line, fit_weights, listed, load_weights, weights_sha256
@@ -19,6 +20,7 @@ __all__ = [
     "first_line",
     "fit_weights",
     "kind_of",
+    "list_teachers",
     "listed",
     "load_weights",
     "make_spec",

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
 from mrmae.extract.teachers.attention import checked_attention
 from mrmae.extract.teachers.hub import fetch_weights
-from mrmae.extract.teachers.timm import as_tower, norm_tail_of, patch_of, pixels_of_model, wanted_size
+from mrmae.extract.teachers.timm import as_tower, map_of, norm_tail_of, patch_of, pixels_of_model, wanted_size
 from mrmae.extract.teachers.tower import (
     ImageSize,
     Origin,
@@ -85,6 +85,25 @@ def clip_config(request: TeacherRequest) -> dict[str, Any]:
         if key not in known:
             raise ValueError(f"{request.where}: open_clip's image towers have no option {key!r}{hinted(key, known)}")
     return dict(config)
+
+
+def shape_of_open_clip(request: TeacherRequest, grid: int) -> dict[str, Any]:
+    """patch, input (pixels per side), map (height, width), width and licence of the tower for a student of grid x grid.
+
+    Builds it without weights, on whatever device is the default; open_clip records no licences.
+    """
+    module = build_visual(request, clip_config(request), quick_gelu=False)
+    if isinstance(module, TimmModel):
+        native = pixels_of_model(module.trunk, types.SimpleNamespace(input_size=(3, *module.image_size)))
+        return map_of(request, module.trunk, native, grid) | {"licence": ""}
+    if isinstance(module, ModifiedResNet):
+        side = request.input_size or int(module.image_size)
+        last = module.layer4[-1].bn3.num_features
+        return {"patch": None, "input": side, "map": (side // 32, side // 32), "width": last, "licence": ""}
+    patch = int(module.patch_size[0])
+    size = wanted_size(request, patch, module.image_size, grid)
+    cells = (size[0] // patch, size[1] // patch)
+    return {"patch": patch, "input": size[0], "map": cells, "width": module.transformer.width, "licence": ""}
 
 
 def find_tag(request: TeacherRequest) -> Pretrained:

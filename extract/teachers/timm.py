@@ -103,6 +103,25 @@ def check_activation(request: TeacherRequest, config: Any, model: nn.Module) -> 
         )
 
 
+def shape_of_timm(request: TeacherRequest, grid: int) -> dict[str, Any]:
+    """patch, input (pixels per side), map (height, width), width and licence of the model for a student of grid x grid.
+
+    Builds it without weights, on whatever device is the default.
+    """
+    config = timm_settings(request)
+    model = create_timm(request, request.options)
+    return map_of(request, model, pixels_of_model(model, config), grid) | {"licence": config.license or ""}
+
+
+def map_of(request: TeacherRequest, model: nn.Module, native: ImageSize, grid: int) -> dict[str, Any]:
+    """patch, input, map and width of a timm model, alone or as another tower's trunk."""
+    patch = patch_of(model)
+    size = wanted_size(request, patch, native, grid)
+    last: dict[str, Any] = model.feature_info[-1]  # type: ignore[index, assignment]
+    step = last["reduction"]
+    return {"patch": patch, "input": size[0], "map": (size[0] // step, size[1] // step), "width": last["num_chs"]}
+
+
 # --- weights and construction
 
 
