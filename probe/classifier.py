@@ -31,6 +31,9 @@ def trainable(
         raise ValueError(
             f"SOURCE {source.name}: a cache column has no model to fine-tune, and bare pixels have none; expected a student or timm:NAME; give the model itself"
         )
+    if source.kind == "open_clip":
+        raise ValueError(f"SOURCE {source.name}: image towers of open_clip are not fine-tuned here; expected a student or timm:NAME; timm has "
+                         "most of them under names with _clip_")  # fmt: skip
     frozen: Any = source.teacher.tower.module
     if source.kind == "timm":
         return timm_classifier(source, frozen, n_classes, drop_path=drop_path, new_head=new_head)

@@ -20,7 +20,7 @@ from mrmae.probe.compare_page import comparison_page, short_names
 from mrmae.probe.data import Data
 from mrmae.probe.job import ProbeOptions, Probing, begin_probing, folder_name
 from mrmae.probe.run import drawn, one, tell_run_page
-from mrmae.probe.sources import PIXELS_ALONE, UNTRAINED
+from mrmae.probe.sources import LIBRARY_FORMS, PIXELS_ALONE, UNTRAINED
 from mrmae.shards.format import content_id
 
 COMPARED = ("knn", "linear", "low-shot", "attentive", "finetune")
@@ -75,7 +75,7 @@ def sources_and_data(
 
 def looks_like_a_source(word: str) -> bool:
     """Whether a word names something to be probed rather than images: by its form, or by what lies there."""
-    if word == PIXELS_ALONE or word.startswith(("timm:", UNTRAINED)) or word.endswith(".pt"):
+    if word == PIXELS_ALONE or word.startswith((*LIBRARY_FORMS, UNTRAINED)) or word.endswith(".pt"):
         return not os.path.isdir(word)
     cache, mark, _ = word.rpartition("#")
     if mark and not Path(word).exists():

@@ -53,7 +53,11 @@ def paired_interval(
 
 def row(name: str, predicted: Int64[Tensor, "n"], labels: Int64[Tensor, "n"], *, seed: int) -> dict[str, Any]:
     """One accuracy: name, share of right test images, interval."""
-    right = predicted == labels
+    return share_row(name, predicted == labels, seed=seed)
+
+
+def share_row(name: str, right: Bool[Tensor, "n"], *, seed: int) -> dict[str, Any]:
+    """One share of test images: name, share, interval."""
     low, high = interval(right, seed=seed)
     return {"name": name, "accuracy": float(right.double().mean()), "interval": [low, high]}
 

@@ -18,7 +18,9 @@ from mrmae.probe.job import Outcome, ProbeOptions, Probing, begin_probing, evenl
 from mrmae.probe.low_shot import run_low_shot
 from mrmae.probe.pools import choose_pool, pools
 from mrmae.probe.rank import run_rank
+from mrmae.probe.retrieval import captions_of, run_retrieval
 from mrmae.probe.stability import run_stability
+from mrmae.probe.zero_shot import prompts_of, run_zero_shot
 from mrmae.shards.format import content_id
 from mrmae.train.run_page import write_run_page
 
@@ -63,7 +65,7 @@ def one(job: Probing, probe: str) -> report.Result:
     settings = dataclasses.asdict(job.options.settings.of(probe))
     id = content_id({"version": RESULTS_VERSION, "probe": probe, "train": job.train.id, "test": job.test.id, "settings": settings,
                      "labels": [row.label for part in (job.data.train, job.data.test) for row in part.rows],
-                     "seed": job.options.seed})  # fmt: skip
+                     "seed": job.options.seed, **({"reads": READS[probe](job)} if probe in READS else {})})  # fmt: skip
     found = report.load_result(job.home, probe, id)
     if found is None:
         began = time.monotonic()
@@ -193,7 +195,11 @@ RUNNERS: dict[str, Callable[[Probing, str], Outcome]] = {
     "low-shot": run_low_shot,
     "attentive": run_attentive,
     "finetune": run_finetune,
+    "zero-shot": run_zero_shot,
+    "retrieval": run_retrieval,
     "dense": run_dense,
     "rank": run_rank,
     "stability": run_stability,
 }
+# What else a probe reads: it is part of what its result is of.
+READS: dict[str, Callable[[Probing], Any]] = {"zero-shot": prompts_of, "retrieval": captions_of}

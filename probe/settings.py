@@ -6,9 +6,9 @@ from typing import Any, Literal
 
 from mrmae.common import strict_yaml
 
-PROBES = ("knn", "linear", "low-shot", "attentive", "finetune", "dense", "rank", "stability")
-LABEL_FREE = ("dense", "rank", "stability")  # read no label
-UNTRAINED_PROBES = LABEL_FREE  # learn nothing from a train part
+PROBES = ("knn", "linear", "low-shot", "attentive", "finetune", "zero-shot", "retrieval", "dense", "rank", "stability")
+LABEL_FREE = ("retrieval", "dense", "rank", "stability")  # read no label
+UNTRAINED_PROBES = ("zero-shot", *LABEL_FREE)  # learn nothing from a train part
 Pool = Literal["mean", "cls", "both"]
 
 
@@ -101,6 +101,34 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
+class ZeroShot:
+    """Classes by their names: softmax(100 cos) of image and class text (CLIP, arXiv 2103.00020).
+
+    prompts: a file, .txt with one template per line ({} is the class), or .yaml or .json from class to one or several prompts;
+    without one, templates. A class's text is the mean of its prompts. text: the model of the text tower, of a column.
+    """
+
+    prompts: str = ""
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Images by captions and captions by images: recall among the ks nearest. Equal captions are one.
+
+    captions: a .csv, .tsv or .parquet with a column of image names and one of captions; without one, a .txt beside each image.
+    image_column, caption_column: their names; without, those that are usual. text: as in zero_shot.
+    """
+
+    captions: str = ""
+    image_column: str = ""
+    caption_column: str = ""
+    ks: tuple[int, ...] = (1, 5, 10)
+    text: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Dense:
     """A picture of patch tokens: PCA colours and k-means segments of a few test images.
 
@@ -144,6 +172,8 @@ class Settings:
     low_shot: LowShot = dataclasses.field(default_factory=LowShot)
     attentive: Attentive = dataclasses.field(default_factory=Attentive)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
+    zero_shot: ZeroShot = dataclasses.field(default_factory=ZeroShot)
+    retrieval: Retrieval = dataclasses.field(default_factory=Retrieval)
     dense: Dense = dataclasses.field(default_factory=Dense)
     rank: Rank = dataclasses.field(default_factory=Rank)
     stability: Stability = dataclasses.field(default_factory=Stability)

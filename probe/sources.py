@@ -1,6 +1,6 @@
-"""What is probed: a student of train-mrmae, a timm model, a column of a cache, or what nobody trained; all behind one signature.
+"""What is probed: a student of train-mrmae, a model of timm or open_clip, a column of a cache, or what nobody trained; all behind one signature.
 
-Students and timm models become a frozen `Teacher` (extract), so that pixels reach them exactly as they reach teachers.
+Students and models of libraries become a frozen `Teacher` (extract), so that pixels reach them exactly as they reach teachers.
 Tokens are taken behind the final norm, which is what a classifier would read.
 """
 
@@ -24,7 +24,7 @@ from mrmae.extract.teachers import (
     make_spec,
     parse_teacher,
 )
-from mrmae.extract.teachers.timm import timm_settings
+from mrmae.extract.teachers.timm import native_pixels
 from mrmae.probe.students import FORMS, Student, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
@@ -32,6 +32,8 @@ from mrmae.train.method import initialise
 
 PIXELS_ALONE, PIXELS_SIDE = "pixels", 16
 UNTRAINED = "untrained:"
+LIBRARY_FORMS = ("timm:", "open_clip:")
+TEXT_OPTION = "text_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +81,8 @@ def open_source(
     if text == PIXELS_ALONE:
         return pixel_source(device=device)
     inner = text.removeprefix(UNTRAINED)
-    if inner.startswith("timm:"):
-        return timm_source(inner, untrained=inner != text, **how)
+    if inner.startswith(LIBRARY_FORMS):
+        return model_source(inner, untrained=inner != text, **how)
     if inner != text:
         return student_source(Path(inner), untrained=True, **how)
     path, _, teacher = text.rpartition("#")
@@ -117,29 +119,48 @@ def pixel_source(*, device: str) -> FeatureSource:
     return FeatureSource(PIXELS_ALONE, "pixels", hashed(spec), Teacher(spec, {}, tower, torch.device(device)))
 
 
-# --- timm
+# --- timm and open_clip
 
 
-def timm_source(text: str, *, size: int, device: str, precision: str, untrained: bool = False) -> FeatureSource:
-    """A timm model at its configured size: a ViT's tokens behind its norm, a CNN's map before pooling; `?tap=` chooses.
+def model_source(text: str, *, size: int, device: str, precision: str, untrained: bool = False) -> FeatureSource:
+    """A model of timm or an image tower of open_clip at its configured size: a ViT's tokens behind its norm, a CNN's map before
+    pooling; `?tap=` chooses.
 
     untrained: with random weights instead of its own.
     """
-    request = parse_teacher(f"probe={text}")
+    request = without_text(parse_teacher(f"probe={text}"))
     if untrained:
         request = dataclasses.replace(request, weights="random", file=None)
-    own = request.input_size or int(timm_settings(request).input_size[-1])
+    own = request.input_size or own_size(request)
     request = dataclasses.replace(request, input_size=size or own)
     how: dict[str, Any] = {"grid": 1, "view_size": size or own, "device": device, "precision": precision}
     teacher = build_teacher(request, **how)
     if request.tap is None:
         plain = teacher.tower.patch is not None
-        tap = ("post_ln" if has_norm(teacher.tail) else None) if plain else "head"
+        tap = (
+            ("post_ln" if has_norm(teacher.tail) else None) if plain else "head" if request.library == "timm" else None
+        )
         teacher = build_teacher(dataclasses.replace(request, tap=tap), **how)
     notes = ["RANDOM weights: these features know nothing"] if request.weights == "random" else []
     notes += resized_note(size, own, teacher.tower.patch)
     teacher, text = frozen(teacher), UNTRAINED * untrained + text
-    return FeatureSource(text, "timm", hashed(teacher.spec), teacher, notes=tuple(notes))
+    return FeatureSource(text, request.library, hashed(teacher.spec), teacher, notes=tuple(notes))
+
+
+def without_text(request: TeacherRequest) -> TeacherRequest:
+    """The request without the options of a text tower, which begin with `text_`."""
+    kept = {key: value for key, value in request.options.items() if not key.startswith(TEXT_OPTION)}
+    return dataclasses.replace(request, options=kept)
+
+
+def own_size(request: TeacherRequest) -> int:
+    """Pixels per side that the model's weights are for, or that it is configured for."""
+    if request.library == "timm":
+        return native_pixels(request)
+    from mrmae.extract.teachers.open_clip import clip_config  # takes seconds
+
+    side = clip_config(request)["vision_cfg"].get("image_size", 224)
+    return int(side if isinstance(side, int) else side[0])
 
 
 def frozen(teacher: Teacher) -> Teacher:

@@ -16,7 +16,7 @@ from mrmae.train.export import CONFIG, WEIGHTS, load_mcmae, load_student
 from mrmae.train.method import PATCH, SIZES, MaskedConvViT, build_mcmae, build_vit, from_dict
 
 STUDENT_FORMS = "OUT of train-mrmae, OUT/student, or a checkpoint OUT/checkpoints/step-N.pt"
-FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], CACHE#TEACHER[.TAP], pixels, or untrained:SOURCE"
+FORMS = "OUT of train-mrmae, OUT/student, a checkpoint OUT/checkpoints/step-N.pt, timm:NAME[@FILE][?key=value], open_clip:NAME[/TAG][@FILE][?key=value], CACHE#TEACHER[.TAP], pixels, or untrained:SOURCE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def depth_of(weights: Mapping[str, Tensor], blocks: str) -> int:
 
 
 def student_tower(student: Student, size: int, *, where: str) -> Tower:
-    """The student at `size` pixels as an image tower: a ViT behind its final norm, MCMAE's tokens as fine-tuning reads them.
+    """The student at `size` pixels as an image tower: a ViT behind its final norm, MCMAE's student with its stage fusion.
 
     Positions are interpolated where the size is another. Raises ValueError for one that is no multiple of the patch.
     """
@@ -117,15 +117,15 @@ def student_tower(student: Student, size: int, *, where: str) -> Tower:
 
 
 def mcmae_tower(model: MaskedConvViT, origin: Origin, size: int) -> Tower:
-    """MCMAE's encoder: no CLS, no stage fusion, before a final norm (that one belongs to pre-training)."""
+    """MCMAE's encoder as it was trained: no CLS, with the stage fusion, behind its norm."""
     if model.grid != (size // PATCH, size // PATCH):
         model.resize((size // PATCH, size // PATCH))
 
     def features(x: Tensor) -> tuple[Tensor, None]:
-        tokens = model.forward_features(x)
+        tokens = model.forward_fused(x)
         return tokens.transpose(1, 2).reshape(len(x), -1, *model.grid), None
 
     return Tower(
         module=model, features=features, attention_row=None, patch=PATCH, input_size=(size, size), origin=origin,
-        activation=activation_of(model), prefix_tokens=0, tap="pre_tail", tail={}, attention_backend=attention_backend(model),
+        activation=activation_of(model), prefix_tokens=0, tap="fused", tail={}, attention_backend=attention_backend(model),
     )  # fmt: skip

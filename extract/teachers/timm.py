@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -41,7 +42,7 @@ def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -
     """
     config = timm_settings(request)
     weights = timm_weights(request, config, allow_torchscript=allow_torchscript)
-    native = build_loaded(request, config, weights, {})
+    native = build_loaded(request, config, weights, size_in_file(request, config, weights))
     sha256 = weights_sha256(native.state_dict(), classifier=classifier_names(config))
     check_activation(request, config, native)
     patch, native_size = patch_of(native), pixels_of_model(native, config)
@@ -267,6 +268,36 @@ def wanted_size(request: TeacherRequest, patch: int | None, native: ImageSize, g
     if patch and side and side % patch:
         raise ValueError(f"{request.where}: ?input_size={side} is no multiple of the model's patch of {patch} px")
     return (side, side) if side else native
+
+
+def native_pixels(request: TeacherRequest, *, allow_torchscript: bool = False) -> int:
+    """Pixels per side that the model's weights are for: those of a file's own position embeddings, else the configured ones."""
+    config = timm_settings(request)
+    weights = timm_weights(request, config, allow_torchscript=allow_torchscript) if request.file else None
+    size = size_in_file(request, config, weights).get("img_size", config.input_size[-2:])
+    return int(size[1])
+
+
+def size_in_file(request: TeacherRequest, config: Any, weights: Mapping[str, Tensor] | None) -> dict[str, ImageSize]:
+    """timm's `img_size` for a file's own square grid of position embeddings, so that they are taken as they are.
+
+    Empty where the model as configured has as many, and where weights or model have none of this kind.
+    """
+    found = weights.get("pos_embed") if weights is not None and request.weights == "file" else None
+    if weights is None or found is None or found.ndim != 3 or "patch_embed.proj.weight" not in weights:
+        return {}
+    patch, cls = int(weights["patch_embed.proj.weight"].shape[-1]), int("cls_token" in weights)
+    registers = int(weights["reg_token"].shape[1]) if "reg_token" in weights else 0
+    counts = [
+        n for before in (cls + registers, cls, 0) if (n := found.shape[1] - before) > 0 and math.isqrt(n) ** 2 == n
+    ]
+    side = math.isqrt(counts[0]) * patch if counts else 0
+    if not side or (side, side) == tuple(config.input_size[-2:]):
+        return {}
+    model = build_random(request, request.options)  # whether it is of this kind, its own class knows
+    own: Any = getattr(model, "pos_embed", None)
+    asked = patch_of(model) == patch and own is not None and own.shape[1] != found.shape[1]
+    return {"img_size": (side, side)} if asked else {}
 
 
 # --- features

@@ -15,6 +15,7 @@ from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
 from mrmae.train.checkpoint import list_checkpoints
 from mrmae.train.export import load_mcmae
+from mrmae.train.method.mcmae import encode_mcmae
 from mrmae.train.method.recipe import load_recipe
 
 PIXELS = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -70,6 +71,17 @@ def test_a_timm_vit_is_read_behind_its_norm_and_a_cnn_before_its_pooling() -> No
     assert cnn.spec.tap == "head" and cnn.spec.grid == cnn.spec.native_grid and cnn.spec.resample == "none"
 
 
+def test_a_file_of_another_grid_runs_at_its_own_size_without_a_note(tmp_path: Path) -> None:
+    model = timm.create_model("test_vit", img_size=64, patch_size=8)
+    safetensors.torch.save_file({k: v.contiguous() for k, v in model.state_dict().items()}, tmp_path / "w.safetensors")
+    text = f"timm:test_vit@{tmp_path / 'w.safetensors'}?patch_size=8"
+    asked, own, other = (open_source(text, size=size) for size in (64, 0, 96))
+    assert asked.about == own.about and own.size == 64 and own.spec.grid == (8, 8) and not asked.notes
+    assert any(
+        "trained at 64 px and runs at 96 px" in note and "8 x 8 patches to 12 x 12" in note for note in other.notes
+    )
+
+
 def test_a_column_gives_the_stored_tokens(tiny_cache: Path) -> None:
     source, cache = open_source(f"{tiny_cache}#a"), open_cache(tiny_cache)
     tokens, cls = column_features(source, np.array([3, 1]))
@@ -81,7 +93,7 @@ def test_a_column_gives_the_stored_tokens(tiny_cache: Path) -> None:
 @pytest.mark.parametrize("text, told", [
     ("nowhere", "there is no such file or folder; expected OUT of train-mrmae"),
     ("timm:vit_nothing", "timm has no model"),
-    ("open_clip:ViT-B-32", "there is no such file"),
+    ("open_clip:ViT-B-32", "names no weights; add /TAG"),
 ])  # fmt: skip
 def test_an_unknown_source_is_refused_with_the_forms(text: str, told: str) -> None:
     with pytest.raises(ValueError, match=told):
@@ -116,7 +128,9 @@ def test_a_student_whose_file_is_no_weights_or_another_models_is_refused_in_one_
     assert "\n" not in str(error.value) and "weights_only" not in str(error.value)
 
 
-def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[..., Path], tmp_path: Path) -> None:
+def test_mcmaes_student_is_scored_with_its_fusion_as_while_it_trains(
+    make_cache: Callable[..., Path], tmp_path: Path
+) -> None:
     cache = make_cache(
         tmp_path / "cache", n=8, size=32, grid=2, teachers={"a": {"width": 8, "has_cls": False, "has_attention": False}}
     )
@@ -124,15 +138,20 @@ def test_mcmaes_student_is_read_as_fine_tuning_reads_it(make_cache: Callable[...
                                       "optim.epochs=2", "optim.warmup_epochs=1", "optim.batch_size=4"])  # fmt: skip
     train_quietly(cache, tmp_path / "out", recipe)
     source = open_source(str(tmp_path / "out"))
-    model, (mean, std) = (
-        load_mcmae(tmp_path / "out" / "student"),
-        (torch.tensor(x) for x in (source.spec.mean, source.spec.std)),
-    )
+    model = load_mcmae(tmp_path / "out" / "student")
+    torch.nn.init.normal_(model.stage1_output_decode.weight)  # so that a fusion left out is seen
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "out" / "student" / "model.safetensors")
+    changed = open_source(str(tmp_path / "out" / "student"))
+    mean, std = (torch.tensor(x) for x in (source.spec.mean, source.spec.std))
+    everything = torch.arange(4).expand(len(PIXELS), -1)
+    with torch.no_grad():  # what Pretrainer.tokens, and so k-NN while training, gives
+        wanted, _ = encode_mcmae(model, PIXELS, everything, scale=1 / (255 * std), shift=-mean / std)
+    assert changed.teacher
+    found = changed.teacher.forward(PIXELS)
+    assert found.cls is None and (found.tokens - wanted).abs().max() < 1e-4 and wanted.std() > 0.1
     with torch.no_grad():
-        wanted = model.forward_features(((PIXELS / 255 - mean) / std).permute(0, 3, 1, 2))
-    assert source.teacher
-    found = source.teacher.forward(PIXELS)
-    assert found.cls is None and (found.tokens - wanted).abs().max() < 1e-5
+        unfused = model.forward_features(((PIXELS / 255 - mean) / std).permute(0, 3, 1, 2))
+    assert (unfused - wanted).abs().max() > 0.1, "fine-tuning leaves the fusion out"
     assert open_source(str(list_checkpoints(tmp_path / "out" / "checkpoints")[-1])).about == source.about
     larger = open_source(str(tmp_path / "out"), size=64)
     assert larger.spec.grid == (4, 4) and any("2 x 2 patches to 4 x 4" in note for note in larger.notes)

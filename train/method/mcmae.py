@@ -151,12 +151,20 @@ class MaskedConvViT(nn.Module):
 
     def forward_features(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
         """All tokens of normalised, unmasked images as fine-tuning uses them: no stage fusion, before any final norm."""
+        return self.whole(image)[0]
+
+    def forward_fused(self, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b l d"]:
+        """All tokens of normalised, unmasked images as pre-training makes them: with the stage fusion, behind its norm."""
+        return self.fuse(*self.whole(image))
+
+    def whole(self, image: Float[Tensor, "b c h w"]) -> tuple[Tensor, Tensor, Tensor]:
+        """The transformer's output for all patches, and both convolution stages'."""
         patches = F.unfold(image, PATCH, stride=PATCH).transpose(1, 2)
         everything = torch.arange(patches.shape[1], device=image.device).expand(image.shape[0], -1)
-        x, _, _ = self.stages(patches, everything)
+        x, one, two = self.stages(patches, everything)
         for block in self.blocks3:
             x = block(x)
-        return x
+        return x, one, two
 
 
 def build_mcmae(

@@ -14,6 +14,8 @@ from torch import nn
 
 from mrmae.extract.teachers.address import parse_teacher
 from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, build_teacher, normalise
+from mrmae.extract.teachers.timm import native_pixels
+from mrmae.extract.teachers.weights import load_weights
 from mrmae.shards.format.spec import TeacherSpec, canonical_json
 from mrmae.shards.format.tail import apply_tail
 
@@ -168,6 +170,18 @@ def test_a_vit_at_another_size_is_resampled_and_attention_keeps_its_sum():
     features = larger.forward(views())
     assert features.tokens.shape == (2, 16, 64)
     assert torch.allclose(features.attention.sum(1), torch.full((2,), 64 / 65), atol=0.02)
+
+
+@pytest.mark.parametrize("name, side", [("test_vit", 4), ("test_vit2", 4), ("test_vit", 10)])
+def test_positions_of_a_file_are_taken_as_they_are_at_its_own_size(tmp_path, name, side):
+    model = timm.create_model(name, img_size=16 * side)
+    file = random_weights_file(tmp_path / "w.safetensors", model)
+    request = parse_teacher(f"a=timm:{name}@{file}")
+    assert native_pixels(request) == 16 * side
+    teacher = build(f"a=timm:{name}@{file}?input_size={16 * side}")
+    assert torch.equal(teacher.tower.module.pos_embed, load_weights(file)["pos_embed"])
+    larger = build(f"a=timm:{name}@{file}?input_size=192").tower.module
+    assert torch.equal(larger.pos_embed, plain_timm(file, name, img_size=192).pos_embed), "interpolated once"
 
 
 @pytest.mark.parametrize("tap", ["block_1", "block_3", "post_ln"])
