@@ -5,7 +5,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from mrmae.common.backend import exists
+from mrmae.extract.made_maps import MadeMap, is_made, parse_made, source_of
 from mrmae.extract.maps import GivenMap, read_map
 from mrmae.extract.options import Options
 from mrmae.extract.recorded import recorded_teachers, with_folder
@@ -16,6 +19,7 @@ from mrmae.shards.format import (
     Plan,
     TeacherSpec,
     keep_tail,
+    read_codebook,
     read_tail,
     tail_path,
     taps_behind,
@@ -28,12 +32,14 @@ from mrmae.shards.manifest import read_manifest
 class Teachers:
     """The teachers asked for. built: by column; the cache is complete where one is missing, and its spec recorded.
 
-    maps: likewise, as they were given.
+    maps: likewise, as they were given. texts: by column of a computed map, what the text tower makes of its prompts, where the cache has
+    not that already.
     """
 
     specs: Sequence[TeacherSpec]
     built: Mapping[str, Teacher]
     maps: Mapping[str, GivenMap]
+    texts: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def map_sha256(self) -> dict[str, str]:
@@ -42,21 +48,79 @@ class Teachers:
 
 
 def asked_maps(options: Options, there: Plan | None, keys: Sequence[str]) -> dict[str, tuple[TeacherSpec, GivenMap]]:
-    """The maps of the options by column, with the spec that a cache has or will have of them. keys: of the images.
+    """The maps that are given, by column, with the spec that a cache has or will have of them. keys: of the images.
 
     ValueError where a file is no map for this grid, or other values were given before; without --append also where it lacks one
     of the images and something of it has to be written.
     """
     found = {}
     for text in options.maps:
+        if is_made(text):
+            continue
         given = read_map(text, grid=options.grid, views=options.views)
         spec = recorded_map(options, there, given)
         if not options.append and not (there and spec in there.columns and all_committed(options, there, spec)):
             given.refuse_lacking(keys)
-        if spec.column in found:
-            raise ValueError(f"--map {text}: {given.name} is given twice; expected one file per name; rename one")
         found[spec.column] = spec, given
     return found
+
+
+def asked_made(options: Options, requests: Sequence[TeacherRequest], images: int) -> list[MadeMap]:
+    """The maps that are computed, checked as far as the words and the file of prompts go. ValueError for names that are taken, too."""
+    made = [parse_made(text, images=images, grid=options.grid) for text in options.maps if is_made(text)]
+    teachers, names = {request.name: request for request in requests}, [text.partition("=")[0] for text in options.maps]
+    for text, name in zip(options.maps, names):
+        if names.count(name) > 1 or name in teachers:
+            other = "a teacher has that name" if name in teachers else f"{name} is given twice"
+            raise ValueError(f"--map {text}: {other}; expected one name per map and teacher; rename one")
+    for asked in made:
+        if (request := teachers.get(asked.teacher_name)) is None:
+            raise ValueError(f"{asked.where}: {asked.teacher_name} is not asked for; expected a teacher of this command, "
+                             f"{', '.join(teachers) or 'of which there is none'}; add --teacher {asked.teacher_name}=...")  # fmt: skip
+        if asked.made == "text" and request.library != "open_clip":
+            raise ValueError(
+                f"{asked.where}: {request.where} has no text tower; expected a CLIP of open_clip; choose another teacher"
+            )
+    return made
+
+
+def made_specs(
+    options: Options, made: Sequence[MadeMap], specs: Sequence[TeacherSpec], built: Mapping[str, Teacher]
+) -> list[TeacherSpec]:
+    """Of every computed map, its column. specs: of the teachers asked for; built: of them, by column."""
+    tails = {teacher.spec.name: teacher.tail for teacher in built.values()}
+    found = []
+    for asked in made:
+        of, source = source_of(
+            asked, specs, lambda name: tails[name] if name in tails else read_tail(options.cache, name)
+        )
+        found.append(asked.spec(of, source))
+    return found
+
+
+def asked_texts(
+    options: Options, there: Plan | None, requests: Sequence[TeacherRequest], made: Sequence[MadeMap], specs: Sequence[TeacherSpec]
+) -> dict[str, Tensor]:  # fmt: skip
+    """What a text tower makes of the prompts of maps whose codebook the cache lacks, by column; empty for a process that does not lead."""
+    found = {}
+    for asked, spec in zip(made, specs) if options.part.leads else ():
+        if asked.made == "text" and not has_codebook(options.cache, there, spec.column):
+            from mrmae.extract.teachers.open_clip import text_vectors  # takes seconds to import
+
+            request = next(request for request in requests if request.name == asked.teacher_name)
+            found[spec.column] = text_vectors(request, asked.prompts, allow_torchscript=options.allow_torchscript)
+    return found
+
+
+def has_codebook(path: Path, there: Plan | None, column: str) -> bool:
+    """Whether a cache holds the codebook of a computed map, whole."""
+    quantiser = there.quantisers.get(column) if there else None
+    if quantiser is None or quantiser.codebook is None:
+        return False
+    try:
+        return bool(len(read_codebook(path, column.partition(".")[0], quantiser.codebook["sha256"])))
+    except ValueError:
+        return False
 
 
 def recorded_map(options: Options, there: Plan | None, given: GivenMap) -> TeacherSpec:
@@ -85,7 +149,8 @@ def asked_teachers(options: Options, there: Plan | None, keys: Sequence[str], sa
 
     there: the plan of the cache, if there is one. keys: of the images. What follows from another column and its tail is left out, aloud.
     """
-    requests, maps = [parse_teacher(text) for text in options.teachers], asked_maps(options, there, keys)
+    requests = [parse_teacher(text) for text in options.teachers]
+    made, maps = asked_made(options, requests, len(keys)), asked_maps(options, there, keys)
     specs: dict[int, TeacherSpec] = {}
     built: dict[str, Teacher] = {}
     for i in sorted(range(len(requests)), key=lambda i: requests[i].tap in BEHIND):
@@ -101,8 +166,11 @@ def asked_teachers(options: Options, there: Plan | None, keys: Sequence[str], sa
             spec = teacher.spec
             built[spec.column] = teacher
         specs[i] = spec
-    every = [*(specs[i] for i in sorted(specs)), *(spec for spec, _ in maps.values())]
-    return Teachers(every, built, {column: given for column, (_, given) in maps.items()})
+    teachers = [specs[i] for i in sorted(specs)]
+    computed = made_specs(options, made, teachers, built)
+    texts = asked_texts(options, there, requests, made, computed)
+    every = [*teachers, *(spec for spec, _ in maps.values()), *computed]
+    return Teachers(every, built, {column: given for column, (_, given) in maps.items()}, texts)
 
 
 def follows(

@@ -1,36 +1,112 @@
-"""Calibration: the quantisers of columns that have none yet, from the first samples; what it computes is not computed again."""
+"""Calibration: quantisers and codebooks of columns that have none yet, from the first samples; what it computes is not computed again."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import numpy as np
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.common.progress import Progress
-from mrmae.extract.pipeline import ExtractJob, batches_decoded_ahead, planned_batches, unfinished, view_pixels
+from mrmae.extract.asked_teachers import has_codebook
+from mrmae.extract.made_maps import fit_kmeans
+from mrmae.extract.pipeline import (
+    ExtractJob,
+    batches_decoded_ahead,
+    behind_tail,
+    planned_batches,
+    source_column,
+    source_tokens,
+    unfinished,
+    view_pixels,
+)
 from mrmae.extract.prepare import KeptBatches, Prepared, PreparedBatch
-from mrmae.shards.format import CALIBRATION_SAMPLES, NOT_QUANTISED, Quantiser, calibrate, first_rows, freeze_quantisers
+from mrmae.shards import commit as commits
+from mrmae.shards.format import (
+    CALIBRATION_SAMPLES,
+    NOT_QUANTISED,
+    PIXELS,
+    Numbers,
+    Quantiser,
+    TeacherSpec,
+    calibrate,
+    codebook_path,
+    codebook_sha256,
+    dequantise,
+    first_rows,
+    freeze_quantisers,
+    quantise,
+    write_codebook,
+)
 
 
 def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
-    """The job with every column's quantiser frozen in its plan, and the batches that calibration has seen.
+    """The job with every column's quantiser (of a computed map, its codebook) frozen in its plan, and the batches that calibration has seen.
 
     The first 256 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
     shown to the teachers again afterwards.
     """
     pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
-    maps = [t.column for t in job.plan.columns if t.is_map and t.column not in job.plan.quantisers]
-    if not pending and not maps:
+    given = [t.column for t in job.plan.columns if t.is_map and not t.made and t.column not in job.plan.quantisers]
+    made = [t for t in job.plan.columns if t.made and not has_codebook(job.path, job.plan, t.column)]
+    if not pending and not given and not made:
         return job, {}
-    kept: KeptBatches = {}
-    if not pending or job.options.dtype == "float16":
-        found = {column: Quantiser(job.options.dtype) for column in pending}
-    else:
-        kept = calibration_batches(dataclasses.replace(job, teachers=pending))
-        found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) for column in pending}
-    plan = freeze_quantisers(job.path, job.plan, {**job.plan.quantisers, **found, **dict.fromkeys(maps, NOT_QUANTISED)})
+    fitted = {source_column(spec) for spec in made if spec.made == "kmeans"}
+    to_see = {column: t for column, t in pending.items() if job.options.dtype != "float16" or column in fitted}
+    to_see |= {column: job.teachers[column] for column in fitted - set(pending) if stored_sample(job, column) is None}
+    kept = calibration_batches(dataclasses.replace(job, teachers=to_see)) if to_see else {}
+    found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) if column in to_see else
+             Quantiser(job.options.dtype) for column in pending}  # fmt: skip
+    quantisers = {**job.plan.quantisers, **found, **dict.fromkeys(given, NOT_QUANTISED)}
+    known = dataclasses.replace(job, plan=dataclasses.replace(job.plan, quantisers=quantisers))
+    for spec in made:
+        quantisers[spec.column] = with_codebook(known, spec, kept)
+    plan = freeze_quantisers(job.path, job.plan, quantisers)
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
+
+
+def with_codebook(job: ExtractJob, spec: TeacherSpec, kept: KeptBatches) -> Quantiser:
+    """What stands in the plan of a computed map, its codebook written. ValueError where the plan's is another one and is lost."""
+    vectors = job.texts[spec.column] if spec.made == "text" else fit_kmeans(sampled_tokens(job, spec, kept), spec.model_options["k"],
+                                                                             f"--map {spec.name}")  # fmt: skip
+    told = job.plan.quantisers.get(spec.column)
+    sha256 = codebook_sha256(vectors.numpy())
+    if told is not None and told.codebook is not None and told.codebook["sha256"] != sha256:
+        raise ValueError(f"{codebook_path(job.path, spec.name)}: is lost or damaged, and what is computed now is not what map {spec.name} was begun "
+                         f"with; restore it from a copy, or drop {spec.column} with inspect-cache drop, and ask for it again")  # fmt: skip
+    write_codebook(job.path, spec.name, vectors.numpy())
+    return told or dataclasses.replace(
+        NOT_QUANTISED, codebook={"sha256": sha256, "of": job.plan.ids[source_column(spec)]}
+    )
+
+
+def sampled_tokens(job: ExtractJob, spec: TeacherSpec, kept: KeptBatches) -> Float[Tensor, "n d"]:
+    """The tokens of the first 256 readable samples, as readers of the cache get them."""
+    column = source_column(spec)
+    if (numbers := stored_sample(job, column)) is not None:
+        return source_tokens(job, spec, numbers, 0).flatten(0, 1)
+    quantiser = job.plan.quantisers[column]
+    parts = [
+        dequantise(*quantise(tokens.to(job.options.device), quantiser), quantiser)
+        for tokens in features_of(kept, column)
+    ]
+    return behind_tail(job, spec, torch.cat(parts)).flatten(0, 1)
+
+
+def stored_sample(job: ExtractJob, column: str) -> Numbers | None:
+    """The first 256 readable samples, where view 0 of a column has them all; else None."""
+    found: list[int] = []
+    for shard, numbers in enumerate(job.plan.ranges):
+        pixels = commits.valid_record(job.path, job.plan, 0, PIXELS, shard)
+        if pixels is None or commits.valid_record(job.path, job.plan, 0, column, shard) is None:
+            return None
+        found += [number for number in numbers if str(number) not in pixels["bad"]]
+        if len(found) >= CALIBRATION_SAMPLES:
+            break
+    return np.array(found[:CALIBRATION_SAMPLES], np.int64) if found else None
 
 
 def calibration_batches(job: ExtractJob) -> KeptBatches:

@@ -59,9 +59,10 @@ torchscript_option = click.option(
     "--map",
     "maps",
     multiple=True,
-    metavar="NAME=FILE",
+    metavar="NAME=FILE|text:TEACHER:PROMPTS.txt|kmeans:TEACHER:K",
     show_default=False,
-    help="A value per patch from FILE, .npz or .parquet by key (repeatable): ids, bits or scores; crops and flips apply to it.",
+    help="A value per patch (repeatable): from FILE, .npz or .parquet by key, ids, bits or scores, to which crops and flips apply; the largest"
+    " cosine of CLIP's projected tokens with the prompts of a text file, one a line; or which of K centroids is nearest to a teacher's token.",
 )
 @click.option("--views", default=1, type=click.IntRange(1), help="Crops stored per image.")
 @click.option("--crop-scale", default=(0.4, 1.0), nargs=2, type=float, help="Share of the image's area in a crop.")

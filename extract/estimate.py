@@ -14,6 +14,7 @@ import torch
 from mrmae.common.files import write_durably
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.images import Sources, decoded, read_image
+from mrmae.extract.made_maps import made_in_words
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import Teacher
 from mrmae.extract.workers import ProcessPart
@@ -119,6 +120,8 @@ def read_in_blocks(teachers: Sequence[TeacherSpec], blocks: int = 4) -> list[str
 
 def teacher_in_words(teacher: TeacherSpec, dtype: str) -> str:
     """A column in a few words: model, weights, grid, width, dtype, what else is stored."""
+    if teacher.made:
+        return f"map, {teacher.model} per patch, {made_in_words(teacher)}"
     if teacher.is_map:
         said = "of the only view" if teacher.resample == "none" else f"of the whole image, by {teacher.resample}"
         return f"map, {teacher.model} per patch, {said}"

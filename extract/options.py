@@ -23,7 +23,8 @@ class Options:
     """What extract-features can be told. 0, -1 and "auto" choose; see the command's --help.
 
     grid: patches per side of the student; recipe.size must be a multiple of it. shards: 'i/n', this process's part of
-    the shards. limit: only the first so many images in canonical order, 0 for all. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. maps: NAME=FILE each. part: follows from it and from torchrun's environment.
+    the shards. limit: only the first so many images in canonical order, 0 for all. append: images may be new to a cache that exists. teachers: as in parse_teacher; several taps of one model as ?tap=a,b. maps: NAME=FILE each, or
+    computed, NAME=text:TEACHER:FILE and NAME=kmeans:TEACHER:K. part: follows from it and from torchrun's environment.
     """
 
     images: Sequence[str | os.PathLike[str]]

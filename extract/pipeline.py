@@ -5,6 +5,7 @@ What is left to do is always the plan minus the valid commits, so stopping anywh
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -21,6 +22,7 @@ from torch import Tensor
 from mrmae.common.progress import Progress
 from mrmae.common.versions import versions
 from mrmae.extract.estimate import time_left
+from mrmae.extract.made_maps import compared
 from mrmae.extract.maps import GivenMap
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import (
@@ -36,8 +38,22 @@ from mrmae.extract.prepare import (
 from mrmae.extract.teachers import Features, Teacher
 from mrmae.extract.workers import ClaimedShards, Units, wait_for_writers
 from mrmae.shards import commit as commits
-from mrmae.shards.format import PIXELS, Measured, Plan, measure, quantise, summarise
-from mrmae.shards.store import PixelRow
+from mrmae.shards.format import (
+    PIXELS,
+    SAMPLES_AT_ONCE,
+    Measured,
+    Numbers,
+    Plan,
+    TeacherSpec,
+    apply_tail,
+    dequantise,
+    measure,
+    quantise,
+    read_codebook,
+    read_tail,
+    summarise,
+)
+from mrmae.shards.store import PixelRow, Shards
 
 TIMED_BATCHES = 10  # after the first one, which warms up
 
@@ -48,7 +64,10 @@ class HopelessQuality(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class ExtractJob:
-    """An extraction under way: the plan on disk, the images, and a teacher or a map for every column that something is missing of."""
+    """An extraction under way: the plan on disk, the images, and a teacher or a given map for every column that something is missing of.
+
+    texts: by column of a computed map, its prompts' vectors, where they are not in the cache yet.
+    """
 
     path: Path
     plan: Plan
@@ -56,6 +75,12 @@ class ExtractJob:
     teachers: Mapping[str, Teacher]
     options: Options
     maps: Mapping[str, GivenMap] = dataclasses.field(default_factory=dict)
+    texts: Mapping[str, Tensor] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def shards(self) -> Shards:
+        """What is committed, to be read."""
+        return Shards(self.path, self.plan, [row.key for row in self.images.rows], self.options.workers)
 
     @property
     def in_turns(self) -> bool:
@@ -82,6 +107,7 @@ def unfinished(job: ExtractJob) -> dict[int, Units]:
     for view, column, shard in commits.missing(job.path, job.plan):
         refuse_requantised(job, column)
         refuse_other_map(job, column, shard)
+        refuse_other_source(job, column)
         todo[shard].append((view, column))
     return {shard: todo[shard] for shard in job.options.part.in_order(todo)}
 
@@ -104,6 +130,22 @@ def refuse_other_map(job: ExtractJob, column: str, shard: int) -> None:
     if told != given.sha256:
         raise ValueError(f"{given.where}: its values are {given.sha256[:15]}...; shard {shard} of {column} is missing in {job.path} and its "
                          f"values were {told[:15]}...; give the file of then with --map")  # fmt: skip
+
+
+def refuse_other_source(job: ExtractJob, column: str) -> None:
+    """ValueError for a computed map whose teacher's column is another one by now: what is missing would not go with what is there."""
+    quantiser = job.plan.quantisers.get(column)
+    if quantiser is not None and quantiser.codebook is not None:
+        source, of = source_column(job.plan.teacher(column)), quantiser.codebook["of"]
+        if job.plan.ids.get(source) != of:
+            raise ValueError(f"{job.path}: {column} was computed from column {of[:19]}, and {source} is {str(job.plan.ids.get(source))[:19]}; "
+                             f"shards of it are missing, which only the former can write; drop {column} with inspect-cache drop, and ask "
+                             "for it again")  # fmt: skip
+
+
+def source_column(spec: TeacherSpec) -> str:
+    """The stored column that a computed map's tokens follow from, where they are not stored themselves: see `source_tokens`."""
+    return str(spec.model_options["source"])
 
 
 def extract_claimed(job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatches) -> dict[int, Units]:
@@ -212,6 +254,8 @@ def extract_shard(
                 add_pixels(view, batch, into)
             elif column in job.maps:
                 add_map(job, view, column, batch, into)
+            elif job.plan.teacher(column).made:  # computed from what is stored, once that is
+                into.valid += [sample.rows[view].jpeg is not None for sample in batch.samples]
             else:
                 add_features(job, view, column, batch, into)
         known = bool(batch.features) and 0 in batch.planned.views
@@ -278,12 +322,18 @@ def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str],
     Raises HopelessQuality for a column that is too coarse, once all others are committed.
     """
     hopeless: list[HopelessQuality] = []
-    for (view, column), found in sorted(gathered.items(), key=lambda item: (item[0][1] != PIXELS, item[0])):
+    for (view, column), found in sorted(gathered.items(), key=lambda item: (turn(job.plan, item[0][1]), item[0])):
         about: dict[str, Any] = {"seconds": dict(found.seconds), **circumstances(job)}
         if column == PIXELS:
             commits.store_pixels(job.path, job.plan, view, shard, found.rows, about)
             progress.add(0, bytes=sum(len(row.jpeg or b"") for row in found.rows))
             continue
+        if job.plan.teacher(column).made:
+            if commits.valid_record(job.path, job.plan, view, source_column(job.plan.teacher(column)), shard) is None:
+                continue  # too coarse: the command ends with that
+            began = time.monotonic()
+            found.arrays["map"] = made_map(job, view, column, shard, found.valid)
+            about["seconds"] = {"forward": time.monotonic() - began}
         arrays = whole_shard(found, job.plan.layout(column).arrays())
         if found.measured:
             about["quality"] = summarise(found.measured)
@@ -294,6 +344,44 @@ def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str],
         progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
     if hopeless:
         raise hopeless[0]
+
+
+def turn(plan: Plan, column: str) -> int:
+    """When a column of a shard is written: the views first, what is computed from other columns last."""
+    return 0 if column == PIXELS else 2 if plan.teacher(column).made else 1
+
+
+def made_map(job: ExtractJob, view: int, column: str, shard: int, valid: Sequence[bool]) -> list[Tensor]:
+    """A computed map of a shard's readable samples, [n, l] each, from its teacher's column, which is committed."""
+    spec, quantiser = job.plan.teacher(column), job.plan.quantisers[column]
+    assert quantiser.codebook is not None, "frozen with its codebook"
+    vectors = torch.from_numpy(read_codebook(job.path, spec.name, quantiser.codebook["sha256"])).to(job.options.device)
+    numbers = np.arange(job.plan.ranges[shard].start, job.plan.ranges[shard].stop)[np.array(valid, bool)]
+    return [compared(source_tokens(job, spec, part, view), vectors, spec.made).cpu()
+            for at in range(0, len(numbers), SAMPLES_AT_ONCE) if len(part := numbers[at : at + SAMPLES_AT_ONCE])]  # fmt: skip
+
+
+def source_tokens(job: ExtractJob, spec: TeacherSpec, numbers: Numbers, view: int) -> Tensor:
+    """The tokens that a computed map compares, float32 [b, l, d] on the job's device, as readers of the cache get them."""
+    column = source_column(spec)
+    stored = {name: array for name, array in job.plan.layout(column).arrays().items() if name in ("tokens", "scale")}
+    arrays = {name: np.empty((len(numbers), *shape), dtype) for name, (shape, dtype) in stored.items()}
+    job.shards.read(column, numbers, np.full(len(numbers), view), arrays)
+    codes, scale = (
+        torch.from_numpy(arrays[name]).to(job.options.device) if name in arrays else None
+        for name in ("tokens", "scale")
+    )
+    assert codes is not None
+    return behind_tail(job, spec, dequantise(codes, scale, job.plan.quantisers[column]))
+
+
+def behind_tail(job: ExtractJob, spec: TeacherSpec, tokens: Tensor) -> Tensor:
+    """Stored tokens at the tap that a computed map compares."""
+    of = str(spec.model_options["of"])
+    if of == source_column(spec):
+        return tokens
+    teacher, _, tap = of.partition(".")
+    return apply_tail(tokens, read_tail(job.path, teacher), tap)
 
 
 def whole_shard(found: Gathered, stored: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, np.ndarray[Any, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mrmae.common.progress import counted, human_bytes, human_time
+from mrmae.extract.made_maps import made_in_words
 from mrmae.extract.pipeline import ExtractJob
 from mrmae.shards import commit as commits
 from mrmae.shards.cache import Cache, open_cache
@@ -51,7 +52,8 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
     for column in manifest["columns"]:
         quality, teacher = column["quality"], column["teacher"]
         if teacher["library"] == "map":
-            lines.append(f"  {column['name']}: {teacher['model']} per patch, as given")
+            spec = job.plan.teacher(column["name"])
+            lines.append(f"  {spec.column}: {spec.model} per patch, {made_in_words(spec) if spec.made else 'as given'}")
             continue
         weights = ", RANDOM weights: these features know nothing" if teacher["weights"] == "random" else ""
         made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""

@@ -117,4 +117,4 @@ def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agree
     at = {image.key: i for i, image in enumerate(sources)}
     order = [at.get(row.key, -1) for row in agreed.rows]  # with --append not every image need be given
     images = Images(sources, agreed.rows, order, options.max_pixels)
-    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options, teachers.maps)
+    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options, teachers.maps, teachers.texts)

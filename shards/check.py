@@ -31,13 +31,13 @@ from mrmae.shards.format import (
     column_attributes,
     commit_path,
     compare_specs,
+    kept_path,
     load_plan,
     parsed,
     pixels_of,
     plain,
     read_samples,
     shown,
-    tail_path,
     units,
 )
 from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_id
@@ -433,11 +433,13 @@ def tail_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
 
 
 def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The file of every tail that the manifest tells of, and what it tells."""
+    """The file of every tail and codebook that the manifest tells of, and what it tells; of a codebook, the plan tells the sha256."""
     told = {column["name"]: column["tail"] for column in manifest["columns"]} if manifest else {}
     for teacher in plan.columns:
         if tail := told.get(teacher.column):
-            yield tail_path(path, teacher.name), tail
+            quantiser = plan.quantisers.get(teacher.column)
+            codebook = {} if quantiser is None or quantiser.codebook is None else quantiser.codebook
+            yield kept_path(path, teacher), {**tail, "sha256": codebook.get("sha256", tail["sha256"])}
 
 
 def edited_samples(cache: Described) -> Iterator[Problem]:

@@ -29,14 +29,15 @@ from mrmae.shards.format import (
     commit_path,
     content_id,
     in_blocks,
+    kept_path,
     pixels_of,
+    read_codebook,
     read_json,
     read_samples,
     read_tail,
     readable_json,
     shown,
     signed_hashes,
-    tail_path,
     tar_path,
     units,
     write_samples,
@@ -326,8 +327,15 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
     told = vouched(path)
     tails = {column["name"]: column["tail"] for column in told["columns"]} if told else {}
     for teacher in plan.columns:
-        file, about = tail_path(path, teacher.name), tails.get(teacher.column)
-        read_tail(path, teacher.name)  # where no manifest tells what it was, it is a tail at least
+        file, about, quantiser = (
+            kept_path(path, teacher),
+            tails.get(teacher.column),
+            plan.quantisers.get(teacher.column),
+        )
+        if not teacher.is_map:
+            read_tail(path, teacher.name)  # where no manifest tells what it was, it is a tail at least
+        elif quantiser is not None and quantiser.codebook is not None and file.exists():
+            read_codebook(path, teacher.name, quantiser.codebook["sha256"])
         if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:
             raise ValueError(f"{file}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, delete it "
                              "and run the same command again")  # fmt: skip

@@ -28,15 +28,18 @@ from mrmae.shards.format import (
     Unit,
     added_quality,
     calibrate,
+    codebook_path,
     commit_path,
     dequantise,
     freeze_quantisers,
     measure,
     quantise,
+    read_codebook,
     read_sources,
     summarise,
     tail_path,
     units,
+    write_codebook,
     write_tail,
 )
 from mrmae.shards.manifest import entry_of
@@ -87,6 +90,10 @@ def convert_alone(
     for name in {teacher.name for teacher in plan.columns}:
         if exists(tail_path(cache.path, name)) and not exists(tail_path(out, name)):
             write_tail(out, name, cache.tail(name))
+    for spec in plan.columns:
+        if spec.made and not exists(codebook_path(out, spec.name)):
+            told = cache.plan.quantisers[spec.column].codebook or {}
+            write_codebook(out, spec.name, read_codebook(cache.path, spec.name, told.get("sha256", "")))
     for unit in units(plan):
         done = commits.valid_record(out, plan, *unit) is not None
         progress(0 if done else convert_unit(cache, out, plan, unit, about))

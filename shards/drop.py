@@ -10,7 +10,17 @@ from mrmae.common.backend import exists, refuse_url
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import NAME, PIXELS, Plan, commit_path, load_plan, read_samples, readable_json, tail_path
+from mrmae.shards.format import (
+    NAME,
+    PIXELS,
+    Plan,
+    codebook_path,
+    commit_path,
+    load_plan,
+    read_samples,
+    readable_json,
+    tail_path,
+)
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import column_folder, refuse_foreign_entries
 
@@ -65,7 +75,7 @@ def columns_called(path: Path, name: str) -> list[str]:
 
 def files_of_column(path: Path, column: str) -> list[Path]:
     """Every file that goes with a column: records first (a half-removed shard must not look committed), shards, moments, and
-    the tail where it is the teacher's last column.
+    the tail (of a map, the codebook) where it is the teacher's last column.
 
     column: of the plan, or what a killed drop has left. ValueError where there is no such column, and where something of the
     cache is a link.
@@ -85,7 +95,7 @@ def files_of_column(path: Path, column: str) -> list[Path]:
     more = [
         moments,
         *sorted(moments.parent.glob(f"{column}.*.safetensors")),
-        *([tail_path(path, teacher)] if last else []),
+        *([tail_path(path, teacher), codebook_path(path, teacher)] if last else []),
     ]
     return files + [file for file in more if file.exists()]
 

@@ -15,7 +15,9 @@ from mrmae.shards.format import (
     QuantiserFields,
     TeacherSpec,
     Unit,
+    codebook_path,
     content_id,
+    kept_path,
     plain,
     read_json,
     shown,
@@ -106,7 +108,8 @@ def misnamed(manifest: Mapping[str, Any]) -> str:
         name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
         if column["name"] != f"{name}.{tap}":
             return f"column {shown(column['name'])} of teacher {shown(name)}"
-        if tail is not None and tail["file"] != tail_path(Path(), name).as_posix():
+        kept = codebook_path if column["teacher"]["library"] == "map" else tail_path
+        if tail is not None and tail["file"] != kept(Path(), name).as_posix():
             return f"the tail of {column['name']}"
     return ""
 
@@ -143,9 +146,9 @@ def manifest_body(
 
 
 def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Any]:
-    """A column as the manifest names it: id, teacher, quantiser, tail, and the worst quality of its shards."""
+    """A column as the manifest names it: id, teacher, quantiser, tail or codebook, and the worst quality of its shards."""
     teacher = plan.teacher(column)
-    tail = tail_path(path, teacher.name)
+    tail = kept_path(path, teacher)
     return {
         "name": column,
         "id": plan.ids[column],

@@ -24,6 +24,7 @@ from mrmae.common.pictures import (
     refuse_to_replace,
 )
 from mrmae.common.progress import counted
+from mrmae.extract.made_maps import made_in_words
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Array, Numbers
 
@@ -73,18 +74,22 @@ def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list
 
 def map_strip(cache: Cache, name: str, numbers: Numbers, view: int) -> Strip:
     """A map: scores as brightness, ids and bits as colours."""
+    spec = cache.maps[name].spec
     values = cache.read_column(name, numbers, numbers * 0 + view, ("map",))["map"]
     if values.is_floating_point():
-        return Strip(name, heat(values.float(), cache.grid), "scores as given", captions=ranges(values.float()))
-    colours = id_rgb(values.numpy()).reshape(-1, *cache.grid, 3)
+        what = f"cosine of {spec.model_options['of']} with prompts" if spec.made else "scores as given"
+        return Strip(name, heat(values.float(), cache.grid), what, captions=ranges(values.float()))
+    colours = id_rgb(values.numpy(), black=not spec.made).reshape(-1, *cache.grid, 3)
     captions = [in_few_words(sorted(set(row.tolist()))) for row in values]
-    return Strip(name, colours, "a colour per id, black is 0", captions=captions)
+    return Strip(name, colours, made_in_words(spec) if spec.made else "a colour per id, black is 0", captions=captions)
 
 
-def id_rgb(ids: Array) -> Pictures:
-    """A colour per id, black for 0: neighbouring ids differ by the golden ratio of the colour circle."""
+def id_rgb(ids: Array, *, black: bool = True) -> Pictures:
+    """A colour per id, black for 0 where that is no id but nothing: neighbouring ids differ by the golden ratio of the colour circle."""
     hues = np.unique(ids)
-    colours = np.array([colorsys.hsv_to_rgb(hue * GOLDEN_RATIO % 1, 0.65, 0.95 if hue else 0) for hue in hues.tolist()])
+    colours = np.array(
+        [colorsys.hsv_to_rgb(hue * GOLDEN_RATIO % 1, 0.65, 0.95 if hue or not black else 0) for hue in hues.tolist()]
+    )
     return np.asarray((colours * 255).round()[np.searchsorted(hues, ids)], np.uint8)
 
 

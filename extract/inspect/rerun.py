@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from mrmae.common.backend import Url
+from mrmae.extract.made_maps import is_made
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
 from mrmae.shards.check import Problem, plan_and_manifest
@@ -94,9 +95,14 @@ def from_folder(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     if "images" in params:
         params["images"] = tuple(str(folder / image) for image in params["images"])
         params["teachers"] = tuple(with_folder(text, folder) for text in params["teachers"])
-        named = [text.partition("=") for text in params["maps"]]
-        params["maps"] = tuple(f"{name}{equals}{folder / file}" for name, equals, file in named)
+        params["maps"] = tuple(map_with_folder(text, folder) for text in params["maps"])
     return params
+
+
+def map_with_folder(text: str, folder: Path) -> str:
+    """A map's text with its file, if it names one, relative to where the command was given."""
+    before, colon, file = text.rpartition(":") if is_made(text) else text.partition("=")
+    return text if is_made(text) and file.isdecimal() else f"{before}{colon}{folder / file}"
 
 
 def refuse_commands(commands: Sequence[Given], programs: Mapping[str, click.Command]) -> None:

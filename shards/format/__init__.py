@@ -1,6 +1,7 @@
 """What a cache is: its plan, ids, samples, views, codes and tails, and the small files that hold them."""
 
 from mrmae.shards.format.blocks import IN_BLOCKS, BlockRule, in_blocks
+from mrmae.shards.format.codebook import codebook_path, codebook_sha256, kept_path, read_codebook, write_codebook
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.format.plan import (
     PIXELS,
@@ -88,6 +89,11 @@ __all__ = [
     "Numbers",
     "Appended",
     "BEHIND",
+    "codebook_path",
+    "codebook_sha256",
+    "kept_path",
+    "read_codebook",
+    "write_codebook",
     "BadImage",
     "BlockRule",
     "CALIBRATION_SAMPLES",

@@ -80,6 +80,13 @@ class Part:
     maps: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+class CodebookFields(TypedDict):
+    """Of a computed map: its codebook's file, and the column it is computed from."""
+
+    sha256: str
+    of: str
+
+
 class QuantiserFields(TypedDict):
     """A quantiser in JSON."""
 
@@ -88,6 +95,7 @@ class QuantiserFields(TypedDict):
     channel_mean: list[float] | None
     channel_std: list[float] | None
     source: NotRequired[str]
+    codebook: NotRequired[CodebookFields]
 
 
 class PlanFields(TypedDict):
@@ -181,13 +189,14 @@ class Plan:
     def refuse_foreign_quantisers(self) -> None:
         """ValueError for a quantiser of no column, of another dtype or of another number of channels."""
         widths = {teacher.column: teacher.width for teacher in self.columns}
-        maps = {teacher.column for teacher in self.columns if teacher.is_map}
+        maps = {teacher.column: bool(teacher.made) for teacher in self.columns if teacher.is_map}
         for name, quantiser in self.quantisers.items():
-            if name in maps and quantiser.to_json() == NOT_QUANTISED.to_json():
+            as_it_is = dataclasses.replace(quantiser, codebook=None).to_json() == NOT_QUANTISED.to_json()
+            if name in maps and as_it_is and maps[name] == (quantiser.codebook is not None):
                 continue
             if name not in widths:
                 raise ValueError(f"plan: a quantiser is of {name!r}, which is no column; expected the plan's columns")
-            if quantiser.dtype != self.dtype or quantiser.width not in (None, widths[name]):
+            if name in maps or quantiser.dtype != self.dtype or quantiser.width not in (None, widths[name]):
                 raise ValueError(f"plan: the quantiser of {name} has {quantiser.width or 'any'} channels of {quantiser.dtype}; "
                                  f"its column has {widths[name]} of {self.dtype}")  # fmt: skip
 

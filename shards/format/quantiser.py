@@ -51,6 +51,7 @@ class Quantiser:
     """How a column's tokens are stored. channel_mean, channel_std: float32 [d], None without standardisation.
 
     source: id of the column whose stored values were quantised again; None where the teacher's own were.
+    codebook: of a computed map, `sha256` of its codebook's file and `of`, the id of the column it is computed from.
     """
 
     dtype: str
@@ -58,6 +59,7 @@ class Quantiser:
     channel_std: Channels | None = None
     standardised: bool = False
     source: str | None = None
+    codebook: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -86,7 +88,8 @@ class Quantiser:
         """The quantiser as JSON; nine significant digits carry a float32 exactly."""
         parts = {"channel_mean": self.channel_mean, "channel_std": self.channel_std}
         lists = {k: None if v is None else [float(f"{x:.9g}") for x in v.tolist()] for k, v in parts.items()}
-        source = {} if self.source is None else {"source": self.source}
+        source: dict[str, Any] = {} if self.source is None else {"source": self.source}
+        source |= {} if self.codebook is None else {"codebook": dict(self.codebook)}
         return {"dtype": self.dtype, "standardised": self.standardised, **lists, **source}
 
     @staticmethod
@@ -94,7 +97,8 @@ class Quantiser:
         """The quantiser that `to_json` described."""
         arrays = {k: fields[k] if fields[k] is None else np.array(fields[k], np.float32)
                   for k in ("channel_mean", "channel_std")}  # fmt: skip
-        return Quantiser(fields["dtype"], standardised=fields["standardised"], source=fields.get("source"), **arrays)
+        return Quantiser(fields["dtype"], standardised=fields["standardised"], source=fields.get("source"),
+                         codebook=fields.get("codebook"), **arrays)  # fmt: skip
 
 
 NOT_QUANTISED = Quantiser("float16")  # what a map has in a quantiser's place: its values are stored as they are

@@ -64,7 +64,8 @@ class TeacherSpec:
     """Everything about a teacher that changes its numbers, and three fields that do not (name, weights, tag).
 
     input_size, native_grid, grid: (height, width). weights_sha256: of the visual tower's state dict as fp32.
-    A map has the library `map`, its dtype as model, and the sha256 of the values that were given instead of weights.
+    A map has the library `map`, its dtype as model, and the sha256 of the values that were given instead of weights; a computed one
+    its teacher's, and `made`, `of` and what it is made with as model_options.
     """
 
     name: str
@@ -116,8 +117,13 @@ class TeacherSpec:
 
     @property
     def is_map(self) -> bool:
-        """Whether this is no teacher but a map that was given: one value per patch."""
+        """Whether this is no teacher but a map: one value per patch."""
         return self.library == "map"
+
+    @property
+    def made(self) -> str:
+        """How a map is computed from a teacher's stored tokens, `text` or `kmeans`; empty for one that was given, and for teachers."""
+        return str(self.model_options.get("made", "")) if self.is_map else ""
 
 
 Spec = TypeVar("Spec", ViewRecipe, TeacherSpec)
