@@ -8,11 +8,11 @@ from pathlib import Path
 from torch import Tensor
 
 from mrmae.common.backend import exists
-from mrmae.extract.made_maps import MadeMap, is_made, parse_made, source_of
+from mrmae.extract.made_maps import MadeMap, is_made, parse_made, source_for
 from mrmae.extract.maps import GivenMap, read_map
 from mrmae.extract.options import Options
 from mrmae.extract.recorded import recorded_teachers, with_folder
-from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
+from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher, prompt_vectors
 from mrmae.shards.commit import valid_record
 from mrmae.shards.format import (
     BEHIND,
@@ -91,7 +91,7 @@ def made_specs(
     tails = {teacher.spec.name: teacher.tail for teacher in built.values()}
     found = []
     for asked in made:
-        of, source = source_of(
+        of, source = source_for(
             asked, specs, lambda name: tails[name] if name in tails else read_tail(options.cache, name)
         )
         found.append(asked.spec(of, source))
@@ -105,10 +105,8 @@ def asked_texts(
     found = {}
     for asked, spec in zip(made, specs) if options.part.leads else ():
         if asked.made == "text" and not has_codebook(options.cache, there, spec.column):
-            from mrmae.extract.teachers.open_clip import text_vectors  # takes seconds to import
-
             request = next(request for request in requests if request.name == asked.teacher_name)
-            found[spec.column] = text_vectors(request, asked.prompts, allow_torchscript=options.allow_torchscript)
+            found[spec.column] = prompt_vectors(request, asked.prompts, allow_torchscript=options.allow_torchscript)
     return found
 
 

@@ -105,7 +105,7 @@ def read_prompts(file: Path, text: str) -> tuple[str, ...]:
     return prompts
 
 
-def source_of(
+def source_for(
     asked: MadeMap, specs: Sequence[TeacherSpec], tail_of: Callable[[str], Mapping[str, object]]
 ) -> tuple[str, TeacherSpec]:
     """(the column whose tokens are compared, the stored column that they follow from). ValueError where there is no such one.
@@ -176,7 +176,7 @@ def seeded(tokens: Float[Tensor, "n d"], k: int, where: str) -> Float[Tensor, "k
 # --- values
 
 
-def compared(tokens: Float[Tensor, "b l d"], vectors: Float[Tensor, "k d"], made: str) -> Shaped[Tensor, "b l"]:
+def compared_tokens(tokens: Float[Tensor, "b l d"], vectors: Float[Tensor, "k d"], made: str) -> Shaped[Tensor, "b l"]:
     """What a computed map says of tokens: the id of the nearest centroid, uint16, or the largest cosine with a prompt, float16.
 
     vectors: the codebook; those of prompts have length 1.

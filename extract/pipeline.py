@@ -22,7 +22,7 @@ from torch import Tensor
 from mrmae.common.progress import Progress
 from mrmae.common.versions import versions
 from mrmae.extract.estimate import time_left
-from mrmae.extract.made_maps import compared
+from mrmae.extract.made_maps import compared_tokens
 from mrmae.extract.maps import GivenMap
 from mrmae.extract.options import Options
 from mrmae.extract.prepare import (
@@ -357,7 +357,7 @@ def made_map(job: ExtractJob, view: int, column: str, shard: int, valid: Sequenc
     assert quantiser.codebook is not None, "frozen with its codebook"
     vectors = torch.from_numpy(read_codebook(job.path, spec.name, quantiser.codebook["sha256"])).to(job.options.device)
     numbers = np.arange(job.plan.ranges[shard].start, job.plan.ranges[shard].stop)[np.array(valid, bool)]
-    return [compared(source_tokens(job, spec, part, view), vectors, spec.made).cpu()
+    return [compared_tokens(source_tokens(job, spec, part, view), vectors, spec.made).cpu()
             for at in range(0, len(numbers), SAMPLES_AT_ONCE) if len(part := numbers[at : at + SAMPLES_AT_ONCE])]  # fmt: skip
 
 

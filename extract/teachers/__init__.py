@@ -2,7 +2,15 @@
 
 from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
 from mrmae.extract.teachers.catalogue import list_teachers
-from mrmae.extract.teachers.teacher import DEFAULT_TEACHERS, Features, Teacher, build_teacher, make_spec, normalise
+from mrmae.extract.teachers.teacher import (
+    DEFAULT_TEACHERS,
+    Features,
+    Teacher,
+    build_teacher,
+    make_spec,
+    normalise,
+    prompt_vectors,
+)
 from mrmae.extract.teachers.tower import Origin, Preprocessing, Tower, activation_of
 from mrmae.extract.teachers.weights import first_line, fit_weights, listed, load_weights, weights_sha256
 from mrmae.extract.teachers.weights_file import kind_of
@@ -26,5 +34,6 @@ __all__ = [
     "make_spec",
     "normalise",
     "parse_teacher",
+    "prompt_vectors",
     "weights_sha256",
 ]

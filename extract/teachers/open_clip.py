@@ -365,7 +365,7 @@ def text_vectors(
     weights = clip_weights(request, tag, allow_torchscript=allow_torchscript)
     tower = build_text(request, text, quick_gelu=chosen_activation(request, config, tag))
     if weights is not None:
-        mine = {key.removeprefix("text."): value for key, value in weights.items() if is_text(key, weights)}
+        mine = {key.removeprefix("text."): value for key, value in weights.items() if is_text_tensor(key, weights)}
         if not mine:
             raise ValueError(f"{request.where}: its weights hold an image tower alone; prompts need the text tower; expected the whole "
                              "model's weights; give @FILE with both")  # fmt: skip
@@ -384,7 +384,7 @@ def text_vectors(
     return F.normalize(torch.cat(parts).float(), dim=-1)
 
 
-def is_text(key: str, weights: Mapping[str, Tensor]) -> bool:
+def is_text_tensor(key: str, weights: Mapping[str, Tensor]) -> bool:
     """Whether a tensor of a whole CLIP is its text tower's: below `text.`, or beside `visual.` in CLIPs of the first kind."""
     if any(name.startswith("text.") for name in weights):
         return key.startswith("text.")

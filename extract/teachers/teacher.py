@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -82,6 +82,15 @@ def build_teacher(
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
         tower.module.to(memory_format=torch.channels_last)
     return Teacher(make_spec(request, tower, found, cls is not None, grid, precision), tower.tail, tower, target)
+
+
+def prompt_vectors(
+    request: TeacherRequest, prompts: Sequence[str], *, allow_torchscript: bool = False
+) -> Float[Tensor, "n d"]:
+    """What the text tower beside an image tower of open_clip makes of each prompt; see `text_vectors`."""
+    from mrmae.extract.teachers.open_clip import text_vectors
+
+    return text_vectors(request, prompts, allow_torchscript=allow_torchscript)
 
 
 def make_spec(
