@@ -101,9 +101,9 @@ def made_specs(
 def asked_texts(
     options: Options, there: Plan | None, requests: Sequence[TeacherRequest], made: Sequence[MadeMap], specs: Sequence[TeacherSpec]
 ) -> dict[str, Tensor]:  # fmt: skip
-    """What a text tower makes of the prompts of maps whose codebook the cache lacks, by column; empty for a process that does not lead."""
+    """What a text tower makes of the prompts of maps whose codebook the cache lacks, by column."""
     found = {}
-    for asked, spec in zip(made, specs) if options.part.leads else ():
+    for asked, spec in zip(made, specs):
         if asked.made == "text" and not has_codebook(options.cache, there, spec.column):
             request = next(request for request in requests if request.name == asked.teacher_name)
             found[spec.column] = prompt_vectors(request, asked.prompts, allow_torchscript=options.allow_torchscript)
