@@ -120,8 +120,6 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         if share.batch_size != share.micro_size
         else ""
     )
-    l, cls = run.info.n_patches, int(run.model.student.num_prefix_tokens)
-    seen = cls + (run.model.n_keep if run.model.mask_token is None else l)
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {counted(len(run.cache.numbers), 'image')} x {counted(run.cache.n_views, 'view')}, {run.info.size} px",
@@ -136,7 +134,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         **({"labels": labels_words(run)} if run.labels is not None else {}),
         **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
         **described,
-        "tokens": f"{seen} encoder, {run.model.n_keep + cls + run.model.n_predict} decoder per image, of {l + cls}",
+        "tokens": token_words(run),
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
@@ -158,6 +156,18 @@ def labels_words(run: Run) -> str:
     classes, source = run.labels.classes, run.setup.labels or f"{run.cache.path}, the images' folders"
     several = f", {len(run.labels.members) / len(run.cache.numbers):.3g} of them per image"
     return f"{source}: {counted(len(classes), 'class', 'classes')}, {classes[0]} to {classes[-1]}{several}"
+
+
+def token_words(run: Run) -> str:
+    """How many tokens encoder and decoder compute per image (per mask, where it has several), and how many others a decoder reads."""
+    model, l, cls, m = run.model, run.info.n_patches, int(run.model.student.num_prefix_tokens), run.model.n_predict
+    seen = cls + (model.n_keep if model.mask_token is None else l)
+    kind = "" if model.decoder is None or run.recipe.student.decoder is None else run.recipe.student.decoder.kind
+    computed = {"": "no", "self": str(seen + m), "taps": str(seen + m)}.get(kind, str(m))
+    read = {"cross": seen, "prompt": seen + m, "regressor": seen - cls + m}
+    looks = f", which look at {read[kind]}," if kind in read else ""
+    each = "mask" if run.recipe.mask.masks_per_image > 1 else "image"
+    return f"{seen} encoder, {computed} decoder{looks} per {each}, of {l + cls}"
 
 
 def progress_words(run: Run) -> list[str]:

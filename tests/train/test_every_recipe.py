@@ -1,5 +1,6 @@
 """What holds for every shipped recipe, on photographs: it learns, resumes to the same bits, splits over ranks, compiles, exports."""
 
+import math
 import signal
 import tarfile
 from collections.abc import Callable, Iterator
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from training import train_quietly
 
 from mrmae.shards import commit
@@ -20,6 +23,7 @@ from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import checkpoint, loop
+from mrmae.train.cost import count_costs, updates_of_law
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
 from mrmae.train.method.recipe import Recipe, load_recipe, recipe_names
@@ -148,9 +152,16 @@ def run_of(name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_one_rank_is_two_and_bf16_is_finite(
-    name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[..., Recipe], tmp_path: Path
+    name: str,
+    cache_of: Callable[[Recipe], Path],
+    tiny_recipe: Callable[..., Recipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = run_of(name, cache_of, tiny_recipe, tmp_path)
+    costs = count_costs(run)
+    assert costs["forward_flops"] == pytest.approx(2 * products_of(run), rel=1e-9)
+    assert costs["feature_bytes"] == bytes_read(run, monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = run.model(*seen(run, run.numbers[:8]))
     assert loss.isfinite() and all(part.isfinite() for part in parts.values())
@@ -171,6 +182,58 @@ def test_one_rank_is_two_and_bf16_is_finite(
     for key, p in run.model.named_parameters():
         if p.requires_grad:
             assert torch.allclose(together[key], p.grad, atol=1e-11, rtol=1e-8), key  # type: ignore[arg-type]
+
+
+class Products(TorchFunctionMode):
+    """Counts multiply-accumulates where Python calls for them: the shapes of linear layers, convolutions, attention, products."""
+
+    total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func in (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__):
+            self.total += out.numel() * args[0].shape[-1]
+        elif func in (F.conv2d, torch.conv2d):
+            self.total += out.numel() * args[1][0].numel()
+        elif func is F.scaled_dot_product_attention:
+            self.total += (args[0].numel() + out.numel()) * args[1].shape[-2]
+        elif func is torch.einsum:
+            letters = {letter: n for name, x in zip(args[0].partition("->")[0].split(","), args[1:])
+                       for letter, n in zip(name.replace("...", ""), x.shape)}  # fmt: skip
+            whole = args[0].partition("->")[2].replace("...", "")
+            self.total += out.numel() * math.prod(n for letter, n in letters.items() if letter not in whole)
+        return out
+
+
+def bytes_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that one image asks of the cache's columns."""
+    sizes, read = [], run.cache.shards.read
+
+    def counted(column: str, *rest: Any) -> None:
+        sizes.extend(array.nbytes for array in rest[2].values() if column != plan.PIXELS)
+        read(column, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run.cache.shards, "read", counted)
+        load_masked(run, run.numbers[:1], epoch=0)
+    return sum(sizes)
+
+
+def products_of(run: Run) -> float:
+    """Multiply-accumulates of a forward pass on one image, in the mean over the updates of a law."""
+    found = []
+    with torch.no_grad():
+        for update in updates_of_law(run, *seen_first(run)):
+            with Products() as counted:
+                run.model(*update)
+            found.append(counted.total)
+    return sum(found) / len(found)
+
+
+def seen_first(run: Run) -> Any:
+    """The first sample as a step of epoch 0 sees it."""
+    return with_targets(load_masked(run, run.numbers[:1], epoch=0), run.online, run.needed, model=run.model)
 
 
 def seen(run: Run, numbers: np.ndarray[Any, Any]) -> Any:
