@@ -36,7 +36,7 @@ def fitted_to_data(recipe: Recipe, n_images: int, parts: int = 1) -> tuple[Recip
         if key in recipe.fit and value != getattr(o, key.partition(".")[2]) and n_images < SMALL_DATA
     }
     told = [
-        f"{key} is {value:g} instead of the published {getattr(o, key.partition('.')[2]):g}"
+        f"{key} is {value:g} instead of the shipped {getattr(o, key.partition('.')[2]):g}"
         for key, value in changed.items()
     ]
     note = f"small data, {n_images:,} images: {' and '.join(told)}; --set decides otherwise"
@@ -67,7 +67,7 @@ def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list
     if fitting == decoder:
         return recipe, []
     note = (
-        f"narrow student of {width} channels: a decoder of {fitting.depth} x {fitting.width} instead of the published {decoder.depth} x"
+        f"narrow student of {width} channels: a decoder of {fitting.depth} x {fitting.width} instead of the shipped {decoder.depth} x"
         f" {decoder.width}; --set student.decoder=... decides otherwise"
     )
     return replaced(recipe, {"student.decoder": fitting}), [note]
