@@ -50,9 +50,7 @@ def test_an_override_closes_the_keys_it_touches(override: str, key: str, hit: bo
 )
 def test_a_decoder_fits_its_student(width: int, depth: int, decoder: tuple[int, int, int]) -> None:
     recipe, (told,) = fit.fitted_decoder(load_recipe("mae"), width, depth)
-    assert (
-        recipe.student.decoder == DecoderRecipe(*decoder, mlp_ratio=4.0) and "instead of the shipped 8 x 512" in told
-    )
+    assert recipe.student.decoder == DecoderRecipe(*decoder, mlp_ratio=4.0) and "instead of the shipped 8 x 512" in told
     assert fit.fitted_decoder(load_recipe("mimic-only"), width, depth)[1] == []
     kept, _ = fit.fitted_decoder(load_recipe("crossmae"), width, depth)
     assert kept.student.decoder is not None and kept.student.decoder.kind == "cross" and kept.student.decoder.weighted
