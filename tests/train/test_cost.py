@@ -56,6 +56,7 @@ def step_of(run: Run, n_keep: int, n_predict: int) -> float:
         ("mimic-only", "5 encoder, no decoder per image, of 17"),
         ("crossmae", "which look at 5"),
         ("mae student.decoder.kind=cross", "5 encoder, 12 decoder, which look at 5, per image, of 17"),
+        ("mae student.decoder.kind=regressor", "5 encoder, 12 decoder, which look at 16, per image, of 17"),
         ("mae student.decoder.kind=prompt", "5 encoder, 12 decoder, which look at 17, per image, of 17"),
         ("mae student.decoder.kind=taps student.decoder.blocks=[2,5]", "5 encoder, 17 decoder per image, of 17"),
         ("mae-harmon-ratio", ""),
