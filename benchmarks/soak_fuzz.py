@@ -52,6 +52,7 @@ SHOWN = 20_000  # characters: what a command may say
 EXTRACT = ["--size", "32", "--grid", "4", "--views", "2", "--shard-samples", "4", "--batch-size", "4", "--workers", "1",
            "--device", "cpu"]  # fmt: skip
 VIT, CNN = ["--teacher", "vit=timm:test_vit/random"], ["--teacher", "cnn=timm:test_efficientnet/random"]
+MAP = ["--map", "parts=kmeans:vit:5"]
 for module in (
     "extract.inspect.compare",
     "extract.teachers.open_clip",
@@ -63,23 +64,23 @@ for module in (
 ):
     importlib.import_module(f"mrmae.{module}")  # commands import these late
 BASES = {  # options of the extraction that makes a cache, and what ends it before its time
-    "zarr": [*VIT, *CNN],
+    "zarr": [*VIT, *CNN, *MAP],
     "webdataset": [*VIT, "--format", "webdataset", "--dtype", "fp8"],
     "zarr unfinished": [*VIT],
     "webdataset unfinished": [*VIT, "--format", "webdataset"],
     "zarr blocks appended": [*VIT, "--token-layout", "blocks"],
-    "webdataset appended": [*VIT, "--format", "webdataset"],
+    "webdataset appended": [*VIT, *MAP, "--format", "webdataset"],
 }
 COMMANDS = {  # how often
     "show": 3, "show --json": 1, "verify": 3, "verify --full": 6, "repair --dry-run": 3, "repair --yes": 5, "convert": 6, "drop": 4,
-    "stats": 3, "pictures": 3, "diff": 3, "train --dry-run": 3, "train": 3, "probe": 3, "extract": 5, "mend": 5,
+    "stats": 3, "pictures": 3, "report": 2, "diff": 3, "train --dry-run": 3, "train": 3, "probe": 3, "extract": 5, "mend": 5,
 }  # fmt: skip
 TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "--set",
          "student.fused_blocks=[2, 4]", "--epochs", "1", "--batch-size", "4", "--device", "cpu", "--workers", "1", "--panels-every",
          "0", "--allow-partial"]  # fmt: skip
 KINDS = ("crashed", "slow", "memory", "outside", "ran", "unclear", "wrong", "missed")
 NAMED = re.compile(
-    r"\.json\b|\.jsonl\b|\.lock\b|\.digests\b|pictures\.png\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|stats)\b|\b(commits|views|tail)/|^(commits|views|tail|stats)[:(]",
+    r"\.json\b|\.jsonl\b|\.lock\b|\.digests\b|pictures\.png\b|report\.html\b|\.npy\b|\.parquet\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|codebooks|stats)\b|\b(commits|views|tail|codebooks)/|^(commits|views|tail|codebooks|stats)[:(]",
     re.M,
 )
 
