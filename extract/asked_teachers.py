@@ -212,11 +212,11 @@ def complete(path: Path, plan: Plan, teacher: TeacherSpec) -> bool:
     except (OSError, ValueError):
         no_tail = False
     mine = (unit for unit in units(plan) if unit[1] == teacher.column)
-    return (no_tail or exists(tail_path(path, teacher.name))) and all(valid_record(path, plan, *u) for u in mine)
+    return (no_tail or exists(tail_path(path, teacher.tail_name))) and all(valid_record(path, plan, *u) for u in mine)
 
 
 def write_tails(path: Path, teachers: Teachers) -> None:
     """Write what follows each built teacher's tokens, where it has such a tail and it is not there yet."""
     for teacher in teachers.built.values():
         if teacher.tail:
-            keep_tail(path, teacher.spec.name, teacher.tail)
+            keep_tail(path, teacher.spec.tail_name, teacher.tail)

@@ -211,7 +211,7 @@ class Cache:
             tokens = dequantise(raw.pop("tokens"), raw.pop("scale", None), column.quantiser)
             one[name] = {"tokens": tokens[0], **{array: values[0].float() for array, values in raw.items()}}
         for name, about in self.derived.items():
-            tail, source = self.tail(about.spec.name), one[about.source]
+            tail, source = self.tail(about.spec.tail_name), one[about.source]
             one[name] = {
                 array: apply_tail(source[array], tail, about.spec.tap) for array in ("tokens", "cls") if array in source
             }
@@ -245,14 +245,16 @@ class Cache:
             raw = self.read_column(name, numbers, views)
             return dequantise(raw["tokens"], raw.get("scale"), self.columns[name].quantiser)
         about = self.derived[name]
-        return apply_tail(self.read_tokens(about.source, numbers, views), self.tail(about.spec.name), about.spec.tap)
+        return apply_tail(
+            self.read_tokens(about.source, numbers, views), self.tail(about.spec.tail_name), about.spec.tap
+        )
 
     def read_cls(self, column: str, numbers: Indices, views: Indices) -> Float[Tensor, "b d"]:
         """CLS tokens, float32 [b, d], of a stored or a derived column. ValueError where there are none."""
         if column not in self.derived:
             return self.read_column(column, numbers, views, ("cls",))["cls"].float()
         about = self.derived[column]
-        return apply_tail(self.read_cls(about.source, numbers, views), self.tail(about.spec.name), about.spec.tap)
+        return apply_tail(self.read_cls(about.source, numbers, views), self.tail(about.spec.tail_name), about.spec.tap)
 
     def read_column(
         self, column: str, numbers: Indices, views: Indices, arrays: Sequence[str] = ("tokens", "scale"),
@@ -359,21 +361,20 @@ class Cache:
         return found
 
     def tail(self, teacher: str) -> dict[str, Tensor]:
-        """A teacher's final norm and projection, by tensor name, whose bytes are those of the manifest."""
+        """A teacher's final norm and projection, by tensor name, whose bytes are those of the manifest; of `mae.input_9` what its block does."""
         path = tail_path(self.path, teacher)
         if not exists(path):
             raise ValueError(f"{path}: this cache stores no tail for teacher {teacher}; taps after it need one")
         if teacher not in self._tails:
             data = read_bytes(path)
-            told = [
-                column["tail"] for column in self.manifest.get("columns", []) if column["teacher"]["name"] == teacher
-            ]
-            if told and told[0] and hashlib.sha256(data).hexdigest() != told[0]["sha256"]:
+            tails = [column["tail"] for column in self.manifest.get("columns", []) if column["tail"]]
+            told = [about for about in tails if about["file"] == tail_path(Path(), teacher).as_posix()]
+            if told and hashlib.sha256(data).hexdigest() != told[0]["sha256"]:
                 raise ValueError(f"{path}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, "
                                  "delete it and run the same extract-features command again")  # fmt: skip
+            behind = [c.spec for c in self.columns.values() if c.spec.tail_name == teacher]
             width = next(
-                (c.spec.width for c in self.columns.values() if (c.spec.name, c.spec.tap) == (teacher, "pre_tail")),
-                None,
+                (spec.width for spec in behind if spec.tap == "pre_tail" or spec.tap.startswith("input_")), None
             )
             self._tails[teacher] = parse_tail(path, data, width)
         return self._tails[teacher]

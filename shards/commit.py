@@ -333,7 +333,7 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
             plan.quantisers.get(teacher.column),
         )
         if not teacher.is_map:
-            read_tail(path, teacher.name)  # where no manifest tells what it was, it is a tail at least
+            read_tail(path, teacher.tail_name)  # where no manifest tells what it was, it is a tail at least
         elif quantiser is not None and quantiser.codebook is not None and file.exists():
             read_codebook(path, teacher.name, quantiser.codebook["sha256"])
         if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:

@@ -87,7 +87,7 @@ def convert_alone(
     plan = agree(out, Wanted(wanted, rows=rows, extend=False)).plan
     plan = freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)
-    for name in {teacher.name for teacher in plan.columns}:
+    for name in {teacher.tail_name for teacher in plan.columns}:
         if exists(tail_path(cache.path, name)) and not exists(tail_path(out, name)):
             write_tail(out, name, cache.tail(name))
     for spec in plan.columns:

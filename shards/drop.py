@@ -19,6 +19,7 @@ from mrmae.shards.format import (
     load_plan,
     read_samples,
     readable_json,
+    tail_name,
     tail_path,
 )
 from mrmae.shards.stats import stats_path
@@ -90,12 +91,14 @@ def files_of_column(path: Path, column: str) -> list[Path]:
     if column not in known and not any(folder.is_dir() for folder in folders):
         raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
     files = [file for folder in folders for file in sorted(folder.rglob("*")) if not file.is_dir()]
-    last = teacher not in {spec.name for spec in plan.columns if spec.column != column}
+    tail = tail_name(teacher, tap)
+    last = tail not in {spec.tail_name for spec in plan.columns if spec.column != column}
     moments = stats_path(path, column)
     more = [
         moments,
         *sorted(moments.parent.glob(f"{column}.*.safetensors")),
-        *([tail_path(path, teacher), codebook_path(path, teacher)] if last else []),
+        *([tail_path(path, tail)] if last else []),
+        *([codebook_path(path, teacher)] if last and tail == teacher else []),
     ]
     return files + [file for file in more if file.exists()]
 

@@ -21,6 +21,7 @@ from mrmae.shards.format import (
     plain,
     read_json,
     shown,
+    tail_name,
     tail_path,
 )
 
@@ -108,8 +109,12 @@ def misnamed(manifest: Mapping[str, Any]) -> str:
         name, tap, tail = column["teacher"]["name"], column["teacher"]["tap"], column["tail"]
         if column["name"] != f"{name}.{tap}":
             return f"column {shown(column['name'])} of teacher {shown(name)}"
-        kept = codebook_path if column["teacher"]["library"] == "map" else tail_path
-        if tail is not None and tail["file"] != kept(Path(), name).as_posix():
+        kept = (
+            codebook_path(Path(), name)
+            if column["teacher"]["library"] == "map"
+            else tail_path(Path(), tail_name(name, tap))
+        )
+        if tail is not None and tail["file"] != kept.as_posix():
             return f"the tail of {column['name']}"
     return ""
 

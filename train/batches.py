@@ -65,7 +65,7 @@ def derived_targets(cache: Cache, teachers: Mapping[str, TeacherInfo]) -> dict[s
             width=about.spec.width,
             column=name,
             source=target_of[about.source],
-            tail=cache.tail(about.spec.name),
+            tail=cache.tail(about.spec.tail_name),
         )
         for name, about in cache.derived.items()
     }

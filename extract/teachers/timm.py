@@ -9,6 +9,8 @@ from typing import Any
 import timm
 import timm.models
 import torch
+from timm.layers.attention import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
@@ -23,11 +25,13 @@ from mrmae.extract.teachers.tower import (
     Tower,
     TowerOutput,
     activation_of,
+    linear_tail,
     norm_tail,
     tap_index,
     with_tail,
 )
 from mrmae.extract.teachers.weights import first_line, fit_weights, hinted, load_weights, weights_sha256
+from mrmae.shards.format import FACET_TAP, stored_tap
 
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's own note on weights that its default GELU does not reproduce.
@@ -309,7 +313,11 @@ def as_tower(
     """A timm model (alone, or as another tower's trunk) as a Tower."""
     tap = tap or ("pre_tail" if patch else "last")
     block = model.blocks[-1] if patch and has_cls(model) and hasattr(model, "blocks") else None  # type: ignore[index]
-    features = features_at(model, tap, patch, where=origin.where, whole=block is not None)
+    source = stored_tap(tap) if FACET_TAP.fullmatch(tap) else tap
+    features = features_at(model, source, patch, where=origin.where, whole=block is not None)
+    if source.startswith("input_"):
+        number = int(source.removeprefix("input_")) - 1
+        tail = facet_tail(model.get_submodule(f"blocks.{number}"), where=f"{origin.where}?tap={tap}")
     row = checked_attention(getattr(block, "attn", None), features, size)
     features = with_tail(features, tail, tap, where=origin.where)
     return Tower(
@@ -322,7 +330,7 @@ def as_tower(
         activation=activation_of(model),
         prefix_tokens=prefix_tokens_of(model),
         tap=tap,
-        tail=tail,
+        tail=tail if source == tap else {},
         attention_backend=attention_backend(model),
     )
 
@@ -334,6 +342,8 @@ def features_at(model: nn.Module, tap: str, patch: int | None, *, where: str, wh
         return lambda x: (to_map(model, model.forward_features(x)), None)  # type: ignore[operator]
     if tap in (("pre_tail", "post_ln", "projected") if patch else ("last",)):
         index: int | list[int] = 1  # the last one
+    elif tap.startswith("input_") and patch:
+        index = [input_index(tap, stages, where=where)]
     else:
         kind = "block" if patch else "stage"
         others = ("pre_tail", "post_ln") if patch else ("last", "head")
@@ -350,6 +360,32 @@ def features_at(model: nn.Module, tap: str, patch: int | None, *, where: str, wh
         return tokens, prefix[:, 0] if prefix is not None and has_cls(model) else None
 
     return features
+
+
+def input_index(tap: str, blocks: int, *, where: str) -> int:
+    """0-based index of the block whose output a block's input is. ValueError naming what there is."""
+    number = int(tap.removeprefix("input_"))
+    if not 2 <= number <= blocks:
+        raise ValueError(f"{where}: there is no tap {tap!r}; this model has input_2 to input_{blocks}; correct ?tap=")
+    return number - 2
+
+
+def facet_tail(block: nn.Module, *, where: str) -> StateDict:
+    """What a plain ViT's block makes of its input: its first norm, and queries, keys and values of `qkv.heads` heads by one projection.
+
+    ValueError for any other block: its relations would be others.
+    """
+    norm = norm_tail(getattr(block, "norm1", None))
+    attn = getattr(block, "attn", None)
+    same = [getattr(attn, name, None) for name in ("q_norm", "k_norm")]
+    plain = type(block) is Block and type(attn) is Attention and all(isinstance(each, nn.Identity) for each in same)
+    if not norm or not plain:
+        raise ValueError(f"{where}: this block is a {type(block).__name__} with {type(attn).__name__}; a plain ViT's was expected, whose queries, "
+                         "keys and values are one projection of its normalised input; choose a plain ViT")  # fmt: skip
+    qkv: Any = attn.qkv  # type: ignore[union-attr]
+    made = linear_tail(qkv.weight, qkv.bias)
+    heads = torch.tensor(float(attn.num_heads))  # type: ignore[union-attr]
+    return norm | {name.replace("proj.", "qkv."): tensor for name, tensor in made.items()} | {"qkv.heads": heads}
 
 
 def has_cls(model: nn.Module) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from mrmae.shards.format import BEHIND, apply_tail, taps_behind
+from mrmae.shards.format import BEHIND, FACET_TAP, apply_tail, taps_behind
 
 StateDict = dict[str, Tensor]
 ImageSize = tuple[int, int]  # height, width
@@ -91,9 +91,9 @@ def linear_tail(weight: Tensor, bias: Tensor | None) -> StateDict:
 
 def with_tail(features: TowerOutput, tail: Mapping[str, Tensor], tap: str, *, where: str) -> TowerOutput:
     """`features` followed by the tail in fp32 where `tap` is behind it; ValueError where the tail does not lead there."""
-    if tap not in BEHIND:
+    if tap not in BEHIND and (not FACET_TAP.fullmatch(tap) or tap.startswith("input_")):
         return features
-    if tap not in taps_behind(tail):
+    if tap in BEHIND and tap not in taps_behind(tail):
         raise ValueError(f"{where}: this tower has no tap {tap!r} for patch tokens (its tail: {', '.join(tail) or 'none'}); "
                          "expected pre_tail or block_i; correct ?tap=")  # fmt: skip
 

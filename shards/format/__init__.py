@@ -49,6 +49,7 @@ from mrmae.shards.format.samples import (
 )
 from mrmae.shards.format.shape import parsed, read_json
 from mrmae.shards.format.spec import (
+    FACET_TAP,
     FORMAT_VERSION,
     MAP_DTYPES,
     NAME,
@@ -68,6 +69,7 @@ from mrmae.shards.format.spec import (
     plain,
     shown,
     signed_hashes,
+    tail_name,
 )
 from mrmae.shards.format.tail import (
     BEHIND,
@@ -94,6 +96,7 @@ __all__ = [
     "kept_path",
     "read_codebook",
     "write_codebook",
+    "FACET_TAP",
     "BadImage",
     "BlockRule",
     "CALIBRATION_SAMPLES",
@@ -163,6 +166,7 @@ __all__ = [
     "shown",
     "signed_hashes",
     "summarise",
+    "tail_name",
     "tail_path",
     "stored_tap",
     "taps_behind",

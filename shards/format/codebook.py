@@ -19,7 +19,7 @@ def codebook_path(path: Path, name: str) -> Path:
 
 def kept_path(path: Path, spec: TeacherSpec) -> Path:
     """What is kept once beside a column, if anything is: a teacher's tail, or a computed map's codebook."""
-    return codebook_path(path, spec.name) if spec.is_map else tail_path(path, spec.name)
+    return codebook_path(path, spec.name) if spec.is_map else tail_path(path, spec.tail_name)
 
 
 def write_codebook(path: Path, name: str, vectors: Array) -> None:

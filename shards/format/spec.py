@@ -25,6 +25,7 @@ LARGEST_GRID = 1024  # patches per side
 LARGEST_WIDTH = 1 << 20  # channels of a token
 MAP_DTYPES = ("uint16", "float16")  # ids or bits, and scores
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+FACET_TAP = re.compile(r"(input|qkv|q|k|v)_([1-9]\d*)")  # a block's input, and what follows from it
 # Where weights came from and how they were called does not change a number; their sha256 does.
 NOT_HASHED = ("name", "weights", "tag")
 
@@ -116,6 +117,11 @@ class TeacherSpec:
         return f"{self.name}.{self.tap}"
 
     @property
+    def tail_name(self) -> str:
+        """Name of what follows its tokens: `tail_name`."""
+        return tail_name(self.name, self.tap)
+
+    @property
     def is_map(self) -> bool:
         """Whether this is no teacher but a map: one value per patch."""
         return self.library == "map"
@@ -124,6 +130,12 @@ class TeacherSpec:
     def made(self) -> str:
         """How a map is computed from a teacher's stored tokens, `text` or `kmeans`; empty for one that was given, and for teachers."""
         return str(self.model_options.get("made", "")) if self.is_map else ""
+
+
+def tail_name(teacher: str, tap: str) -> str:
+    """Name of what makes other taps of this one: the teacher's, whose norm and projection follow; for a block's facets that of its input."""
+    block = FACET_TAP.fullmatch(tap)
+    return f"{teacher}.input_{block[2]}" if block else teacher
 
 
 Spec = TypeVar("Spec", ViewRecipe, TeacherSpec)
