@@ -50,3 +50,16 @@ def distance_of(told: Tensor, goal: Tensor, distance: str) -> Tensor:
         return 1 - F.cosine_similarity(told, goal, dim=-1).mean()
     error = (told - goal).abs()
     return (error**2 if distance == "mse" else torch.where(error < 1, error**2 / 2, error - 0.5)).mean()
+
+
+def facet_tail(width: int) -> dict[str, torch.Tensor]:
+    """What a block of two heads makes of its input."""
+    draw = torch.Generator().manual_seed(3)
+    return {
+        "layer_norm.weight": torch.rand(width, generator=draw) + 0.5,
+        "layer_norm.bias": torch.randn(width, generator=draw),
+        "layer_norm.eps": torch.tensor(1e-6),
+        "qkv.weight": torch.randn(3 * width, width, generator=draw) / 2,
+        "qkv.bias": torch.randn(3 * width, generator=draw),
+        "qkv.heads": torch.tensor(2.0),
+    }

@@ -112,7 +112,11 @@ def reconstructions(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
 def mimicries(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
     """Every teacher that is mimicked, as the loss sees it, and beside it what each head predicts of it, in its colours."""
     columns: list[Strip] = []
-    terms = [term for term in run.model.terms if term.teacher is not None and term.recipe.at(*PATCHES)]
+    terms = [
+        term
+        for term in run.model.terms
+        if term.teacher is not None and term.recipe.at(*PATCHES) and not term.recipe.relation
+    ]
     whole = whole_grids(run, colour_numbers(run)) if terms else None
     for term in terms:
         assert whole is not None

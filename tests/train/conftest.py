@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from training import facet_tail
 
 from mrmae.shards.stats import Stats
 from mrmae.train.method.recipe import Recipe, load_recipe
@@ -31,6 +32,8 @@ def make_recipe(name: str, *overrides: str) -> Recipe:
     for key, term in recipe.terms.items():
         if term.tap.startswith("placed"):
             small.append(f"terms.{key}.tap=placed{(int(term.tap.removeprefix('placed')) + 1) // 2}")
+        if term.tap.startswith("qkv"):
+            small.append(f"terms.{key}.tap=qkv{(int(term.tap.removeprefix('qkv')) + 1) // 2}")
     for field in ("n_keep", "n_predict"):
         if n := getattr(recipe.mask, field):
             small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")
@@ -79,11 +82,26 @@ def info_for(name: str) -> CacheInfo:
     if recipe.mask.source.startswith("map:"):
         kind = "uint16" if recipe.mask.sampler == "crfr_p" else "float16"
         return replace(make_info(4, patch), maps={recipe.mask.source.removeprefix("map:"): kind})
+    if any(term.relation for term in recipe.terms.values()):
+        return with_facets(4 * patch, *taps)
     if not taps:
         return make_info(4, patch)
     named = {f"vit{tap.removeprefix('block_')}": tap for tap in sorted(taps)}
     layers = {key: TeacherInfo(8, None, None, True, True, f"{key}.{tap}") for key, tap in named.items()}
     return CacheInfo(4 * patch, (4, 4), layers)
+
+
+def with_facets(size: int, *taps: str) -> CacheInfo:
+    """A cache with clip's last tokens, and a column for each block whose queries, keys and values follow from its stored input."""
+    stored = {"clip": TeacherInfo(8, None, None, True, True, "clip.pre_tail")}
+    derived = {}
+    for tap in (tap for tap in taps if tap.startswith("qkv_")):
+        name = f"vit{tap.removeprefix('qkv_')}"
+        stored[name] = TeacherInfo(8, None, None, True, True, f"{name}.input_{tap.removeprefix('qkv_')}")
+        derived[f"{name}:{tap}"] = replace(
+            stored[name], width=24, column=f"{name}.{tap}", source=name, tail=facet_tail(8)
+        )
+    return CacheInfo(size, (4, 4), stored, derived=derived)
 
 
 def with_statistics(info: CacheInfo) -> CacheInfo:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from training import train_quietly
+from training import facet_tail, train_quietly
 
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import plan
+from mrmae.shards.format import plan, stored_tap
 from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.stats import compute_stats, write_stats
@@ -78,7 +78,7 @@ def cache_of(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     def make(recipe: Recipe) -> Path:
         wide = "mcmae" in recipe.student.model or any(term.target == "hog" for term in recipe.terms.values())
         taps = {term.teacher_tap for term in recipe.terms.values()} - {None, "projected", "post_ln"}
-        key = (64 if wide else 32, tuple(sorted(tap.removesuffix("_projected") for tap in taps if tap)))
+        key = (64 if wide else 32, tuple(sorted(stored_tap(tap) for tap in taps if tap)))
         if key not in CACHES:
             CACHES[key] = built(make_cache, tmp_path_factory.mktemp("photographs") / "cache", *key)
         return CACHES[key]
@@ -91,7 +91,10 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[st
     told = {"has_cls": True, "has_attention": True}
     teachers = {"clip": {"width": 8, **told}, "dino": {"width": 6, **told}}
     if taps:
-        teachers = {f"vit{tap.removeprefix('block_')}": {"width": 8, "tap": tap, **told} for tap in taps}
+        teachers = {
+            f"vit{tap.removeprefix('block_')}".removesuffix("pre_tail"): {"width": 8, "tap": tap, **told}
+            for tap in taps
+        }
     make_cache(path, size=size, images=tiles(), n=N, n_views=1, teachers=teachers, maps=MAPS, finalise=False)
     draw = torch.Generator().manual_seed(0)
     tail = {
@@ -100,8 +103,10 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, taps: tuple[st
         "layer_norm.eps": torch.tensor(1e-5),
         "proj.weight": torch.randn(5, 8, generator=draw),
     }
-    for teacher in teachers if taps else ["clip"]:
-        write_tail(path, teacher, tail)
+    for teacher in plan.load_plan(path).columns:
+        facets = teacher.tap.startswith("input_")
+        if (taps or teacher.name == "clip") and not teacher.is_map:
+            write_tail(path, teacher.tail_name, facet_tail(8) if facets else tail)
     commit.finalise(path, plan.load_plan(path))
     cache = open_cache(path)
     for column in cache.columns:

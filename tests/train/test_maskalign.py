@@ -70,7 +70,7 @@ def restated(model: Pretrainer, batch: Batch, masks: Masks) -> Tensor:
     """The mean over five layers of twice smooth-L1, over CLS and visible tokens together, in float64."""
     depth = len(model.student.blocks)
     scale, shift = model.scale, model.shift
-    _, blocks = encode_vit(
+    _, blocks, *_ = encode_vit(
         model.student, batch.pixels, masks.ids_keep, scale=scale, shift=shift, keep_blocks=range(1, depth + 1)
     )  # type: ignore[arg-type]
     total = torch.zeros((), dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_kept_paths_leave_the_block_as_timms(
     model = build_model(tiny_recipe("maskalign"), info_of_recipe("maskalign"), dtype=torch.float64)
     batch, ones = tiny_batch(model.info), torch.ones(2, 6, 2)
     keep = torch.tensor([[0, 3], [1, 2]])
-    whole, same = model.encode(batch.pixels, keep)[0], model.encode(batch.pixels, keep, paths=ones)[0]
+    whole, same, *_ = model.encode(batch.pixels, keep)[0], model.encode(batch.pixels, keep, paths=ones)[0]
     assert (whole - same).abs().max() < 1e-12
     ones[0, :, :] = 0
     nothing = model.encode(batch.pixels, keep, paths=ones)[1]

@@ -30,6 +30,8 @@ DISTANCES = {
     "2*sl1(1)": Distance("sl1", beta=1.0, factor=2.0),
     "cosd": Distance("cosd"),
     "2-2cos": Distance("cosd", factor=2.0),
+    "kl(qk)": Distance("relation"),  # relations.py
+    "kl(vv)": Distance("relation"),
 }
 
 

@@ -25,10 +25,10 @@ from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
 from mrmae.train.method.recipe import Recipe, StudentRecipe
-from mrmae.train.method.student import POSITION_TABLES, build_vit, encode_vit, hold_key_bias, initialise
-from mrmae.train.method.taps import Tokens, build_fusions, placed, tokens_at, whole_at
+from mrmae.train.method.student import POSITION_TABLES, Encoded, build_vit, encode_vit, hold_key_bias, initialise
+from mrmae.train.method.taps import Tokens, blocks_behind, build_fusions, placed, tokens_at, whole_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
-from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_taps, score
+from mrmae.train.method.terms import PixelScale, Term, bind_terms, check_heads, check_taps, score
 
 USUAL_STUDENTS = ("test_vit", "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224", "vit_large_patch16_224",
                   "vit_huge_patch14_224", "mcmae_base", "mcmae_large")  # fmt: skip
@@ -86,9 +86,11 @@ class Pretrainer(nn.Module):
         )
         taps = {tap for term in self.terms for tap in term.recipe.taps}
         self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
+        outputs_read = {i for tap in taps if not tap.startswith("qkv") for i in blocks_behind(tap, fused, depth)}
         self.decoder: Decoder | None = None
         if decoder is not None and not taps.isdisjoint(("decoder", "decoded")):
             self.keep_blocks |= blocks_read(decoder, depth)
+            outputs_read |= blocks_read(decoder, depth)
             self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
             taps |= {"final"} if reads_final(decoder) else set()
         own = next((term.recipe.target for term in self.terms if term.recipe.target in ("self", "ema")), None)
@@ -101,12 +103,15 @@ class Pretrainer(nn.Module):
         self.statistics = nn.ModuleDict()
         for term in self.terms:
             width_in = self.width_of(term)
-            self.heads[term.name] = HEADS[term.recipe.head](width_in, self.width_of_target(term))
+            check_heads(term, info, width)
+            told = width_in if term.recipe.relation else self.width_of_target(term)
+            self.heads[term.name] = HEADS[term.recipe.head](width_in, told)
         for term in self.terms:
             if term.recipe.head_of is not None:
                 self.heads[term.name] = self.heads["".join([term.recipe.head_of, *term.name.partition("/")[1:]])]
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
-        leave_unread(self.student, taps, self.keep_blocks)
+        self.keep_qkv = {int(tap.removeprefix("qkv")) for tap in taps if tap.startswith("qkv")}
+        self.half_read = leave_unread(self.student, taps, self.keep_blocks, read=outputs_read)
         self.blocks_cut = depth - len(self.student.blocks)
         copied = any(term.recipe.target == "ema" for term in self.terms)
         self.follower = Follower(self.student, dict(self.heads.items())) if copied else None
@@ -143,7 +148,9 @@ class Pretrainer(nn.Module):
         """Channels of the tokens that a term's head reads. Raises ValueError where its taps differ."""
         decoder = self.recipe.student.decoder
         widths = [
-            decoder.width if decoder is not None and tap in ("decoder", "decoded") else self.student.embed_dim
+            decoder.width
+            if decoder is not None and tap in ("decoder", "decoded")
+            else self.student.embed_dim * (3 if tap.startswith("qkv") else 1)
             for tap in term.recipe.taps
         ]
         if len(set(widths)) > 1:
@@ -195,9 +202,11 @@ class Pretrainer(nn.Module):
         if self.mask_token is not None:
             ids = torch.cat([ids, masks.ids_predict], dim=1)
             hidden = torch.cat([masks.ids_predict, complement(ids, self.info.n_patches)], dim=1)
-        final, blocks = self.encode(batch.pixels, masks.ids_keep, ids_hidden=hidden, paths=paths)
-        final, blocks = final[:, : prefix + ids.shape[1]], {i: x[:, : prefix + ids.shape[1]] for i, x in blocks.items()}
-        outputs = {"final": final} | {f"block{i}": x for i, x in blocks.items()}
+        encoded = self.encode(batch.pixels, masks.ids_keep, ids_hidden=hidden, paths=paths)
+        final, blocks, qkv = encoded.change(lambda x: x[:, : prefix + ids.shape[1]])
+        outputs = (
+            {"final": final} | {f"block{i}": x for i, x in blocks.items()} | {f"qkv{i}": x for i, x in qkv.items()}
+        )
         outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
         taps = {name: Tokens(x, ids, prefix, shown) for name, x in outputs.items()}
         assert self.student.pos_embed is not None
@@ -224,12 +233,12 @@ class Pretrainer(nn.Module):
         own, copied = ([term for term in self.terms if term.recipe.target == target] for target in ("self", "ema"))
         prefix = self.student.num_prefix_tokens
         if own:
-            x = self.encode(batch.pixels, masks.ids_predict)[0][:, prefix:]
+            x = self.encode(batch.pixels, masks.ids_predict).final[:, prefix:]
             x = self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x
             found |= {f"target/{term.name}": Tokens(x, masks.ids_predict) for term in own}
         if copied and self.follower is not None:
             everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
-            final, _ = self.encode(batch.pixels, everything, student=self.follower.student)
+            final = self.encode(batch.pixels, everything, student=self.follower.student).final
             whole = Tokens(final, everything, prefix, everything.shape[1])
             for term in copied:
                 x = whole_at(whole, term.recipe.positions, masks)
@@ -246,19 +255,22 @@ class Pretrainer(nn.Module):
         ids_hidden: Int64[Tensor, "v h"] | None = None,
         paths: Tensor | None = None,
         student: VisionTransformer | MaskedConvViT | None = None,
-    ) -> tuple[Tensor, dict[int, Tensor]]:
-        """`final` of the visible patches, after CLS where the student has one, and the raw block outputs that taps need.
+    ) -> Encoded:
+        """`final` of the visible patches, after CLS where the student has one, and of the blocks what taps need.
 
         ids_hidden: where the mask token stands for a patch; these tokens come last. student: the encoder, if another than the model's own.
         """
-        common, student = {"scale": self.scale, "shift": self.shift}, student or self.student
+        student = student or self.student
+        common: dict[str, Any] = {
+            "scale": self.scale,
+            "shift": self.shift,
+            "keep_blocks": self.keep_blocks,
+            "kernels": self.kernels,
+        }
         if isinstance(student, MaskedConvViT):
-            return mcmae.encode_mcmae(
-                student, pixels, ids_keep, **common, keep_blocks=self.keep_blocks, kernels=self.kernels
-            )
+            return Encoded(*mcmae.encode_mcmae(student, pixels, ids_keep, **common))
         hidden = None if self.mask_token is None or ids_hidden is None else (self.mask_token, ids_hidden)
-        more = {"keep_blocks": self.keep_blocks, "paths": paths, "kernels": self.kernels}
-        return encode_vit(student, pixels, ids_keep, hidden=hidden, **common, **more)  # type: ignore[arg-type]
+        return encode_vit(student, pixels, ids_keep, hidden=hidden, keep_qkv=self.keep_qkv, paths=paths, **common)
 
     def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
         """Which residual branches run in this training step; None for all of them."""
@@ -272,8 +284,7 @@ class Pretrainer(nn.Module):
     def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
         """The `final` tokens of all patches of unmasked images; of a plain ViT what timm's `forward_features` gives after CLS."""
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(pixels.shape[0], -1)
-        final, _ = self.encode(pixels, everything)
-        return final[:, self.student.num_prefix_tokens :]
+        return self.encode(pixels, everything).final[:, self.student.num_prefix_tokens :]
 
     @torch.no_grad()
     def embedded(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
@@ -375,7 +386,8 @@ class Pretrainer(nn.Module):
         """What is left out of the named student, or left at its start, because no term reads it; empty for nothing."""
         cut = f"; its last {counted(self.blocks_cut, 'block')}, which no term reads, left out" * bool(self.blocks_cut)
         norm = "; the final norm, which no term reads, stays at its start"
-        return cut + norm * (not any(p.requires_grad for p in self.student.norm.parameters()))
+        rest = f"; of its block {len(self.student.blocks)} only queries, keys and values are read: the rest stays at its start"
+        return cut + rest * self.half_read + norm * (not any(p.requires_grad for p in self.student.norm.parameters()))
 
 
 @contextlib.contextmanager
@@ -465,15 +477,20 @@ def usual_students() -> dict[str, str]:
 
 
 def leave_unread(
-    student: VisionTransformer | MaskedConvViT, taps: Collection[str], keep_blocks: Collection[int]
-) -> None:
+    student: VisionTransformer | MaskedConvViT,
+    taps: Collection[str],
+    keep_blocks: Collection[int],
+    *,
+    read: Collection[int],
+) -> bool:
     """Take from a student what nothing reads, `final` not being among the taps: it would be computed, and exported, at its start.
 
     The blocks after the last one read are cut off. The final norm, which an encoder must have, and MCMAE's stage fusion stay and do not
-    train: weight decay and data-parallel runs mistake parameters without a gradient.
+    train: weight decay and data-parallel runs mistake parameters without a gradient. So does what follows q, k and v in the last block, where
+    only these are read of it: True is returned. read: the blocks of which something reads the output.
     """
     if "final" in taps:
-        return
+        return False
     last = max(keep_blocks)
     if isinstance(student, MaskedConvViT):
         student.blocks3 = student.blocks3[:last]
@@ -483,6 +500,10 @@ def leave_unread(
         student.blocks = student.blocks[:last]
     if not any(tap == "learned" or tap.startswith("placed") for tap in taps):
         student.norm.requires_grad_(False)
+    half = last not in read
+    for name, parameter in student.blocks[-1].named_parameters() if half else ():
+        parameter.requires_grad_(name.startswith(("norm1.", "attn.qkv.")))
+    return half
 
 
 def unpatchify(patches: Float[Tensor, "b l P"], grid: tuple[int, int], patch: int) -> Float[Tensor, "b h w c"]:

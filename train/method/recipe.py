@@ -28,11 +28,11 @@ HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln",
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
-DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "bce", "asl", "ce"]
+DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce"]
 OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
-ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed)[1-9][0-9]*")
+ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed|qkv)[1-9][0-9]*")
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 
@@ -129,13 +129,14 @@ class StudentRecipe:
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
+    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>`, `qkv<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
     target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), `ema` (a copy of the student
     that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of
     `teachers` (none named: all of the cache), which share `weight` equally.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
+    distance: `kl(qk)` and `kl(vv)` compare relations among the term's tokens (relations.py): tap `qkv<i>`, teacher_tap `qkv_<i>`, head none.
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
     head_of: the term, at the same taps and with the same target, whose head it shares; null: it has its own.
@@ -158,6 +159,11 @@ class TermRecipe:
     def taps(self) -> tuple[str, ...]:
         """The taps it reads, in order."""
         return tuple(self.tap.split("+"))
+
+    @property
+    def relation(self) -> str:
+        """`qk` or `vv` where it compares relations among tokens; empty where it compares tokens."""
+        return self.distance[3:-1] if self.distance.startswith("kl(") else ""
 
     def at(self, *positions: str) -> bool:
         """Whether it predicts at any of these positions."""
@@ -410,7 +416,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield (
             f"{at}.tap",
             is_tap,
-            "final, block<i>, placed<i>, mix<i>, mean_ln, learned, decoder or decoded was expected, or two joined by +",
+            "final, block<i>, placed<i>, mix<i>, qkv<i>, mean_ln, learned, decoder or decoded was expected, or two joined by +",
         )
         yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
         yield (
@@ -462,6 +468,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
         of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
         yield f"{at}.distance", labels == (term.distance in OF_LABELS), of
+        yield from _relation_ranges(name, term) if term.relation else ()
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
         parts = recipe.mask.sampler == "crfr_p"
@@ -481,6 +488,20 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             not term.weighted or term.positions == "predicted",
             "positions predicted was expected with it",
         )
+
+
+def _relation_ranges(name: str, term: TermRecipe) -> Iterable[tuple[str, bool, str]]:
+    """The same of a term that compares relations among tokens."""
+    at, said = f"terms.{name}", f"with distance {term.distance}"
+    yield f"{at}.tap", bool(re.fullmatch(r"qkv\d+", term.tap)), f"qkv<i> was expected {said}"
+    yield f"{at}.target", term.target == "teachers", f"teachers was expected {said}"
+    given = bool(re.fullmatch(r"qkv_\d+", term.teacher_tap or ""))
+    yield f"{at}.teacher_tap", given, f"qkv_<i> was expected {said}, from a stored input_<i>"
+    yield f"{at}.head", term.head == "none", f"none was expected {said}"
+    yield f"{at}.transform", term.transform == "none", f"none was expected {said}"
+    several = not term.at("pooled") and term.positions != "cls"
+    yield f"{at}.positions", several, f"patches were expected {said}"
+    yield f"{at}.focus", not term.focus, f"false was expected {said}"
 
 
 def held_positions(taps: Iterable[str], student: StudentRecipe) -> set[str]:

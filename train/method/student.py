@@ -5,8 +5,8 @@ un-shuffled. The modules are timm's own, so the state dict is timm's.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -179,6 +179,22 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
+class Encoded(NamedTuple):
+    """What an encoder says of the tokens it was given, [CLS | patches]; blocks are counted from 1.
+
+    final: the last block, then the final norm. blocks: raw outputs; 0 is the first one's input. qkv: [q | k | v] in a block.
+    """
+
+    final: Float[Tensor, "v n d"]
+    blocks: dict[int, Float[Tensor, "v n d"]]
+    qkv: dict[int, Float[Tensor, "v n 3*d"]] = {}
+
+    def change(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
+        """The same with every tensor replaced by `change(tensor)`."""
+        blocks, qkv = ({i: change(x) for i, x in each.items()} for each in (self.blocks, self.qkv))
+        return Encoded(change(self.final), blocks, qkv)
+
+
 def encode_vit(
     vit: VisionTransformer,
     pixels: UInt8[Tensor, "b h w c"],
@@ -187,11 +203,12 @@ def encode_vit(
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"],
     hidden: tuple[Float[Tensor, "1 1 d"], Int64[Tensor, "v h"]] | None = None,
-    keep_blocks: Iterable[int] = (),
+    keep_blocks: Collection[int] = (),
+    keep_qkv: Collection[int] = (),
     paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
-) -> tuple[Float[Tensor, "v n d"], dict[int, Float[Tensor, "v n d"]]]:
-    """`final` (last block, then the final norm) of [CLS | visible] (of visible without CLS), and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
+) -> Encoded:
+    """[CLS | visible] (visible without CLS) through the encoder: `final`, the raw outputs of `keep_blocks` and what `keep_qkv` make of their input.
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
     hidden: the mask token and where it stands for a patch's embedding; these tokens follow the visible ones.
@@ -218,8 +235,11 @@ def encode_vit(
         mask_token, ids_hidden = hidden
         x = torch.cat([x, mask_token + position[vit.num_prefix_tokens :][ids_hidden]], dim=1)
     outputs = {0: x} if 0 in keep_blocks else {}
+    qkv: dict[int, Tensor] = {}
     for number, block in enumerate(vit.blocks, start=1):
+        if number in keep_qkv:
+            qkv[number] = block.attn.qkv(block.norm1(x))  # type: ignore[operator,union-attr]
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]
         if number in keep_blocks:
             outputs[number] = x
-    return vit.norm(x), outputs
+    return Encoded(vit.norm(x), outputs, qkv)

@@ -162,9 +162,9 @@ def build_fusions(taps: Iterable[str], fused_blocks: Sequence[int], *, width: in
 
 
 def blocks_behind(tap: str, fused_blocks: Iterable[int], depth: int) -> set[int]:
-    """The blocks whose raw outputs a tap reads, counted from 1; none for `final` and `decoder`."""
-    if tap.startswith(("block", "placed")):
-        return {int(tap.removeprefix("block").removeprefix("placed"))}
+    """The blocks whose raw outputs a tap reads, counted from 1, or whose q, k and v; none for `final` and `decoder`."""
+    if tap.startswith(("block", "placed", "qkv")):
+        return {int(tap.lstrip("abcdeklopqv"))}
     if tap == "learned" or tap.startswith("mix"):
         return set(range(1, depth + 1))
     return set(fused_blocks) if tap == "mean_ln" else set()

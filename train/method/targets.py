@@ -146,7 +146,7 @@ class TeacherStatistics(nn.Module):
         super().__init__()
         tail = info.tail or {}
         self.source, self.tap = info.source, info.tap
-        self.epsilons = {name: float(value) for name, value in tail.items() if name.endswith(".eps")}
+        self.epsilons = {name: float(value) for name, value in tail.items() if name.endswith((".eps", ".heads"))}
         self.tail_names = [name for name in tail if name not in self.epsilons]
         for i, name in enumerate(self.tail_names):
             self.register_buffer(f"tail_{i}", tail[name].detach().to(dtype), persistent=False)
@@ -163,6 +163,11 @@ class TeacherStatistics(nn.Module):
     def tail(self) -> dict[str, Any]:
         """What makes this tap of stored tokens; empty where it is stored itself."""
         return {name: getattr(self, f"tail_{i}") for i, name in enumerate(self.tail_names)} | self.epsilons
+
+    @property
+    def heads(self) -> int:
+        """Heads of the block whose q, k and v these are."""
+        return int(self.epsilons["qkv.heads"])
 
     @torch.no_grad()
     def values(

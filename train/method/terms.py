@@ -13,12 +13,14 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mrmae.kernels import dispatch, reference
+from mrmae.shards.format import stored_tap
 from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
 from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
+from mrmae.train.method.relations import relation_divergence
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
-from mrmae.train.method.targets import MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
+from mrmae.train.method.targets import ADD, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def check_taps(
                 f"term {term.name}: wants a CLS token and the student has no CLS; visible positions were expected; change "
                 f"terms.{key}.positions"
             )
-        if fuses and any(one == "learned" or one.startswith("placed") for one in term.recipe.taps):
+        if fuses and any(one == "learned" or one.startswith(("placed", "qkv")) for one in term.recipe.taps):
             raise ValueError(
                 f"term {term.name}: reads tap {tap}, made for a plain ViT, and the student fuses its stages itself; tap final was "
                 f"expected; change terms.{key}.tap"
@@ -134,6 +136,25 @@ def check_taps(
             )
         wanted |= blocks
     return frozenset(wanted)
+
+
+def check_heads(term: Term, info: CacheInfo, width: int) -> None:
+    """Raise ValueError where a student's q, k and v cannot be split into the heads of the teacher whose relations they learn."""
+    if not term.recipe.relation or term.teacher is None:
+        return
+    tail = info.target(term.teacher).tail or {}
+    if "qkv.heads" not in tail:
+        tap = term.recipe.teacher_tap or ""
+        raise ValueError(
+            f"term {term.name}: the cache stores {tap} of teacher {term.teacher!r} itself, without its heads; the block's input was expected; "
+            f"{ADD} {term.teacher.partition(':')[0]}=...?tap={stored_tap(tap)}"
+        )
+    heads = int(tail["qkv.heads"])
+    if width % heads:
+        raise ValueError(
+            f"term {term.name}: compares relations in the teacher's {heads} heads and the student is {width} channels wide; a multiple of "
+            f"{heads} was expected; use another student, or another teacher"
+        )
 
 
 def score(
@@ -162,6 +183,8 @@ def score(
             errors = latent_errors(prediction, term, taps[f"target/{term.name}"], kernels)
         elif term.recipe.target == "labels":
             errors = label_errors(prediction, term, batch)
+        elif term.recipe.relation:
+            errors = relation_errors(prediction, term, statistics[term.name], batch)
         elif term.teacher is None:
             errors = pixel_errors(prediction, term, batch, pixels, kernels)
         else:
@@ -265,6 +288,22 @@ def mimic_errors(
         gathered, l = batch.rows == "visible", n_patches(batch, pixels)
         parts.append(token_errors(patches, arrays, transform, statistics, told, gathered=gathered, l=l))
     return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)) * distance.factor
+
+
+def relation_errors(prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch) -> Float[Tensor, "b n"]:
+    """How far each token's relations to the others of this term are from the teacher's among the same tokens."""
+    assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
+    arrays, patches = batch.targets[statistics.source or term.teacher], prediction.at("alive")
+    codes, ids = codes_of(arrays["tokens"]), None if batch.rows == "visible" else patches.ids
+    mean, std, scale = statistics.channel_mean, statistics.channel_std, arrays.get("scale")
+    parts = [statistics.values(codes, ids, scale, mean, std, patches.ids, like=patches.x)]
+    if term.recipe.at("cls"):
+        assert statistics.cls is not None
+        first = unplaced(prediction.x[:, :1])
+        cls = statistics.cls.values(arrays["cls"][:, None], first.ids, None, None, None, first.ids, like=first.x)
+        parts.insert(0, cls)
+    teacher = torch.cat(parts, dim=1)
+    return relation_divergence(prediction.x, teacher, term.recipe.relation, heads=statistics.heads)
 
 
 def unplaced(x: Float[Tensor, "v 1 d"]) -> Tokens:

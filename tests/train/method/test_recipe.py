@@ -39,6 +39,7 @@ COUNTS = {
     "mr-mae-light": (49, 49),
     "selective-mae": (29, 49),
     "sycoca-mask": (98, 98),
+    "tinymim": (196, 0),
     "umt": (40, 0),
 }
 LIKE_MAE = [

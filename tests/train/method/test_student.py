@@ -106,7 +106,7 @@ def test_with_every_patch_visible_the_forward_is_timms(grid: int, patch: int, ch
     vit, l = tiny_vit(grid, patch, channels).double(), grid * grid
     pixels = torch.randint(0, 256, (2, grid * patch, grid * patch, channels), dtype=torch.uint8)
     scale, shift = torch.rand(channels).double() / 128 + 1e-3, torch.randn(channels).double()
-    ours, _ = encode_vit(vit, pixels, torch.arange(l).expand(2, l), scale=scale, shift=shift)
+    ours, _, *_ = encode_vit(vit, pixels, torch.arange(l).expand(2, l), scale=scale, shift=shift)
     theirs = vit.forward_features((pixels.double() * scale + shift).permute(0, 3, 1, 2))
     assert (ours - theirs).abs().max() < 1e-10
 
@@ -118,7 +118,9 @@ def test_layer_scale_starts_where_it_is_told_and_is_timms() -> None:
     assert len(gammas) == 12 and all((g == 0.3).all() for g in gammas.values())
     whole = torch.arange(16).expand(2, -1)
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    ours, _ = encode_vit(vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double())
+    ours, _, *_ = encode_vit(
+        vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double()
+    )
     theirs = vit.forward_features((pixels.double() / 99).permute(0, 3, 1, 2))
     assert (ours - theirs).abs().max() < 1e-10
 
@@ -130,7 +132,9 @@ def test_a_student_without_cls_is_timms() -> None:
     assert torch.equal(vit.pos_embed[0], sincos_positions((4, 4), 64)[1:].float())
     whole = torch.arange(16).expand(2, -1)
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    ours, _ = encode_vit(vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double())
+    ours, _, *_ = encode_vit(
+        vit.double(), pixels, whole, scale=torch.ones(3).double() / 99, shift=torch.zeros(3).double()
+    )
     theirs = vit.forward_features((pixels.double() / 99).permute(0, 3, 1, 2))
     assert ours.shape == (2, 16, 64) and (ours - theirs).abs().max() < 1e-10
 
@@ -140,7 +144,7 @@ def test_without_a_bias_of_keys_they_stay_at_zero_and_nothing_else_changes() -> 
     hold_key_bias(held)
     keep, pixels = torch.tensor([[1, 2, 7]]), torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
     for vit in (free, held):
-        final, _ = encode_vit(vit, pixels, keep, scale=torch.ones(3) / 99, shift=torch.zeros(3))
+        final, _, *_ = encode_vit(vit, pixels, keep, scale=torch.ones(3) / 99, shift=torch.zeros(3))
         final.square().sum().backward()
     for (name, one), (_, other) in zip(free.named_parameters(), held.named_parameters()):
         if name.endswith("qkv.bias"):
@@ -155,7 +159,7 @@ def test_hidden_pixels_do_not_reach_visible_tokens_and_visible_ones_do() -> None
     vit, scale, shift = tiny_vit(), torch.full((3,), 0.01), torch.zeros(3)
     pixels = torch.randint(0, 200, (1, 16, 16, 3), dtype=torch.uint8)
     keep = torch.tensor([[0, 5, 6, 15]])
-    before, _ = encode_vit(vit, pixels, keep, scale=scale, shift=shift)
+    before, _, *_ = encode_vit(vit, pixels, keep, scale=scale, shift=shift)
     hidden, seen = pixels.clone(), pixels.clone()
     hidden[:, :4, 4:8] += 50  # patch 1
     seen[:, 4:8, 4:8] += 50  # patch 5
@@ -169,7 +173,7 @@ def test_kept_blocks_are_the_raw_outputs_of_timms_blocks() -> None:
     for i in (2, 6):
         vit.blocks[i - 1].register_forward_hook(lambda _, __, out, i=i: caught.__setitem__(i, out))
     pixels = torch.randint(0, 256, (1, 16, 16, 3), dtype=torch.uint8)
-    final, blocks = encode_vit(
+    final, blocks, *_ = encode_vit(
         vit, pixels, torch.tensor([[1, 2]]), scale=torch.ones(3), shift=torch.zeros(3), keep_blocks=(2, 6)
     )
     assert blocks.keys() == {2, 6} and all(torch.equal(blocks[i], caught[i]) for i in blocks)

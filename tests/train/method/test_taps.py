@@ -185,7 +185,7 @@ def test_a_placed_block_is_its_formulas_in_loss_and_gradients(
         return (x - x.mean()) / ((x - x.mean()).square().mean() + 1e-6).sqrt() * weight + bias
 
     assert len(model.student.blocks) == 2 and model.student.pos_embed is not None
-    _, blocks = model.encode(batch.pixels, masks.ids_keep)
+    _, blocks, *_ = model.encode(batch.pixels, masks.ids_keep)
     own, (linear, last) = model.student.norm, model.heads["mimic/dino"].children()
     each = []
     for i, row in enumerate(masks.ids_keep):
