@@ -160,7 +160,8 @@ def asked_teachers(options: Options, there: Plan | None, keys: Sequence[str], sa
         spec = complete_teacher(options, there, options.teachers[i])
         if spec is None:
             teacher = build_teacher(requests[i], grid=options.grid, view_size=options.recipe.size, device=options.device,
-                                    precision=options.precision, allow_torchscript=options.allow_torchscript)  # fmt: skip
+                                    precision=options.precision, allow_torchscript=options.allow_torchscript,
+                                    allow_code=options.allow_code)  # fmt: skip
             spec = teacher.spec
             built[spec.column] = teacher
         specs[i] = spec

@@ -53,7 +53,7 @@ torchscript_option = click.option(
     multiple=True,
     default=TEACHERS_BY_DEFAULT,
     metavar="NAME=LIBRARY:MODEL[/TAG][@FILE][?k=v]",
-    help="open_clip or timm model (repeatable). @FILE: local weights. /random: random weights.",
+    help="open_clip or timm model (repeatable), or python:module:function. @FILE: local weights. /random: random weights.",
 )
 @click.option(
     "--map",
@@ -105,6 +105,9 @@ torchscript_option = click.option(
               help="Stop at a shard whose int8 or fp8 codes keep less than this of a teacher; float16 is not measured by it.")  # fmt: skip
 @max_pixels_option
 @torchscript_option
+@click.option(
+    "--allow-code", is_flag=True, help="Let --teacher NAME=python:module:function import and run that function."
+)
 @click.option(
     "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."
 )

@@ -49,6 +49,7 @@ class Options:
     min_snr: float = 20.0
     max_pixels: int = MAX_PIXELS
     allow_torchscript: bool = False
+    allow_code: bool = False
     shards: str = ""
     append: bool = False
     part: ProcessPart = ProcessPart()
@@ -101,7 +102,8 @@ class Options:
         }
         for name, value in values.items():
             words += [f"--{name.replace('_', '-')}", str(value)] * (value != usual[name])
-        return shlex.join(words + ["--append"] * self.append + ["--allow-torchscript"] * self.allow_torchscript)
+        words += ["--append"] * self.append + ["--allow-torchscript"] * self.allow_torchscript
+        return shlex.join(words + ["--allow-code"] * self.allow_code)
 
 
 def asked(

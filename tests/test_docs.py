@@ -36,6 +36,7 @@ WRITTEN_BY_A_PROGRAM = {"evidence-commands.md": "test_study.py parses every comm
 NOT_RUN = {
     "make demo": "minutes; its steps are these commands",
     "make test": "this suite",
+    "extract-features photos own.cache --teacher 'own=python:mymodels:pathology_encoder?depth=12' --allow-code": "test_custom.py makes such a module",
     "python benchmarks/study_mimic.py": "hours; test_study.py tests its parts",
     "python benchmarks/study_mimic.py --report": "writes these very pages; test_study.py tests it on other ones",
 }

@@ -75,7 +75,11 @@ def prepared(given: Given, programs: Mapping[str, click.Command]) -> tuple[click
     options = [word for word in words if re.match("-[A-Za-z-]", word)]
     strange = [word for word in options if word.removeprefix("--") not in MAY_BE_RERUN[program]]
     if strange:
-        what = "lets weights run code" if strange[0] == "--allow-torchscript" else "is no option that mrmae writes down"
+        what = (
+            "lets weights run code"
+            if strange[0] in ("--allow-torchscript", "--allow-code")
+            else "is no option that mrmae writes down"
+        )
         raise ValueError(f"{here}{strange[0]} {what}; look at it, and run it yourself (nothing was changed)")
     command = programs[program]
     try:

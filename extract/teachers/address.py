@@ -2,12 +2,14 @@
 
 import ast
 import dataclasses
+import re
 from typing import Any
 from urllib.parse import unquote
 
 from mrmae.shards.format import NAME
 
-LIBRARIES = ("open_clip", "timm")
+LIBRARIES = ("open_clip", "timm", "python")
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
 INTERPOLATIONS = ("bilinear", "bicubic", "nearest")
 FORM = "NAME=LIBRARY:MODEL[/TAG][@FILE][?key=value&...], e.g. clip=open_clip:ViT-B-16-quickgelu/openai"
 RESERVED_NAMES = ("pixels", "view")
@@ -37,6 +39,8 @@ class TeacherRequest:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.library == "python":
+            return
         if ":" in self.model or (found := sorted(NOT_OPTIONS & set(self.options))):
             what = f"model {self.model!r}" if ":" in self.model else f"?{found[0]}="
             raise ValueError(f"{self.where}: {what} names a place of weights; expected a name of the library's own; give weights "
@@ -67,8 +71,16 @@ def parse_teacher(text: str) -> TeacherRequest:
             f"after it), and none of {', '.join(RESERVED_NAMES)}"
         )
     if library not in LIBRARIES:
-        raise ValueError(f"--teacher {text}: unknown library {library!r}; expected {' or '.join(LIBRARIES)}; {FORM}")
+        raise ValueError(
+            f"--teacher {text}: unknown library {library!r}; expected {', '.join(LIBRARIES[:-1])} or {LIBRARIES[-1]}; {FORM}"
+        )
     rest, ours, options = split_query(rest, text)
+    if library == "python":
+        if not FUNCTION.fullmatch(rest):
+            raise ValueError(
+                f"--teacher {text}: {rest!r} names no function; expected NAME=python:package.module:function[?key=value&...]"
+            )
+        return TeacherRequest(name, library, rest, "file", options=options, **ours)
     model, at, file = rest.partition("@")
     model, _, tag = model.partition("/")
     random = tag == "random"

@@ -10,6 +10,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from mrmae.extract.teachers.address import TeacherRequest
+from mrmae.extract.teachers.custom import build_custom
 from mrmae.extract.teachers.tower import StateDict, Tower
 from mrmae.shards.format import TeacherSpec
 
@@ -61,7 +62,7 @@ class Teacher:
 
 def build_teacher(
     request: TeacherRequest, *, grid: int, view_size: int, device: str | torch.device, precision: str,
-    allow_torchscript: bool = False,
+    allow_torchscript: bool = False, allow_code: bool = False,
 ) -> Teacher:  # fmt: skip
     """The asked-for teacher on `device`, for views of `view_size` px and a grid x grid student.
 
@@ -70,11 +71,16 @@ def build_teacher(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; expected {', '.join(PRECISIONS)}; correct --precision")
-    if request.library == "timm":
-        from mrmae.extract.teachers.timm import build_timm as build  # each library takes seconds to import
+    if request.library == "python":
+        tower = build_custom(request, grid=grid, allow_code=allow_code)
+    elif request.library == "timm":
+        from mrmae.extract.teachers.timm import build_timm  # each library takes seconds to import
+
+        tower = build_timm(request, grid=grid, allow_torchscript=allow_torchscript)
     else:
-        from mrmae.extract.teachers.open_clip import build_open_clip as build
-    tower = build(request, grid=grid, allow_torchscript=allow_torchscript)
+        from mrmae.extract.teachers.open_clip import build_open_clip
+
+        tower = build_open_clip(request, grid=grid, allow_torchscript=allow_torchscript)
     with torch.no_grad():
         found, cls = tower.features(torch.zeros(1, 3, *tower.input_size))
     target = torch.device(device)

@@ -28,7 +28,7 @@ def test_the_forms_of_a_request():
         ("a=vit", "has no name or no library"),
         ("a.b=timm:vit", "'a.b' cannot name a teacher"),
         ("pixels=timm:vit", "'pixels' cannot name a teacher"),
-        ("a=tim:vit", "unknown library 'tim'; expected open_clip or timm"),
+        ("a=tim:vit", "unknown library 'tim'; expected open_clip, timm or python"),
         ("a=timm:@f", "has no model or an empty @FILE"),
         ("a=timm:vit@", "has no model or an empty @FILE"),
         ("a=timm:hf-hub:x/y", "has no model or an empty @FILE"),
