@@ -346,7 +346,7 @@ class Soak:
         """At least one of the jobs left, each at an operation or a moment; what runs already, at a moment."""
         victims = self.rng.sample(sorted(left), self.rng.randint(1, len(left)))
         at_operation = {job for job in victims if job not in self.running and self.rng.random() < 0.5}
-        return {job: self.rng.randint(1, len(self.operations[job])) if job in at_operation else self.rng.uniform(0, 1.1 * self.seconds)
+        return {job: self.rng.randint(1, len(self.operations[job])) if job in at_operation and self.operations[job] else self.rng.uniform(0, 1.1 * self.seconds)
                 for job in victims}  # fmt: skip
 
     def kill(self, left: set[int], aim: Aim) -> set[int]:
