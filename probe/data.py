@@ -149,13 +149,11 @@ def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[s
 
 def checked(train: Split, test: Split, *, labelled: bool) -> Data:
     """The data, once every image has a class that can be learnt where it must, with what should be heard about it."""
+    if train is not test:
+        refuse_same_images(train, test)
     if not labelled:
-        return Data(
-            train,
-            test,
-            sorted({str(row.label) for row in train.rows}),
-            tuple(dict.fromkeys([*train.notes, *test.notes])),
-        )
+        names = sorted({str(row.label) for row in train.rows})
+        return Data(train, test, names, tuple(dict.fromkeys([*train.notes, *test.notes])))
     for part in (train, test):
         if unlabelled := [row.key for row in part.rows if row.label is None]:
             raise ValueError(f"DATA: {len(unlabelled)} of {len(part)} {part.name} images have no label, first {unlabelled[0]!r}; "
@@ -167,8 +165,6 @@ def checked(train: Split, test: Split, *, labelled: bool) -> Data:
     if unknown := sorted(asked - known):
         raise ValueError(f"DATA: class {unknown[0]!r} is in the test part and not in the train part ({len(unknown)} such "
                          "classes); nothing can be learnt about it; add train images, or leave it out")  # fmt: skip
-    if train is not test:
-        refuse_same_images(train, test)
     return Data(train, test, sorted(known), tuple(notes_on(train, test, known - asked)))
 
 

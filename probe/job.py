@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrmae.common.backend import expect_utf8
 from mrmae.extract.options import Options as ExtractOptions
+from mrmae.extract.teachers import Teacher
 from mrmae.probe.data import Data, open_data, shared_with, shown_images
 from mrmae.probe.features import PooledFeatures, refuse_foreign_column
 from mrmae.probe.settings import LABEL_FREE, PROBES, UNTRAINED_PROBES, Settings
@@ -76,7 +77,7 @@ def begin_probing(options: ProbeOptions, say: Callable[[str], None], data: Data 
     source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
                          allow_partial=options.allow_partial)  # fmt: skip
     home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))
-    labelled = any(probe not in LABEL_FREE for probe in options.probes)
+    labelled = any(reads_labels(probe, options.settings) for probe in options.probes)
     data = data or open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
                      workers=options.workers, partial=needed_columns(source) if options.allow_partial else None,
                              divided=in_two_parts(options.probes), labelled=labelled)  # fmt: skip
@@ -150,3 +151,17 @@ def pictures_of(job: Probing, positions: Sequence[int]) -> Tensor:
 def evenly(n: int, count: int) -> list[int]:
     """`count` positions of n, evenly spaced, all of them where there are fewer."""
     return list(range(n))[:: max(1, n // max(count, 1))][:count]
+
+
+def model_of(job: Probing, probe: str, why: str) -> Teacher:
+    """The source's model. ValueError for a column, with the probe that needs the model and why."""
+    if job.source.teacher is None:
+        raise ValueError(f"SOURCE {job.source.name}: a column has the tokens of stored views only, and --probe {probe} needs a model ({why}); give the "
+                         "model itself, as timm:NAME or a student")  # fmt: skip
+    return job.source.teacher
+
+
+def reads_labels(probe: str, settings: Settings) -> bool:
+    """Whether a probe needs the class of every image: not where masks or boxes say what is where."""
+    told = {"segment": settings.segment.masks, "region": settings.region.boxes}
+    return probe not in LABEL_FREE and not told.get(probe)

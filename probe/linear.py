@@ -17,9 +17,13 @@ ROWS = 4096  # per chunk of logits: 131 MB for 8 heads of 1000 classes
 
 def probe_linear(
     train: Float[Tensor, "n d"], labels: Int64[Tensor, "n"], test: Float[Tensor, "m d"], settings: Linear, *, n_classes: int, seed: int,
+    held: Bool[Tensor, "n"] | None = None,
 ) -> tuple[Int64[Tensor, "h m"], int, list[str]]:  # fmt: skip
-    """Every head's classes of the test rows, the head that a held-out part of train chooses, and what to say about the choice."""
-    held = hold_out(labels, settings.held_out, seed=seed)
+    """Every head's classes of the test rows, the head that a held-out part of train chooses, and what to say about the choice.
+
+    held: which train rows choose; without it, a share of every class.
+    """
+    held = held if held is not None else hold_out(labels, settings.held_out, seed=seed)
     labels, held = labels.to(train.device), held.to(train.device)
     how: dict[str, Any] = {"lrs": settings.lrs, "n_classes": n_classes, "epochs": settings.epochs,
                            "batch_size": settings.batch_size, "momentum": settings.momentum, "seed": seed}  # fmt: skip

@@ -1,13 +1,10 @@
 """Image-text retrieval: which captions an image finds, and which images a caption finds."""
 
-import csv
 import functools
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from braceexpand import braceexpand
@@ -18,16 +15,8 @@ from mrmae.common.progress import counted
 from mrmae.probe import report
 from mrmae.probe.job import Outcome, Probing, headline
 from mrmae.probe.settings import Retrieval
+from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_table
 
-IMAGE_COLUMNS = (
-    "filepath",
-    "image",
-    "file_name",
-    "filename",
-    "image_path",
-    "path",
-    "key",
-)  # usual names, open_clip's first
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "TEXT", "sentence")
 QUERY_ROWS = 256  # per chunk of similarities
 CAPTION_BYTES = 100_000
@@ -122,21 +111,12 @@ def captions_of(job: Probing) -> Captions:
 
 def list_captions(settings: Retrieval) -> list[tuple[str, str]]:
     """(image, caption) of every row of a table. ValueError where it cannot be read, is empty or lacks a column."""
-    path, where = Path(settings.captions), f"--set retrieval.captions={settings.captions}"
-    if not path.is_file():
-        raise ValueError(f"{where}: there is no such file; expected a .csv, .tsv or .parquet; correct the path")
-    try:
-        rows = read_rows_of(path)
-    except (OSError, ValueError, csv.Error) as error:
-        raise ValueError(
-            f"{where}: cannot be read ({' '.join(str(error).split())[:200]}); expected a .csv, .tsv or .parquet; write it again"
-        ) from None
-    if not rows:
-        raise ValueError(
-            f"{where}: holds no caption; expected a row per caption, with the image's name; write it again"
-        )
-    image = column_of(rows[0], settings.image_column, IMAGE_COLUMNS, where, "image")
-    caption = column_of(rows[0], settings.caption_column, CAPTION_COLUMNS, where, "caption")
+    where = f"--set retrieval.captions={settings.captions}"
+    rows = read_table(Path(settings.captions), where)
+    image = column_of(rows[0], settings.image_column, IMAGE_COLUMNS, where, "an image (retrieval.image_column)")
+    caption = column_of(
+        rows[0], settings.caption_column, CAPTION_COLUMNS, where, "a caption (retrieval.caption_column)"
+    )
     pairs = [
         (str(row[image]), text)
         for row in rows
@@ -149,51 +129,11 @@ def list_captions(settings: Retrieval) -> list[tuple[str, str]]:
     return pairs
 
 
-def read_rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a table as dicts; what parts the columns of a text is what its first line has most of."""
-    if path.suffix.lower() == ".parquet":
-        found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
-        return found
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        first = file.readline()
-        file.seek(0)
-        return [dict(row) for row in csv.DictReader(file, delimiter=max("\t,;|", key=first.count))]
-
-
-def column_of(row: Mapping[str, object], asked: str, usual: Sequence[str], where: str, what: str) -> str:
-    """The column that is asked for, else the first usual name that the table has."""
-    found = [name for name in ([asked] if asked else usual) if name in row]
-    if not found:
-        raise ValueError(f"{where}: has no column {asked!r}; it has {', '.join(map(str, row))}; name it by --set retrieval.{what}_column=" if asked else
-                         f"{where}: has none of the columns {', '.join(usual)}; it has {', '.join(map(str, row))}; name it by --set "
-                         f"retrieval.{what}_column=NAME")  # fmt: skip
-    return found[0]
-
-
-def by_key(pairs: Sequence[tuple[str, str]], keys: Sequence[str], table: str) -> dict[str, list[str]]:
-    """The captions of every image's key: a table may name it with folders in front, or without its suffix, or by its file's name alone.
-
-    ValueError where it names no image, or its file's name is that of several.
-    """
-    whole = {name: key for key in keys for name in (key, str(PurePosixPath(key).with_suffix("")))}
-    short: dict[str, set[str]] = {}
-    for key in keys:
-        for name in (PurePosixPath(key).name, PurePosixPath(key).stem):
-            short.setdefault(name, set()).add(key)
+def by_key(pairs: Sequence[tuple[str, str]], keys: Sequence[str], where: str) -> dict[str, list[str]]:
+    """The captions of every image's key. ValueError for a name that is no image's, or that of several."""
     told: dict[str, list[str]] = {}
-    for name, text in pairs:
-        parts = name.replace("\\", "/").split("/")
-        found = next((whole[tail] for tail in ("/".join(parts[i:]) for i in range(len(parts))) if tail in whole), None)
-        alike = short.get(parts[-1], set())
-        if found is None and len(alike) != 1:
-            why = (
-                f"is the name of {len(alike)} images, such as {min(alike)!r}"
-                if alike
-                else f"is no image of DATA, whose keys look like {keys[0]!r}"
-            )
-            raise ValueError(f"--set retrieval.captions={table}: {name!r} {why}; expected the image that each caption is of; correct the table, or give "
-                             "all its images as DATA")  # fmt: skip
-        told.setdefault(found or min(alike), []).append(text)
+    for key, (_, text) in zip(keys_by_name([name for name, _ in pairs], keys, where), pairs):
+        told.setdefault(key, []).append(text)
     return told
 
 

@@ -14,11 +14,14 @@ from mrmae.common.knn import knn_predict
 from mrmae.common.progress import counted
 from mrmae.common.versions import versions
 from mrmae.probe import attentive, dense, finetune, linear, report
+from mrmae.probe.fusion import other_read, run_fusion
 from mrmae.probe.job import Outcome, ProbeOptions, Probing, begin_probing, evenly, headline, pictures_of
 from mrmae.probe.low_shot import run_low_shot
 from mrmae.probe.pools import choose_pool, pools
 from mrmae.probe.rank import run_rank
+from mrmae.probe.region import boxes_read, run_region
 from mrmae.probe.retrieval import captions_of, run_retrieval
+from mrmae.probe.segment import masks_read, run_segment
 from mrmae.probe.stability import run_stability
 from mrmae.probe.zero_shot import prompts_of, run_zero_shot
 from mrmae.shards.format import content_id
@@ -194,6 +197,9 @@ RUNNERS: dict[str, Callable[[Probing, str], Outcome]] = {
     "linear": run_linear,
     "low-shot": run_low_shot,
     "attentive": run_attentive,
+    "fusion": run_fusion,
+    "segment": run_segment,
+    "region": run_region,
     "finetune": run_finetune,
     "zero-shot": run_zero_shot,
     "retrieval": run_retrieval,
@@ -202,4 +208,5 @@ RUNNERS: dict[str, Callable[[Probing, str], Outcome]] = {
     "stability": run_stability,
 }
 # What else a probe reads: it is part of what its result is of.
-READS: dict[str, Callable[[Probing], Any]] = {"zero-shot": prompts_of, "retrieval": captions_of}
+READS: dict[str, Callable[[Probing], Any]] = {"zero-shot": prompts_of, "retrieval": captions_of, "fusion": other_read,
+         "segment": masks_read, "region": boxes_read}  # fmt: skip

@@ -6,7 +6,21 @@ from typing import Any, Literal
 
 from mrmae.common import strict_yaml
 
-PROBES = ("knn", "linear", "low-shot", "attentive", "finetune", "zero-shot", "retrieval", "dense", "rank", "stability")
+PROBES = (
+    "knn",
+    "linear",
+    "low-shot",
+    "attentive",
+    "fusion",
+    "segment",
+    "region",
+    "finetune",
+    "zero-shot",
+    "retrieval",
+    "dense",
+    "rank",
+    "stability",
+)
 LABEL_FREE = ("retrieval", "dense", "rank", "stability")  # read no label
 UNTRAINED_PROBES = ("zero-shot", *LABEL_FREE)  # learn nothing from a train part
 Pool = Literal["mean", "cls", "both"]
@@ -101,6 +115,66 @@ class Finetune:
 
 
 @dataclasses.dataclass(frozen=True)
+class Head:
+    """How a small head is trained on frozen tokens [ours]: AdamW, half-cosine; a held-out part of train chooses among lrs."""
+
+    epochs: int = 30
+    batch_size: int = 256
+    lrs: tuple[float, ...] = (1e-4, 3e-4, 1e-3)
+    warmup_epochs: float = 3.0
+    weight_decay: float = 0.05
+    held_out: float = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Fusion:
+    """SOURCE beside another one: `other`, named as SOURCE is. queries as in X-Former (arXiv 2407.13851); width and heads are ours."""
+
+    other: str = ""
+    queries: int = 32
+    width: int = 256
+    heads: int = 8
+    head: Head = dataclasses.field(default_factory=Head)
+    linear: Linear = dataclasses.field(default_factory=Linear)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Segmentation of patch tokens, linear and k-NN.
+
+    masks: a folder with KEY.png (class numbers) for every image KEY.jpg, without it mosaics of tiles x tiles labelled images. void: values of
+    masks that are no class. images: of each part at most. bank: tokens that vote at most. k, temperature: as in knn.
+    """
+
+    masks: str = ""
+    void: tuple[int, ...] = (255,)
+    tiles: int = 2
+    images: int = 500
+    bank: int = 20_000
+    k: int = 20
+    temperature: float = 0.07
+    pictures: int = 6
+    linear: Linear = dataclasses.field(default_factory=lambda: Linear(epochs=10, batch_size=1024))
+
+
+@dataclasses.dataclass(frozen=True)
+class Region:
+    """Classes of boxes: BoxRPB against RoIAlign.
+
+    boxes: a .csv, .tsv or .parquet with image, x1, y1, x2, y2 (pixels) and label; without it, mosaics of tiles x tiles labelled images. images:
+    of each part at most.
+    """
+
+    boxes: str = ""
+    tiles: int = 2
+    images: int = 500
+    width: int = 256
+    heads: int = 8
+    head: Head = dataclasses.field(default_factory=Head)
+    linear: Linear = dataclasses.field(default_factory=Linear)
+
+
+@dataclasses.dataclass(frozen=True)
 class ZeroShot:
     """Classes by their names: softmax(100 cos) of image and class text (CLIP, arXiv 2103.00020).
 
@@ -171,6 +245,9 @@ class Settings:
     linear: Linear = dataclasses.field(default_factory=Linear)
     low_shot: LowShot = dataclasses.field(default_factory=LowShot)
     attentive: Attentive = dataclasses.field(default_factory=Attentive)
+    fusion: Fusion = dataclasses.field(default_factory=Fusion)
+    segment: Segment = dataclasses.field(default_factory=Segment)
+    region: Region = dataclasses.field(default_factory=Region)
     finetune: Finetune = dataclasses.field(default_factory=Finetune)
     zero_shot: ZeroShot = dataclasses.field(default_factory=ZeroShot)
     retrieval: Retrieval = dataclasses.field(default_factory=Retrieval)
@@ -195,7 +272,7 @@ def settings_from(overrides: Sequence[str]) -> Settings:
 
 
 POSITIVE = ("k", "temperature", "epochs", "batch_size", "queries", "d_out", "images", "clusters", "parts", "micro_batch", "layer_decay",
-            "draws")  # fmt: skip
+            "draws", "tiles", "bank", "width", "heads")  # fmt: skip
 LISTS = ("ks", "lrs", "blrs", "shares", "noise", "jpeg", "blur", "shift")  # of numbers above 0
 SHARES = ("held_out", "drop_path", "label_smoothing", "ema", "erase")
 

@@ -16,7 +16,7 @@ from mrmae.common.pictures import Pictures, Strip, draw_sheet, heat, publish_png
 from mrmae.extract.teachers import Teacher
 from mrmae.probe import report
 from mrmae.probe.data import shown_images
-from mrmae.probe.job import Outcome, Probing, evenly
+from mrmae.probe.job import Outcome, Probing, evenly, model_of
 from mrmae.probe.settings import Stability
 
 CHANGES = {
@@ -30,10 +30,7 @@ ALONG = "shift of one patch, tokens followed"
 
 def run_stability(job: Probing, name: str) -> Outcome:
     """Relative shift of tokens under every change of a few test images, and a picture of where they move most."""
-    teacher = job.source.teacher
-    if teacher is None:
-        raise ValueError(f"SOURCE {job.source.name}: a column has the tokens of stored views only, and stability needs those of changed ones; "
-                         "a model was expected; give the model itself, as timm:NAME or a student")  # fmt: skip
+    teacher = model_of(job, "stability", "images are changed")
     settings, seed = job.options.settings.stability, job.options.seed
     few = evenly(len(job.data.test), settings.images)
     with ThreadPoolExecutor(job.options.workers) as pool:

@@ -44,7 +44,8 @@ NOT_RUN = {
 SMALL_VALUES = {"--size": "32", "--grid": "4", "--epochs": "2", "--student": "test_vit", "--workers": "2", "--batch-size": "8",
                 "--warmup-epochs": "1", "--shard-samples": "8", "--hold-out": "0.2"}  # fmt: skip
 SMALL_SETTINGS = {"optim.epochs": "2", "optim.batch_size": "8", "finetune.epochs": "1", "finetune.batch_size": "8", "finetune.warmup_epochs": "0",
-                  "linear.epochs": "2", "attentive.epochs": "1"}  # fmt: skip
+                  "linear.epochs": "2", "attentive.epochs": "1", "fusion.other": "timm:test_vit/random",
+                  **{f"{key}.epochs": "1" for key in ("low_shot.linear", "fusion.linear", "fusion.head", "region.linear", "region.head", "segment.linear")}}  # fmt: skip
 PARTS = {False: {"--train-include": "train/*", "--test-include": "test/*", "--include": "train/*"},
          True: {"--include": "train/*", "--train-include": "*-[0-3].png", "--test-include": "*-[45].png"}}  # fmt: skip
 DECODER = "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}"

@@ -205,7 +205,7 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
     measured = [found for found in probes if found.get("accuracy") is not None]
     if measured:
         yield page.intervals(
-            "Probes: share of test images classified rightly, with 95 % intervals",
+            "Probes: shares of the test part, with 95 % intervals",
             {name: (found["accuracy"], *found["interval"]) for name, found in zip(probe_names(measured), measured)},
             x="accuracy",
         )

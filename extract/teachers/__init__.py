@@ -10,6 +10,7 @@ from mrmae.extract.teachers.teacher import (
     make_spec,
     normalise,
     prompt_vectors,
+    to_grid,
 )
 from mrmae.extract.teachers.tower import Origin, Preprocessing, Tower, activation_of
 from mrmae.extract.teachers.weights import first_line, fit_weights, listed, load_weights, weights_sha256
@@ -35,5 +36,6 @@ __all__ = [
     "normalise",
     "parse_teacher",
     "prompt_vectors",
+    "to_grid",
     "weights_sha256",
 ]

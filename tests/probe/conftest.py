@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from training import train_quietly
 
+from mrmae.extract.teachers import Origin, Preprocessing, Teacher, TeacherRequest, Tower, make_spec
+from mrmae.probe.sources import FeatureSource, hashed
 from mrmae.train.method.recipe import load_recipe
 
 QUICK = (
@@ -54,3 +56,34 @@ def trained(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     train_quietly(tiny_cache, out, load_recipe("mr-mae", QUICK))
     return out
+
+
+def colour_source(text: str, **_: object) -> FeatureSource:
+    """`colours:GRID:CHANNELS`: a model of 32 px whose tokens are the mean colour of each patch, of these channels and their negatives."""
+    grid, channels = int(text.split(":")[1]), [int(c) for c in text.split(":")[2]]
+
+    def features(x: torch.Tensor) -> tuple[torch.Tensor, None]:
+        found = torch.nn.functional.avg_pool2d(x[:, channels], 32 // grid)
+        return torch.cat([found, 1 - found], 1), None
+
+    origin = Origin(
+        text, None, Preprocessing((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "bicubic"), text.encode().hex().ljust(64, "0")
+    )
+    tower = Tower(module=torch.nn.Identity(), features=features, attention_row=None, patch=32 // grid, input_size=(32, 32), origin=origin,
+                  activation="none", prefix_tokens=0, tap="colours", tail={}, attention_backend="none")  # fmt: skip
+    spec = make_spec(
+        TeacherRequest("probe", "view", "colours", "file"),
+        tower,
+        features(torch.zeros(1, 3, 32, 32))[0],
+        False,
+        grid,
+        "fp32",
+    )
+    return FeatureSource(text, "student", hashed(spec), Teacher(spec, {}, tower, torch.device("cpu")))
+
+
+@pytest.fixture
+def colours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources are `colours:GRID:CHANNELS`, for the length of a test."""
+    for place in ("mrmae.probe.job.open_source", "mrmae.probe.fusion.open_source"):
+        monkeypatch.setattr(place, colour_source)

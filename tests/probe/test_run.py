@@ -94,7 +94,7 @@ def test_what_needs_no_label_takes_any_folder_and_gives_measures_and_pictures(
 
 
 def test_stability_of_a_column_is_refused(tiny_cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="stability needs those of changed ones"):
+    with pytest.raises(ValueError, match="--probe stability needs a model"):
         probe(f"{tiny_cache}#a", tiny_cache, "stability", out=tmp_path)
 
 

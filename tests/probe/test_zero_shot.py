@@ -169,7 +169,7 @@ def test_captions_of_tables_find_their_images(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text, told",
     [
-        ("", "holds no caption"),
+        ("", "holds no row"),
         ("a,b\n1,2\n", "has none of the columns filepath"),
         ("filepath,title\n1.jpg,\n", "the caption of '1.jpg' is empty"),
     ],
