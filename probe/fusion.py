@@ -19,7 +19,7 @@ from mrmae.probe.sources import open_source
 Grid = tuple[int, int]
 
 
-class CrossAttention(nn.Module):
+class FusionAttention(nn.Module):
     """`CA(q, kv)`: LayerNorm of both, multi-head attention of q over kv, added to q."""
 
     def __init__(self, width: int, heads: int) -> None:
@@ -45,7 +45,7 @@ class FusionHead(nn.Module):
         super().__init__()
         self.own, self.other = nn.Linear(d, width), nn.Linear(d_other, width)
         self.queries = nn.Parameter(0.02 * torch.randn(queries, width))
-        self.first, self.second, self.third = (CrossAttention(width, heads) for _ in range(3))
+        self.first, self.second, self.third = (FusionAttention(width, heads) for _ in range(3))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, n_classes)
 
     def forward(self, x: Float[Tensor, "b n d"], m: Float[Tensor, "b k e"]) -> Float[Tensor, "b c"]:
@@ -63,7 +63,7 @@ def run_fusion(job: Probing, name: str) -> Outcome:
     grids, n_classes = (job.test.grid, others[1].grid), len(job.data.classes)
     free = 0.8 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     own = [part.tokens(limit_bytes=free / 4) for part in (job.train, job.test)]
-    other = [on_grid(part.tokens(limit_bytes=free / 4), grids[1], grids[0]) for part in others]
+    other = [tokens_on_grid(part.tokens(limit_bytes=free / 4), grids[1], grids[0]) for part in others]
     if grids[0] != grids[1]:
         notes.append(
             f"{settings.other}: its {grids[1][0]} x {grids[1][1]} tokens are resampled (bilinear) to the {grids[0][0]} x {grids[0][1]} of {job.source.name}"
@@ -109,7 +109,7 @@ def other_read(job: Probing) -> list[str]:
     return [part.id for part in other_parts(job)[0]]
 
 
-def on_grid(tokens: Float[Tensor, "n l d"], grid: Grid, wanted: Grid) -> Float[Tensor, "n k d"]:
+def tokens_on_grid(tokens: Float[Tensor, "n l d"], grid: Grid, wanted: Grid) -> Float[Tensor, "n k d"]:
     """The tokens resampled from one grid to another, as teachers' are; as they are where they fit."""
     if grid == wanted:
         return tokens

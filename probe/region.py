@@ -17,7 +17,7 @@ from mrmae.probe.heads import probe_head
 from mrmae.probe.job import Outcome, Probing, evenly, headline, model_of
 from mrmae.probe.linear import probe_linear
 from mrmae.probe.mosaics import mosaic, mosaic_boxes, mosaic_labels
-from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_table
+from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_beside
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 HIDDEN = 512  # of the MLPs that make a bias
@@ -180,7 +180,7 @@ def read_boxes(job: Probing) -> dict[str, list[tuple[tuple[float, ...], str]]]:
     """(box in pixels of the image, class) by the image's key. ValueError for a table that cannot be read, and for what is no box."""
     file = job.options.settings.region.boxes
     where = f"--set region.boxes={file}"
-    rows = read_table(Path(file), where)
+    rows = read_beside(Path(file), where)
     image = column_of(rows[0], "", IMAGE_COLUMNS, where, "an image")
     label = column_of(rows[0], "", ("label", "class", "category"), where, "a class")
     corners = [column_of(rows[0], "", (name, name.upper(), USUAL[name]), where, name) for name in BOX_COLUMNS]

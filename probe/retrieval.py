@@ -15,7 +15,7 @@ from mrmae.common.progress import counted
 from mrmae.probe import report
 from mrmae.probe.job import Outcome, Probing, headline
 from mrmae.probe.settings import Retrieval
-from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_table
+from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_beside
 
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "TEXT", "sentence")
 QUERY_ROWS = 256  # per chunk of similarities
@@ -112,7 +112,7 @@ def captions_of(job: Probing) -> Captions:
 def list_captions(settings: Retrieval) -> list[tuple[str, str]]:
     """(image, caption) of every row of a table. ValueError where it cannot be read, is empty or lacks a column."""
     where = f"--set retrieval.captions={settings.captions}"
-    rows = read_table(Path(settings.captions), where)
+    rows = read_beside(Path(settings.captions), where)
     image = column_of(rows[0], settings.image_column, IMAGE_COLUMNS, where, "an image (retrieval.image_column)")
     caption = column_of(
         rows[0], settings.caption_column, CAPTION_COLUMNS, where, "a caption (retrieval.caption_column)"

@@ -131,7 +131,7 @@ def labelled_parts(job: Probing) -> tuple[list[str], list[Labelled]]:
             )
             raise ValueError(f"--set segment.masks={settings.masks}: the masks have {told}; expected at least two values in the train part, and no other in the "
                              "test part; check them, or name what is no class by segment.void")  # fmt: skip
-        names, masks = [str(value) for value in values], [numbered(mask, values) for mask in masks]
+        names, masks = [str(value) for value in values], [as_places(mask, values) for mask in masks]
     tokens = [
         torch.cat([teacher.forward(rows).tokens.half().cpu() for rows in torch.split(each, job.options.batch_size)])
         for each in pictures
@@ -139,7 +139,7 @@ def labelled_parts(job: Probing) -> tuple[list[str], list[Labelled]]:
     return names, [(found, mask, shown.numpy()) for found, mask, shown in zip(tokens, masks, pictures)]
 
 
-def numbered(mask: Int64[Tensor, "n h w"], values: Sequence[int]) -> Int64[Tensor, "n h w"]:
+def as_places(mask: Int64[Tensor, "n h w"], values: Sequence[int]) -> Int64[Tensor, "n h w"]:
     """Values as places in `values`, VOID as it is."""
     found = torch.searchsorted(torch.tensor(list(values)), mask.clamp_min(0))
     return torch.where(mask == VOID, VOID, found)

@@ -18,7 +18,7 @@ IMAGE_COLUMNS = (
 )  # usual names, open_clip's first
 
 
-def read_table(path: Path, where: str) -> list[dict[str, Any]]:
+def read_beside(path: Path, where: str) -> list[dict[str, Any]]:
     """The rows of a table as dicts; what parts the columns of a text is what its first line has most of.
 
     Raises ValueError, which begins with `where`, for a file that is missing, cannot be read or has no row.
@@ -26,7 +26,7 @@ def read_table(path: Path, where: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"{where}: there is no such file; expected a .csv, .tsv or .parquet; correct the path")
     try:
-        rows = rows_of(path)
+        rows = table_rows(path)
     except (OSError, ValueError, csv.Error) as error:
         raise ValueError(
             f"{where}: cannot be read ({' '.join(str(error).split())[:200]}); expected a .csv, .tsv or .parquet; write it again"
@@ -38,7 +38,7 @@ def read_table(path: Path, where: str) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of(path: Path) -> list[dict[str, Any]]:
+def table_rows(path: Path) -> list[dict[str, Any]]:
     if path.suffix.lower() == ".parquet":
         found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
         return found

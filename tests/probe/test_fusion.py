@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from mrmae.probe.fusion import CrossAttention, FusionHead
+from mrmae.probe.fusion import FusionAttention, FusionHead
 from mrmae.probe.job import ProbeOptions
 from mrmae.probe.run import probe_features
 from mrmae.probe.settings import settings_from
@@ -28,7 +28,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor | float = 1.0, bias: torch.Tens
     return (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def attended(block: CrossAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
+def attended(block: FusionAttention, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
     """CA(q, kv) of one image, head by head and query by query."""
     a, heads = block.attention, block.attention.num_heads
     d = q.shape[-1]

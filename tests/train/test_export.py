@@ -47,6 +47,25 @@ def test_timm_loads_the_export_in_one_line_with_our_features(
     assert torch.equal(student.forward_head(features), features[:, 0])
 
 
+def test_a_detector_s_backbone_is_the_export_with_features_only(
+    model: Pretrainer, tiny_batch: Callable[..., Batch], tmp_path: Path
+) -> None:
+    folder = export_student(model, tmp_path, source={})
+    how = {"pretrained": True, "features_only": True}
+    student = timm.create_model(f"local-dir:{folder}", **how, out_indices=(1, -1)).eval()
+    pixels = tiny_batch(model.info).pixels
+    mean, std = (torch.tensor(x)[:, None, None] for x in (model.recipe.prepare.mean, model.recipe.prepare.std))
+    with torch.no_grad():
+        maps = student((pixels.permute(0, 3, 1, 2) / 255 - mean) / std)
+        tokens = maps[-1].flatten(2).transpose(1, 2)
+        assert (model.student.norm(tokens) - model.tokens(pixels)).abs().max() < 1e-5, (
+            "blocks' outputs, before the norm"
+        )
+    assert student.feature_info.reduction() == [5, 5] and student.feature_info.channels() == [64, 64]
+    wide = timm.create_model(f"local-dir:{folder}", **how, out_indices=(-1,), img_size=(30, 60))
+    assert wide(torch.zeros(1, 3, 30, 60))[0].shape == (1, 64, 6, 12)
+
+
 def test_the_state_dict_is_complete_and_loads_strictly(model: Pretrainer, tmp_path: Path) -> None:
     folder = export_student(model, tmp_path, source={})
     weights = safetensors.torch.load_file(folder / "model.safetensors")
