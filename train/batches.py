@@ -183,14 +183,21 @@ def views_of(cache: Cache, numbers: Numbers, *, epoch: int) -> Numbers:
 
 
 def load_batch(
-    cache: Cache, numbers: Numbers, *, epoch: int, needed: Mapping[str, set[str]], blocks: Numbers | None = None
+    cache: Cache,
+    numbers: Numbers,
+    *,
+    epoch: int,
+    needed: Mapping[str, set[str]],
+    blocks: Numbers | None = None,
+    views: Numbers | None = None,
 ) -> Batch:
-    """The batch of these samples on the host: hashes, pixels of the epoch's views, and only the arrays that are needed.
+    """The batch of these samples on the host: hashes, pixels of the epoch's views (or of `views`), and only the arrays that are needed.
 
     needed: target -> arrays of its column (`tokens`, `scale`, `cls`, `attention`, `norm`; of a map `map`). blocks: of tokens and
     scale, the one block of each sample to read.
     """
-    samples, views = cache.hashes[torch.from_numpy(numbers)], views_of(cache, numbers, epoch=epoch)
+    samples = cache.hashes[torch.from_numpy(numbers)]
+    views = views_of(cache, numbers, epoch=epoch) if views is None else views
     columns = target_names(cache.columns) | {f"{MAP}{column.spec.name}": name for name, column in cache.maps.items()}
 
     def read(column: str, arrays: tuple[str, ...]) -> dict[str, Tensor]:
@@ -251,14 +258,19 @@ def reads_only_visible(recipe: Recipe) -> bool:
 def visible_rows(batch: Batch, masks: Masks) -> Batch:
     """The same batch with only the visible rows of every teacher's tokens and scales: a quarter of the bytes to copy.
 
-    Of several masks per image, each has rows of its own.
+    Of several masks per image, each has rows of its own. Of a partner that is seen whole all rows stay.
     """
+    partner = batch.partner
+    if partner is not None and masks.ids_partner is not None and partner.targets:
+        shown = masks.ids_partner
+        if shown.shape[1] < masks.ids_keep.shape[1] + masks.ids_predict.shape[1]:
+            partner = visible_rows(partner, Masks(shown, shown[:, :0]))
     rows = torch.arange(len(masks.ids_keep))[:, None] % len(batch.samples)
     targets = {
         teacher: {name: v[rows, masks.ids_keep] if name in ("tokens", "scale") else v for name, v in arrays.items()}
         for teacher, arrays in batch.targets.items()
     }
-    return replace(batch, targets=targets, rows="visible")
+    return replace(batch, targets=targets, rows="visible", partner=partner)
 
 
 def default_workers() -> int:

@@ -138,6 +138,12 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     "--export", type=click.Choice(["mae"]), help="Write OUT/published.pth too, for MAE's fine-tuning scripts."
 )
 @click.option(
+    "--pairs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Pairs of images, two keys a row (.csv or .parquet), for a recipe that pairs them. [default: two stored views of each image]",
+)
+@click.option(
     "--save-minutes", type=click.FloatRange(0), default=10.0, help="Save this often, beside every epoch's end."
 )
 @click.option("--keep", type=click.IntRange(1), default=3, help="Checkpoints kept.")

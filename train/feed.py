@@ -3,7 +3,7 @@
 import functools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Self
@@ -14,7 +14,8 @@ from torch import Tensor
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
-from mrmae.train.method import MAP, chosen_blocks, draw_masks, draw_of
+from mrmae.train.method import MAP, Batch, chosen_blocks, draw_masks, draw_of, partner_targets
+from mrmae.train.pairs import partners_of
 from mrmae.train.run import Run
 
 BATCHES_AHEAD = 4  # micro-batches in memory beside the one in use
@@ -49,18 +50,28 @@ def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> L
         stored = {target: arrays for target, arrays in run.needed.items() if target.startswith(MAP)}
         batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=stored)
         batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
-        return replace(batch, labels=labels), draw
+        batch = replace(batch, labels=labels)
+        return with_partner(run, batch, numbers, epoch=epoch, needed=stored), draw
     blocks = None
     if run.recipe.mask.sampler == "stored_block":
         blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
     batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
     batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
-    batch = replace(batch, labels=labels)
+    batch = with_partner(run, replace(batch, labels=labels), numbers, epoch=epoch, needed=run.needed)
     if run.recipe.mask.sampler == "similarity":
         return batch, draw
     masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)
     gather = batch.rows == "grid" and batches.reads_only_visible(run.recipe)
     return (batches.visible_rows(batch, masks) if gather else batch), masks
+
+
+def with_partner(run: Run, batch: Batch, numbers: Numbers, *, epoch: int, needed: Mapping[str, set[str]]) -> Batch:
+    """The batch with each image's partner, where the recipe pairs them; what teachers say of it only if a term reads that."""
+    if not run.recipe.prepare.pair:
+        return batch
+    others, views = partners_of(run.cache, numbers, run.pairs, epoch=epoch)
+    arrays = needed if partner_targets(run.recipe) else {}
+    return replace(batch, partner=batches.load_batch(run.cache, others, epoch=epoch, needed=arrays, views=views))
 
 
 class Feed:

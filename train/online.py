@@ -13,7 +13,7 @@ from torch import Tensor
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import TeacherSpec, column_id, compare_specs
-from mrmae.train.method import Batch, CacheInfo, Draw, Masks, Pretrainer, TeacherInfo, draw_masks
+from mrmae.train.method import Batch, CacheInfo, Draw, Masks, Pretrainer, TeacherInfo, draw_masks, partner_targets
 
 NOT_COMPARED = ("weights", "tag", "precision", "attention_backend")  # where weights come from and how they are computed
 
@@ -134,7 +134,10 @@ def with_targets(
     if isinstance(masks, Masks):
         return batch, masks
     if teachers:
-        batch = teach(batch, teachers, needed)
+        partner = batch.partner
+        if partner is not None and partner_targets(model.recipe):
+            partner = teach(partner, teachers, needed)
+        batch = replace(teach(batch, teachers, needed), partner=partner)
     mask = model.recipe.mask
     embedded = model.embedded(batch.pixels) if mask.sampler == "similarity" else None
     return batch, draw_masks(batch, masks, recipe=mask, l=model.info.n_patches, embedded=embedded)

@@ -16,7 +16,7 @@ from mrmae.common.files import publish
 from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
 from mrmae.train import optim
-from mrmae.train.method import MAP, MaskedConvViT, Optim, reads_saliency, to_dict
+from mrmae.train.method import MAP, MaskedConvViT, Optim, partner_targets, reads_saliency, to_dict
 from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
 
@@ -133,6 +133,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         **{f"map {name}": map_words(run, name) for name in maps_read(run)},
         **({"labels": labels_words(run)} if run.labels is not None else {}),
         **({"not read": "; ".join(f"{what}: {why}" for what, why in run.unread.items())} if run.unread else {}),
+        **({"partner": partner_words(run)} if run.recipe.prepare.pair else {}),
         **described,
         "tokens": token_words(run),
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
@@ -191,6 +192,13 @@ def batches_words(o: Optim) -> str:
 def scale_words(o: Optim) -> str:
     """A method's own factor of the learning rate."""
     return "" if o.lr_scale == 1 else f" x {o.lr_scale:g}"
+
+
+def partner_words(run: Run) -> str:
+    """What stands beside each image."""
+    if run.pairs is None:
+        return "another stored view of each image"
+    return f"{counted(len(run.pairs.first), 'pair')} of {run.setup.pairs}, whose first images are trained on"
 
 
 def left_out(n: int) -> str:
@@ -264,15 +272,17 @@ def blocks_words(run: Run) -> str:
 def feature_bytes(run: Run) -> int:
     """Bytes of cached features and maps read per image and epoch; only maps where the teachers run in the step."""
     l = run.info.n_patches
-    total = 2 * l * len(maps_read(run))
+    both = partner_targets(run.recipe)
+    total = 2 * l * len(maps_read(run)) * (1 + both)
     if run.online:
         return total
     rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "stored_block" else l
     for teacher in teachers_read(run):
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
-        sizes = {"tokens": rows * width * column.quantiser.stored.bytes, "scale": 2 * rows, "cls": 2 * width}
-        total += sum(sizes.get(name, 2 * l) for name in run.needed[teacher])
+        for n in (rows, l) if both else (rows,):
+            sizes = {"tokens": n * width * column.quantiser.stored.bytes, "scale": 2 * n, "cls": 2 * width}
+            total += sum(sizes.get(name, 2 * l) for name in run.needed[teacher])
     return total
 
 

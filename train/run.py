@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mrmae.common.device import resolve_device, resolve_precision
+from mrmae.common.progress import counted
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
@@ -29,6 +31,7 @@ from mrmae.train.method import (
     replaced,
     student_size,
 )
+from mrmae.train.pairs import Pairs, pairs_for
 from mrmae.train.ranks import Ranks
 from mrmae.train.setup import CADENCE, Cadence, Setup, check_fit, open_needed
 
@@ -42,7 +45,7 @@ class Run:
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
     what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
     update there were too many of them, and why; such a run does not go on. labels: where a term predicts them. baselines: per term what predictions that never see an
-    image cost (baselines.py).
+    image cost (baselines.py). pairs: where partners are other images.
     """
 
     out: Path
@@ -74,6 +77,7 @@ class Run:
     diverged: str | None = None
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    pairs: Pairs | None = None
     lock: IO[bytes] | None = None
 
     @property
@@ -107,6 +111,10 @@ def build_run(
     whole = open_needed(cache_path, recipe, setup)
     cache = whole.narrowed(recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images)
     numbers, held_out = batches.split_off(cache, setup.hold_out)
+    told: list[str] = []
+    pairs = pairs_for(recipe, cache, None if setup.pairs is None else Path(setup.pairs))
+    if pairs is not None:
+        numbers, held_out, pairs, told = paired(pairs, numbers, held_out)
     if cadence.knn_every:
         batches.check_knn(cache, numbers, held_out)
     where = resolve_device(setup.device, ranks.local)
@@ -151,8 +159,24 @@ def build_run(
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
         skipped_in_a_row=torch.zeros((), device=where),
         labels=labels,
-        notes=[*notes, *small_rate_words(recipe)],
+        notes=[*told, *notes, *small_rate_words(recipe)],
+        pairs=pairs,
     )
+
+
+def paired(pairs: Pairs, numbers: Numbers, held_out: Numbers) -> tuple[Numbers, Numbers, Pairs, list[str]]:
+    """(images to train on, those held out, their pairs, what to tell): an image counts where it stands first in a pair.
+
+    A pair of which one image is held out and the other is not is left out. Raises ValueError where no pair is left to train on.
+    """
+    kept = pairs.within(numbers, held_out)
+    if not len(mine := numbers[np.isin(numbers, kept.first)]):
+        raise ValueError(
+            "--pairs: no pair has two images to train on; at least one was expected; give another list or a smaller --hold-out"
+        )
+    left = len(pairs.first) - len(kept.first)
+    told = [f"{counted(left, 'pair')} left out: one image is held out and the other is not"] if left else []
+    return mine, held_out[np.isin(held_out, kept.first)], kept, told
 
 
 def pinned(recipe: Recipe, cache: Cache, info: CacheInfo, needed: Collection[str]) -> Recipe:
@@ -188,6 +212,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
         ids[checkpoint.COMMITTED] = cache.unfinished
     if run.labels is not None:
         ids["labels"] = run.labels.id
+    if run.pairs is not None:
+        ids["pairs"] = run.pairs.id
     targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
     ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:

@@ -23,7 +23,7 @@ class Setup:
     init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student.
     labels: a file of labels by key, for terms that predict them; None: those that the cache keeps.
     allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
-    command: what to type to continue, for the last line and for OUT.
+    pairs: a list of pairs of keys, for a recipe that pairs images. command: what to type to continue, for the last line and for OUT.
     Raises ValueError for an unknown export, and for text that is not UTF-8: what a run writes down is.
     """
 
@@ -40,6 +40,7 @@ class Setup:
     labels: str | Path | None = None
     allow_partial: bool = False
     command: str | None = None
+    pairs: str | Path | None = None
 
     def __post_init__(self) -> None:
         if self.export not in (None, "mae"):
@@ -49,9 +50,11 @@ class Setup:
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))
         object.__setattr__(self, "online", self.online or bool(self.teachers))
         teachers = [("--teacher", text) for text in self.teachers]
+        object.__setattr__(self, "pairs", None if self.pairs is None else Path(self.pairs))
         for name, text in [
             ("--init", self.init or ""),
             ("--labels", self.labels or ""),
+            ("--pairs", str(self.pairs or "")),
             *teachers,
             ("the command", self.command or ""),
         ]:

@@ -50,7 +50,7 @@ def make_info(grid: int = 4, patch: int = 4, channels: int = 3) -> CacheInfo:
 
 
 def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
-    """`b` random images with everything a cache can hold of both teachers."""
+    """`b` random images with everything a cache can hold of both teachers, each with a partner, which only recipes of pairs read."""
     draw, l = torch.Generator().manual_seed(seed), info.n_patches
     targets: dict[str, dict[str, torch.Tensor]] = {}
     for name, teacher in info.teachers.items():
@@ -69,7 +69,8 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
         targets[f"map:{name}"] = {"map": bits if dtype == "uint16" else torch.randn(b, l, generator=draw).half()}
     side = (b, info.size, info.size, info.channels)
     pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
-    return Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
+    batch = Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
+    return replace(batch, partner=make_batch(info, b, seed + 1000)) if seed < 1000 else batch
 
 
 def info_for(name: str) -> CacheInfo:

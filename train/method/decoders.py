@@ -167,13 +167,47 @@ class TapDecoder(nn.Module):
         return Tokens(self.norm(z[:, x.shape[1] :]), ids_predict)
 
 
-Decoder = MaskDecoder | CrossDecoder | PromptDecoder | Regressor | TapDecoder
+class PairDecoder(nn.Module):
+    """`pair`: CroCo's decoder (arXiv 2210.10716): `depth` blocks over [CLS | visible | mask tokens] that also look at the partner.
+
+    The partner's `final` passes the same Linear, has positions and stays as it is; each block sees it through a LayerNorm of its own.
+    """
+
+    position: Tensor
+
+    def __init__(self, width_in: int, recipe: DecoderRecipe, grid: tuple[int, int], encoder_depth: int = 0) -> None:
+        super().__init__()
+        self.embed = nn.Linear(width_in, recipe.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, recipe.width))
+        self.register_buffer("position", sincos_positions(grid, recipe.width)[1:].float(), persistent=False)
+        self.norm = last_norm(recipe)
+        self.blocks = nn.ModuleList(TapBlock(recipe) for _ in range(recipe.depth))
+        self.norms = nn.ModuleList(LayerNorm(recipe.width) for _ in range(recipe.depth))
+
+    def forward(
+        self,
+        final: Tokens,
+        ids_predict: Int64[Tensor, "v m"],
+        outputs: Outputs | None = None,
+        partner: Tokens | None = None,
+    ) -> Tokens:
+        """Decoded tokens [v, m, width] at `ids_predict`, from the encoder's `final` of both views."""
+        assert partner is not None
+        x, y = (placed(tokens._replace(x=self.embed(tokens.x)), self.position).x for tokens in (final, partner))
+        z = torch.cat([x, self.mask_token + self.position[ids_predict]], dim=1)
+        for block, norm in zip(self.blocks, self.norms):
+            z = block(z, norm(y))
+        return Tokens(self.norm(z[:, x.shape[1] :]), ids_predict)
+
+
+Decoder = MaskDecoder | CrossDecoder | PromptDecoder | Regressor | TapDecoder | PairDecoder
 DECODERS: dict[str, type[Decoder]] = {
     "self": MaskDecoder,
     "cross": CrossDecoder,
     "prompt": PromptDecoder,
     "regressor": Regressor,
     "taps": TapDecoder,
+    "pair": PairDecoder,
 }
 
 
@@ -243,7 +277,7 @@ class TapBlock(nn.Module):
         self.cross, self.mlp = CrossAttention(recipe.width, recipe.width, recipe.heads), mlp_of(recipe)
 
     def forward(self, z: Float[Tensor, "v n d"], y: Float[Tensor, "v k d"]) -> Float[Tensor, "v n d"]:
-        """y: [CLS | visible] of an encoder block."""
+        """y: [CLS | visible] of an encoder block, or another view."""
         z = z + self.attn(self.norm1(z))
         z = z + self.cross(self.norm2(z), y)
         out: Tensor = z + self.mlp(self.norm3(z))

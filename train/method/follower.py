@@ -32,7 +32,8 @@ class Follower(nn.Module):
     def follow(self, student: nn.Module, heads: Mapping[str, nn.Module], momentum: float) -> None:
         """Every weight and running statistic becomes `momentum * own + (1 - momentum) * the student's`."""
         own, others = floats_of(self.student), floats_of(student)
-        for name, projector in self.projectors.items():
+        once = {id(projector): (name, projector) for name, projector in self.projectors.items()}  # terms may share one
+        for name, projector in once.values():
             own += floats_of(projector)
             others += floats_of(heads[name].get_submodule("projector"))
         if momentum == 0:

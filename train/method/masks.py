@@ -33,17 +33,19 @@ NEVER = 1e-300  # share of a patch without saliency: below any other, yet log is
 class Masks:
     """Grid indices, ascending, the same counts for every row: mask v of image i is row `v * b + i`.
 
-    weight: of each predicted patch, for terms that are `weighted`; None: 1 everywhere.
+    weight: of each predicted patch, for terms that are `weighted`; None: 1 everywhere. ids_partner: who is visible of each image's
+    partner; None where there are no partners.
     """
 
     ids_keep: Int64[Tensor, "v*b n_keep"]
     ids_predict: Int64[Tensor, "v*b n_predict"]
     weight: Float[Tensor, "v*b n_predict"] | None = None
+    ids_partner: Int64[Tensor, "b n_partner"] | None = None
 
     def change(self, change: Callable[[Tensor], Tensor]) -> "Masks":
         """The same masks with every tensor replaced by `change(tensor)`."""
-        weight = None if self.weight is None else change(self.weight)
-        return Masks(change(self.ids_keep), change(self.ids_predict), weight)
+        weight, partner = (None if x is None else change(x) for x in (self.weight, self.ids_partner))
+        return Masks(change(self.ids_keep), change(self.ids_predict), weight, partner)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Masks":
         """The same masks on `device`."""

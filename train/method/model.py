@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 
 from mrmae.common.progress import counted
 from mrmae.kernels import dispatch
+from mrmae.kernels.ids import mix
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae
-from mrmae.train.method.decoders import DECODERS, Decoder, Regressor, blocks_read, reads_final
+from mrmae.train.method.decoders import DECODERS, Decoder, PairDecoder, Regressor, blocks_read, reads_final
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.follower import Follower
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.recipe import Recipe, StudentRecipe
+from mrmae.train.method.recipe import PARTNER, Recipe, StudentRecipe
 from mrmae.train.method.student import POSITION_TABLES, Encoded, build_vit, encode_vit, hold_key_bias, initialise
 from mrmae.train.method.taps import Tokens, blocks_behind, build_fusions, placed, tokens_at, whole_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
@@ -109,6 +111,9 @@ class Pretrainer(nn.Module):
         for term in self.terms:
             if term.recipe.head_of is not None:
                 self.heads[term.name] = self.heads["".join([term.recipe.head_of, *term.name.partition("/")[1:]])]
+        self.reads_partner = isinstance(self.decoder, PairDecoder) or any(
+            (term.recipe.views, term.recipe.of) != ("first", "same") for term in self.terms
+        )
         self.register_buffer("path_keys", path_keys(depth, recipe.seed), persistent=False)
         self.keep_qkv = {int(tap.removeprefix("qkv")) for tap in taps if tap.startswith("qkv")}
         self.half_read = leave_unread(self.student, taps, self.keep_blocks, read=outputs_read)
@@ -195,8 +200,29 @@ class Pretrainer(nn.Module):
     def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tokens]:
         """The named outputs the terms read: the encoder's at `ids_keep`, after CLS where the student has one, `decoder` at `ids_predict`.
 
-        Where mask tokens stand for hidden patches in the encoder, its taps also hold `ids_predict`.
+        Where mask tokens stand for hidden patches in the encoder, its taps also hold `ids_predict`. The names of a partner's begin with PARTNER.
         """
+        taps, read = self.encoder_taps(batch, masks, paths)
+        if partner := partner_of(batch, masks) if self.reads_partner else None:
+            view, shown = partner
+            others, _ = self.encoder_taps(view, shown, self.paths(view, shown) if paths is not None else None)
+            taps |= {f"{PARTNER}{name}": tokens for name, tokens in others.items()}
+        if self.decoder is not None:
+            n = self.student.num_prefix_tokens + masks.ids_keep.shape[1]
+            seen = Tokens(taps["final"].x[:, :n], masks.ids_keep, taps["final"].prefix, masks.ids_keep.shape[1])
+            read = {i: x[:, :n] for i, x in read.items()}
+            if isinstance(self.decoder, PairDecoder):
+                taps["decoder"] = self.decoder(seen, masks.ids_predict, read, taps[f"{PARTNER}final"])
+            else:
+                taps["decoder"] = self.decoder(seen, masks.ids_predict, read)
+            if isinstance(self.decoder, Regressor) and len(self.decoder.behind):
+                taps["decoded"] = self.decoder.decoded(taps["decoder"])
+        return taps
+
+    def encoder_taps(
+        self, batch: Batch, masks: Masks, paths: Tensor | None
+    ) -> tuple[dict[str, Tokens], dict[int, Tensor]]:
+        """The taps of the encoder alone, and the raw block outputs behind them."""
         ids, prefix, shown = masks.ids_keep, self.student.num_prefix_tokens, masks.ids_keep.shape[1]
         hidden = None
         if self.mask_token is not None:
@@ -213,13 +239,7 @@ class Pretrainer(nn.Module):
         for name in self.fusions:
             if name.startswith("placed"):
                 taps[name] = placed(taps[name], self.student.pos_embed[0, prefix:])
-        if self.decoder is not None:
-            seen = Tokens(final[:, : prefix + shown], masks.ids_keep, prefix, shown)
-            read = {i: x[:, : prefix + shown] for i, x in blocks.items()}
-            taps["decoder"] = self.decoder(seen, masks.ids_predict, read)
-            if isinstance(self.decoder, Regressor) and len(self.decoder.behind):
-                taps["decoded"] = self.decoder.decoded(taps["decoder"])
-        return taps
+        return taps, blocks
 
     @torch.no_grad()
     def own_targets(self, batch: Batch, masks: Masks) -> dict[str, Tokens]:
@@ -236,16 +256,25 @@ class Pretrainer(nn.Module):
             x = self.encode(batch.pixels, masks.ids_predict).final[:, prefix:]
             x = self.decoder.embed(x) if isinstance(self.decoder, Regressor) else x
             found |= {f"target/{term.name}": Tokens(x, masks.ids_predict) for term in own}
-        if copied and self.follower is not None:
-            everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
-            final = self.encode(batch.pixels, everything, student=self.follower.student).final
-            whole = Tokens(final, everything, prefix, everything.shape[1])
-            for term in copied:
-                x = whole_at(whole, term.recipe.positions, masks)
+        if not copied or self.follower is None:
+            return found
+        partner = partner_of(batch, masks) if self.reads_partner else None
+        views = {"": (batch, masks)} | ({} if partner is None else {PARTNER: partner})
+        wholes = {side: self.whole(view.pixels, self.follower.student) for side, (view, _) in views.items()}
+        for term in copied:
+            for side in term.recipe.sides:
+                source = side if term.recipe.of == "same" else other_side(side)
+                x = whole_at(wholes[source], term.recipe.positions, views[side][1])
                 if term.name in self.follower.projectors:
                     x = self.follower.projectors[term.name](x)
-                found[f"target/{term.name}"] = Tokens(x, masks.ids_keep)
+                found[f"{side}target/{term.name}"] = Tokens(x, views[side][1].ids_keep)
         return found
+
+    def whole(self, pixels: UInt8[Tensor, "b h w c"], student: VisionTransformer | MaskedConvViT) -> Tokens:
+        """`final` of all patches of unmasked images, by an encoder of the student's form."""
+        everything = torch.arange(self.info.n_patches, device=pixels.device).expand(len(pixels), -1)
+        final = self.encode(pixels, everything, student=student).final
+        return Tokens(final, everything, self.student.num_prefix_tokens, everything.shape[1])
 
     def encode(
         self,
@@ -303,7 +332,7 @@ class Pretrainer(nn.Module):
         positions = term.recipe.positions
         if "decoder" not in term.recipe.taps and (self.mask_token is None or not term.recipe.at("predicted")):
             everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
-            masks, positions = Masks(everything, everything[:, :0]), "visible"
+            masks, positions = Masks(everything, everything[:, :0], ids_partner=masks.ids_partner), "visible"
         tokens = tokens_at(self.taps(batch, masks), term.recipe.taps, positions).at("alive")
         return tokens._replace(x=self.heads[term.name](tokens.x))
 
@@ -402,6 +431,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+def partner_of(batch: Batch, masks: Masks) -> tuple[Batch, Masks]:
+    """The partners' views and who of them is visible; none of them is predicted. Their drop path is drawn apart from the images'.
+
+    Raises ValueError where the batch has none.
+    """
+    if batch.partner is None or masks.ids_partner is None:
+        raise ValueError(
+            "prepare.pair: the batch has no partners, or the masks say nothing of them; a batch of pairs was expected; give Batch(partner=...)"
+        )
+    partner = replace(batch.partner, samples=mix(batch.partner.samples))
+    return partner, Masks(masks.ids_partner, masks.ids_partner[:, :0])
+
+
+def other_side(side: str) -> str:
+    """What names the taps of the other view."""
+    return "" if side else PARTNER
 
 
 def complement(ids: Int64[Tensor, "v n"], l: int) -> Int64[Tensor, "v l-n"]:

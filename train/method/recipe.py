@@ -19,11 +19,20 @@ from mrmae.common.suggest import did_you_mean
 RECIPES = Path(__file__).with_name("recipes")
 
 SamplerName = Literal[
-    "random", "attn_prob", "stored_block", "beit", "disjoint", "quarters", "score", "similarity", "crfr_p"
+    "random",
+    "attn_prob",
+    "stored_block",
+    "beit",
+    "disjoint",
+    "quarters",
+    "score",
+    "similarity",
+    "crfr_p",
+    "pair_disjoint",
 ]
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 HiddenKind = Literal["drop", "replace", "none"]
-DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps"]
+DecoderKind = Literal["self", "cross", "prompt", "regressor", "taps", "pair"]
 HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln", "predictor"]
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
@@ -33,6 +42,7 @@ OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed|qkv)[1-9][0-9]*")
+PARTNER = "partner/"  # begins the names of taps of a partner
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 
@@ -42,6 +52,7 @@ class Prepare:
 
     images, views: how many of the cache's images, and of each image's stored views: the first ones. columns: the cache's columns
     that there are for this run. None: all that the cache holds when the run begins; the run keeps to them, whatever it gets later.
+    pair: whether each image comes with a partner: another of its stored views, or the other image of its pair (`--pairs`).
     """
 
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -49,6 +60,7 @@ class Prepare:
     images: int | None = None
     views: int | None = None
     columns: tuple[str, ...] | None = None
+    pair: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +71,7 @@ class MaskRecipe:
     predict: the law that chooses n_predict of the hidden patches where they are fewer: `uniform`, or by the `score` of a map.
     masks_per_image: masks of each image, as rows of the batch.
     law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
+    Of a partner (`prepare.pair`) everything is visible; with sampler `pair_disjoint` the next n_keep patches of the same permutation.
     source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of sampler disjoint's cells.
     parts: what the map of sampler crfr_p holds: `bits`, 1 << part for every part that a patch touches, or `ids`, one part per patch.
     """
@@ -83,7 +96,7 @@ class DecoderRecipe:
     """What turns visible tokens into predictions at hidden patches.
 
     kind: `self` (MAE's, over [CLS | visible | mask tokens]), `cross` (mask tokens look at the encoder's output; SelectiveMAE),
-    `prompt` (MILAN's), `regressor` (CAE's), or `taps` (Hi-End-MAE's). `prompt` and `regressor` also hold CLS and visible patches.
+    `prompt` (MILAN's), `regressor` (CAE's), `taps` (Hi-End-MAE's), or `pair` (CroCo's, which reads the partner). `prompt` and `regressor` also hold CLS and visible patches.
     weighted: kind cross reads weighted sums of all block outputs (CrossMAE). blocks: whose outputs kind taps reads, in this order.
     init_values: layer scale of kind regressor. norm: whether a LayerNorm ends it.
     behind: blocks of self-attention over the predicted tokens behind kind regressor, whose output is the tap `decoded` (CAE's own decoder).
@@ -140,6 +153,7 @@ class TermRecipe:
     focus: weigh visible positions by the saliency map that `mask.source` names.
     weighted: weigh predicted positions by the mask's own weights, `sum(w * D) / sum(w)` in each image.
     head_of: the term, at the same taps and with the same target, whose head it shares; null: it has its own.
+    views: `both` predicts on the partner's view, too, and takes the mean of the two. of: `other` takes the target from the other view.
     """
 
     tap: str
@@ -154,6 +168,13 @@ class TermRecipe:
     focus: bool = False
     weighted: bool = False
     head_of: str | None = None
+    views: Literal["first", "both"] = "first"
+    of: Literal["same", "other"] = "same"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """What the names of its taps begin with: nothing for the first view, `partner/` for the partner's."""
+        return ("", PARTNER) if self.views == "both" else ("",)
 
     @property
     def taps(self) -> tuple[str, ...]:
@@ -289,6 +310,11 @@ def to_dict(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if key != "fit"}
 
 
+def partner_targets(recipe: Recipe) -> bool:
+    """Whether a term reads what teachers say of the partner's view."""
+    return any(t.target == "teachers" and (t.views, t.of) != ("first", "same") for t in recipe.terms.values())
+
+
 def open_keys(recipe: Recipe) -> list[str]:
     """The keys that a recipe leaves to the cache: decided when a run begins, and kept."""
     return [*(key for key in OPEN if operator.attrgetter(key)(recipe) is None), *recipe.fit]
@@ -341,6 +367,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     )
     yield "prepare.std", all(s > 0 for s in recipe.prepare.std), "numbers above 0 were expected"
     yield from _nothing_hidden(mask) if recipe.student.hidden == "none" else _some_hidden(mask)
+    yield from _pairs(recipe)
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
     yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
     yield "mask.masks_per_image", mask.masks_per_image >= 1, "at least 1 was expected"
@@ -391,6 +418,30 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "a number above 0, or null, was expected"
     yield "optim.epochs", optim.epochs >= 1, "at least 1 was expected"
     yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
+
+
+def _pairs(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+    pair, decoder = recipe.prepare.pair, recipe.student.decoder
+    alone = "true was expected, for "
+    yield "prepare.pair", pair or recipe.mask.sampler != "pair_disjoint", f"{alone}mask.sampler pair_disjoint"
+    yield "prepare.pair", pair or decoder is None or decoder.kind != "pair", f"{alone}student.decoder pair"
+    yield "mask.masks_per_image", not pair or recipe.mask.masks_per_image == 1, "1 was expected with prepare.pair"
+    yield "student.hidden", not pair or recipe.student.hidden == "drop", "drop was expected with prepare.pair"
+    for name, term in recipe.terms.items():
+        at = f"terms.{name}"
+        yield "prepare.pair", pair or (term.views, term.of) == ("first", "same"), f"{alone}{at}.views and .of"
+        decoded = not {"decoder", "decoded"}.isdisjoint(term.taps)
+        yield f"{at}.views", term.views == "first" or not decoded, "first was expected with a decoder's tap"
+        labels = term.views == "first" or term.target != "labels"
+        yield f"{at}.views", labels, "first was expected with target labels"
+        fits = term.of == "same" or term.target in ("teachers", "ema")
+        yield f"{at}.of", fits, f"same was expected with target {term.target}"
+        placed = term.of == "other" and not set(term.positions.split("+")) <= {"cls", "pooled"}
+        yield (
+            f"{at}.positions",
+            not placed,
+            "cls or pooled was expected with of other: places of two views are not the same",
+        )
 
 
 def _some_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:

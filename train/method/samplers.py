@@ -7,6 +7,7 @@ hash of (seed, epoch, sample, patch), or an index so hashed into a bank that was
 import functools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -161,6 +162,18 @@ def quarters_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Ma
     return split_order(order.roll(-n_keep * draw.mask, dims=1), recipe)
 
 
+def pair_disjoint_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
+    """Keep the first n_keep patches of one permutation, and of the partner's view the next n_keep (LUT, arXiv 2310.13593)."""
+    n_keep = counts(recipe, l)[0]
+    if 2 * n_keep > l:
+        raise ValueError(
+            f"mask.sampler = pair_disjoint: {n_keep} of {l} patches visible in each of two views; at most {l // 2} were expected; "
+            "raise mask.ratio"
+        )
+    order = ids.patch_noise(own_hash(batch, draw), l, seed=draw.seed, epoch=draw.epoch).argsort(dim=1)
+    return replace(split_order(order, recipe), ids_partner=order[:, n_keep : 2 * n_keep].sort(dim=1).values)
+
+
 def score_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
     """Keep patches by a map: hide those of the highest score (`mask_top`), keep them (`keep_top`), or draw whom to keep (`multinomial`).
 
@@ -303,13 +316,14 @@ SAMPLERS: dict[str, Sampler] = {
     "score": score_mask,
     "similarity": similarity_mask,
     "crfr_p": crfr_p_mask,
+    "pair_disjoint": pair_disjoint_mask,
 }
 
 
 def draw_masks(
     batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int, embedded: Float[Tensor, "b l d"] | None = None
 ) -> Masks:
-    """The masks of a batch: who is visible by the recipe's sampler, who is predicted by its law.
+    """The masks of a batch: who is visible by the recipe's sampler, who is predicted by its law; of partners everything is visible.
 
     Only `batch.samples` and saliency maps are read, and by sampler `similarity` the tokens `embedded` of every patch.
     """
@@ -320,7 +334,10 @@ def draw_masks(
         drawn.append(
             predicted(SAMPLERS[recipe.sampler](batch, here, recipe=at, l=l, **told), batch, here, recipe=at, l=l)
         )
-    return stacked_masks(drawn)
+    masks = stacked_masks(drawn)
+    if batch.partner is not None and masks.ids_partner is None:
+        masks = replace(masks, ids_partner=torch.arange(l, device=batch.samples.device).repeat(len(batch.samples), 1))
+    return masks
 
 
 def stacked_masks(masks: Sequence[Masks]) -> Masks:
@@ -354,4 +371,4 @@ def predicted(masks: Masks, batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: 
         order = share.gather(1, hidden).argsort(dim=1, descending=True, stable=True)
     chosen = order[:, :n].sort(dim=1).values
     weight = None if masks.weight is None else masks.weight.gather(1, chosen)
-    return Masks(masks.ids_keep, hidden.gather(1, chosen), weight)
+    return replace(masks, ids_predict=hidden.gather(1, chosen), weight=weight)

@@ -103,7 +103,8 @@ class Batch:
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
-    epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them.
+    epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them. partner: as many other views, each
+    image's partner in its row; None where a recipe pairs nothing.
     """
 
     samples: Int64[Tensor, " b"]
@@ -112,13 +113,17 @@ class Batch:
     rows: Rows = "grid"
     epoch: Int64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     labels: UInt8[Tensor, "b k"] | None = None
+    partner: "Batch | None" = None
 
     def change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor replaced by `change(tensor)`."""
         targets = {t: {name: change(x) for name, x in arrays.items()} for t, arrays in self.targets.items()}
         samples, pixels, epoch = change(self.samples), change(self.pixels), change(self.epoch)
         labels = None if self.labels is None else change(self.labels)
-        return replace(self, samples=samples, pixels=pixels, targets=targets, epoch=epoch, labels=labels)
+        partner = None if self.partner is None else self.partner.change(change)
+        return replace(
+            self, samples=samples, pixels=pixels, targets=targets, epoch=epoch, labels=labels, partner=partner
+        )
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""

@@ -17,7 +17,7 @@ from mrmae.shards.format import stored_tap
 from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
-from mrmae.train.method.recipe import Recipe, TermRecipe, Transform
+from mrmae.train.method.recipe import PARTNER, Recipe, TermRecipe, Transform
 from mrmae.train.method.relations import relation_divergence
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
 from mrmae.train.method.targets import ADD, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
@@ -39,7 +39,9 @@ class Term:
     def __str__(self) -> str:
         r, target = self.recipe, self.teacher or self.recipe.target
         focus = " * saliency" * r.focus + " * mask's weights" * r.weighted + f", head of {r.head_of}" * bool(r.head_of)
-        return f"{r.tap} @ {r.positions} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
+        target = f"{target} of the other view" if r.of == "other" else target
+        both = " on both views" if r.views == "both" else ""
+        return f"{r.tap} @ {r.positions}{both} > {r.head} ~ {target} | {r.transform} : {r.distance} * {self.weight:g}{focus}"
 
 
 class PixelScale(NamedTuple):
@@ -175,25 +177,37 @@ def score(
     """
     parts = {}
     for term in terms:
-        tokens = tokens_at(taps, term.recipe.taps, term.recipe.positions)
-        prediction = tokens._replace(x=heads[term.name](tokens.x))
-        if term.recipe.target == "hog":
-            errors = hog_errors(prediction, term, batch, pixels, kernels)
-        elif term.recipe.target in ("self", "ema"):
-            errors = latent_errors(prediction, term, taps[f"target/{term.name}"], kernels)
-        elif term.recipe.target == "labels":
-            errors = label_errors(prediction, term, batch)
-        elif term.recipe.relation:
-            errors = relation_errors(prediction, term, statistics[term.name], batch)
-        elif term.teacher is None:
-            errors = pixel_errors(prediction, term, batch, pixels, kernels)
-        else:
-            errors = mimic_errors(prediction, term, statistics[term.name], batch, pixels, kernels)
-        if term.recipe.focus:
-            errors = errors * focus_weights(batch, prediction.ids, pixels, source).to(errors.dtype)
-        parts[term.name] = weighted_mean(errors, masks.weight) if term.recipe.weighted else errors.mean()
+        each = []
+        for side in term.recipe.sides:
+            tokens = tokens_at(taps, [f"{side}{tap}" for tap in term.recipe.taps], term.recipe.positions)
+            prediction = tokens._replace(x=heads[term.name](tokens.x))
+            view = view_of_side(batch, side)
+            if term.recipe.target == "hog":
+                errors = hog_errors(prediction, term, view, pixels, kernels)
+            elif term.recipe.target in ("self", "ema"):
+                errors = latent_errors(prediction, term, taps[f"{side}target/{term.name}"], kernels)
+            elif term.recipe.target == "labels":
+                errors = label_errors(prediction, term, batch)
+            elif term.recipe.relation:
+                errors = relation_errors(prediction, term, statistics[term.name], view)
+            elif term.teacher is None:
+                errors = pixel_errors(prediction, term, view, pixels, kernels)
+            else:
+                told = view if term.recipe.of == "same" else view_of_side(batch, "" if side else PARTNER)
+                errors = mimic_errors(prediction, term, statistics[term.name], told, pixels, kernels)
+            if term.recipe.focus:
+                errors = errors * focus_weights(view, prediction.ids, pixels, source).to(errors.dtype)
+            each.append(weighted_mean(errors, masks.weight) if term.recipe.weighted else errors.mean())
+        parts[term.name] = each[0] if len(each) == 1 else torch.stack(each).mean()
     loss = torch.stack([term.weight * parts[term.name] for term in terms]).sum()
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def view_of_side(batch: Batch, side: str) -> Batch:
+    """The first views, or where the side is PARTNER their partners."""
+    view = batch.partner if side else batch
+    assert view is not None, "the taps come first"
+    return view
 
 
 def weighted_mean(errors: Float[Tensor, "v m"], weight: Float[Tensor, "v m"] | None) -> Float[Tensor, ""]:

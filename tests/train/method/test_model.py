@@ -60,7 +60,7 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     assert loss.dtype == torch.float32 and loss.ndim == 0
     assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts.values())
     assert set(parts) == {term.name for term in model.terms}
-    lr = 5e-4 if any(term.recipe.head == "mlp3_ln" for term in model.terms) else 5e-3
+    lr = 5e-4 if any(term.recipe.head in ("mlp3_ln", "predictor") for term in model.terms) else 5e-3
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses, first = [loss.item()], parts
     for _ in range(16):
