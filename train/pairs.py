@@ -35,10 +35,14 @@ class Pairs:
         return Pairs(self.first[kept], self.second[kept], self.id)
 
     def partners(self, numbers: Numbers, hashes: Numbers, epoch: int) -> Numbers:
-        """One partner of each of these first images: number (epoch + hash) mod how many it has, so that it goes through them in turn."""
+        """One partner of each of these images: number (epoch + hash) mod how many it has, so that it goes through them in turn.
+
+        An image that is first in no pair, which only pictures show, stands beside itself.
+        """
         start, end = (np.searchsorted(self.first, numbers, side) for side in ("left", "right"))
-        turn = (epoch + (hashes.view(np.uint64) % (end - start).astype(np.uint64)).astype(np.int64)) % (end - start)
-        found: Numbers = self.second[start + turn]
+        n = np.maximum(end - start, 1)
+        turn = (epoch + (hashes.view(np.uint64) % n.astype(np.uint64)).astype(np.int64)) % n
+        found: Numbers = np.where(end > start, self.second[np.minimum(start + turn, len(self.second) - 1)], numbers)
         return found
 
 

@@ -61,7 +61,7 @@ def panels_path(run: Run, epoch: int) -> Path:
 @torch.no_grad()
 def draw_run_panels(run: Run, epoch: int) -> Path:
     """Write OUT/panels/epoch-XXXX.png: for a few fixed images and masks what the student sees, reconstructs, predicts and encodes."""
-    numbers = run.cache.numbers[:PANEL_ROWS]
+    numbers = shown_first(run)[:PANEL_ROWS]
     loaded = batches.tensors_of(load_masked(run, numbers, epoch=0), lambda t: t.to(run.device))
     batch, masks = with_targets(loaded, run.online, run.needed, model=run.model)
     masks = masks.change(lambda x: x[: len(numbers)])  # of several masks per image the first
@@ -165,9 +165,17 @@ def random_warning(run: Run, teacher: str) -> str:
     return "RANDOM WEIGHTS" if teacher.partition(":")[0] in {t.partition(":")[0] for t in random_teachers(run)} else ""
 
 
+def shown_first(run: Run) -> Numbers:
+    """All images, those before the others that a panel can show: with a list of pairs, the first ones of its pairs."""
+    numbers = run.cache.numbers
+    if run.pairs is None:
+        return numbers
+    return numbers[np.argsort(~np.isin(numbers, run.pairs.first), kind="stable")]
+
+
 def colour_numbers(run: Run) -> Numbers:
     """The images over which colours are taken, those of the panels first."""
-    return run.cache.numbers[: max(PANEL_ROWS, colour_images(run.info.n_patches))]
+    return shown_first(run)[: max(PANEL_ROWS, colour_images(run.info.n_patches))]
 
 
 def whole_grids(run: Run, numbers: Numbers) -> Batch:

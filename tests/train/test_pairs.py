@@ -66,6 +66,7 @@ def test_a_list_pairs_images_which_go_through_their_partners_in_turn(cache: Cach
     found = [partners_of(cache, numbers, pairs, epoch=epoch)[0].tolist() for epoch in range(4)]
     assert {row[0] for row in found} == {0, 4} and found[0] != found[1] and found[:2] == found[2:]
     assert {row[1] for row in found} == {2}
+    assert partners_of(cache, np.array([5, 3]), pairs, epoch=0)[0].tolist() == [5, found[0][0]]
     assert pairs.within(np.array([1, 2, 3]), np.array([4])).first.tolist() == [1]
 
 
