@@ -111,7 +111,7 @@ def baselines_of(
 
 def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
-    if term.recipe.target in ("self", "ema", "labels") or term.recipe.relation:
+    if term.recipe.target in ("self", "ema", "labels", "map") or term.recipe.relation:
         return []
     cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]
     of: dict[str, Any] = {

@@ -216,6 +216,15 @@ def load_batch(
 
 def refuse_unfit_map(cache: Cache, numbers: Numbers, batch: Batch, recipe: Recipe) -> None:
     """ValueError, naming map, image and value, where a map that the recipe reads holds what it cannot use."""
+    for name, term in recipe.terms.items():
+        if term.map is not None and term.classes is not None:
+            held = batch.targets[f"{MAP}{term.map}"]["map"]
+            if len(wrong := (held >= term.classes).nonzero()):
+                image, patch = wrong[0].tolist()
+                raise ValueError(
+                    f"{cache.path}: map {term.map} holds {held[image, patch].item()} at patch {patch} of {cache.keys[numbers[image]]!r}; for term {name} "
+                    f"ids below {term.classes} were expected; give the size of its codebook with --set terms.{name}.classes=N"
+                )
     values = batch.targets.get(recipe.mask.source, {}).get("map")
     if values is None:
         return

@@ -8,7 +8,7 @@ from mrmae.common.progress import counted
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.train import batches, optim
 from mrmae.train.batches import Share
-from mrmae.train.method import CacheInfo, Optim, Recipe, counts, map_column, needed_arrays
+from mrmae.train.method import CacheInfo, Optim, Recipe, counts, map_columns, needed_arrays
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
     """
     known, views, images = recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images
     threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
-    maps = [column] if (column := map_column(recipe)) else []
+    maps = map_columns(recipe)
     asked = None if known is None else [*known, *maps]
     cache = open_cache(
         path, allow_partial=setup.allow_partial, columns=asked, views=views, images=images, threads=threads

@@ -78,6 +78,8 @@ def info_for(name: str) -> CacheInfo:
     recipe = load_recipe(name)
     patch = 16 if "mcmae" in recipe.student.model else 8 if any(t.target == "hog" for t in recipe.terms.values()) else 4
     taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
+    if maps := {term.map: "uint16" for term in recipe.terms.values() if term.map}:
+        return replace(make_info(4, patch), maps=maps)
     if any(term.transform in NEEDS_STATISTICS for term in recipe.terms.values()):
         return with_statistics(make_info(4, patch))
     if recipe.mask.source.startswith("map:"):

@@ -12,7 +12,7 @@ from mrmae.train.method.masks import (
     counts,
     draw_of,
     fit_values,
-    map_column,
+    map_columns,
     reads_saliency,
 )
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
@@ -91,7 +91,7 @@ __all__ = [
     "hog_targets",
     "initialise",
     "load_recipe",
-    "map_column",
+    "map_columns",
     "needed_arrays",
     "partner_targets",
     "patch_targets",

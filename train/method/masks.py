@@ -147,11 +147,13 @@ def reads_saliency(recipe: MaskRecipe) -> bool:
     return recipe.sampler in ("attn_prob", "score", "crfr_p") or recipe.predict == "score"
 
 
-def map_column(recipe: Recipe) -> str | None:
-    """The cache's column of the map that the run reads; None where it reads none."""
+def map_columns(recipe: Recipe) -> list[str]:
+    """The cache's columns of the maps that the run reads."""
     source = recipe.mask.source
     reads = reads_saliency(recipe.mask) or any(term.focus for term in recipe.terms.values())
-    return f"{source.removeprefix(MAP)}.map" if reads and source.startswith(MAP) else None
+    found = [source.removeprefix(MAP)] if reads and source.startswith(MAP) else []
+    found += [term.map for term in recipe.terms.values() if term.map is not None]
+    return [f"{name}.map" for name in dict.fromkeys(found)]
 
 
 def draw_of(recipe: Recipe, info: CacheInfo, epoch: int, update: int = 0) -> Draw:

@@ -170,6 +170,8 @@ class Pretrainer(nn.Module):
         info = self.info
         if term.teacher is not None:
             return info.target(term.teacher).width
+        if term.recipe.classes is not None:
+            return term.recipe.classes
         if term.recipe.target == "ema":
             return self.student.embed_dim
         if term.recipe.target == "self":

@@ -148,6 +148,7 @@ class TermRecipe:
     target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), `ema` (a copy of the student
     that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of
     `teachers` (none named: all of the cache), which share `weight` equally.
+    With target `map`: ids by patch of the cache's map of that name, of so many classes (distance `ce`), as `map` and `classes` say.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     distance: `kl(qk)` and `kl(vv)` compare relations among the term's tokens (relations.py): tap `qkv<i>`, teacher_tap `qkv_<i>`, head none.
     focus: weigh visible positions by the saliency map that `mask.source` names.
@@ -158,7 +159,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels"]
+    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels", "map"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -170,6 +171,8 @@ class TermRecipe:
     head_of: str | None = None
     views: Literal["first", "both"] = "first"
     of: Literal["same", "other"] = "same"
+    map: str | None = None
+    classes: int | None = None
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -500,6 +503,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             "pixels": ("none", "norm_pix", "norm_pix_biased"),
             "hog": ("none",),
             "labels": ("none",),
+            "map": ("none",),
             "self": ("none", "ln0", "l2"),
             "ema": ("none", "ln0", "l2"),
         }
@@ -508,7 +512,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield (
             f"{at}.transform",
             fits,
-            f"pixels: none, norm_pix or norm_pix_biased; hog, labels: none; self and ema: none, ln0 or l2; teachers: {names}",
+            f"pixels: none, norm_pix or norm_pix_biased; hog, labels, map: none; self and ema: none, ln0 or l2; teachers: {names}",
         )
         hidden = term.target != "self" or term.positions == "predicted"
         yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
@@ -518,7 +522,16 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
         of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
-        yield f"{at}.distance", labels == (term.distance in OF_LABELS), of
+        ids = term.target == "map"
+        yield f"{at}.distance", ids or labels == (term.distance in OF_LABELS), of
+        yield f"{at}.distance", not ids or term.distance == "ce", "ce was expected with target map"
+        yield f"{at}.map", ids == (term.map is not None), "the name of a map was expected with target map, else null"
+        enough = term.classes is not None and 2 <= term.classes <= 2**16
+        yield (
+            f"{at}.classes",
+            enough if ids else term.classes is None,
+            "2 to 65536 was expected with target map, else null",
+        )
         yield from _relation_ranges(name, term) if term.relation else ()
         yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
         yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"

@@ -20,7 +20,7 @@ from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_a
 from mrmae.train.method.recipe import PARTNER, Recipe, TermRecipe, Transform
 from mrmae.train.method.relations import relation_divergence
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
-from mrmae.train.method.targets import ADD, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
+from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,24 @@ def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
             raise ValueError(f"term {name}: torch uses this name itself; another one was expected; rename terms.{name}")
         if term.focus:
             saliency_arrays(recipe.mask.source, info)
+        if term.map is not None:
+            check_ids(name, term.map, info)
         if term.target != "teachers":
             terms.append(Term(name, term, None, term.weight))
             continue
         teachers = teachers_of(name, term, info)
         terms += [Term(f"{name}/{teacher}", term, teacher, term.weight / len(teachers)) for teacher in teachers]
     return tuple(terms)
+
+
+def check_ids(name: str, map: str, info: CacheInfo) -> None:
+    """Raise ValueError unless the cache has a map of ids of this name."""
+    if info.maps.get(map) != "uint16":
+        what = f"map {map!r} of {info.maps[map]}" if map in info.maps else f"no map {map!r}"
+        raise ValueError(
+            f"term {name}: predicts ids and the cache has {what}; a map of ids (uint16) was expected; {ADD_MAP} {map}=FILE, or "
+            f"name another with --set terms.{name}.map=..."
+        )
 
 
 def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
@@ -85,6 +97,8 @@ def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
                 arrays.add("cls")
             if term.recipe.positions != "cls":
                 arrays |= {"tokens", "scale"} if target.has_scale else {"tokens"}
+        elif term.recipe.map is not None:
+            needed[f"{MAP}{term.recipe.map}"] = {"map"}
     if reads_saliency(recipe.mask) or any(term.focus for term in recipe.terms.values()):
         for teacher, array in saliency_arrays(recipe.mask.source, info).items():
             needed.setdefault(teacher, set()).add(array)
@@ -186,6 +200,8 @@ def score(
                 errors = hog_errors(prediction, term, view, pixels, kernels)
             elif term.recipe.target in ("self", "ema"):
                 errors = latent_errors(prediction, term, taps[f"{side}target/{term.name}"], kernels)
+            elif term.recipe.target == "map":
+                errors = id_errors(prediction, term, view)
             elif term.recipe.target == "labels":
                 errors = label_errors(prediction, term, batch)
             elif term.recipe.relation:
@@ -281,6 +297,13 @@ def label_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, 
     z = prediction.x.to(reference.wide(prediction.x))
     y = batch.labels.to(z.dtype).repeat(len(z) // len(batch.labels), 1)
     return LABEL_DISTANCES[term.recipe.distance](z, y[:, None])
+
+
+def id_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, "v n"]:
+    """Cross-entropy of every prediction's logits with the id of its patch."""
+    values, z = batch.targets[f"{MAP}{term.recipe.map}"]["map"], prediction.x.to(reference.wide(prediction.x))
+    rows = torch.arange(len(z), device=z.device)[:, None] % len(values)
+    return -z.log_softmax(dim=-1).gather(2, values[rows, prediction.ids].long()[..., None])[..., 0]
 
 
 def mimic_errors(

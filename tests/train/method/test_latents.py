@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from method_math import (
     masks_for,
     moved,
     norm,
-    normalised_pixels,
     regressor,
     two_linears,
 )
@@ -32,6 +32,7 @@ MakeRecipe = Callable[..., Recipe]
 MakeInfo = Callable[..., CacheInfo]
 MakeBatch = Callable[..., Batch]
 ALIGN = "terms.align={tap: decoder, positions: predicted, head: none, target: self, weight: 2.0}"
+IDS = "terms.ids={tap: decoded, positions: predicted, target: map, map: ids, classes: 11, distance: ce}"
 DEEP = "terms.deep={tap: decoded, positions: predicted, target: pixels, transform: norm_pix}"
 
 
@@ -39,9 +40,15 @@ DEEP = "terms.deep={tap: decoded, positions: predicted, target: pixels, transfor
 def test_the_student_as_its_own_target_is_caes(
     tiny_recipe: MakeRecipe, tiny_info: MakeInfo, tiny_batch: MakeBatch, width: int
 ) -> None:
-    """2 mse(t, sg encoder([CLS; hidden])[1:]), and what four blocks over t and positions predict; of another width behind a Linear and LN."""
-    told = (f"student.decoder.width={width}", "student.decoder.norm=true", "student.decoder.behind=2", "terms.align=null", "student.drop_path=0")  # fmt: skip
-    model = build_model(tiny_recipe("cae-v2", *told, ALIGN, DEEP), tiny_info(), dtype=torch.float64)
+    """ce(ids) of blocks over t and positions + 2 mse(t, sg encoder([CLS; hidden])[1:]); of another width behind a Linear and LN."""
+    told = (
+        f"student.decoder.width={width}",
+        "student.decoder.behind=2",
+        "terms.ids.classes=1025",
+        "student.drop_path=0",
+    )
+    info = replace(tiny_info(), maps={"ids": "uint16"})
+    model = build_model(tiny_recipe("cae", *told), info, dtype=torch.float64)
     w, batch = moved(model), tiny_batch(model.info)
     masks = masks_for(model, batch)
     loss, parts = model(batch, masks)
@@ -55,10 +62,12 @@ def test_the_student_as_its_own_target_is_caes(
     z = t + POSITION_TABLES["sincos_cae"]((4, 4), width)[1:][masks.ids_predict]
     for i in range(2):
         z = block(z, w, f"decoder.behind.{i}", 2)
-    told_pixels = line(norm(z, w, "decoder.behind.2"), w, "heads.deep")
-    deep = (told_pixels - normalised_pixels(model, batch.pixels, masks.ids_predict)).square().mean()
+    logits = line(norm(z, w, "decoder.behind.2"), w, "heads.ids")
+    truth = batch.targets["map:ids"]["map"].long().gather(1, masks.ids_predict)
+    ids = -(logits.exp() / logits.exp().sum(-1, keepdim=True)).gather(2, truth[..., None]).log().mean()
     assert parts["align"].item() == pytest.approx(align.item(), rel=1e-10)
-    assert_same(model, w, loss, 2 * align + deep)
+    assert parts["ids"].item() == pytest.approx(ids.item(), rel=1e-10)
+    assert_same(model, w, loss, 2 * align + ids)
     assert torch.equal(model.decoder.behind[0].attn.qkv.bias.grad[width : 2 * width], torch.zeros(width).double())  # type: ignore
 
 
@@ -160,6 +169,10 @@ def test_one_token_has_no_variance(tiny_recipe: MakeRecipe, tiny_info: MakeInfo,
         ([FOLLOWED.replace("pooled", "alive")], "cls, pooled, visible, predicted or all was expected with target ema"),
         (["optim.ema=[0.9, 1.1]"], "two numbers in .0, 1. were expected"),
         ([DEEP], "decoded is behind student.decoder.behind blocks"),
+        ([IDS.replace("decoded", "decoder")], "no map 'ids'; a map of ids .uint16. was expected; add it to the cache .* --map ids=FILE"),
+        ([IDS.replace("decoded", "decoder").replace("ce}", "mse}")], "ce was expected with target map"),
+        ([IDS.replace("decoded", "decoder").replace("11", "1")], "2 to 65536 was expected with target map"),
+        (["terms.align.map=ids"], "the name of a map was expected with target map, else null"),
         (["student.decoder.behind=-1"], "0 was expected, or with decoder regressor"),
         (["student.decoder.kind=self", "student.decoder.behind=1"], "0 was expected, or with decoder regressor"),
     ],

@@ -1,6 +1,7 @@
 """The model of every recipe: it builds, learns, repeats itself, compiles, draws, and refuses what does not fit."""
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -42,6 +43,8 @@ def cost_of_zero(term: Term, patch: int) -> float:
     """What a head that predicts nothing costs: mean squared error of a normalised target, or twice smooth-L1 of N(0, 1)."""
     if term.recipe.target == "pixels":
         return 1 - 1 / (3 * patch**2)
+    if term.recipe.classes is not None:
+        return math.log(term.recipe.classes)
     return {"mse": 1.0, "2*sl1(1)": 0.849, "sl1(1)": 0.425, "sl1(2)": 0.247, "cosd": 1.0, "2-2cos": 2.0}[
         term.recipe.distance
     ]

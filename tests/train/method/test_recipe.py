@@ -27,6 +27,7 @@ from mrmae.train.method.targets import Batch
 from mrmae.train.optim import base_lr, lr_at
 
 COUNTS = {
+    "cae": (98, 98),
     "cae-v2": (98, 98),
     "maskdistill-sparse": (49, 0),
     "croco": (20, 176),
