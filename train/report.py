@@ -164,11 +164,13 @@ def token_words(run: Run) -> str:
     model, l, cls, m = run.model, run.info.n_patches, int(run.model.student.num_prefix_tokens), run.model.n_predict
     seen = cls + (model.n_keep if model.mask_token is None else l)
     kind = "" if model.decoder is None or run.recipe.student.decoder is None else run.recipe.student.decoder.kind
-    computed = {"": "no", "self": str(seen + m), "taps": str(seen + m)}.get(kind, str(m))
-    read = {"cross": seen, "prompt": seen + m, "regressor": seen - cls + m}
+    other = cls + (model.n_keep if run.recipe.mask.sampler == "pair_disjoint" else l)
+    computed = {"": "no", "self": str(seen + m), "taps": str(seen + m), "pair": str(seen + m)}.get(kind, str(m))
+    read = {"cross": seen, "prompt": seen + m, "regressor": seen - cls + m, "pair": other}
     looks = f", which look at {read[kind]}," if kind in read else ""
     each = "mask" if run.recipe.mask.masks_per_image > 1 else "image"
-    return f"{seen} encoder, {computed} decoder{looks} per {each}, of {l + cls}"
+    partner = f" + {other} of the partner" * model.reads_partner
+    return f"{seen}{partner} encoder, {computed} decoder{looks} per {each}, of {l + cls}"
 
 
 def progress_words(run: Run) -> list[str]:

@@ -16,7 +16,7 @@ from mrmae.train.feed import load_masked
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.pairs import partners_of, read_pairs
 from mrmae.train.ranks import Ranks
-from mrmae.train.report import feature_bytes
+from mrmae.train.report import feature_bytes, plan_lines
 from mrmae.train.run import Run, build_run
 from mrmae.train.setup import Setup
 
@@ -93,6 +93,9 @@ def test_a_batch_holds_each_images_partner_as_the_cache_stores_it(
 def test_bytes_and_operations_count_both_views(cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
     run, mae = (run_of(cache, tiny_recipe(name, *SHORT), tmp_path) for name in ("mr-croco", "mr-mae"))
     assert feature_bytes(run) == 2 * feature_bytes(mae) and view_bytes(run) == 2 * view_bytes(mae)
+    assert any(
+        "2 + 16 of the partner encoder, 16 decoder, which look at 16, per image" in line for line in plan_lines(run)
+    )
     l, d, e, keep = 16, 64, 16, run.model.n_keep  # patches, widths of student and decoder
     patch, depth = 3 * 8 * 8, 6
 
