@@ -134,7 +134,7 @@ def mimicries(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
 
 def prediction_note(term: Term) -> str:
     """From what a head predicts."""
-    return f"{term.name}, from the " + ("visible patches" if "decoder" in term.recipe.taps else "whole view")
+    return f"{term.name}, from the " + ("visible patches" if term.recipe.decoded else "whole view")
 
 
 def unused_teachers(run: Run) -> list[Strip]:

@@ -318,7 +318,7 @@ def attend(
     q: Float[Tensor, "v m d"], k: Float[Tensor, "v n d"], v: Float[Tensor, "v n d"], heads: int
 ) -> Float[Tensor, "v m d"]:
     """Softmax attention in `heads` heads, each scaled by the root of its width."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.reshape(*x.shape[:2], heads, x.shape[2] // heads).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 

@@ -332,7 +332,7 @@ class Pretrainer(nn.Module):
     def predicted(self, term: Term, batch: Batch, masks: Masks) -> Tokens:
         """What a term's head says of patches: of all, from the whole view, where it reads visible ones of an encoder; else as it is trained."""
         positions = term.recipe.positions
-        if "decoder" not in term.recipe.taps and (self.mask_token is None or not term.recipe.at("predicted")):
+        if not term.recipe.decoded and (self.mask_token is None or not term.recipe.at("predicted")):
             everything = torch.arange(self.info.n_patches, device=batch.pixels.device).expand(len(batch.pixels), -1)
             masks, positions = Masks(everything, everything[:, :0], ids_partner=masks.ids_partner), "visible"
         tokens = tokens_at(self.taps(batch, masks), term.recipe.taps, positions).at("alive")

@@ -175,6 +175,11 @@ class TermRecipe:
     classes: int | None = None
 
     @property
+    def decoded(self) -> bool:
+        """Whether it reads a decoder."""
+        return not {"decoder", "decoded"}.isdisjoint(self.taps)
+
+    @property
     def sides(self) -> tuple[str, ...]:
         """What the names of its taps begin with: nothing for the first view, `partner/` for the partner's."""
         return ("", PARTNER) if self.views == "both" else ("",)
@@ -433,8 +438,7 @@ def _pairs(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
         at = f"terms.{name}"
         yield "prepare.pair", pair or (term.views, term.of) == ("first", "same"), f"{alone}{at}.views and .of"
-        decoded = not {"decoder", "decoded"}.isdisjoint(term.taps)
-        yield f"{at}.views", term.views == "first" or not decoded, "first was expected with a decoder's tap"
+        yield f"{at}.views", term.views == "first" or not term.decoded, "first was expected with a decoder's tap"
         labels = term.views == "first" or term.target != "labels"
         yield f"{at}.views", labels, "first was expected with target labels"
         fits = term.of == "same" or term.target in ("teachers", "ema")
@@ -463,7 +467,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         at, given, decoded = (
             f"terms.{name}",
             term.target != "teachers",
-            not {"decoder", "decoded"}.isdisjoint(term.taps),
+            term.decoded,
         )
         labels = term.target == "labels"
         is_tap = all(tap in ("decoder", "decoded") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
