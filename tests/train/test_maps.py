@@ -64,6 +64,25 @@ def test_masks_follow_the_stored_values_of_each_view(cache: Path, tiny_recipe: M
         assert not torch.equal(*shown) and "column map:rank" in cache_ids(run) or name == "depth"
 
 
+def test_a_term_reads_ids_and_tells_of_one_beyond_its_classes_and_of_scores(
+    cache: Path, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def run(*told: str) -> Run:
+        return run_of(cache, tmp_path / "out", tiny_recipe("cae", *SHORT, "optim.min_lr=0", *told))
+
+    whole = run("terms.ids.map=rank", "terms.ids.classes=60001")
+    batch, _ = load_masked(whole, whole.numbers, epoch=0)
+    assert sorted(batch.targets["map:rank"]["map"][0].tolist()) == [4000 * i for i in range(16)]
+    assert "column map:rank" in cache_ids(whole)
+    beyond = (
+        r"map rank holds \d+ at patch \d+ of '.*'; for term ids ids below 60000 were expected; .*terms.ids.classes=N"
+    )
+    with pytest.raises(ValueError, match=beyond):
+        load_masked(run("terms.ids.map=rank", "terms.ids.classes=60000"), whole.numbers, epoch=0)
+    with pytest.raises(ValueError, match="predicts ids and the cache has map 'depth' of float16; a map of ids"):
+        run("terms.ids.map=depth")
+
+
 def test_a_map_beside_one_block_of_tokens_and_teachers_in_the_step_is_read_whole(
     cache: Path, tiny_recipe: MakeRecipe, tmp_path: Path
 ) -> None:
