@@ -260,8 +260,10 @@ def tensors_of(loaded: Loaded, change: Callable[[Tensor], Tensor]) -> Loaded:
 
 
 def reads_only_visible(recipe: Recipe) -> bool:
-    """Whether teachers' tokens are read at visible patches only, so that the others need not leave the host."""
-    return not any(t.at("predicted", "all", "pooled") for t in recipe.terms.values() if t.target == "teachers")
+    """Whether teachers' tokens are read at visible patches, at all of them, so that the others need not leave the host."""
+    return recipe.student.prune is None and not any(
+        t.at("predicted", "all", "pooled") for t in recipe.terms.values() if t.target == "teachers"
+    )
 
 
 def visible_rows(batch: Batch, masks: Masks) -> Batch:

@@ -34,6 +34,8 @@ def make_recipe(name: str, *overrides: str) -> Recipe:
             small.append(f"terms.{key}.tap=placed{(int(term.tap.removeprefix('placed')) + 1) // 2}")
         if term.tap.startswith("qkv"):
             small.append(f"terms.{key}.tap=qkv{(int(term.tap.removeprefix('qkv')) + 1) // 2}")
+    if recipe.student.prune is not None:
+        small.append("student.prune={before: [1, 3, 5], keep: 0.7}")
     for field in ("n_keep", "n_predict"):
         if n := getattr(recipe.mask, field):
             small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")

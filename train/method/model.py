@@ -26,7 +26,7 @@ from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
-from mrmae.train.method.recipe import PARTNER, Recipe, StudentRecipe
+from mrmae.train.method.recipe import PARTNER, PruneRecipe, Recipe, StudentRecipe
 from mrmae.train.method.student import POSITION_TABLES, Encoded, build_vit, encode_vit, hold_key_bias, initialise
 from mrmae.train.method.taps import Tokens, blocks_behind, build_fusions, placed, tokens_at, whole_at
 from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
@@ -72,6 +72,7 @@ class Pretrainer(nn.Module):
         if reads_saliency(recipe.mask):
             saliency_arrays(recipe.mask.source, info)
         self.student = build_student(recipe, info)
+        check_pruning(recipe.student.prune, len(self.student.blocks), self.n_keep)
         self.mask_token = None
         if recipe.student.hidden == "replace":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
@@ -230,13 +231,18 @@ class Pretrainer(nn.Module):
         if self.mask_token is not None:
             ids = torch.cat([ids, masks.ids_predict], dim=1)
             hidden = torch.cat([masks.ids_predict, complement(ids, self.info.n_patches)], dim=1)
-        encoded = self.encode(batch.pixels, masks.ids_keep, ids_hidden=hidden, paths=paths)
-        final, blocks, qkv = encoded.change(lambda x: x[:, : prefix + ids.shape[1]])
+        how: dict[str, Any] = {"ids_hidden": hidden, "prune": self.recipe.student.prune, "paths": paths}
+        encoded = self.encode(batch.pixels, masks.ids_keep, **how)
+        final, blocks, qkv, alive = encoded.change(lambda x: x[:, : prefix + ids.shape[1]])
         outputs = (
             {"final": final} | {f"block{i}": x for i, x in blocks.items()} | {f"qkv{i}": x for i, x in qkv.items()}
         )
         outputs |= {name: fusion(blocks, self.student.norm) for name, fusion in self.fusions.items()}
         taps = {name: Tokens(x, ids, prefix, shown) for name, x in outputs.items()}
+        if alive:
+            at = {name: int(name.removeprefix("block").removeprefix("qkv")) for name in outputs if name != "final"}
+            left = {name: alive[at.get(name, len(alive) - 1)] for name in outputs}
+            taps = {name: Tokens(x, left[name], prefix, left[name].shape[1]) for name, x in outputs.items()}
         assert self.student.pos_embed is not None
         for name in self.fusions:
             if name.startswith("placed"):
@@ -284,6 +290,7 @@ class Pretrainer(nn.Module):
         ids_keep: Int64[Tensor, "v k"],
         *,
         ids_hidden: Int64[Tensor, "v h"] | None = None,
+        prune: PruneRecipe | None = None,
         paths: Tensor | None = None,
         student: VisionTransformer | MaskedConvViT | None = None,
     ) -> Encoded:
@@ -301,7 +308,9 @@ class Pretrainer(nn.Module):
         if isinstance(student, MaskedConvViT):
             return Encoded(*mcmae.encode_mcmae(student, pixels, ids_keep, **common))
         hidden = None if self.mask_token is None or ids_hidden is None else (self.mask_token, ids_hidden)
-        return encode_vit(student, pixels, ids_keep, hidden=hidden, keep_qkv=self.keep_qkv, paths=paths, **common)
+        return encode_vit(
+            student, pixels, ids_keep, hidden=hidden, keep_qkv=self.keep_qkv, prune=prune, paths=paths, **common
+        )
 
     def paths(self, batch: Batch, masks: Masks) -> Tensor | None:
         """Which residual branches run in this training step; None for all of them."""
@@ -407,11 +416,15 @@ class Pretrainer(nn.Module):
         return told | {f"term {term.name}": str(term) for term in self.terms}
 
     def mask_words(self) -> str:
-        """Who is visible and predicted, and what the encoder sees of the others."""
+        """Who is visible and predicted, what the encoder sees of the others, and who leaves it on the way."""
+        prune, left = self.recipe.student.prune, ""
+        if prune is not None:
+            alive = ", ".join(map(str, prune.alive(self.n_keep)))
+            left = f"; before blocks {', '.join(map(str, prune.before))} the redundant leave: {alive} alive"
         if self.recipe.student.hidden == "none":
-            return f"none: all {self.info.n_patches} patches visible"
+            return f"none: all {self.info.n_patches} patches visible{left}"
         tokens = "; mask tokens stand for hidden patches in the encoder" * (self.mask_token is not None)
-        return f"{self.recipe.mask.sampler}: {self.n_keep} of {self.info.n_patches} patches visible, {self.n_predict} predicted{tokens}"
+        return f"{self.recipe.mask.sampler}: {self.n_keep} of {self.info.n_patches} patches visible, {self.n_predict} predicted{tokens}{left}"
 
     def left_words(self) -> str:
         """What is left out of the named student, or left at its start, because no term reads it; empty for nothing."""
@@ -453,6 +466,17 @@ def other_side(side: str) -> str:
     return "" if side else PARTNER
 
 
+def check_pruning(prune: PruneRecipe | None, depth: int, n: int) -> None:
+    """Raise ValueError where a student has not the blocks before which patches leave, or none of n patches would be left."""
+    if prune is None:
+        return
+    if max(prune.before) > depth or prune.alive(n)[-1] < 1:
+        raise ValueError(
+            f"student.prune: before blocks {list(prune.before)} keep {prune.keep:g}, of {n} patches {prune.alive(n)} alive; at least one "
+            f"patch, and blocks from 1 to {depth}, were expected; change student.prune"
+        )
+
+
 def complement(ids: Int64[Tensor, "v n"], l: int) -> Int64[Tensor, "v l-n"]:
     """The patches of a grid of l that are not among these, ascending."""
     free = torch.ones(len(ids), l, dtype=torch.uint8, device=ids.device).scatter(1, ids, 0)
@@ -483,7 +507,14 @@ def student_size(recipe: Recipe, info: CacheInfo) -> tuple[int, int]:
 def build_student(recipe: Recipe, info: CacheInfo) -> VisionTransformer | MaskedConvViT:
     """The recipe's student for this cache's size and grid. Raises ValueError for unknown names and what does not fit them."""
     asked = recipe.student
-    usual = {"drop_path": "0", "init_values": "null", "qkv_bias": "all", "cls": "true", "hidden": "drop"}
+    usual = {
+        "drop_path": "0",
+        "init_values": "null",
+        "qkv_bias": "all",
+        "cls": "true",
+        "hidden": "drop",
+        "prune": "null",
+    }
     changed = {key: value for key in usual if (value := getattr(asked, key)) != getattr(StudentRecipe(), key)}
     vit: VisionTransformer | None = None
     if "mcmae" not in asked.model:

@@ -115,6 +115,22 @@ class DecoderRecipe:
 
 
 @dataclass(frozen=True)
+class PruneRecipe:
+    """Before each of the blocks `before`, counted from 1, only `int(keep * n)` of the n patches stay: those least like their mean (student.py)."""
+
+    before: tuple[int, ...]
+    keep: float
+
+    def alive(self, n: int) -> list[int]:
+        """How many of n patches are left behind each pruning."""
+        counts = []
+        for _ in self.before:
+            n = int(self.keep * n)
+            counts.append(n)
+        return counts
+
+
+@dataclass(frozen=True)
 class StudentRecipe:
     """A plain timm VisionTransformer by name, or `mcmae_base`; the cache's size and grid set its image and patch size.
 
@@ -124,6 +140,7 @@ class StudentRecipe:
     cls: whether there is a CLS token. positions: the fixed table of the encoder's and the decoder's positions (student.py).
     hidden: what the encoder sees of hidden patches: nothing (`drop`), or one learned mask token and their positions (`replace`: a tap of
     the encoder then holds predicted patches, too; a decoder still reads the visible ones). `none`: nothing is hidden, with mask.ratio 0.
+    prune: redundant patches leave the encoder on the way, in training; its taps hold what is `alive` there. The exported student has all.
     """
 
     model: str = "vit_base_patch16_224"
@@ -136,6 +153,7 @@ class StudentRecipe:
     cls: bool = True
     positions: PositionKind = "sincos"
     hidden: HiddenKind = "drop"
+    prune: PruneRecipe | None = None
 
 
 @dataclass(frozen=True)
@@ -401,6 +419,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         "no block twice",
     )
     yield "student.drop_path", 0 <= recipe.student.drop_path < 1, "0 <= rate < 1 was expected"
+    yield from _prune_ranges(recipe)
     start = recipe.student.init_values
     yield "student.init_values", start is None or start > 0, "a number above 0, or null, was expected"
     if decoder is not None:
@@ -448,6 +467,26 @@ def _pairs(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             f"{at}.positions",
             not placed,
             "cls or pooled was expected with of other: places of two views are not the same",
+        )
+
+
+def _prune_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+    student, prune = recipe.student, recipe.student.prune
+    if prune is None:
+        return
+    ascending = list(prune.before) == sorted(set(prune.before)) and all(i >= 1 for i in prune.before)
+    yield "student.prune.before", bool(prune.before) and ascending, "ascending numbers of blocks from 1 were expected"
+    yield "student.prune.keep", 0 < prune.keep < 1, "0 < keep < 1 was expected"
+    yield "student.decoder", student.decoder is None, "null was expected with student.prune"
+    yield "student.hidden", student.hidden != "replace", "drop or none was expected with student.prune"
+    yield "mask.sampler", recipe.mask.sampler != "stored_block", "another sampler was expected with student.prune"
+    for name, term in recipe.terms.items():
+        single = bool(re.fullmatch(r"final|(block|qkv)\d+", term.tap))
+        yield f"terms.{name}.tap", single, "final, block<i> or qkv<i> was expected with student.prune"
+        yield (
+            f"terms.{name}.target",
+            term.target not in ("self", "ema"),
+            "another target was expected with student.prune",
         )
 
 
@@ -574,6 +613,8 @@ def _relation_ranges(name: str, term: TermRecipe) -> Iterable[tuple[str, bool, s
 
 def held_positions(taps: Iterable[str], student: StudentRecipe) -> set[str]:
     """Where these taps hold tokens, together."""
+    if student.prune is not None:
+        return {"cls", "alive"}
     held, visible, decoder = {"alive"}, {"cls", "pooled", "visible"}, student.decoder
     encoded = visible | {"drop": set(), "replace": {"predicted"}, "none": {"all"}}[student.hidden]
     for tap in taps:

@@ -17,9 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from mrmae.common.suggest import nearest
-from mrmae.kernels import dispatch
+from mrmae.kernels import dispatch, reference
 from mrmae.train.method.drop_path import scaled_block
-from mrmae.train.method.recipe import PositionKind
+from mrmae.train.method.recipe import PositionKind, PruneRecipe
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
 MAE_EMBEDDING, MCMAE_EMBEDDING = "patch_embed.proj", "patch_embed3.proj"
@@ -183,16 +183,18 @@ class Encoded(NamedTuple):
     """What an encoder says of the tokens it was given, [CLS | patches]; blocks are counted from 1.
 
     final: the last block, then the final norm. blocks: raw outputs; 0 is the first one's input. qkv: [q | k | v] in a block.
+    alive: the patches that a block still holds, where some have left on the way; empty where none does.
     """
 
     final: Float[Tensor, "v n d"]
     blocks: dict[int, Float[Tensor, "v n d"]]
     qkv: dict[int, Float[Tensor, "v n 3*d"]] = {}
+    alive: dict[int, Int64[Tensor, "v n"]] = {}
 
     def change(self, change: Callable[[Tensor], Tensor]) -> "Encoded":
-        """The same with every tensor replaced by `change(tensor)`."""
+        """The same with every tensor of tokens replaced by `change(tensor)`."""
         blocks, qkv = ({i: change(x) for i, x in each.items()} for each in (self.blocks, self.qkv))
-        return Encoded(change(self.final), blocks, qkv)
+        return Encoded(change(self.final), blocks, qkv, self.alive)
 
 
 def encode_vit(
@@ -205,6 +207,7 @@ def encode_vit(
     hidden: tuple[Float[Tensor, "1 1 d"], Int64[Tensor, "v h"]] | None = None,
     keep_blocks: Collection[int] = (),
     keep_qkv: Collection[int] = (),
+    prune: PruneRecipe | None = None,
     paths: Float[Tensor, "v depth 2"] | None = None,
     kernels: str = "auto",
 ) -> Encoded:
@@ -212,7 +215,7 @@ def encode_vit(
 
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
     hidden: the mask token and where it stands for a patch's embedding; these tokens follow the visible ones.
-    paths: factors of the blocks' residual branches, from `path_factors`.
+    prune: when patches leave, those most like the mean of all that are there. paths: factors of the blocks' residual branches, from `path_factors`.
     """
     assert vit.pos_embed is not None
     proj, patch, position = vit.patch_embed.proj, vit.patch_embed.patch_size[0], vit.pos_embed[0]
@@ -235,11 +238,33 @@ def encode_vit(
         mask_token, ids_hidden = hidden
         x = torch.cat([x, mask_token + position[vit.num_prefix_tokens :][ids_hidden]], dim=1)
     outputs = {0: x} if 0 in keep_blocks else {}
-    qkv: dict[int, Tensor] = {}
+    qkv, alive = dict[int, Tensor](), ids_keep
+    held = {0: alive} if prune is not None else {}
     for number, block in enumerate(vit.blocks, start=1):
+        if prune is not None:
+            if number in prune.before:
+                x, alive = without_redundant(x, alive, prune.keep)
+            held[number] = alive
         if number in keep_qkv:
             qkv[number] = block.attn.qkv(block.norm1(x))  # type: ignore[operator,union-attr]
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]
         if number in keep_blocks:
             outputs[number] = x
-    return Encoded(vit.norm(x), outputs, qkv)
+    return Encoded(vit.norm(x), outputs, qkv, held)
+
+
+def without_redundant(
+    x: Float[Tensor, "v p+n d"], ids: Int64[Tensor, "v n"], keep: float
+) -> tuple[Float[Tensor, "v p+m d"], Int64[Tensor, "v m"]]:
+    """The `int(keep * n)` patches whose cosine with the mean of all n is smallest, in their order, behind the p prefix tokens; and their ids.
+
+    Nothing of the others is left; who they are has no gradient. Hybrid Distillation drops redundant tokens (ICLR 2024); this rule is a guess.
+    """
+    n = ids.shape[1]
+    prefix, patches = x[:, :-n], x[:, -n:]
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        wide = patches.to(reference.wide(patches))
+        likeness = F.cosine_similarity(wide, wide.mean(dim=1, keepdim=True), dim=-1)
+        left = likeness.argsort(dim=1, stable=True)[:, : int(keep * n)].sort(dim=1).values
+    x = torch.cat([prefix, patches.gather(1, left[..., None].expand(-1, -1, x.shape[2]))], dim=1)
+    return x, ids.gather(1, left)

@@ -35,6 +35,7 @@ COUNTS = {
     "dmjd": (76, 120),
     "dmjd-mimic": (76, 120),
     "fd": (196, 0),
+    "hybrid-distill": (196, 0),
     "maskdistill": (118, 78),
     "maskalign": (58, 0),
     "medic": (118, 78),
