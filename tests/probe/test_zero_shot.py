@@ -14,11 +14,15 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from mrmae.extract.run import Options, extract_features
+from mrmae.probe.data import open_data
 from mrmae.probe.job import ProbeOptions
 from mrmae.probe.retrieval import by_key, captions_beside, grouped, inverted, list_captions, places
 from mrmae.probe.run import probe_features
 from mrmae.probe.settings import Retrieval, ZeroShot, settings_from
+from mrmae.probe.sources import column_features, open_source
 from mrmae.probe.zero_shot import class_probabilities, class_texts, prompts_from
+from mrmae.shards.format.spec import ViewRecipe
 
 VISION = {"layers": 1, "width": 32, "head_width": 16, "patch_size": 16}
 TEXT = {"context_length": 12, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
@@ -107,6 +111,39 @@ def test_a_tiny_clip_is_scored_as_its_own_functions_would(clip: tuple[Any, str],
         [np.mean(np.array(ranks) < k) for k in (1, 3)]
     )
     assert nn["measures"][0]["channels"] == 32, "other probes read the image tower's tokens"
+
+
+def test_a_column_of_projected_tokens_meets_the_texts_of_the_model_that_made_it(
+    clip: tuple[Any, str], images: Path, tmp_path: Path
+) -> None:
+    model, source = clip
+    address = source.partition("&text_")[0]
+    made = Options(
+        [images], tmp_path / "cache", ViewRecipe(32), [f"clip={address}&tap=projected"], grid=2, device="cpu", workers=2
+    )
+    extract_features(made, say=lambda _: None)
+    cache = str(tmp_path / "cache")
+    asked = options(f"{cache}#clip.projected", tmp_path / "cache", tmp_path / "out", f"zero_shot.text={source}")
+    found = probe_features(asked, say=lambda _: None)[0]
+    part = open_data([cache], tmp_path).test
+    _, cls = column_features(open_source(f"{cache}#clip.projected"), part.numbers)
+    tokenizer, names = open_clip.get_tokenizer(NAME, context_length=12), ["azure", "brick", "moss"]
+    with torch.no_grad():
+        texts = model.encode_text(tokenizer([f"a photo of a {name}." for name in names]))
+    assert cls is not None
+    answers = torch.nn.functional.cosine_similarity(cls[:, None].float(), texts[None], dim=-1).argmax(1)
+    truth = torch.tensor([names.index(str(row.label)) for row in part.rows])
+    assert found["accuracy"] == pytest.approx(float((answers == truth).double().mean()))
+    other = {k: v + 1e-3 if k == "visual.proj" else v for k, v in model.state_dict().items()}
+    safetensors.torch.save_file({k: v.contiguous() for k, v in other.items()}, tmp_path / "o.safetensors")
+    file = source.partition("@")[2].partition("?")[0]
+    for text, told in ((source.replace(file, str(tmp_path / "o.safetensors")), "its image tower has other weights"),
+                       ("", "a column does not keep its text tower")):  # fmt: skip
+        with pytest.raises(ValueError, match=told):
+            probe_features(
+                options(asked.source, tmp_path / "cache", tmp_path / "no", f"zero_shot.text='{text}'"),
+                say=lambda _: None,
+            )
 
 
 def view(path: Path) -> Any:
