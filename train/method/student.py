@@ -238,7 +238,8 @@ def encode_vit(
         mask_token, ids_hidden = hidden
         x = torch.cat([x, mask_token + position[vit.num_prefix_tokens :][ids_hidden]], dim=1)
     outputs = {0: x} if 0 in keep_blocks else {}
-    qkv, alive = dict[int, Tensor](), ids_keep
+    alive = ids_keep
+    qkv: dict[int, Tensor] = {}
     held = {0: alive} if prune is not None else {}
     for number, block in enumerate(vit.blocks, start=1):
         if prune is not None:
