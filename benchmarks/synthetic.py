@@ -58,7 +58,9 @@ def pixel_row(number: int, source: Source, recipe: ViewRecipe, rng: np.random.Ge
     image = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:side, :side] // 8 * 7
     image = image + rng.integers(0, 8, (side, side, 3)).astype(np.uint8)
     drawn = views.draw_view(key_hash(source.key), 0, side, side, recipe)
-    return PixelRow(number, source.key, None, drawn, views.encode_jpeg(views.render(image, drawn, recipe)))
+    return PixelRow(
+        number, source.key, None, drawn, views.encode_view(views.render(image, drawn, recipe), recipe.stored)
+    )
 
 
 def codes(n: int, spec: TeacherSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -72,6 +72,13 @@ torchscript_option = click.option(
     "--grid", default=14, type=click.IntRange(1), help="Patches per side; the student's patch is size / grid."
 )
 @click.option("--seed", default=0, type=click.IntRange(0), help="Seed of crops and flips.")
+@click.option(
+    "--encoding",
+    default="jpeg95",
+    metavar="jpeg95|png|png16|npy:NxDTYPE",
+    help="How views are stored. jpeg95, png: RGB as viewers show it. png16: 16-bit gray. npy:14xuint16: a file's 14 bands (TIFF, .npy, PNG) "
+    "of uint8, uint16, float16 or float32. All but jpeg95 keep every bit.",
+)
 @click.option("--dtype", default="int8", type=click.Choice(list(DTYPE_NAMES)), help="How features are stored.")
 @click.option("--format", default="zarr", type=click.Choice(list(FORMAT_NAMES)),
               help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
@@ -129,7 +136,7 @@ def main(
         raise click.UsageError(
             "Missing argument 'IMAGES... CACHE': images to read, and the folder of the cache to write."
         )
-    recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed")}
+    recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed", "encoding")}
     try:
         from mrmae.common.device import keep_memory
         from mrmae.extract.run import Options, extract_features

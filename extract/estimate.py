@@ -13,7 +13,7 @@ import torch
 
 from mrmae.common.files import write_durably
 from mrmae.common.progress import counted, human_bytes, human_time
-from mrmae.extract.images import Sources, decoded, read_image
+from mrmae.extract.images import Sources, decoded_as, read_image
 from mrmae.extract.made_maps import made_in_words
 from mrmae.extract.options import Options
 from mrmae.extract.teachers import Teacher
@@ -27,9 +27,9 @@ from mrmae.shards.format import (
     TeacherSpec,
     ViewRecipe,
     canonical_order,
-    decode_jpeg,
+    decode_view,
     draw_view,
-    encode_jpeg,
+    encode_view,
     key_hash,
     render,
 )
@@ -37,7 +37,8 @@ from mrmae.shards.order import views_words
 from mrmae.shards.store import STORAGES
 
 # Measured on photographs of people, clothes and streets: quality 95, 4:4:4, 224 px. Busy textures take twice as much.
-JPEG_BYTES_PER_PIXEL = 0.75
+JPEG_SHARE = 0.25
+LOSSLESS_SHARE = 0.7  # of the raw bytes: noise does not pack
 PROBE_BYTES = 64 << 20
 PROBE_IMAGES = 32  # decoded for the estimate, and shown to the teachers in batches
 
@@ -57,16 +58,18 @@ def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1)
     return sum(parts) + STORAGES[format].OVERHEAD_BYTES * chunks
 
 
-def jpeg_bytes(recipe: ViewRecipe) -> int:
+def view_bytes_of(recipe: ViewRecipe) -> int:
     """Estimated bytes of one stored view with its JSON and tar headers."""
-    return int(recipe.size**2 * JPEG_BYTES_PER_PIXEL) + 2048
+    stored = recipe.stored
+    of_raw = JPEG_SHARE if stored.extension == "jpg" else LOSSLESS_SHARE
+    return int(recipe.size**2 * stored.bands * np.dtype(stored.dtype).itemsize * of_raw) + 2048
 
 
 def plan_text(cache: Path, plan: Plan, *, labels: int) -> str:
     """The plan as a person reads it. labels: how many different ones its images have."""
     recipe, rule = plan.recipe, plan.token_layout
     total = plan.n_samples * plan.n_views
-    rows = [("views", f"{recipe.size} px JPEG, quality 95 (estimate)", jpeg_bytes(recipe))]
+    rows = [("views", f"{recipe.size} px {recipe.stored.words} (estimate)", view_bytes_of(recipe))]
     for teacher in plan.columns:
         size = sample_bytes(teacher, plan.dtype, plan.format, rule.blocks if rule else 1)
         rows.append((teacher.column, teacher_in_words(teacher, plan.dtype), size))
@@ -99,7 +102,9 @@ def cost_of_choices(plan: Plan) -> str:
     every |= {f"int8, only {t.column}": [t] for t in alone if len(teachers) > 1} | {"no teachers: views alone": []}
     lines = []
     for name, kept in every.items():
-        size = jpeg_bytes(plan.recipe) + sum(sample_bytes(t, name.partition(",")[0], plan.format, blocks) for t in kept)
+        size = view_bytes_of(plan.recipe) + sum(
+            sample_bytes(t, name.partition(",")[0], plan.format, blocks) for t in kept
+        )
         whole = "  ".join(
             f"{human_bytes(size * k * plan.n_samples):>8} with {k}" for k in sorted({1, 2, 4, plan.n_views})
         )
@@ -170,9 +175,10 @@ def measure_rates(sources: Sources, teachers: Mapping[str, Teacher], options: Op
 
 def one_view(data: bytes, key: str, options: Options) -> Pixels:
     """A view as a teacher sees it: decoded, cropped, encoded and decoded again."""
-    with decoded(data, max_pixels=options.max_pixels) as image:
-        crop = draw_view(key_hash(key), 0, image.shape[0], image.shape[1], options.recipe)
-        return decode_jpeg(encode_jpeg(render(image, crop, options.recipe)))
+    recipe, stored = options.recipe, options.recipe.stored
+    with decoded_as(data, stored, max_pixels=options.max_pixels, where=key) as image:
+        crop = draw_view(key_hash(key), 0, image.shape[0], image.shape[1], recipe)
+        return decode_view(encode_view(render(image, crop, recipe), stored), stored, recipe.size)
 
 
 def forward_seconds(teacher: Teacher, pixels: Sequence[Pixels], options: Options) -> float:
@@ -203,7 +209,7 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
     """Rates, what limits the extraction, how long it takes, and whether a cache is worth it."""
     on_cpu = torch.device(options.device).type == "cpu"
     blocks = rule.blocks if (rule := options.block_rule()) else 1
-    view_bytes = jpeg_bytes(options.recipe) + sum(
+    view_bytes = view_bytes_of(options.recipe) + sum(
         sample_bytes(teacher, options.dtype, options.format, blocks) for teacher in teachers
     )
     forward_s, write_s = sum(rates.forward_s.values()), view_bytes / rates.write_bytes_per_s

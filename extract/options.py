@@ -95,10 +95,11 @@ class Options:
         words += [word for teacher in self.teachers for word in ("--teacher", teacher)]
         words += [word for text in self.maps for word in ("--map", text)]
         words += ["--crop-scale", *map(repr, recipe.crop_scale)] * (recipe.crop_scale != default.recipe.crop_scale)
-        values = {name: getattr(recipe, name) for name in ("flip", "size", "seed")}
+        values = {name: getattr(recipe, name) for name in ("flip", "size", "seed", "encoding")}
         values |= {name: getattr(self, name) for name in SAID}
         usual = {
-            name: getattr(default.recipe if name in ("flip", "size", "seed") else default, name) for name in values
+            name: getattr(default.recipe if name in ("flip", "size", "seed", "encoding") else default, name)
+            for name in values
         }
         for name, value in values.items():
             words += [f"--{name.replace('_', '-')}", str(value)] * (value != usual[name])

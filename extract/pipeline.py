@@ -273,7 +273,7 @@ def add_pixels(view: int, batch: PreparedBatch, into: Gathered) -> None:
 def add_features(job: ExtractJob, view: int, column: str, batch: PreparedBatch, into: Gathered) -> None:
     """Add one batch to a teacher's column: forward (unless calibration did it), quantise, measure."""
     began = time.monotonic()
-    valid = [sample.rows[view].jpeg is not None for sample in batch.samples]
+    valid = [sample.rows[view].stored is not None for sample in batch.samples]
     into.valid += valid
     if not any(valid):
         return
@@ -297,7 +297,7 @@ def add_map(job: ExtractJob, view: int, column: str, batch: PreparedBatch, into:
 
 
 def view_pixels(samples: Sequence[Prepared], view: int) -> Tensor:
-    """uint8 [n, h, w, 3] of the readable samples, at least one."""
+    """[n, h, w, bands] of the readable samples, at least one."""
     return torch.from_numpy(np.stack([sample.pixels[view] for sample in samples if view in sample.pixels]))
 
 
@@ -326,7 +326,7 @@ def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str],
         about: dict[str, Any] = {"seconds": dict(found.seconds), **circumstances(job)}
         if column == PIXELS:
             commits.store_pixels(job.path, job.plan, view, shard, found.rows, about)
-            progress.add(0, bytes=sum(len(row.jpeg or b"") for row in found.rows))
+            progress.add(0, bytes=sum(len(row.stored or b"") for row in found.rows))
             continue
         if job.plan.teacher(column).made:
             if commits.valid_record(job.path, job.plan, view, source_column(job.plan.teacher(column)), shard) is None:

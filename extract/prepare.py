@@ -10,17 +10,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mrmae.extract.images import Sources, Unreadable, decoded, read_image
+from mrmae.extract.images import Sources, Unreadable, decoded_as, read_image
 from mrmae.extract.teachers import Features
 from mrmae.shards.format import (
     BadImage,
+    Encoding,
     Pixels,
     Plan,
     Source,
     ViewRecipe,
-    decode_jpeg,
+    decode_view,
     draw_view,
-    encode_jpeg,
+    encode_view,
     key_hash,
     render,
     tar_path,
@@ -40,8 +41,8 @@ class Images:
     order: Sequence[int]
     max_pixels: int
 
-    def decoded(self, number: int) -> AbstractContextManager[Pixels]:
-        """The image, uint8 [height, width, 3], as long as it is needed. BadImage where it does not decode.
+    def decoded(self, number: int, encoding: Encoding) -> AbstractContextManager[Pixels]:
+        """The image, [height, width, bands] as `encoding` keeps it, as long as it is needed. BadImage where it is no such image.
 
         ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
         """
@@ -60,7 +61,7 @@ class Images:
                 f"{self.sources.where(position)}: its bytes changed since the plan was made ({row.bytes} bytes then, "
                 f"{len(data)} now); expected the same image; restore it, or write to a new cache"
             )
-        return decoded(data, max_pixels=self.max_pixels)
+        return decoded_as(data, encoding, max_pixels=self.max_pixels, where=self.sources.where(position))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,22 +111,26 @@ def prepare_sample(
 ) -> Prepared:
     """The sample's views: those in `stored` as they are, the others drawn, rendered and encoded.
 
-    Pixels are always those of the decoded JPEG: what the student will see is what the teachers see.
+    Pixels are always those of the stored view, decoded: what the student will see is what the teachers see.
     """
     began = time.perf_counter()
     rows = {view: stored[view][number] for view in views if view in stored}
     if len(rows) < len(views):
         source = images.rows[number]
         try:
-            with images.decoded(number) as image:
+            with images.decoded(number, recipe.stored) as image:
                 for view in set(views) - set(rows):
                     crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
-                    jpeg = encode_jpeg(render(image, crop, recipe))
-                    rows[view] = PixelRow(number, source.key, source.label, crop, jpeg)
+                    stored_view = encode_view(render(image, crop, recipe), recipe.stored)
+                    rows[view] = PixelRow(number, source.key, source.label, crop, stored_view)
         except BadImage as error:
             for view in set(views) - set(rows):
                 rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
-    pixels = {view: decode_jpeg(row.jpeg) for view, row in rows.items() if row.jpeg is not None}
+    pixels = {
+        view: decode_view(row.stored, recipe.stored, recipe.size)
+        for view, row in rows.items()
+        if row.stored is not None
+    }
     return Prepared(number, rows, pixels, time.perf_counter() - began)
 
 
@@ -186,12 +191,13 @@ def finished(batch: PlannedBatch, samples: PreparedBatch | Sequence[Future[Prepa
 
 
 def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, PixelRow]:
-    """The rows of a committed pixel tar, with their JPEGs, by sample number, every byte verified."""
+    """The rows of a committed pixel tar, with their pixels, by sample number, every byte verified."""
     tar = tar_path(path, view, shard)
-    index, numbers = read_index(tar), plan.ranges[shard]
+    extension, numbers = plan.recipe.stored.extension, plan.ranges[shard]
+    index = read_index(tar, (extension, "json"))
     abouts = read_members(tar, range(len(numbers)), index.tables["json"])
     rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
     good = [i for i, number in enumerate(numbers) if rows[number].view is not None]
-    for i, jpeg in zip(good, read_members(tar, good, index.tables["jpg"])):
-        rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], jpeg=jpeg)
+    for i, content in zip(good, read_members(tar, good, index.tables[extension])):
+        rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], stored=content)
     return rows

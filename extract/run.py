@@ -10,7 +10,7 @@ from mrmae.common.files import make_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
-from mrmae.extract.images import Sources, digest_images, list_sources
+from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Sources, digest_images, list_sources
 from mrmae.extract.options import Options, asked
 from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.prepare import Images, KeptBatches
@@ -35,7 +35,8 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     began, options = time.monotonic(), options.resolved()
     found = look(options.cache, images=dry_run)
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
-    sources = list_sources(options.images, options.include).first(options.limit)
+    suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
+    sources = list_sources(options.images, options.include, suffixes).first(options.limit)
     keys = [image.key for image in sources]
     lead_say: Say = say if options.part.leads else lambda line: None
     teachers = asked_teachers(options, found.plan, keys, lead_say)

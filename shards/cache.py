@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
@@ -79,7 +79,7 @@ class Derived:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One sample. views: per view its `pixels` uint8 [h, w, 3], its `view`, and a dict of tensors per column, stored or derived.
+    """One sample. views: per view its `pixels` [h, w, bands], its `view`, and a dict of tensors per column, stored or derived.
 
     Columns stand under their names, `clip.post_ln`; a teacher's name alone, `clip`, is its first column.
 
@@ -98,7 +98,7 @@ class Cache:
     """A cache opened by open_cache.
 
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
-    can be read. grid: (height, width) of a view in patches. blocks: how tokens are cut into blocks, None where they lie in raster
+    can be read. encoding: of the views: their bands and dtype. grid: (height, width) of a view in patches. blocks: how tokens are cut into blocks, None where they lie in raster
     order. columns: those stored of teachers, by name `<teacher>.<tap>`; maps: those of maps, `<name>.map`; teachers: (first) column
     name by teacher name; ids: dataset, geometry and column ids.
     """
@@ -112,7 +112,7 @@ class Cache:
         self.readable = np.asarray(readable, bool)
         self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
         self.size, self.grid, self.dtype, self.blocks = plan.recipe.size, plan.grid, plan.dtype, plan.token_layout
-        self.n_views, self.shard_samples = plan.n_views, plan.shard_samples
+        self.n_views, self.shard_samples, self.encoding = plan.n_views, plan.shard_samples, plan.recipe.stored
         self.stored = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
                        for t in plan.columns if t.column in plan.quantisers}  # fmt: skip
         self.columns = {name: column for name, column in self.stored.items() if not column.spec.is_map}
@@ -220,11 +220,16 @@ class Cache:
         return one | {teacher: one[name] for teacher, name in self.teachers.items()}
 
     def read_pixels(
-        self, numbers: Indices, views: Indices, *, out: UInt8[Tensor, "b h w 3"] | None = None
-    ) -> UInt8[Tensor, "b h w 3"]:
-        """Decoded views, uint8 [b, size, size, 3]. views: which view of each sample. out: a buffer to fill."""
+        self, numbers: Indices, views: Indices, *, out: Shaped[Tensor, "b h w c"] | None = None
+    ) -> Shaped[Tensor, "b h w c"]:
+        """Decoded views, [b, size, size, bands] as the encoding says: uint8 and RGB, or a file's bands. views: which view of each sample.
+
+        out: a buffer to fill.
+        """
         at, of = self.checked(numbers, views)
-        out = torch.empty(len(at), self.size, self.size, 3, dtype=torch.uint8) if out is None else out
+        if out is None:
+            dtype = getattr(torch, self.encoding.dtype)
+            out = torch.empty(len(at), self.size, self.size, self.encoding.bands, dtype=dtype)
         self.shards.read(PIXELS, at, of, {PIXELS: out.numpy()})
         return out
 

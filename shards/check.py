@@ -386,13 +386,14 @@ def checksum_problems(cache: Described, unit: Unit, bad: set[int]) -> Iterator[P
 
 
 def check_tar(tar: Path, plan: Plan, view: int, shard: int, numbers: range, rows: Sequence[int]) -> None:
-    """Raise Damaged or ValueError unless sidecar, JPEGs and JSON members of a pixel tar are whole and its own."""
-    index = read_index(tar)
+    """Raise Damaged or ValueError unless sidecar, views and JSON members of a pixel tar are whole and its own."""
+    extension = plan.recipe.stored.extension
+    index = read_index(tar, (extension, "json"))
     if index.of != pixels_of(plan, view, shard):
         raise Damaged(tar, None, f"its index belongs to {shown(index.of)}")
     if len(index.keys) != len(numbers):
         raise Damaged(tar, None, f"its index has {len(index.keys)} samples; the plan gives this shard {len(numbers)}")
-    for _ in read_members(tar, rows, index.tables["jpg"]):
+    for _ in read_members(tar, rows, index.tables[extension]):
         pass
     for row, content in enumerate(read_members(tar, range(len(numbers)), index.tables["json"])):
         about = parse_row(content)

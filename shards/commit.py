@@ -98,7 +98,8 @@ def store_pixels(
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
     store(path, plan, (view, PIXELS, shard), about,
-          lambda: write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard)))  # fmt: skip
+          lambda: write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard),
+                                  extension=plan.recipe.stored.extension))  # fmt: skip
 
 
 def store_column(

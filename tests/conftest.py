@@ -26,7 +26,7 @@ from mrmae.shards.format.plan import Plan
 from mrmae.shards.format.quantiser import NOT_QUANTISED, calibrate, quantise
 from mrmae.shards.format.quantiser import quality as quality_of
 from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, key_hash
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, encoding_of, key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import reader
@@ -72,7 +72,7 @@ def write_synthetic_cache(
     )
     made = agree(path, Wanted(wanted, rows=sources, extend=False)).plan
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
-    sample = [row for row in rows[0] if row.jpeg][:16]
+    sample = [row for row in rows[0] if row.stored][:16]
     made = plan.freeze_quantisers(path, made, {
         **{spec.column: calibrate(features(sample, spec)["tokens"], dtype=dtype) for spec in specs},
         **dict.fromkeys(drawn, NOT_QUANTISED),
@@ -96,7 +96,7 @@ def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows:
     """Store one shard of the pixels or of one teacher's column."""
     if column == plan.PIXELS:
         return commit.store_pixels(path, made, view, shard, rows)
-    keep, quantiser = torch.tensor([row.jpeg is not None for row in rows]), made.quantisers[column]
+    keep, quantiser = torch.tensor([row.stored is not None for row in rows]), made.quantisers[column]
     arrays = features(rows, made.teacher(column))
     tokens = arrays.pop("tokens")
     codes, scale = quantise(tokens, quantiser)
@@ -128,14 +128,18 @@ def pixel_row(number: int, source: Source, data: bytes, view: int, recipe: ViewR
     except views.BadImage as error:
         return PixelRow(number, source.key, source.label, None, None, error.reason)
     drawn = views.draw_view(key_hash(source.key), view, *image.shape[:2], recipe)
-    return PixelRow(number, source.key, source.label, drawn, views.encode_jpeg(views.render(image, drawn, recipe)))
+    return PixelRow(
+        number, source.key, source.label, drawn, views.encode_view(views.render(image, drawn, recipe), recipe.stored)
+    )
 
 
 def features(rows: Sequence[PixelRow], spec: TeacherSpec) -> dict[str, Tensor]:
     """A teacher's arrays, float32, for stored views: a fixed random map of each patch's 2 x 2 block means."""
     (size, _), (grid, _) = spec.input_size, spec.grid
     blank = np.zeros((size, size, 3), np.uint8)
-    pixels = torch.from_numpy(np.stack([views.decode_jpeg(row.jpeg) if row.jpeg else blank for row in rows]))
+    pixels = torch.from_numpy(
+        np.stack([views.decode_view(row.stored, encoding_of("jpeg95"), size) if row.stored else blank for row in rows])
+    )
     half = size // grid // 2  # pixels per side of a block: two by two blocks make a patch
     x = pixels.float() / 127.5 - 1
     blocks = x.reshape(len(rows), grid, 2, half, grid, 2, half, 3).mean(dim=(3, 6))

@@ -146,5 +146,6 @@ def saved_bytes(run: Run, batch: Batch, masks: Masks) -> int:
 
 def view_bytes(run: Run) -> float:
     """Mean bytes of the stored views read per image, one or a pair, from the index of the first shard."""
-    sizes = run.cache.shards.pixels(0, int(run.numbers[0]) // run.cache.shard_samples).index.tables["jpg"][:, 1]
+    shard = run.cache.shards.pixels(0, int(run.numbers[0]) // run.cache.shard_samples)
+    sizes = shard.index.tables[run.cache.encoding.extension][:, 1]
     return float(sizes[sizes > 0].mean()) * (1 + run.recipe.prepare.pair)

@@ -1,14 +1,18 @@
 """Images as they are given: listed, read, hashed and decoded."""
 
+from mrmae.extract.images.bands import decoded_as
 from mrmae.extract.images.decode import MAX_PIXELS, decoded
 from mrmae.extract.images.digest import digest_images
-from mrmae.extract.images.list import Sources, Unreadable, list_sources, matches, read_image
+from mrmae.extract.images.list import BAND_SUFFIXES, SUFFIXES, Sources, Unreadable, list_sources, matches, read_image
 
 __all__ = [
+    "BAND_SUFFIXES",
     "MAX_PIXELS",
+    "SUFFIXES",
     "Sources",
     "Unreadable",
     "decoded",
+    "decoded_as",
     "digest_images",
     "list_sources",
     "matches",

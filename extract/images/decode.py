@@ -163,12 +163,15 @@ def refusal(data: bytes, format: str) -> str:
 
 def refuse_by_header(image: Image.Image, max_pixels: int) -> None:
     """BadImage for an opened image that is too large, or that Pillow would decode wrongly."""
-    if image.width * image.height > max_pixels:
-        raise BadImage(
-            f"refused before decoding: {image.width} x {image.height} pixels; at most {max_pixels} are allowed"
-        )
+    refuse_pixels(image.width, image.height, max_pixels)
     if (tags := tiff_tags(image)) and (defect := tiff_defect(tags)):
         raise BadImage(f"{tiff_in_words(tags)}: {defect}")
+
+
+def refuse_pixels(width: int, height: int, max_pixels: int) -> None:
+    """BadImage for more pixels than are allowed."""
+    if width * height > max_pixels:
+        raise BadImage(f"refused before decoding: {width} x {height} pixels; at most {max_pixels} are allowed")
 
 
 def tiff_tags(image: Image.Image) -> Mapping[int, Any]:

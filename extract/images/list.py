@@ -21,6 +21,7 @@ from mrmae.shards.format import canonical_order
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
+BAND_SUFFIXES = (*SUFFIXES, ".npy")  # where views keep a file's bands
 FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
 NAMES_SHOWN = 3  # names in a note
 # What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
@@ -183,23 +184,26 @@ def could_not_read(where: str, error: OSError) -> OSError:
                        "far is kept; check the disk or the network, then run the same command again")  # fmt: skip
 
 
-def list_sources(images: Sequence[str | os.PathLike[str]], include: Sequence[str] = ()) -> Sources:
+def list_sources(
+    images: Sequence[str | os.PathLike[str]], include: Sequence[str] = (), suffixes: tuple[str, ...] = SUFFIXES
+) -> Sources:
     """Every image of the given folders, tars, brace patterns and lists, sorted by key.
 
     images: a folder (searched recursively), a `.tar` (plain or webdataset: the label of `a.b.jpg` is in
     `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, or a text file with one path per line
     (relative to the text file).
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
+    suffixes: what images are called.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
     """
     left_out = LeftOut()
-    found = [image for root in expand(images) for image in list_one(root, left_out)]
+    found = [image for root in expand(images) for image in list_one(root, left_out, suffixes)]
     if not found:
         there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
-            f"{joined(images)}: no images found; expected files ending in {' '.join(SUFFIXES)}; check the path{there}"
+            f"{joined(images)}: no images found; expected files ending in {' '.join(suffixes)}; check the path{there}"
         )
     chosen = [pair for pair in found if matches(pair[0].key, include)]
     if not chosen:
@@ -223,9 +227,9 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return paths
 
 
-def list_one(root: Path, left_out: LeftOut) -> list[ListedImage]:
+def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[ListedImage]:
     if root.is_dir():
-        return list(walk(root, left_out))
+        return list(walk(root, left_out, suffixes))
     if kind := special_kind(root.stat().st_mode):
         raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
     with open(root, "rb") as file:
@@ -234,7 +238,7 @@ def list_one(root: Path, left_out: LeftOut) -> list[ListedImage]:
         if head.startswith(magic):
             raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
     if head and is_tar(root):
-        return index_tar(root, left_out)
+        return index_tar(root, left_out, suffixes)
     return list(read_list(root))
 
 
@@ -248,8 +252,8 @@ def visible(key: str) -> bool:
     return not any(hidden) and "__MACOSX" not in key.split("/")
 
 
-def is_image(key: str) -> bool:
-    return key.lower().endswith(SUFFIXES)
+def is_image(key: str, suffixes: tuple[str, ...]) -> bool:
+    return key.lower().endswith(suffixes)
 
 
 def special_kind(mode: int) -> str | None:
@@ -308,7 +312,7 @@ def checked_key(key: str, where: object) -> str:
 # --- folders
 
 
-def walk(root: Path, left_out: LeftOut) -> Iterator[ListedImage]:
+def walk(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterator[ListedImage]:
     """Images below `root`; other files are noted in `left_out`.
 
     Links to files and folders are followed, except into one of their own ancestors (a loop). A dangling link stays in
@@ -326,7 +330,7 @@ def walk(root: Path, left_out: LeftOut) -> Iterator[ListedImage]:
                     inside = identity(entry.stat())
                     if inside not in ancestors:
                         stack.append((entry.path, key + "/", ancestors | {inside}))
-                elif not is_image(entry.name):
+                elif not is_image(entry.name, suffixes):
                     left_out.suffixes[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
                 elif (status := status_of(entry)) and (kind := special_kind(status.st_mode)):
                     left_out.special.append(f"{key} ({kind})")
@@ -390,7 +394,7 @@ def read_list(path: Path) -> Iterator[ListedImage]:
 # --- tars
 
 
-def index_tar(path: Path, left_out: LeftOut) -> list[ListedImage]:
+def index_tar(path: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[ListedImage]:
     """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
@@ -400,7 +404,7 @@ def index_tar(path: Path, left_out: LeftOut) -> list[ListedImage]:
     found, texts = [], {}
     with open(path, "rb", buffering=0) as file:
         for name in members:
-            if not (is_image(name) and visible(name)):
+            if not (is_image(name, suffixes) and visible(name)):
                 continue
             data = file_member(members, name, path)
             if data.special:

@@ -139,7 +139,9 @@ def print_description(found: Mapping[str, Any], plan: Plan, console: Console) ->
 def column_row(column: Mapping[str, Any], plan: Plan) -> list[str]:
     """A column's line in the table."""
     name, quality = column["name"], column.get("quality")
-    what = "JPEG, quality 95" if name == PIXELS else shortened(teacher_in_words(plan.teacher(name), plan.dtype), 200)
+    what = (
+        plan.recipe.stored.words if name == PIXELS else shortened(teacher_in_words(plan.teacher(name), plan.dtype), 200)
+    )
     what += ", standardised" if column.get("standardised") else ""
     what += ", requantised" if column.get("source") else ""
     measured = [f"{quality['snr_db']:.1f}", f"{quality['p999_one_minus_cos']:.2g}"] if quality else ["", ""]

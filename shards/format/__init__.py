@@ -49,12 +49,14 @@ from mrmae.shards.format.samples import (
 )
 from mrmae.shards.format.shape import parsed, read_json
 from mrmae.shards.format.spec import (
+    ENCODING_FORM,
     FACET_TAP,
     FORMAT_VERSION,
     MAP_DTYPES,
     NAME,
     NOT_HASHED,
     Array,
+    Encoding,
     Numbers,
     TeacherSpec,
     ViewRecipe,
@@ -64,6 +66,7 @@ from mrmae.shards.format.spec import (
     compare_specs,
     content_id,
     dataset_id,
+    encoding_of,
     grown_dataset_id,
     key_hash,
     plain,
@@ -84,7 +87,7 @@ from mrmae.shards.format.tail import (
     taps_behind,
     write_tail,
 )
-from mrmae.shards.format.views import FILTERS, BadImage, Pixels, View, decode_jpeg, draw_view, encode_jpeg, render
+from mrmae.shards.format.views import FILTERS, BadImage, Pixels, View, decode_view, draw_view, encode_view, render
 
 __all__ = [
     "Array",
@@ -101,6 +104,8 @@ __all__ = [
     "BlockRule",
     "CALIBRATION_SAMPLES",
     "DTYPES",
+    "ENCODING_FORM",
+    "Encoding",
     "FILTERS",
     "FORMAT_VERSION",
     "FP16_MAX",
@@ -137,12 +142,13 @@ __all__ = [
     "content_id",
     "dataset_id",
     "dataset_ids",
-    "decode_jpeg",
+    "decode_view",
     "default_shard_samples",
     "dequantise",
     "derived_specs",
     "draw_view",
-    "encode_jpeg",
+    "encode_view",
+    "encoding_of",
     "first_rows",
     "freeze_quantisers",
     "grown_dataset_id",

@@ -24,6 +24,12 @@ LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
 LARGEST_GRID = 1024  # patches per side
 LARGEST_WIDTH = 1 << 20  # channels of a token
 MAP_DTYPES = ("uint16", "float16")  # ids or bits, and scores
+BAND_DTYPES = ("uint8", "uint16", "float16", "float32")
+MOST_BANDS = 32
+BANDS_FORM = re.compile(rf"npy:([1-9][0-9]?)x({'|'.join(BAND_DTYPES)})")
+ENCODING_FORM = (
+    "jpeg95, png, png16, or npy:NxDTYPE like npy:14xuint16 (1 to 32 bands of " + ", ".join(BAND_DTYPES) + ")"
+)
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FACET_TAP = re.compile(r"(input|qkv|q|k|v)_([1-9]\d*)")  # a block's input, and what follows from it
 # Where weights came from and how they were called does not change a number; their sha256 does.
@@ -31,10 +37,44 @@ NOT_HASHED = ("name", "weights", "tag")
 
 
 @dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How a view's pixels are stored: `[h, w, bands]` of a dtype, in a member with this extension.
+
+    as_shown: RGB as a viewer shows an image; else the bands are the file's own numbers.
+    """
+
+    name: str
+    extension: str
+    bands: int
+    dtype: str
+    as_shown: bool
+
+    @property
+    def words(self) -> str:
+        """For a person: `JPEG, quality 95`, `14 bands of uint16`."""
+        if self.as_shown:
+            return {"jpg": "JPEG, quality 95", "png": "PNG"}[self.extension]
+        return f"{self.bands} band{'s' * (self.bands > 1)} of {self.dtype}"
+
+
+def encoding_of(name: str) -> Encoding:
+    """The encoding of this name. ValueError for one that is not known."""
+    known = {
+        "jpeg95": Encoding(name, "jpg", 3, "uint8", as_shown=True),
+        "png": Encoding(name, "png", 3, "uint8", as_shown=True),
+        "png16": Encoding(name, "png", 1, "uint16", as_shown=False),
+    }
+    found = BANDS_FORM.fullmatch(name) if isinstance(name, str) else None
+    expect(name in known or (found is not None and int(found[1]) <= MOST_BANDS), "encoding", name, ENCODING_FORM)
+    return known[name] if found is None else Encoding(name, "npy.zst", int(found[1]), found[2], as_shown=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class ViewRecipe:
     """How views are drawn and stored: RandomResizedCrop's parameters, flip probability, seed, encoding.
 
     size: pixels per side of the square view. crop_scale: share of the image's area. crop_ratio: width / height.
+    encoding: `jpeg95`, `png`, `png16` or like `npy:14xuint16` (`encoding_of`).
     """
 
     size: int
@@ -57,7 +97,12 @@ class ViewRecipe:
         expect(0 <= self.seed < 2**64, "seed", self.seed, "0 <= seed < 2**64")
         expect(self.interpolation in ("bilinear", "bicubic", "lanczos"), "interpolation", self.interpolation,
                "bilinear, bicubic or lanczos")  # fmt: skip
-        expect(self.encoding == "jpeg95", "encoding", self.encoding, "jpeg95")
+        encoding_of(self.encoding)
+
+    @property
+    def stored(self) -> Encoding:
+        """How its views are stored."""
+        return encoding_of(self.encoding)
 
 
 @dataclasses.dataclass(frozen=True)

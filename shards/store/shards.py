@@ -123,7 +123,9 @@ class Shards:
         keys = self.keys[plan.ranges[shard].start : plan.ranges[shard].stop]
         opened: Shard | PixelShard
         if column == PIXELS:
-            opened = open_pixels(tar_path(self.path, view, shard), pixels_of(plan, view, shard), keys)
+            opened = open_pixels(
+                tar_path(self.path, view, shard), pixels_of(plan, view, shard), keys, plan.recipe.stored
+            )
         else:
             folder, id = column_folder(self.path, plan, view, column), plan.shard_ids(shard)[column]
             opened = storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)

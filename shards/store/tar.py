@@ -1,6 +1,6 @@
 """Webdataset tars: plain USTAR files, byte-reproducible, with a sidecar index for random access; the views' pixels in them.
 
-A sample is NNNNNNNNN.jpg and NNNNNNNNN.json; a bad image is a JSON-only row. docs/format.md, "Pixel tars". Columns in tars
+A sample is NNNNNNNNN.jpg (or .png, .npy.zst) and NNNNNNNNN.json; a bad image is a JSON-only row. docs/format.md, "Pixel tars". Columns in tars
 are in tar_columns.py.
 """
 
@@ -25,10 +25,11 @@ from mrmae.shards.format import (
     PIXELS,
     Array,
     BadImage,
+    Encoding,
     Numbers,
     View,
     canonical_json,
-    decode_jpeg,
+    decode_view,
     parsed,
     shown,
 )
@@ -47,13 +48,13 @@ Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content 
 
 @dataclasses.dataclass(frozen=True)
 class PixelRow:
-    """One sample of a pixel tar. view and jpeg are None exactly where the image is bad, and `reason` says why."""
+    """One sample of a pixel tar. view and stored, its encoded pixels, are None exactly where the image is bad, and `reason` says why."""
 
     number: int
     key: str
     label: str | None
     view: View | None
-    jpeg: bytes | None
+    stored: bytes | None
     reason: str | None = None
 
 
@@ -90,14 +91,16 @@ class TarIndex:
     tables: dict[str, Numbers]
 
 
-def write_pixel_tar(path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_pixel_tar(
+    path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None, *, extension: str = "jpg"
+) -> dict[str, Any]:
     """The commit record of a new tar and its sidecar index: files, count, valid, first, last, sizes, bad.
 
-    about: what the sidecar says it belongs to (geometry id, view, shard). Rows must be in ascending order of their numbers, every sample of the shard exactly once.
+    extension: of the members with pixels. about: what the sidecar says it belongs to (geometry id, view, shard). Rows must be in ascending order of their numbers, every sample of the shard exactly once.
     """
     if [row.number for row in rows] != list(range(rows[0].number, rows[0].number + len(rows))):
         raise ValueError(f"{path}: the rows are not one range of samples in order; expected every sample once")
-    files = write_tar(path, [member for row in rows for member in row_members(row)], about or {})
+    files = write_tar(path, [member for row in rows for member in row_members(row, extension)], about or {})
     return {
         "files": list(files),
         "count": len(rows),
@@ -115,17 +118,17 @@ def index_path(path: Path) -> Path:
     return path.with_name(path.stem + ".index.npz")
 
 
-def row_members(row: PixelRow) -> Iterator[Member]:
+def row_members(row: PixelRow, extension: str) -> Iterator[Member]:
     """A row's members."""
-    assert (row.view is None) == (row.jpeg is None) == (row.reason is not None), "a row is good or bad"
+    assert (row.view is None) == (row.stored is None) == (row.reason is not None), "a row is good or bad"
     about: dict[str, Any] = {"number": row.number, "key": row.key, "label": row.label, "valid": row.view is not None}
-    if row.view is not None and row.jpeg is not None:
-        yield member_name(row.number, "jpg"), row.key, (row.jpeg,)
+    if row.view is not None and row.stored is not None:
+        yield member_name(row.number, extension), row.key, (row.stored,)
         about |= {
             "crop": [row.view.top, row.view.left, row.view.height, row.view.width],
             "flip": row.view.flip,
             "source": [row.view.source_height, row.view.source_width],
-            "crc32c": int(google_crc32c.value(row.jpeg)),
+            "crc32c": int(google_crc32c.value(row.stored)),
         }
     yield member_name(row.number, "json"), row.key, (canonical_json(about | {"reason": row.reason}),)
 
@@ -245,7 +248,7 @@ def refuse_larger(archive: zipfile.ZipFile, n_bytes: int) -> None:
 
 
 def parse_row(content: bytes) -> PixelRow:
-    """The row that a JSON member describes, without its JPEG. ValueError where it describes none."""
+    """The row that a JSON member describes, without its pixels. ValueError where it describes none."""
     about = parsed(content, RowFields)
     view = None
     if about["valid"]:
@@ -259,16 +262,17 @@ def parse_row(content: bytes) -> PixelRow:
 class PixelShard:
     """The views of one shard, its sidecar index in memory. Thread-safe."""
 
-    def __init__(self, tar: Path, index: TarIndex) -> None:
-        self.tar, self.index = tar, index
+    def __init__(self, tar: Path, index: TarIndex, encoding: Encoding) -> None:
+        self.tar, self.index, self.encoding = tar, index, encoding
 
     def read(
         self, rows: Sequence[int], out: Mapping[str, Sequence[Array]], blocks: Sequence[int] | None = None
     ) -> None:
-        """Decode the views at `rows` into the buffers of PIXELS, uint8 [h, w, 3]. Raises Damaged. blocks: pixels have none."""
-        for row, buffer, content in zip(rows, out[PIXELS], read_members(self.tar, rows, self.index.tables["jpg"])):
+        """Decode the views at `rows` into the buffers of PIXELS, [size, size, bands]. Raises Damaged. blocks: pixels have none."""
+        places = self.index.tables[self.encoding.extension]
+        for row, buffer, content in zip(rows, out[PIXELS], read_members(self.tar, rows, places)):
             try:
-                buffer[:] = decode_jpeg(content)
+                buffer[:] = decode_view(content, self.encoding, len(buffer))
             except (BadImage, ValueError) as error:
                 raise Damaged(self.tar, row, str(error)) from None
 
@@ -280,6 +284,6 @@ class PixelShard:
         return view
 
 
-def open_pixels(tar: Path, of: Mapping[str, Any], keys: Sequence[str] | None) -> PixelShard:
+def open_pixels(tar: Path, of: Mapping[str, Any], keys: Sequence[str] | None, encoding: Encoding) -> PixelShard:
     """The views of a shard whose sidecar belongs to `of` and holds these samples (None: any). Raises Damaged."""
-    return PixelShard(tar, own_index(tar, of, keys, ("jpg", "json")))
+    return PixelShard(tar, own_index(tar, of, keys, (encoding.extension, "json")), encoding)

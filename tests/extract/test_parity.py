@@ -17,7 +17,7 @@ from mrmae.extract.images.decode import decode_rgb
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format.spec import ViewRecipe
-from mrmae.shards.format.views import encode_jpeg, render
+from mrmae.shards.format.views import encode_view, render
 
 GRID, SIZE = 4, 64
 SMALL = {"depth": 2, "embed_dim": 48, "num_heads": 3}
@@ -148,7 +148,7 @@ def test_stored_views_are_replayed_bit_by_bit(cache: tuple[Cache, dict[str, Path
         for view in opened[number].views:
             crop = view["view"]
             image = decode_rgb((images / key).read_bytes())
-            again = decode_rgb(encode_jpeg(render(image, crop, opened.plan.recipe)))
+            again = decode_rgb(encode_view(render(image, crop, opened.plan.recipe), opened.encoding))
             assert np.array_equal(again, view["pixels"].numpy())
             flips.add(crop.flip)
     assert flips == {False, True}

@@ -19,7 +19,7 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import commit_path
 from mrmae.shards.format.quantiser import Quantiser
 from mrmae.shards.format.spec import key_hash
-from mrmae.shards.format.views import draw_view, encode_jpeg, render
+from mrmae.shards.format.views import draw_view, encode_view, render
 from mrmae.shards.order import view_of
 
 Make = Callable[..., Path]
@@ -80,7 +80,7 @@ def test_recorded_views_replay_bit_for_bit(tiny_cache: Path, tiny_images: dict[s
             assert crop == draw_view(key_hash(cache.keys[number]), view, *image.shape[:2], cache.plan.recipe)
             pixels = render(image, crop, cache.plan.recipe)
             tar = (tiny_cache / f"views/{view}/pixels/{number // 8:06d}.tar").read_bytes()
-            assert encode_jpeg(pixels) in tar
+            assert encode_view(pixels, cache.encoding) in tar
             assert np.abs(cache.read_pixels([number], [view])[0].numpy().astype(int) - pixels).max() < 40
 
 

@@ -92,10 +92,10 @@ def test_render_is_crop_then_resize_then_mirror() -> None:
 
 def test_stored_views_come_back_close_and_repeatably() -> None:
     pixels = picture(32, 32)
-    data = views.encode_jpeg(pixels)
-    assert data == views.encode_jpeg(pixels)
-    assert abs(views.decode_jpeg(data).astype(int) - pixels).max() <= 12
+    data = views.encode_view(pixels, RECIPE.stored)
+    assert data == views.encode_view(pixels, RECIPE.stored)
+    assert abs(views.decode_view(data, RECIPE.stored, 32).astype(int) - pixels).max() <= 12
     with Image.open(io.BytesIO(data)) as image:
         assert image.layer[0][1:3] == image.layer[1][1:3] == (1, 1), "4:4:4"  # type: ignore[attr-defined]
     with pytest.raises(BadImage):
-        views.decode_jpeg(data[:100])
+        views.decode_view(data[:100], RECIPE.stored, 32)

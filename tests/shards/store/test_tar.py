@@ -15,11 +15,13 @@ import pytest
 from PIL import Image
 
 from mrmae.shards.format.plan import PIXELS
-from mrmae.shards.format.views import View, decode_jpeg, encode_jpeg
+from mrmae.shards.format.spec import encoding_of
+from mrmae.shards.format.views import View, decode_view, encode_view
 from mrmae.shards.store import tar
 from mrmae.shards.store.reader import Damaged
 from mrmae.shards.store.tar import PixelRow, index_path, parse_row, read_index, write_pixel_tar
 
+JPEG = encoding_of("jpeg95")
 KEYS = ["a/1.2.840.10008 x.jpg", "ü" * 120 + ".png", "bad.jpg", "c.tar/d.png"]
 
 
@@ -30,7 +32,7 @@ def rows() -> list[PixelRow]:
         good = key != "bad.jpg"
         view = View(i, 2, 8, 9, i % 2 == 0, 20, 30)
         out.append(PixelRow(5 + i, key, f"label {i}" if i else None, view if good else None,
-                            encode_jpeg(pixels) if good else None, None if good else "truncated"))  # fmt: skip
+                            encode_view(pixels, JPEG) if good else None, None if good else "truncated"))  # fmt: skip
     return out
 
 
@@ -44,7 +46,7 @@ def test_plain_tarfile_reads_the_members_as_ustar(tmp_path: Path) -> None:
         assert all((m.mtime, m.uid, m.gid, m.uname, m.mode) == (0, 0, 0, "", 0o644) for m in members)
         assert not any(m.pax_headers for m in members)
         file = tar.extractfile("000000006.jpg")
-        assert file is not None and file.read() == rows()[1].jpeg
+        assert file is not None and file.read() == rows()[1].stored
 
 
 def test_plain_webdataset_reads_every_row(tmp_path: Path) -> None:
@@ -54,9 +56,9 @@ def test_plain_webdataset_reads_every_row(tmp_path: Path) -> None:
     assert [sample["json"]["key"] for sample in samples] == KEYS
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(5, 9)]
     for sample, row in zip(samples, rows()):
-        assert ("jpg" in sample) == (row.jpeg is not None)
-        if row.jpeg is not None:
-            assert np.array_equal(sample["jpg"], decode_jpeg(row.jpeg))
+        assert ("jpg" in sample) == (row.stored is not None)
+        if row.stored is not None:
+            assert np.array_equal(sample["jpg"], decode_view(row.stored, JPEG, 8))
 
 
 def test_the_json_holds_what_replays_the_view(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_the_json_holds_what_replays_the_view(tmp_path: Path) -> None:
         file = tar.extractfile("000000006.json")
         assert file is not None
         content = file.read()
-    jpeg = rows()[1].jpeg
+    jpeg = rows()[1].stored
     assert json.loads(content) == {
         "number": 6, "key": KEYS[1], "label": "label 1", "valid": True, "reason": None, "crop": [1, 2, 8, 9],
         "flip": False, "source": [20, 30], "crc32c": google_crc32c.value(jpeg),
@@ -79,7 +81,7 @@ def test_the_sidecar_finds_every_member(tmp_path: Path) -> None:
     tar, index = path.read_bytes(), read_index(path)
     assert index.keys == KEYS and index.tables["jpg"][2].tolist() == [-1, -1, -1]
     for i, row in enumerate(rows()):
-        for table, content in ((index.tables["jpg"], row.jpeg), (index.tables["json"], None)):
+        for table, content in ((index.tables["jpg"], row.stored), (index.tables["json"], None)):
             offset, size, crc = table[i].tolist()
             if offset >= 0:
                 assert google_crc32c.value(tar[offset : offset + size]) == crc
@@ -154,7 +156,7 @@ def test_a_hostile_sidecar_is_refused_before_it_takes_memory(tmp_path: Path, cas
 
 
 def test_stored_pixels_open_in_pillow() -> None:
-    jpeg = rows()[1].jpeg
+    jpeg = rows()[1].stored
     assert jpeg is not None
     with Image.open(io.BytesIO(jpeg)) as image:
         assert image.size == (8, 8)
@@ -171,21 +173,21 @@ def test_a_header_is_tarfiles_own(name: str, size: int) -> None:
 def test_views_are_decoded_into_their_buffers_and_what_is_another_shards_is_damage(tmp_path: Path) -> None:
     path, of = tmp_path / "000000.tar", {"geometry_id": "sha256:1", "view": 0, "shard": 0}
     write_pixel_tar(path, rows(), of)
-    shard, buffers = tar.open_pixels(path, of, KEYS), [np.zeros((8, 8, 3), np.uint8) for _ in range(2)]
+    shard, buffers = tar.open_pixels(path, of, KEYS, JPEG), [np.zeros((8, 8, 3), np.uint8) for _ in range(2)]
     shard.read([3, 1], {PIXELS: buffers})
     for buffer, row in zip(buffers, (rows()[3], rows()[1])):
         assert (
-            row.jpeg is not None
-            and np.array_equal(buffer, decode_jpeg(row.jpeg))
+            row.stored is not None
+            and np.array_equal(buffer, decode_view(row.stored, JPEG, 8))
             and shard.crop(row.number - 5) == row.view
         )
     with pytest.raises(Damaged, match="there is no such member") as caught:
         shard.read([1, 2], {PIXELS: buffers})
     assert caught.value.row == 2
     with pytest.raises(Damaged, match="its index belongs to"):
-        tar.open_pixels(path, of | {"shard": 1}, KEYS)
+        tar.open_pixels(path, of | {"shard": 1}, KEYS, JPEG)
     with pytest.raises(Damaged, match="keys of its index are not those of samples.parquet"):
-        tar.open_pixels(path, of, KEYS[::-1])
+        tar.open_pixels(path, of, KEYS[::-1], JPEG)
 
 
 def test_threads_that_disturb_each_others_headers_are_no_damage(
