@@ -12,16 +12,18 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from mrmae.common.files import publish
+from mrmae.common.progress import counted
 
 CELL, GAP, MARGIN = 200, 8, 12  # pixels
 INK, PALE_INK, RED, PAPER = (30, 30, 30), (95, 95, 95), (190, 20, 20), (255, 255, 255)
 TITLE, HEADING, SMALL = 19, 14, 11  # pixels of text
+STRETCH = 0.02  # of the numbers at either end are black or full
 DRAWN_BY = "mrmae"  # as the pictures' own Software says
 Pictures = np.ndarray[Any, np.dtype[np.uint8]]
 COLOUR_NOTE = ("Tokens as colours: a model's three main directions over all these images as red, green and blue; equal colours mean "
@@ -130,6 +132,44 @@ def ranges(scores: Float[Tensor, "b l"]) -> list[str]:
 def as_bytes(values: Tensor) -> Pictures:
     """Values in 0..1 as uint8."""
     return np.asarray((values * 255).round().to(torch.uint8).numpy(), np.uint8)
+
+
+# --- bands
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Three bands of images as red, green and blue: every number from `low` (0) to `high` (255). bands: from 0."""
+
+    bands: tuple[int, ...]
+    low: Float[Tensor, "3"]
+    high: Float[Tensor, "3"]
+
+    def rgb(self, images: Shaped[Tensor, "b h w c"]) -> Pictures:
+        """The images as pictures, uint8 [b, h, w, 3]; what lies beyond low and high is black or full."""
+        chosen = images.detach().cpu().double()[..., list(self.bands)]
+        return as_bytes(((chosen - self.low) / (self.high - self.low).clamp_min(1e-12)).clamp(0, 1))
+
+    @property
+    def note(self) -> str:
+        """How the pictures are to be read."""
+        ends = ", ".join(f"{low:.4g} to {high:.4g}" for low, high in zip(self.low.tolist(), self.high.tolist()))
+        return f"bands {', '.join(str(band + 1) for band in self.bands)} as red, green, blue, stretched: {ends}"
+
+
+def stretch_of(images: Shaped[Tensor, "b h w c"], bands: Sequence[int] | None = None) -> Stretch:
+    """How bands of these images are shown: each from its 2nd to its 98th percentile over all of them.
+
+    bands: three, or one as gray, from 1; None: the first three, or the only one. ValueError for bands that are not there.
+    """
+    there = images.shape[-1]
+    asked = tuple(bands or range(1, min(there, 3) + 1))
+    if not all(1 <= band <= there for band in asked) or len(asked) not in (1, 3) and bands:
+        raise ValueError(f"bands {','.join(map(str, asked))}: the views have {counted(there, 'band')}, from 1; one of them, or three as red, "
+                         "green and blue, were expected; choose these")  # fmt: skip
+    chosen = tuple(band - 1 for band in (*asked, *asked[-1:] * 2)[:3])
+    values = images.detach().cpu().double()[..., list(chosen)].flatten(0, -2)
+    return Stretch(chosen, quantile(values, STRETCH), quantile(values, 1 - STRETCH))
 
 
 # --- a sheet of pictures

@@ -161,7 +161,7 @@ def asked_teachers(options: Options, there: Plan | None, keys: Sequence[str], sa
         if spec is None:
             teacher = build_teacher(requests[i], grid=options.grid, view_size=options.recipe.size, device=options.device,
                                     precision=options.precision, allow_torchscript=options.allow_torchscript,
-                                    allow_code=options.allow_code)  # fmt: skip
+                                    allow_code=options.allow_code, views=options.recipe.stored)  # fmt: skip
             spec = teacher.spec
             built[spec.column] = teacher
         specs[i] = spec

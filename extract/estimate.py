@@ -132,7 +132,8 @@ def teacher_in_words(teacher: TeacherSpec, dtype: str) -> str:
         return f"map, {teacher.model} per patch, {said}"
     model = f"{teacher.model}/{teacher.tag}" if teacher.tag else teacher.model
     weights = "RANDOM weights" if teacher.weights == "random" else f"{teacher.weights} weights"
-    extras = "".join([" +cls" * teacher.has_cls, " +attention" * teacher.has_attention])
+    bands = f" of bands {','.join(map(str, teacher.bands))}" if teacher.bands else ""
+    extras = "".join([bands, " +cls" * teacher.has_cls, " +attention" * teacher.has_attention])
     h, w = teacher.grid
     resampled = f" (from {teacher.native_grid[0]}x{teacher.native_grid[1]})" if teacher.resample != "none" else ""
     return f"{teacher.library} {model}, {weights}, {h}x{w}x{teacher.width}{resampled} {dtype}{extras}"

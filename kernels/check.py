@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-IMAGES = (torch.uint8, *FLOATS)
+IMAGES = (torch.uint8, torch.uint16, *FLOATS)
 CODES = (torch.int8, torch.float8_e4m3fn, *FLOATS)
 
 

@@ -49,7 +49,7 @@ def gather_patches(
 ) -> Float[Tensor, "v k P"]:
     """`image * scale + shift` of the patches at `ids_keep`, each flattened (c, p, q), in `dtype`.
 
-    image: [b, h, w, c] if channels_last else [b, c, h, w]; any strides; uint8, bf16, fp16, fp32 or fp64. `ids_keep` may have v = r*b
+    image: [b, h, w, c] if channels_last else [b, c, h, w]; any strides; uint8, uint16, bf16, fp16, fp32 or fp64. `ids_keep` may have v = r*b
     rows for r masks per image, row i reading image i mod b. With `proj.weight.flatten(1)` of any ViT the result gives its patch tokens.
     Raises ValueError for a wrong dtype, shape or device, ids outside the grid and an empty mask.
     """

@@ -24,6 +24,7 @@ from mrmae.kernels.launch import OPTIONS, Launch
 ARCHITECTURES = (80, 90, 100)
 TYPES = {
     torch.uint8: "u8",
+    torch.uint16: "u16",
     torch.int8: "i8",
     torch.int64: "i64",
     torch.float16: "fp16",

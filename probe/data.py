@@ -131,6 +131,9 @@ def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
 def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Split:
     """The samples of a cache whose keys match, with the first stored view of each."""
     cache = open_cache(path, allow_partial=partial is not None, columns=partial)
+    if not cache.encoding.as_shown:
+        raise ValueError(f"DATA {path}: its views are {cache.encoding.words}; RGB views were expected, of which all sources can be probed; give the "
+                         "images as RGB")  # fmt: skip
     if not len(cache.numbers):
         raise ValueError(f"DATA {path}: no image of this cache can be read: no shard is committed in all views and columns that its "
                          "plan.json tells of, or all images are bad; see inspect-cache verify, or let extract-features run on")  # fmt: skip

@@ -213,6 +213,9 @@ def student_source(path: Path, *, size: int, device: str, precision: str, untrai
 
 def as_teacher(student: Student, size: int, *, where: str, device: str, precision: str) -> Teacher:
     """The student at `size` pixels as a frozen teacher on its own grid, with its attention where it has a CLS token."""
+    if len(student.mean) != 3:
+        raise ValueError(f"{where}: this student reads {len(student.mean)} bands; one that reads RGB was expected, which is what images are "
+                         "shown as to it; open it with timm to use it on all its bands")  # fmt: skip
     tower = student_tower(student, size, where=where)
     with torch.no_grad():
         found, cls = tower.features(torch.zeros(1, len(student.mean), *tower.input_size))

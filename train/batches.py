@@ -53,7 +53,10 @@ def cache_info(cache: Cache) -> CacheInfo:
         )
     derived = derived_targets(cache, teachers)
     maps = {column.spec.name: str(column.layout.map) for column in cache.maps.values()}
-    return CacheInfo(cache.size, cache.grid, teachers, 3, cache.blocks, cache.n_views, derived, maps)
+    kind = cache.encoding
+    return CacheInfo(
+        cache.size, cache.grid, teachers, kind.bands, cache.blocks, cache.n_views, derived, maps, unit=kind.unit
+    )
 
 
 def derived_targets(cache: Cache, teachers: Mapping[str, TeacherInfo]) -> dict[str, TeacherInfo]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from mrmae.common.files import publish
 from mrmae.common.progress import counted
 from mrmae.extract.teachers import fit_weights, load_weights
-from mrmae.train.method import SIZES, MaskedConvViT, Pretrainer, build_mcmae, vit_arguments
+from mrmae.train.method import SIZES, CacheInfo, MaskedConvViT, Pretrainer, build_mcmae, vit_arguments
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 CROP_SHARE = 0.875  # of the resized image when evaluating, as MAE's probes take 224 of 256
@@ -109,6 +109,15 @@ def student_weights(model: Pretrainer) -> dict[str, Tensor]:
     return {name: x.detach().cpu().float().contiguous() for name, x in model.student.state_dict().items()}
 
 
+def bands_words(info: CacheInfo) -> str:
+    """What a student's channels are where they are not RGB of 8 bits."""
+    return (
+        ""
+        if (info.channels, info.unit) == (3, 255)
+        else f" of {info.channels} bands, whose numbers are divided by {info.unit}"
+    )
+
+
 def student_config(model: Pretrainer) -> dict[str, Any]:
     """config.json: what builds this encoder again, and how its images are prepared."""
     if not isinstance(model.student, MaskedConvViT):
@@ -193,7 +202,7 @@ tags:
 
 | | |
 | --- | --- |
-| image | {info.size} x {info.size}, mean {list(recipe.prepare.mean)}, std {list(recipe.prepare.std)}, bicubic |
+| image | {info.size} x {info.size}{bands_words(info)}, mean {list(recipe.prepare.mean)}, std {list(recipe.prepare.std)}, bicubic |
 | patches | {info.grid[0]} x {info.grid[1]} of {info.patch} px, fixed {recipe.student.positions} positions |
 | encoder | {counted(len(model.student.blocks), "block")}{model.left_words()} |
 | visible in training | {model.n_keep} of {info.n_patches} ({recipe.mask.sampler}) |

@@ -1,4 +1,4 @@
-"""What a shipped recipe leaves to the size of the data and of the student, where nobody has said otherwise.
+"""What a shipped recipe leaves to the size of the data and of the student, and to the bands of the views, where nobody has said otherwise.
 
 Recipes are published for a million images and a ViT-B. On fewer than `SMALL_DATA` images a batch of 2048 is the whole data set or more, and
 forty epochs of warm-up are a few updates; behind a narrow student the published decoder is most of the model. Keys that were set, and
@@ -7,12 +7,18 @@ whatever is of the published size, stay as they are.
 
 from dataclasses import replace
 
+import torch
+
+from mrmae.shards.cache import Cache
+from mrmae.shards.format import Numbers
 from mrmae.train import optim
 from mrmae.train.method import Recipe, replaced
 
+DEAD = 1e-6  # of a band's mean: a smaller deviation is rounding
 SMALL_DATA = 32_768  # images: sixteen batches of the published 2048
 LEAST_BATCH, BATCHES = 64, 16
 PUBLISHED_WIDTH = 768  # of the student that the decoder of 8 x 512 was published with
+BAND_VIEWS, VIEWS_AT_ONCE = 256, 16  # over which bands are measured, as many as calibrate a teacher's codes
 SMALL_LR, STUDY_LR = (
     1e-4,
     1e-3,
@@ -50,6 +56,32 @@ def fitting_batch(published: int, n_images: int, parts: int) -> int:
         return published
     size = 1 << (most.bit_length() - 1)
     return max(size - size % parts, parts)
+
+
+def fitted_bands(recipe: Recipe, cache: Cache, numbers: Numbers) -> tuple[Recipe, list[str]]:
+    """`recipe` with the mean and standard deviation of the views' bands, and what to tell of it; RGB views have the recipe's own.
+
+    Measured where the recipe lets go of both, on the first views of the first 256 of `numbers`, a random sample that is the same for all
+    ranks and every start; the run keeps to them. A band that does not vary has the deviation 1.
+    """
+    keys = ("prepare.mean", "prepare.std")
+    if cache.encoding.as_shown or not set(keys) <= set(recipe.fit):
+        return recipe, []
+    chosen = numbers[:BAND_VIEWS]
+    sums, n = torch.zeros(2, cache.encoding.bands, dtype=torch.float64), 0
+    for start in range(0, len(chosen), VIEWS_AT_ONCE):
+        some = chosen[start : start + VIEWS_AT_ONCE]
+        values = cache.read_pixels(some, some * 0).double().flatten(0, 2) / cache.encoding.unit
+        sums, n = sums + torch.stack([values.sum(0), values.square().sum(0)]), n + len(values)
+    mean = sums[0] / n
+    std = (sums[1] / n - mean.square()).clamp_min(0).sqrt()
+    std = torch.where(std > DEAD * mean.abs(), std, 1.0)
+    found = [tuple(float(f"{value:.6g}") for value in row.tolist()) for row in (mean, std)]
+    note = (
+        f"{cache.encoding.words}: prepare.mean {list(found[0])} and prepare.std {list(found[1])}, measured on {len(chosen)} views, of numbers"
+        f" that count {cache.encoding.unit} as 1; --set decides otherwise"
+    )
+    return replaced(recipe, dict(zip(keys, found))), [note]
 
 
 def fitted_decoder(recipe: Recipe, width: int, depth: int) -> tuple[Recipe, list[str]]:

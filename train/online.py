@@ -38,7 +38,9 @@ def build_teachers(cache: Cache, texts: Sequence[str], *, device: torch.device) 
             raise ValueError(f"--teacher {request.name}=...: stands twice; a name was expected once; rename one")
         known = cached.get(request.name)
         precision = known.precision if known else "fp16" if device.type == "cuda" else "fp32"  # as extract-features
-        teacher = build_teacher(request, grid=cache.grid[0], view_size=cache.size, device=device, precision=precision)
+        teacher = build_teacher(
+            request, grid=cache.grid[0], view_size=cache.size, device=device, precision=precision, views=cache.encoding
+        )
         if known:
             check_same(known, teacher.spec, cache)
         teachers[request.name] = teacher
@@ -63,6 +65,8 @@ def request_of(spec: TeacherSpec, cache: Cache) -> TeacherRequest:
         std=spec.std,
         interpolation=spec.interpolation,
         input_size=spec.input_size[0],
+        bands=spec.bands,
+        levels=spec.levels,
         options=dict(spec.model_options),
     )
 

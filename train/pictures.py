@@ -1,7 +1,7 @@
 """Pictures of a run: what the student reconstructs, what teachers and student see, and how the losses went."""
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mrmae.common.pictures import (
     layer_normalised,
     palette_of,
     publish_png,
+    stretch_of,
 )
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
@@ -53,6 +54,14 @@ def masked_view(
 # --- panels
 
 
+def looks(run: Run, batch: Batch) -> tuple[Callable[[Tensor], Pictures], str]:
+    """What makes pictures of images in the views' own numbers, and how to read them: RGB as it is, other bands stretched."""
+    if run.cache.encoding.as_shown:
+        return lambda images: as_bytes(images.cpu() / 255), ""
+    stretch = stretch_of(batch.pixels)
+    return stretch.rgb, stretch.note
+
+
 def panels_path(run: Run, epoch: int) -> Path:
     """Where the panels drawn after so many epochs lie."""
     return run.out / "panels" / f"epoch-{epoch:04d}.png"
@@ -66,11 +75,13 @@ def draw_run_panels(run: Run, epoch: int) -> Path:
     batch, masks = with_targets(loaded, run.online, run.needed, model=run.model)
     masks = masks.change(lambda x: x[: len(numbers)])  # of several masks per image the first
     keys = [run.cache.keys[number] for number in numbers]
+    look, note = looks(run, batch)
+    view = look(batch.pixels)
     columns = [
-        Strip("view", batch.pixels.cpu().numpy(), captions=keys),
+        Strip("view", view, note, captions=keys),
         Strip(
             "seen by the student",
-            masked_view(batch.pixels, masks.ids_keep, run.info.grid),
+            masked_view(torch.from_numpy(view), masks.ids_keep, run.info.grid),
             f"{masks.ids_keep.shape[1]} of {run.info.n_patches} patches",
         ),
     ]
@@ -99,10 +110,11 @@ def reconstructions(run: Run, batch: Batch, masks: Masks) -> list[Strip]:
     term = next((term for term in run.model.terms if term.recipe.target == "pixels"), None)
     if term is None:
         return []
-    drawn = as_bytes(run.model.reconstruct(batch, masks).float().cpu())
+    look, _ = looks(run, batch)
+    drawn = look(run.model.reconstruct(batch, masks).float() * run.info.unit)
     if term.recipe.transform == "none":
         return [Strip("reconstruction", drawn, "predicted pixels at hidden patches")]
-    alone = as_bytes(run.model.reconstruct(batch, masks, alone=True).float().cpu())
+    alone = look(run.model.reconstruct(batch, masks, alone=True).float() * run.info.unit)
     return [
         Strip("reconstruction", drawn, "as in MAE's figures", "BRIGHTNESS AND CONTRAST ARE THE TRUE PATCH'S"),
         Strip("prediction alone", alone, "brightness and contrast are the visible patches' mean: nothing comes from hidden ones"),

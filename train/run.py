@@ -16,7 +16,7 @@ from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
-from mrmae.train.fit import fitted_decoder, fitted_to_data, small_rate_words
+from mrmae.train.fit import fitted_bands, fitted_decoder, fitted_to_data, small_rate_words
 from mrmae.train.labels import Labels, labels_of
 from mrmae.train.log import Sums
 from mrmae.train.method import (
@@ -121,6 +121,8 @@ def build_run(
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum)
+    recipe, told = fitted_bands(recipe, cache, numbers)
+    notes += told
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     labels = labels_of(cache, recipe, setup.labels)
     info = replace(batches.cache_info(cache), classes=() if labels is None else labels.classes)

@@ -212,7 +212,8 @@ def list_sources(
             f"keys look like {found[0][0].key!r}; correct the pattern"
         )
     refuse_duplicates(chosen)
-    return Sources(chosen, [*left_out.notes(), *notes_on_frames(chosen)])
+    frames = notes_on_frames(chosen) if suffixes == SUFFIXES else []  # where bands are kept, pages are bands
+    return Sources(chosen, [*left_out.notes(), *frames])
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:

@@ -32,6 +32,16 @@ def folder_or_url(text: str) -> Path:
         raise click.BadParameter(str(error)) from None
 
 
+def band_numbers(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
+    """`3,2,1` as numbers."""
+    try:
+        return None if text is None else tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise click.BadParameter(
+            f"{text!r} are no bands; whole numbers from 1 with commas were expected, like 3,2,1"
+        ) from None
+
+
 CACHE = click.argument("cache", type=folder_or_url, metavar="CACHE")
 YES = click.option("--yes", is_flag=True, help="Do not ask: for scripts.")
 SHOWN_PROBLEMS = 100
@@ -323,7 +333,13 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
 @click.option("--out", type=click.Path(path_type=Path), help="The PNG; default: CACHE/pictures.png.")
 @click.option("--samples", default=8, type=click.IntRange(1), help="Rows of the sheet.")
 @click.option("--view", default=0, type=click.IntRange(0), help="Which view.")
-def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
+@click.option(
+    "--bands",
+    callback=band_numbers,
+    metavar="R,G,B",
+    help="Which bands of the view are red, green and blue, or one as gray, from 1, stretched; default: RGB views as they are, else the first three.",
+)
+def pictures(cache: Path, out: Path | None, samples: int, view: int, bands: tuple[int, ...] | None) -> None:
     """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms."""
     from mrmae.extract.inspect.pictures import write_sheet
     from mrmae.shards.cache import open_cache
@@ -335,7 +351,7 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int) -> None:
             raise ValueError(f"--view {view}: this cache has {counted(opened.n_views, 'view')}, numbered from 0")
         if opened.unfinished:
             click.echo(f"UNFINISHED cache: {opened.unfinished} are committed; only these can be shown")
-        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view)
+        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view, bands=bands)
     click.echo(f"{os.fspath(path)}")
 
 

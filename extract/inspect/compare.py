@@ -60,7 +60,7 @@ def compare_live(
         request = given.get(column.spec.name) or recorded_request(cache, name)
         request = dataclasses.replace(request, tap=column.spec.tap)  # a teacher may have several columns
         teacher = build_teacher(request, grid=cache.grid[0], view_size=cache.size, device=device,
-                                precision=column.spec.precision,
+                                precision=column.spec.precision, views=cache.encoding,
                                 allow_torchscript=allow_torchscript and column.spec.name in given)  # fmt: skip
         compare_teachers(column.spec, teacher.spec, f"{cache.path}: {name}")
         found.append(compare_column(cache, name, teacher, numbers, mirror=mirror))
@@ -78,7 +78,8 @@ def recorded_request(cache: Cache, column: str) -> TeacherRequest:
         raise ValueError(f"{cache.path}: the weights of {spec.name} came from a file that is not recorded; "
                          f"give them with --teacher {spec.name}={spec.library}:{spec.model}@FILE")  # fmt: skip
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in spec.model_options.items()}
-    return TeacherRequest(spec.name, spec.library, spec.model, spec.weights, spec.tag, tap=spec.tap, options=options)
+    return TeacherRequest(spec.name, spec.library, spec.model, spec.weights, spec.tag, tap=spec.tap, options=options,
+                          bands=spec.bands, levels=spec.levels)  # fmt: skip
 
 
 def compare_teachers(stored: TeacherSpec, live: TeacherSpec, where: str) -> None:

@@ -22,6 +22,7 @@ from mrmae.common.pictures import (
     publish_png,
     ranges,
     refuse_to_replace,
+    stretch_of,
 )
 from mrmae.common.progress import counted
 from mrmae.extract.made_maps import made_in_words
@@ -32,14 +33,22 @@ GOLDEN_RATIO = 0.618033988749895
 SHOWN_IDS = 8
 
 
-def contact_sheet(cache: Cache, n: int, *, view: int = 0) -> Image.Image:
-    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms; the maps."""
+def contact_sheet(cache: Cache, n: int, *, view: int = 0, bands: Sequence[int] | None = None) -> Image.Image:
+    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms; the maps.
+
+    bands: which of the view's, from 1; None: RGB as it is, and of other views the first three.
+    """
     if not len(cache.numbers):
         raise ValueError(f"{cache.path}: no sample can be read; expected at least one to show")
     numbers = spread(cache.numbers, n)
-    pixels = cache.read_pixels(numbers, numbers * 0 + view).numpy()
     keys = [cache.keys[number] for number in numbers]
-    strips = [Strip(f"view {view}", pixels, f"as the teachers saw it, {cache.size} px", captions=keys)]
+    pixels, note = cache.read_pixels(numbers, numbers * 0 + view), f"as the teachers saw it, {cache.size} px"
+    if cache.encoding.as_shown and not bands:
+        shown = pixels.numpy()
+    else:
+        stretch = stretch_of(pixels, bands)
+        shown, note = stretch.rgb(pixels), f"{cache.size} px, {cache.encoding.words}; {stretch.note}"
+    strips = [Strip(f"view {view}", shown, note, captions=keys)]
     for name in cache.columns:
         strips += teacher_strips(cache, name, numbers, view)
     strips += [map_strip(cache, name, numbers, view) for name in cache.maps]
@@ -98,7 +107,7 @@ def in_few_words(ids: Sequence[int]) -> str:
     return f"ids {', '.join(map(str, ids))}" if len(ids) <= SHOWN_IDS else f"{len(ids)} ids, {ids[0]} to {ids[-1]}"
 
 
-def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0) -> Path:
+def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0, bands: Sequence[int] | None = None) -> Path:
     """The PNG at `path`; an older sheet there is replaced. ValueError where something else has that name."""
     refuse_to_replace(path)
-    return publish_png(path, contact_sheet(cache, n, view=view))
+    return publish_png(path, contact_sheet(cache, n, view=view, bands=bands))

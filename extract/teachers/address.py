@@ -2,11 +2,12 @@
 
 import ast
 import dataclasses
+import math
 import re
 from typing import Any
 from urllib.parse import unquote
 
-from mrmae.shards.format import NAME
+from mrmae.shards.format import MOST_BANDS, NAME
 
 LIBRARIES = ("open_clip", "timm", "python")
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")  # package.module:function
@@ -21,7 +22,7 @@ CHANNELS = 3
 class TeacherRequest:
     """A teacher as asked for. None: the model's or tag's own configuration decides.
 
-    weights: `hub`, `file` or `random`. options: what goes to the model's constructor. input_size: pixels per side.
+    weights: `hub`, `file` or `random`. bands, levels: of the views, as in TeacherSpec. options: what goes to the model's constructor. input_size: pixels per side.
     """
 
     name: str
@@ -36,6 +37,8 @@ class TeacherRequest:
     interpolation: str | None = None
     input_size: int | None = None
     activation: str | None = None
+    bands: tuple[int, ...] | None = None
+    levels: tuple[float, float] | None = None
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -57,9 +60,10 @@ class TeacherRequest:
 def parse_teacher(text: str) -> TeacherRequest:
     """The request in `text`; ValueError where it does not have the form above.
 
-    `/random` asks for random weights. `tap mean std interpolation input_size activation` are ours; every other key goes
+    `/random` asks for random weights. `tap mean std interpolation input_size activation bands levels` are ours; every other key goes
     to the model's constructor, its value read as a Python literal (`16`, `0.5`, `true`, `(2, 2)`) or else as text.
-    mean, std: one number, or three with commas, of pixels in [0, 1]. timm's tag may follow a dot.
+    mean, std: one number, or three with commas, of pixels in [0, 1]. bands: `3,2,1`, what it sees as red, green and blue, from 1. levels:
+    `0,10000`, the numbers that are its 0 and 1. timm's tag may follow a dot.
     """
     name, equals, rest = text.partition("=")
     library, colon, rest = rest.partition(":")
@@ -135,6 +139,20 @@ def read_std(value: str) -> tuple[float, ...]:
     return values
 
 
+def read_bands(value: str) -> tuple[int, ...]:
+    words = value.split(",")
+    if len(words) != CHANNELS or not all(word.isdecimal() and 1 <= int(word) <= MOST_BANDS for word in words):
+        raise ValueError(f"expected {CHANNELS} numbers of bands, from 1 to {MOST_BANDS}: 3,2,1")
+    return tuple(int(word) for word in words)
+
+
+def read_levels(value: str) -> tuple[float, float]:
+    low, comma, high = value.partition(",")
+    if not (comma and math.isfinite(float(low)) and float(low) < float(high) < math.inf):
+        raise ValueError("expected two numbers, the lower first: 0,10000")
+    return float(low), float(high)
+
+
 def read_size(value: str) -> int:
     if not value.isdecimal() or int(value) < 1:
         raise ValueError("expected pixels per side, a whole number above zero")
@@ -160,6 +178,8 @@ OUR_KEYS = {
     "interpolation": read_interpolation,
     "input_size": read_size,
     "activation": read_word,
+    "bands": read_bands,
+    "levels": read_levels,
 }
 
 

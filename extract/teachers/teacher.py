@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from mrmae.extract.teachers.address import TeacherRequest
+from mrmae.extract.teachers.address import CHANNELS, TeacherRequest
 from mrmae.extract.teachers.custom import build_custom
 from mrmae.extract.teachers.tower import StateDict, Tower
-from mrmae.shards.format import TeacherSpec
+from mrmae.shards.format import Encoding, TeacherSpec, encoding_of
 
 DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,8 +42,8 @@ class Teacher:
     device: torch.device
 
     @torch.no_grad()  # not inference_mode: online training keeps these tensors for its backward
-    def forward(self, pixels: UInt8[Tensor, "b h w 3"]) -> Features:
-        """Features of uint8 RGB views of any one size; resized and normalised here, in fp32, as `spec` says."""
+    def forward(self, pixels: Shaped[Tensor, "b h w c"]) -> Features:
+        """Features of views of any one size, RGB or bands; resized and normalised here, in fp32, as `spec` says."""
         spec = self.spec
         image = normalise(pixels.to(self.device, non_blocking=True), spec)
         if self.tower.patch is None:
@@ -62,15 +62,17 @@ class Teacher:
 
 def build_teacher(
     request: TeacherRequest, *, grid: int, view_size: int, device: str | torch.device, precision: str,
-    allow_torchscript: bool = False, allow_code: bool = False,
+    allow_torchscript: bool = False, allow_code: bool = False, views: Encoding | None = None,
 ) -> Teacher:  # fmt: skip
     """The asked-for teacher on `device`, for views of `view_size` px and a grid x grid student.
 
+    views: how they are stored, of which the teacher sees the bands that it asks for; None: RGB.
     ViTs get an input of grid x patch pixels; other maps are resampled bilinearly to the grid. precision: fp32, or bf16 or
     fp16 by autocast; the outputs are fp32. Raises ValueError with the reason and what to change.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; expected {', '.join(PRECISIONS)}; correct --precision")
+    bands, levels = bands_seen(request, views or encoding_of("png"))
     if request.library == "python":
         tower = build_custom(request, grid=grid, allow_code=allow_code)
     elif request.library == "timm":
@@ -87,7 +89,28 @@ def build_teacher(
     tower.module.to(target)
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
         tower.module.to(memory_format=torch.channels_last)
-    return Teacher(make_spec(request, tower, found, cls is not None, grid, precision), tower.tail, tower, target)
+    spec = make_spec(request, tower, found, cls is not None, grid, precision)
+    return Teacher(dataclasses.replace(spec, bands=bands, levels=levels), tower.tail, tower, target)
+
+
+def bands_seen(
+    request: TeacherRequest, views: Encoding
+) -> tuple[tuple[int, ...], tuple[float, float]] | tuple[None, None]:
+    """(bands, levels) of a teacher on such views; (None, None) where it sees RGB as it is. ValueError for bands that are not there.
+
+    What goes without saying: a single band is red, green and blue; three are, in their order; levels are the dtype's whole range, and 0
+    to 1 of floats.
+    """
+    if views.as_shown and request.bands is None and request.levels is None:
+        return None, None
+    bands = request.bands
+    if bands is None and views.bands in (1, CHANNELS):
+        bands = (1,) * CHANNELS if views.bands == 1 else tuple(range(1, CHANNELS + 1))
+    if bands is None or max(bands) > views.bands:
+        wrong = "sees red, green and blue" if bands is None else f"asks for band {max(bands)}"
+        raise ValueError(f"{request.where}: {wrong}, and the views have {views.words}; which of them it sees was expected; add "
+                         "?bands=3,2,1 (counted from 1), and &levels=LOW,HIGH for what is dark and bright")  # fmt: skip
+    return bands, request.levels or (0.0, float(views.unit))
 
 
 def prompt_vectors(
@@ -136,12 +159,22 @@ def plain_options(request: TeacherRequest) -> dict[str, object]:
     return {key: list(value) if isinstance(value, tuple) else value for key, value in request.options.items()}
 
 
-def normalise(pixels: UInt8[Tensor, "b h w 3"], spec: TeacherSpec) -> Float[Tensor, "b 3 height width"]:
-    """The views at the teacher's input size, (x / 255 - mean) / std.
+def as_seen(pixels: Shaped[Tensor, "b h w c"], spec: TeacherSpec) -> Float[Tensor, "b h w 3"]:
+    """The three channels that a teacher sees of views, fp32, 0 to 255: its bands, stretched from its levels and cut there."""
+    values = pixels.float()
+    if spec.bands is None or spec.levels is None:
+        return values
+    low, high = spec.levels
+    chosen = values[..., [band - 1 for band in spec.bands]]
+    return chosen.sub_(low).mul_(255 / (high - low)).clamp_(0, 255)
+
+
+def normalise(pixels: Shaped[Tensor, "b h w c"], spec: TeacherSpec) -> Float[Tensor, "b 3 height width"]:
+    """The views at the teacher's input size, (x / 255 - mean) / std of what `as_seen` gives.
 
     Resized in fp32 with PIL's kernels (antialiased) and clamped to 0..255 as a decoder would, but not rounded.
     """
-    image = pixels.float().permute(0, 3, 1, 2)
+    image = as_seen(pixels, spec).permute(0, 3, 1, 2)
     height, width = spec.input_size
     if tuple(image.shape[-2:]) != (height, width):
         mode = "nearest-exact" if spec.interpolation == "nearest" else spec.interpolation

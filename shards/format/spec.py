@@ -34,6 +34,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 FACET_TAP = re.compile(r"(input|qkv|q|k|v)_([1-9]\d*)")  # a block's input, and what follows from it
 # Where weights came from and how they were called does not change a number; their sha256 does.
 NOT_HASHED = ("name", "weights", "tag")
+UNSAID = (
+    "bands",
+    "levels",
+)  # of a teacher's fields, where they are None: it sees RGB views, as all did before there were others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +59,11 @@ class Encoding:
         if self.as_shown:
             return {"jpg": "JPEG, quality 95", "png": "PNG"}[self.extension]
         return f"{self.bands} band{'s' * (self.bands > 1)} of {self.dtype}"
+
+    @property
+    def unit(self) -> int:
+        """The number that counts as 1: the dtype's largest, and 1 of floats."""
+        return {"uint8": 255, "uint16": 65535}.get(self.dtype, 1)
 
 
 def encoding_of(name: str) -> Encoding:
@@ -112,6 +121,8 @@ class TeacherSpec:
     input_size, native_grid, grid: (height, width). weights_sha256: of the visual tower's state dict as fp32.
     A map has the library `map`, its dtype as model, and the sha256 of the values that were given instead of weights; a computed one
     its teacher's, and `made`, `of` and what it is made with as model_options.
+    bands: which of the views' bands its channels are, from 1; levels: the numbers in them that are its 0 and 1, what lies beyond
+    being cut. None for RGB views.
     """
 
     name: str
@@ -137,10 +148,25 @@ class TeacherSpec:
     precision: str
     attention_backend: str
     model_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    bands: tuple[int, ...] | None = None
+    levels: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
             object.__setattr__(self, name, floats(getattr(self, name)))
+        if self.bands is not None and self.levels is not None:
+            object.__setattr__(self, "bands", tuple(int(band) for band in self.bands))
+            object.__setattr__(self, "levels", floats(self.levels))
+            expect(
+                all(1 <= band <= MOST_BANDS for band in self.bands),
+                "bands",
+                self.bands,
+                f"numbers of bands, 1 to {MOST_BANDS}",
+            )
+            expect(self.levels[0] < self.levels[1], "levels", self.levels, "low < high")
+        expect(
+            (self.bands is None) == (self.levels is None), "levels", self.levels, "both bands and levels, or neither"
+        )
         for name in ("input_size", "native_grid", "grid"):
             object.__setattr__(self, name, tuple(int(n) for n in getattr(self, name)))
         object.__setattr__(self, "model_options", dict(self.model_options))
@@ -200,7 +226,7 @@ def floats(values: Iterable[float]) -> tuple[float, ...]:
 def from_json(kind: type[Spec], fields: Mapping[str, Any], where: str) -> Spec:
     """`kind` built from a JSON object; ValueError where a field is missing or unknown."""
     known = {field.name for field in dataclasses.fields(kind)}
-    if wrong := sorted(known ^ set(fields)):
+    if wrong := sorted((known ^ set(fields)) - (set(UNSAID) - set(fields))):
         raise ValueError(f"{where}: fields {shown(wrong)} are missing or unknown; expected {sorted(known)}; "
                          "read it with the version of mrmae that wrote it")  # fmt: skip
     return kind(**fields)
@@ -277,7 +303,7 @@ def column_id(
 
     token_layout: the rule of the blocks; raster order, None, is no part of the id.
     """
-    fields = {name: value for name, value in dataclasses.asdict(teacher).items() if name not in NOT_HASHED}
+    fields = {name: value for name, value in plain(teacher).items() if name not in NOT_HASHED}
     content = {
         "format_version": FORMAT_VERSION,
         "teacher": fields,
@@ -306,9 +332,10 @@ def compare_specs(old: Any, new: Any, where: str, *, field: str = "") -> None:
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON would give it back: dataclasses become dicts, tuples become lists."""
+    """The value as JSON would give it back: dataclasses become dicts, without what goes unsaid, tuples become lists."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
+        fields = dataclasses.asdict(value)
+        value = {name: inner for name, inner in fields.items() if name not in UNSAID or inner is not None}
     if isinstance(value, Mapping):
         return {name: plain(inner) for name, inner in value.items()}
     return [plain(inner) for inner in value] if isinstance(value, list | tuple) else value

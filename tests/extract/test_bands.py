@@ -7,15 +7,18 @@ from typing import Any
 import numpy as np
 import pytest
 import tifffile
+from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.common.files import publish
 from mrmae.extract.images.bands import decoded_as
 from mrmae.extract.images.list import BAND_SUFFIXES, list_sources
+from mrmae.extract.inspect.cli import main as inspect_cli
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format.spec import ViewRecipe, encoding_of
 from mrmae.shards.format.views import BadImage, decode_view, draw_view, encode_view, render
+from mrmae.shards.stats import read_stats
 
 SIDE = 32
 WHOLE: dict[str, Any] = {"size": SIDE, "crop_scale": (1, 1)}  # of square images: crop and flip, no resampling
@@ -120,7 +123,13 @@ def test_damaged_stored_views_do_not_decode(encoding: str) -> None:
     pixels = numbers(kind.bands, kind.dtype)
     data = encode_view(pixels, kind)
     assert data == encode_view(pixels, kind) and np.array_equal(decode_view(data, kind, SIDE), pixels)
-    for wrong, size in ((data[: len(data) // 2], SIDE), (data, SIDE + 1), (data, SIDE - 1), (b"", SIDE), (b"\x89PNG", SIDE)):
+    for wrong, size in (
+        (data[: len(data) // 2], SIDE),
+        (data, SIDE + 1),
+        (data, SIDE - 1),
+        (b"", SIDE),
+        (b"\x89PNG", SIDE),
+    ):
         with pytest.raises(BadImage, match="stored view"):
             decode_view(wrong, kind, size)
 
@@ -207,3 +216,44 @@ def test_a_bad_image_among_good_ones_is_recorded_with_its_reason(tmp_path: Path)
     cache = extract(tmp_path / "images", tmp_path / "cache", "npy:3xfloat32")
     assert len(cache.numbers) == 3 and "has 4 x float32" in str(cache["2.npy"].reason)
     assert "band 2 holds nan at row 5, column 6 (1 such numbers)" in str(cache["nan.npy"].reason)
+
+
+def test_a_cache_of_bands_lives_as_any_other(tmp_path: Path) -> None:
+    """Appended to, converted, damaged, repaired, measured, a column dropped, drawn, and compared with live teachers."""
+    images, path = tmp_path / "images", tmp_path / "cache"
+    arrays = {f"{i}.npy": numbers(5, "uint16", seed=i) for i in range(6)}
+    for key in list(arrays)[:4]:
+        publish(images / key, npy(arrays[key]))
+    asked = {"teachers": tuple(f"{name}=timm:test_vit/random?bands=4,3,2" for name in ("vit", "b")), "shard_samples": 2}
+    extract(images, path, "npy:5xuint16", **asked)
+    for key in list(arrays)[4:]:
+        publish(images / key, npy(arrays[key]))
+    cache = extract(images, path, "npy:5xuint16", append=True, **asked)
+    assert_holds(cache, arrays)
+    with pytest.raises(ValueError, match="recipe.encoding is 'npy:5xuint16' there and 'png16' in this command"):
+        extract(images, path, "png16", **asked)
+    out = tmp_path / "tars"
+    command = ["convert", str(path), str(out), "--format", "webdataset", "--dtype", "float16"]
+    for words in (command, ["verify", str(path), "--full", "--live", "2"], ["stats", str(out), "--column", "vit.pre_tail"], ["drop", str(out), "b.pre_tail", "--yes"],
+                  ["pictures", str(out), "--bands", "5", "--samples", "2"], ["verify", str(out), "--full"], ["report", str(out)]):  # fmt: skip
+        result = CliRunner().invoke(inspect_cli, words)
+        assert result.exit_code == 0, (words, result.output)
+    converted = open_cache(out)
+    assert_holds(converted, arrays)
+    assert list(converted.columns) == ["vit.pre_tail"] and read_stats(converted, "vit.pre_tail").n == 6 * 16
+    tar = path / "views/0/pixels/000001.tar"
+    data = bytearray(tar.read_bytes())
+    data[1024] ^= 1
+    tar.write_bytes(data)
+    with pytest.raises(ValueError, match="000001.tar"):
+        open_cache(path).read_pixels(cache.numbers, cache.numbers * 0)
+    assert CliRunner().invoke(inspect_cli, ["verify", str(path), "--full"]).exit_code == 1
+    assert CliRunner().invoke(inspect_cli, ["repair", str(path), "--yes"]).exit_code == 0
+    assert_holds(extract(images, path, "npy:5xuint16", **asked), arrays)
+
+
+def assert_holds(cache: Cache, arrays: dict[str, np.ndarray[Any, Any]]) -> None:
+    for key, array in arrays.items():
+        view = cache[key].views[0]
+        pixels = view["pixels"].numpy()
+        assert np.array_equal(pixels[:, ::-1] if view["view"].flip else pixels, array)

@@ -27,7 +27,11 @@ SHIFT = 0  # elements by which inputs are moved off their alignment
 
 
 def garbage(dtype: torch.dtype) -> float:
-    return float("nan") if dtype.is_floating_point else {torch.uint8: 199, torch.int8: -77}.get(dtype, 0)
+    return (
+        float("nan")
+        if dtype.is_floating_point
+        else {torch.uint8: 199, torch.uint16: 60_199, torch.int8: -77}.get(dtype, 0)
+    )
 
 
 def padded_like(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,6 +77,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of any dtype on the device, from the seeded CPU generator."""
     if dtype == torch.uint8:
         return torch.randint(0, 256, shape, dtype=dtype).to(DEVICE)
+    if dtype == torch.uint16:
+        return torch.randint(0, 65536, shape).to(dtype).to(DEVICE)
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=dtype).to(DEVICE)
     return torch.randn(shape).to(dtype).to(DEVICE)
@@ -198,9 +204,10 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
         add("gather", gather, layout, dtype, patch, out=FLOATS[i % 3])
         if (i + i // 12) % 3 == 0:  # every layout with every dtype, each layout with one patch size
             add("pixel", pixel, layout, dtype, patch, pred_dtype=FLOATS[(i // 3) % 3])
-    for channels, layout in product((1, 4, 13), ("NCHW", "NHWC")):
-        add("gather", gather, layout, torch.uint8, 8, channels=channels, out=torch.float32)
-        add("pixel", pixel, layout, torch.uint8, 8, channels=channels, pred_dtype=torch.float32)
+    bands = ((1, torch.uint16), (4, torch.uint8), (13, torch.uint8), (14, torch.uint16))
+    for (channels, dtype), layout in product(bands, ("NCHW", "NHWC")):
+        add("gather", gather, layout, dtype, 8, channels=channels, out=torch.float32)
+        add("pixel", pixel, layout, dtype, 8, channels=channels, pred_dtype=torch.float32)
     for n in (1, L):
         add("gather", gather, "NHWC", torch.uint8, 16, k=n, out=torch.float32)
         add("pixel", pixel, "NHWC", torch.uint8, 16, m=n, pred_dtype=torch.float32)

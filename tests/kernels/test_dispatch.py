@@ -91,7 +91,7 @@ def test_e4m3_codes_are_read_as_the_numbers_they_are() -> None:
 IMAGE, PRED, CODES, STUDENT = images(), torch.zeros(B, 3, VALUES), torch.zeros(B, L, D), torch.zeros(B, 3, D)
 META = torch.device("meta")
 BAD = {
-    "image of int32": (lambda: gather(IMAGE.int()), r"gather_patches: image is int32; one of uint8, float32"),
+    "image of int32": (lambda: gather(IMAGE.int()), r"gather_patches: image is int32; one of uint8, uint16, float32"),
     "image of 3 dims": (lambda: gather(IMAGE[0]), r"image has shape \[16, 24, 3\]; shape \[any, any, any, any\]"),
     "image not tiled": (lambda: gather(IMAGE[:, :15]), r"shape \[2, 15, 24, 3\] and patch is 8; .*multiples of patch"),
     "swapped layout": (lambda: gather(IMAGE, channels_last=False), r"image \[b, c, h, w\].*multiples of patch"),

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 HOG_CELL, HOG_BINS = 8, 9  # pixels along a side of a cell; bins over 180 degrees
@@ -19,7 +19,7 @@ def hog_width(patch: int, channels: int) -> int:
     return (patch // HOG_CELL) ** 2 * HOG_BINS * channels
 
 
-def hog_targets(pixels: UInt8[Tensor, "b h w c"], patch: int, *, dtype: torch.dtype) -> Float[Tensor, "b l k"]:
+def hog_targets(pixels: Shaped[Tensor, "b h w c"], patch: int, *, dtype: torch.dtype) -> Float[Tensor, "b l k"]:
     """Every patch's histograms, k = (cell row, cell column, bin, channel) flattened; 108 for RGB patches of 16 px.
 
     On values 0 to 255, per channel: differences of both neighbours (0 at the border), their magnitude, the angle modulo 180 in hard

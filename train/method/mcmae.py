@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from timm.layers.norm import LayerNorm
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block
@@ -191,7 +191,7 @@ def build_mcmae(
 
 def encode_mcmae(
     student: MaskedConvViT,
-    pixels: UInt8[Tensor, "b h w c"],
+    pixels: Shaped[Tensor, "b h w c"],
     ids_keep: Int64[Tensor, "v k"],
     *,
     scale: Float[Tensor, " c"],

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, UInt8
+from jaxtyping import Float, Int64, Shaped
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -130,7 +130,7 @@ class Pretrainer(nn.Module):
     def fill_constants(self, dtype: torch.dtype) -> None:
         """Compute what is not learned in `dtype`: pixel scale and shift, positions, the teachers' statistics."""
         mean, std = (torch.tensor(x, dtype=torch.float64) for x in (self.recipe.prepare.mean, self.recipe.prepare.std))
-        self.register_buffer("scale", (1 / (255 * std)).to(dtype), persistent=False)
+        self.register_buffer("scale", (1 / (self.info.unit * std)).to(dtype), persistent=False)
         self.register_buffer("shift", (-mean / std).to(dtype), persistent=False)
         table, grid = POSITION_TABLES[self.recipe.student.positions], self.info.grid
         own = table(grid, self.student.embed_dim)[1 - self.student.num_prefix_tokens :]
@@ -286,7 +286,7 @@ class Pretrainer(nn.Module):
 
     def encode(
         self,
-        pixels: UInt8[Tensor, "b h w c"],
+        pixels: Shaped[Tensor, "b h w c"],
         ids_keep: Int64[Tensor, "v k"],
         *,
         ids_hidden: Int64[Tensor, "v h"] | None = None,
@@ -321,13 +321,13 @@ class Pretrainer(nn.Module):
         return path_factors(batch.samples, batch.epoch, self.path_keys, rows=rows, rate=rate, law=law)
 
     @torch.no_grad()
-    def tokens(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
+    def tokens(self, pixels: Shaped[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
         """The `final` tokens of all patches of unmasked images; of a plain ViT what timm's `forward_features` gives after CLS."""
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(pixels.shape[0], -1)
         return self.encode(pixels, everything).final[:, self.student.num_prefix_tokens :]
 
     @torch.no_grad()
-    def embedded(self, pixels: UInt8[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
+    def embedded(self, pixels: Shaped[Tensor, "b h w c"]) -> Float[Tensor, "b l d"]:
         """Every patch's embedding with its position, in the weights' own precision: what sampler `similarity` compares."""
         assert isinstance(self.student, VisionTransformer) and self.student.pos_embed is not None
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(len(pixels), -1)
@@ -349,7 +349,7 @@ class Pretrainer(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, batch: Batch, masks: Masks, *, alone: bool = False) -> Float[Tensor, "b h w c"]:
-        """Images in [0, 1]: visible patches as they are, predicted ones by the pixel term, grey where nothing is known.
+        """Images, 1 standing for the views' unit, in [0, 1] but for floats: visible patches as they are, predicted ones by the pixel term, grey where nothing is known.
 
         Predictions of normalised pixels are de-normalised with the mean and variance of the true patch, as MAE's pictures are;
         alone: with those of the image's visible patches together, so that nothing comes from what is hidden.
@@ -375,13 +375,14 @@ class Pretrainer(nn.Module):
         known = grey.scatter(1, masks.ids_keep[..., None].expand(-1, -1, values), visible)
         drawn = known.scatter(1, masks.ids_predict[..., None].expand(-1, -1, values), prediction)
         image = unpatchify(drawn, self.info.grid, self.info.patch)
-        return ((image - self.shift) / (255 * self.scale)).clamp(0, 1)
+        image = (image - self.shift) / (self.info.unit * self.scale)
+        return image if self.info.unit == 1 else image.clamp(0, 1)
 
     def patches(self, batch: Batch, ids: Tensor) -> Float[Tensor, "b n P"]:
         """The patches at `ids` as the student reads them."""
         return self.patches_at(batch.pixels, ids)
 
-    def patches_at(self, pixels: UInt8[Tensor, "b h w c"], ids: Tensor) -> Float[Tensor, "b n P"]:
+    def patches_at(self, pixels: Shaped[Tensor, "b h w c"], ids: Tensor) -> Float[Tensor, "b n P"]:
         """The patches of these images at `ids` as the student reads them."""
         return dispatch.gather_patches(
             pixels,
@@ -397,7 +398,7 @@ class Pretrainer(nn.Module):
     def to_values(self, unit: Float[Tensor, "b n P"]) -> Float[Tensor, "b n P"]:
         """Patches in [0, 1], flattened (c, p, q), as the student reads them."""
         side = self.info.patch**2
-        return unit * 255 * self.scale.repeat_interleave(side) + self.shift.repeat_interleave(side)
+        return unit * self.info.unit * self.scale.repeat_interleave(side) + self.shift.repeat_interleave(side)
 
     def describe(self) -> dict[str, str]:
         """What was built, in words, for the plan that `--dry-run` prints."""
@@ -493,7 +494,7 @@ def check_channels(recipe: Recipe, info: CacheInfo) -> None:
     if len(recipe.prepare.mean) != info.channels:
         raise ValueError(
             f"recipe {recipe.name}: prepare.mean has {len(recipe.prepare.mean)} numbers; the cache's images have {info.channels} "
-            "channels; give one mean and one std per channel"
+            "channels; give one mean and one std per channel, or have them measured: fit: [prepare.mean, prepare.std] in the recipe"
         )
 
 

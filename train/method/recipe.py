@@ -40,7 +40,7 @@ Transform = Literal[
 DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce"]
 OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
-FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder")
+FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder", "prepare.mean", "prepare.std")
 ENCODER_TAP = re.compile(r"final|mean_ln|learned|(block|mix|placed|qkv)[1-9][0-9]*")
 PARTNER = "partner/"  # begins the names of taps of a partner
 POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
@@ -48,7 +48,10 @@ POSITIONS = ("cls", "pooled", "visible", "predicted", "all", "alive")
 
 @dataclass(frozen=True)
 class Prepare:
-    """What is read of the cache, and how the student sees pixels: `(value / 255 - mean) / std` per channel (ImageNet's).
+    """What is read of the cache, and how the student sees pixels: `(value / unit - mean) / std` per channel (ImageNet's).
+
+    unit: 255 of 8-bit views, 65535 of 16-bit ones, 1 of floats. Where a recipe lets go of mean and std (`fit`), those of views that are
+    not RGB are measured when a run begins.
 
     images, views: how many of the cache's images, and of each image's stored views: the first ones. columns: the cache's columns
     that there are for this run. None: all that the cache holds when the run begins; the run keeps to them, whatever it gets later.
@@ -244,7 +247,7 @@ class Optim:
 class Recipe:
     """Everything that changes the result of a run.
 
-    fit: keys whose values give way to what fits a small cache or student when a run begins: of a shipped recipe those of `FIT` that
+    fit: keys whose values give way to what fits a small cache or student, or a cache's bands, when a run begins: of a shipped recipe those of `FIT` that
     nobody has set.
     """
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float64, Int64, UInt8
+from jaxtyping import Float, Float64, Int64, Shaped
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ class Encoded(NamedTuple):
 
 def encode_vit(
     vit: VisionTransformer,
-    pixels: UInt8[Tensor, "b h w c"],
+    pixels: Shaped[Tensor, "b h w c"],
     ids_keep: Int64[Tensor, "v k"],
     *,
     scale: Float[Tensor, " c"],

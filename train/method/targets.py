@@ -57,8 +57,8 @@ class CacheInfo:
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
     derived: likewise, those that follow from stored ones; only a term that names their tap predicts them.
     maps: by name, whether they hold `uint16` (ids, bits) or `float16` (scores); the target name of a map is `map:NAME`.
-    blocks: how the cache cuts tokens into blocks, None for raster order. n_views: stored views per image. classes: of the images' labels,
-    where a term predicts them.
+    channels, unit: bands of its views, and the number in them that counts as 1. blocks: how the cache cuts tokens into blocks, None for
+    raster order. n_views: stored views per image. classes: of the images' labels, where a term predicts them.
     """
 
     size: int
@@ -70,6 +70,7 @@ class CacheInfo:
     derived: Mapping[str, TeacherInfo] = field(default_factory=dict)
     maps: Mapping[str, str] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
+    unit: int = 255
 
     def column(self, target: str) -> str:
         """The cache's column that holds the arrays of a stored target: a teacher's, or a map."""
@@ -108,7 +109,7 @@ class Batch:
     """
 
     samples: Int64[Tensor, " b"]
-    pixels: UInt8[Tensor, "b h w c"]
+    pixels: Shaped[Tensor, "b h w c"]
     targets: dict[str, dict[str, Tensor]]
     rows: Rows = "grid"
     epoch: Int64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))

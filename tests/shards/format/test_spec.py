@@ -1,6 +1,7 @@
 """Ids: the golden values here may never change, or caches people have already written become strangers."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -55,10 +56,27 @@ def test_column_id_ignores_the_name_and_origin_of_weights_only() -> None:
         "prefix_tokens": 5, "native_grid": (7, 7), "grid": (7, 7), "resample": "bilinear", "width": 5, "has_cls": False,
         "has_attention": False, "precision": "bf16", "attention_backend": "flash", "model_options": {},
     }  # fmt: skip
-    assert set(changes) | {"name", "weights", "tag"} == {f.name for f in dataclasses.fields(TeacherSpec)}
+    assert set(changes) | {"name", "weights", "tag", *spec.UNSAID} == {f.name for f in dataclasses.fields(TeacherSpec)}
     ids = {column(dataclasses.replace(TEACHER, **{name: value})) for name, value in changes.items()}
     assert len(ids | {column(TEACHER)}) == len(changes) + 1
     assert spec.column_id(TEACHER, "sha256:geometry", Quantiser("float16").to_json()) != column(TEACHER)
+
+
+def test_what_a_teacher_sees_of_bands_is_part_of_its_columns_id_and_goes_unsaid_where_it_sees_rgb() -> None:
+    assert not set(spec.UNSAID) & set(spec.plain(TEACHER))
+    seen = [dataclasses.replace(TEACHER, bands=bands, levels=levels)
+            for bands in ((3, 2, 1), (1, 2, 3)) for levels in ((0, 1), (0, 2))]  # fmt: skip
+    assert len({column(TEACHER), *map(column, seen)}) == 5
+    for teacher in (TEACHER, *seen):
+        assert spec.from_json(TeacherSpec, json.loads(json.dumps(spec.plain(teacher))), "plan.json") == teacher
+    for wrong in (
+        {"bands": (1, 2, 3)},
+        {"levels": (0, 1)},
+        {"bands": (0, 1, 2), "levels": (0, 1)},
+        {"bands": (1,), "levels": (1, 1)},
+    ):
+        with pytest.raises(ValueError, match="bands|levels"):
+            dataclasses.replace(TEACHER, **wrong)
 
 
 def column(teacher: TeacherSpec) -> str:
@@ -113,7 +131,7 @@ def test_differing_specs_name_the_first_field_and_both_values() -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"size": 0}, {"crop_scale": (0, 1)}, {"crop_scale": (0.9, 0.4)}, {"flip": 1.5},
-                                   {"seed": -1}, {"interpolation": "nearest"}, {"encoding": "png"}])  # fmt: skip
+                                   {"seed": -1}, {"interpolation": "nearest"}, {"encoding": "png8"}])  # fmt: skip
 def test_wrong_recipes_are_refused_by_name(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         ViewRecipe(**{"size": 32, **wrong})  # type: ignore[arg-type]
