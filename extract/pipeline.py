@@ -255,7 +255,7 @@ def extract_shard(
             elif column in job.maps:
                 add_map(job, view, column, batch, into)
             elif job.plan.teacher(column).made:  # computed from what is stored, once that is
-                into.valid += [sample.rows[view].jpeg is not None for sample in batch.samples]
+                into.valid += [sample.rows[view].stored is not None for sample in batch.samples]
             else:
                 add_features(job, view, column, batch, into)
         known = bool(batch.features) and 0 in batch.planned.views

@@ -81,7 +81,7 @@ def write_synthetic_cache(
         here = rows[view][shard * shard_samples : (shard + 1) * shard_samples]
         if column in drawn:
             values = np.stack([drawn[column](row.key, view) for row in here])
-            kept = np.array([row.jpeg is not None for row in here])
+            kept = np.array([row.stored is not None for row in here])
             commit.store_column(path, made, view, column, shard, {"map": values}, kept, {"quality": None})
         else:
             write_unit(path, made, view, column, shard, here)

@@ -88,7 +88,8 @@ def baselines_of(
     """Term -> `zero`, `constant` and `position`, or `patch_mean`; and `images`, how many they are over.
 
     They are read where they are kept, else measured by all ranks together. limit: images to measure on instead of all. keep:
-    store what was measured. Teachers that run in the step are asked about LIVE_VIEWS views; the student as its own, or a copy of it, and relations among tokens have none.
+    store what was measured. Teachers that run in the step are asked about LIVE_VIEWS views; the student as its own, or a copy of it, relations among tokens
+    and a distance `l1` have none.
     """
     wanted = {term.name: yardsticks(run, term) for term in run.model.terms}
     every = {yardstick.id: yardstick for parts in wanted.values() for yardstick, _ in parts}
@@ -111,7 +112,8 @@ def baselines_of(
 
 def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
-    if term.recipe.target in ("self", "ema", "labels", "map") or term.recipe.relation:
+    of_none = term.recipe.target in ("self", "ema", "labels", "map") or term.recipe.distance == "l1"
+    if of_none or term.recipe.relation:
         return []
     cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]
     of: dict[str, Any] = {

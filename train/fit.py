@@ -14,11 +14,11 @@ from mrmae.shards.format import Numbers
 from mrmae.train import optim
 from mrmae.train.method import Recipe, replaced
 
-DEAD = 1e-6  # of a band's mean: a smaller deviation is rounding
+STILL_BAND = 1e-6  # of a band's mean: a smaller deviation is rounding
 SMALL_DATA = 32_768  # images: sixteen batches of the published 2048
 LEAST_BATCH, BATCHES = 64, 16
 PUBLISHED_WIDTH = 768  # of the student that the decoder of 8 x 512 was published with
-BAND_VIEWS, VIEWS_AT_ONCE = 256, 16  # over which bands are measured, as many as calibrate a teacher's codes
+BAND_VIEWS, BAND_VIEWS_AT_ONCE = 256, 16  # over which bands are measured, as many as calibrate a teacher's codes
 SMALL_LR, STUDY_LR = (
     1e-4,
     1e-3,
@@ -69,13 +69,13 @@ def fitted_bands(recipe: Recipe, cache: Cache, numbers: Numbers) -> tuple[Recipe
         return recipe, []
     chosen = numbers[:BAND_VIEWS]
     sums, n = torch.zeros(2, cache.encoding.bands, dtype=torch.float64), 0
-    for start in range(0, len(chosen), VIEWS_AT_ONCE):
-        some = chosen[start : start + VIEWS_AT_ONCE]
+    for start in range(0, len(chosen), BAND_VIEWS_AT_ONCE):
+        some = chosen[start : start + BAND_VIEWS_AT_ONCE]
         values = cache.read_pixels(some, some * 0).double().flatten(0, 2) / cache.encoding.unit
         sums, n = sums + torch.stack([values.sum(0), values.square().sum(0)]), n + len(values)
     mean = sums[0] / n
     std = (sums[1] / n - mean.square()).clamp_min(0).sqrt()
-    std = torch.where(std > DEAD * mean.abs(), std, 1.0)
+    std = torch.where(std > STILL_BAND * mean.abs(), std, 1.0)
     found = [tuple(float(f"{value:.6g}") for value in row.tolist()) for row in (mean, std)]
     note = (
         f"{cache.encoding.words}: prepare.mean {list(found[0])} and prepare.std {list(found[1])}, measured on {len(chosen)} views, of numbers"

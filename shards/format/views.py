@@ -124,7 +124,7 @@ def encode_view(pixels: Pixels, encoding: Encoding) -> bytes:
     """
     if encoding.extension == "npy.zst":
         planes = byte_planes(pixels)
-        return bytes(ZSTD.encode(npy_header(planes.shape) + planes.tobytes()))
+        return bytes(ZSTD.encode(planes_header(planes.shape) + planes.tobytes()))
     out, image = io.BytesIO(), Image.fromarray(pixels if encoding.as_shown else pixels[..., 0])
     if encoding.extension == "png":
         image.save(out, "PNG", compress_level=6)
@@ -158,7 +158,7 @@ def byte_planes(pixels: Pixels) -> Array:
 
 def unpacked(data: bytes, shape: tuple[int, int, int], dtype: "np.dtype[Any]") -> Pixels:
     """The numbers whose byte planes lie in Zstandard; no more memory than they need is taken. Raises BadImage for others."""
-    header, out = npy_header((dtype.itemsize, *shape)), np.empty((*shape, dtype.itemsize), np.uint8)
+    header, out = planes_header((dtype.itemsize, *shape)), np.empty((*shape, dtype.itemsize), np.uint8)
     packed = np.empty(len(header) + out.size, np.uint8)
     ZSTD.decode(data, packed)
     if packed[: len(header)].tobytes() != header:
@@ -168,7 +168,7 @@ def unpacked(data: bytes, shape: tuple[int, int, int], dtype: "np.dtype[Any]") -
 
 
 @functools.cache
-def npy_header(shape: tuple[int, ...]) -> bytes:
+def planes_header(shape: tuple[int, ...]) -> bytes:
     """What stands before the bytes of a uint8 array of this shape in a .npy file."""
     out = io.BytesIO()
     np.lib.format.write_array_header_1_0(out, {"descr": "|u1", "fortran_order": False, "shape": shape})

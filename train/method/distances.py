@@ -16,7 +16,7 @@ ASL_POSITIVE, ASL_NEGATIVE, ASL_MARGIN = 0.0, 4.0, 0.05  # its exponents and pro
 
 
 class Distance(NamedTuple):
-    """`factor * kernel(beta)`; beta matters to smooth-L1 only: `e^2 / (2 beta)` inside |e| < beta, `|e| - beta / 2` outside."""
+    """`factor * kernel(beta)`; `l1` is of pixels only, in plain PyTorch; beta matters to smooth-L1 only: `e^2 / (2 beta)` inside |e| < beta, `|e| - beta / 2` outside."""
 
     kernel: str
     beta: float = 1.0
@@ -25,6 +25,7 @@ class Distance(NamedTuple):
 
 DISTANCES = {
     "mse": Distance("mse"),
+    "l1": Distance("l1"),
     "sl1(1)": Distance("sl1", beta=1.0),
     "sl1(2)": Distance("sl1", beta=2.0),
     "2*sl1(1)": Distance("sl1", beta=1.0, factor=2.0),

@@ -76,7 +76,7 @@ def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
     n_keep = recipe.n_keep
     if recipe.law != "fixed":
         n_keep = round(sum(buckets(recipe, l)) / BUCKETS)
-    elif recipe.sampler == "disjoint":
+    elif recipe.sampler == "disjoint" or recipe.cell > 1:
         n_keep = kept_cells(recipe, l) * recipe.cell**2
     elif n_keep is None:
         n_keep = int(l * (1 - recipe.ratio))

@@ -278,7 +278,7 @@ class Pretrainer(nn.Module):
                 found[f"{side}target/{term.name}"] = Tokens(x, views[side][1].ids_keep)
         return found
 
-    def whole(self, pixels: UInt8[Tensor, "b h w c"], student: VisionTransformer | MaskedConvViT) -> Tokens:
+    def whole(self, pixels: Shaped[Tensor, "b h w c"], student: VisionTransformer | MaskedConvViT) -> Tokens:
         """`final` of all patches of unmasked images, by an encoder of the student's form."""
         everything = torch.arange(self.info.n_patches, device=pixels.device).expand(len(pixels), -1)
         final = self.encode(pixels, everything, student=student).final

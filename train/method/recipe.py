@@ -37,7 +37,9 @@ HeadKind = Literal["none", "linear", "ln_linear", "linear_ln", "mlp", "mlp3_ln",
 Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
-DistanceName = Literal["mse", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce"]
+DistanceName = Literal[
+    "mse", "l1", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce"
+]
 OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
 FIT = ("optim.batch_size", "optim.warmup_epochs", "student.decoder", "prepare.mean", "prepare.std")
@@ -75,7 +77,7 @@ class MaskRecipe:
     masks_per_image: masks of each image, as rows of the batch.
     law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
     Of a partner (`prepare.pair`) everything is visible; with sampler `pair_disjoint` the next n_keep patches of the same permutation.
-    source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of sampler disjoint's cells.
+    source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of the cells that samplers disjoint and random hide.
     parts: what the map of sampler crfr_p holds: `bits`, 1 << part for every part that a patch touches, or `ids`, one part per patch.
     """
 
@@ -403,9 +405,16 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for sampler, many in {"disjoint": 2, "quarters": 4, "stored_block": 1}.items():
         fits = mask.sampler != sampler or mask.masks_per_image == many
         yield "mask.masks_per_image", fits, f"{many} was expected with sampler {sampler}"
-    whole = mask.sampler != "disjoint" or mask.n_keep is None
-    yield "mask.n_keep", whole, "null was expected with sampler disjoint: mask.ratio and mask.cell say how many"
-    yield "mask.cell", mask.cell >= 1, "at least 1 was expected"
+    whole = (mask.sampler != "disjoint" and mask.cell == 1) or mask.n_keep is None
+    yield (
+        "mask.n_keep",
+        whole,
+        "null was expected with sampler disjoint and in cells: mask.ratio and mask.cell say how many",
+    )
+    in_cells = mask.cell >= 1 and (
+        mask.cell == 1 or mask.sampler == "disjoint" or (mask.sampler == "random" and mask.law == "fixed")
+    )
+    yield "mask.cell", in_cells, "at least 1 was expected, and 1 but for samplers disjoint and random without a law"
     yield "mask.least", 0 <= mask.least < 1, "0 <= ratio < 1 was expected"
     parts = mask.sampler == "crfr_p"
     yield "mask.source", not parts or mask.source.startswith("map:"), "map:NAME was expected with sampler crfr_p"
@@ -566,7 +575,8 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.positions", term.target != "ema" or not term.at("alive"), told
         on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
-        yield f"{at}.distance", term.target != "pixels" or term.distance == "mse", "mse was expected with target pixels"
+        of_pixels = term.distance in ("mse", "l1") if term.target == "pixels" else term.distance != "l1"
+        yield f"{at}.distance", of_pixels, "mse or l1 was expected with target pixels, and l1 with nothing else"
         of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
         ids = term.target == "map"
         yield f"{at}.distance", ids or labels == (term.distance in OF_LABELS), of

@@ -40,9 +40,14 @@ TRIES = 100_000  # rectangles in a row that may fail before a bank is given up
 
 
 def random_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
-    """Keep `n_keep` patches of each image, uniformly without replacement. MAE section 3, "Masking" (arXiv 2111.06377)."""
-    noise = ids.patch_noise(own_hash(batch, draw), l, seed=draw.seed, epoch=draw.epoch)
-    return split_order(noise.argsort(dim=1), recipe)
+    """Keep `n_keep` patches of each image, uniformly without replacement. MAE section 3, "Masking" (arXiv 2111.06377).
+
+    With `mask.cell` above 1, whole cells of so many patches a side (SimMIM's mask unit, arXiv 2111.09886).
+    """
+    noise = ids.patch_noise(own_hash(batch, draw), l // recipe.cell**2, seed=draw.seed, epoch=draw.epoch)
+    if recipe.cell == 1:
+        return split_order(noise.argsort(dim=1), recipe)
+    return split_kept(patches_of_cells(noise.argsort(dim=1)[:, : kept_cells(recipe, l)], recipe.cell, l), l)
 
 
 def attn_prob_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:

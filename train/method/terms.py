@@ -243,7 +243,14 @@ def weighted_mean(errors: Float[Tensor, "v m"], weight: Float[Tensor, "v m"] | N
 def pixel_errors(
     prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str
 ) -> Float[Tensor, "b m"]:
-    """Mean squared error of every predicted patch against its (normalised) pixels."""
+    """Mean squared or absolute error of every predicted patch against its (normalised) pixels."""
+    if term.recipe.distance == "l1":
+        view, work = batch.pixels.permute(0, 3, 1, 2), reference.wide(prediction.x, pixels.scale)
+        how = {"norm_pix": term.recipe.transform != "none", "biased": term.recipe.transform == "norm_pix_biased"}
+        target, _ = reference.pixel_target(
+            view, prediction.ids, pixels.scale, pixels.shift, patch=pixels.patch, work=work, **how
+        )
+        return (prediction.x.to(work) - target).abs().mean(dim=-1)
     return dispatch.pixel_loss(
         batch.pixels,
         prediction.x,

@@ -18,7 +18,7 @@ def test_the_forms_of_a_request():
     random = parse_teacher("a=timm:vit_base_patch16_224.dino/random")
     assert (random.weights, random.tag, random.where) == ("random", "dino", "a=timm:vit_base_patch16_224/random")
     assert parse_teacher("a=open_clip:M/t@f").tag == "t"
-    assert set(OUR_KEYS) == {"tap", "mean", "std", "interpolation", "input_size", "activation"}
+    assert set(OUR_KEYS) == {"tap", "mean", "std", "interpolation", "input_size", "activation", "bands", "levels"}
 
 
 @pytest.mark.parametrize(
