@@ -19,6 +19,8 @@ STREAMS = {
     "exchange": 5,
     "join": 6,
     "fill": 7,
+    "boxes": 8,
+    "cells": 9,
 }  # 2 cuts the blocks of a cache: shards/format/blocks.py
 
 

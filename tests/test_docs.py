@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from click.testing import CliRunner
@@ -48,6 +50,7 @@ SMALL_SETTINGS = {"optim.epochs": "2", "optim.batch_size": "8", "finetune.epochs
                   **{f"{key}.epochs": "1" for key in ("low_shot.linear", "fusion.linear", "fusion.head", "region.linear", "region.head", "segment.linear")}}  # fmt: skip
 PARTS = {False: {"--train-include": "train/*", "--test-include": "test/*", "--include": "train/*"},
          True: {"--include": "train/*", "--train-include": "*-[0-3].png", "--test-include": "*-[45].png"}}  # fmt: skip
+BOXES = "student.boxes={most: 2, cells: 4, hide: 8, crop: [8, 8], depth: 1, behind: 1, width: 16, heads: 2}"
 DECODER = "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}"
 ADDED: dict[str, dict[str, str]] = {
     "extract-features": {"--size": "32", "--grid": "4", "--device": "cpu", "--shard-samples": "8"},
@@ -179,6 +182,9 @@ def provide_all(program: str, paths: list[str], named: dict[str, list[str]], tem
     }
     for recipe in (name for name in named.get("--recipe", []) if name.endswith(".yaml")):
         Path(recipe).write_text(recipe_text("mr-mae"))
+    for file in named.get("--boxes", []):
+        columns = {"key": (keys := open_cache(templates["cache"]).keys), "x0": [2] * len(keys), "y0": [3] * len(keys)}
+        pq.write_table(pa.table(columns | {"x1": [30] * len(keys), "y1": [28] * len(keys)}), file)
     for file in named.get("--labels", []):
         rows = [f"{key},{key.partition('/')[0]}\n" for key in open_cache(templates["cache"]).keys]
         Path(file).write_text("key,label\n" + "".join(rows))
@@ -249,7 +255,8 @@ def small(words: list[str]) -> tuple[str, list[str], list[str], dict[str, list[s
         and paths
         and not any(value.startswith("student.decoder") for value in named.get("--set", []))
     ):
-        told += ["--set", DECODER] * (named.get("--recipe", [""])[-1] not in ("mimic-only", "maskalign"))
+        told += ["--set", DECODER] * (named.get("--recipe", [""])[-1] not in ("mimic-only", "maskalign", "mom"))
+        told += ["--set", BOXES] * ("--boxes" in named)
     if program == "probe-features":
         given = " ".join(named.get("--set", []))
         told += [

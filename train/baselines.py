@@ -112,7 +112,10 @@ def baselines_of(
 
 def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
-    of_none = term.recipe.target in ("self", "ema", "labels", "map") or term.recipe.distance == "l1"
+    of_none = (
+        term.recipe.target in ("self", "ema", "labels", "map", "boxes", "sources", "none")
+        or term.recipe.distance == "l1"
+    )
     if of_none or term.recipe.relation:
         return []
     cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]

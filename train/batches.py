@@ -8,12 +8,15 @@ is dropped, and as the permutation changes with the epoch, so does what is dropp
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mrmae.extract.boxes import BoxFile, read_box_file
+from mrmae.kernels import ids
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
 from mrmae.shards.order import epoch_order, view_of
@@ -25,6 +28,7 @@ from mrmae.train.method import (
     Batch,
     CacheInfo,
     Draw,
+    GivenBoxes,
     Masks,
     Recipe,
     Rows,
@@ -113,8 +117,11 @@ class Share:
         return self.batch_size // (self.ranks * self.accum)
 
 
-def check_share(share: Share, n_samples: int) -> None:
-    """Raise ValueError where a batch does not fit the cache, or does not split evenly over ranks and micro-batches."""
+def check_share(share: Share, n_samples: int, joined: int = 1) -> None:
+    """Raise ValueError where a batch does not fit the cache, or does not split evenly over ranks and micro-batches.
+
+    joined: images that share a sequence, which must lie in one micro-batch.
+    """
     parts = share.ranks * share.accum
     if share.batch_size > n_samples:
         raise ValueError(
@@ -125,6 +132,11 @@ def check_share(share: Share, n_samples: int) -> None:
         raise ValueError(
             f"optim.batch_size: is {share.batch_size}, which does not split evenly over {share.ranks} processes x"
             f" {share.accum} micro-batches; give a multiple of {parts}"
+        )
+    if share.micro_size % joined:
+        raise ValueError(
+            f"optim.batch_size: is {share.batch_size}, which leaves micro-batches of {share.micro_size} images to {share.ranks} processes x"
+            f" {share.accum}; mask.sampler = mix joins {joined} images to a sequence; give a multiple of {parts * joined}"
         )
 
 
@@ -238,6 +250,51 @@ def refuse_unfit_map(cache: Cache, numbers: Numbers, batch: Batch, recipe: Recip
             f"{cache.path}: map {recipe.mask.source.removeprefix(MAP)} holds {values[image, patch].item():g} at patch {patch} of "
             f"{cache.keys[numbers[image]]!r}; for mask.sampler {recipe.mask.sampler} {expected}"
         )
+
+
+def boxes_of(cache: Cache, recipe: Recipe, file: str | Path | None) -> BoxFile | None:
+    """The boxes of `file` (--boxes); None where no term reads boxes.
+
+    Raises ValueError where a term reads some and there is no file, or the other way round, and for boxes that do not fit the images.
+    """
+    asking = [name for name, term in recipe.terms.items() if term.target == "boxes"]
+    if not asking and file is not None:
+        raise ValueError(
+            f"--boxes {file}: no term of recipe {recipe.name} reads boxes; one was expected; leave --boxes out, or use --recipe mom"
+        )
+    if asking and file is None:
+        raise ValueError(
+            f"term {asking[0]}: reads boxes, which no cache holds; a file of them was expected; give --boxes FILE, or drop the term with "
+            f"--set terms.{asking[0]}=null"
+        )
+    if file is None:
+        return None
+    boxes = read_box_file(Path(file))
+    boxes.refuse_unfit(cache, cache.numbers)
+    return boxes
+
+
+def boxes_seen(cache: Cache, numbers: Numbers, boxes: BoxFile, recipe: Recipe, *, epoch: int) -> GivenBoxes:
+    """The boxes in these samples' views of an epoch, `student.boxes.most` of each at most, and which cells of each are hidden.
+
+    Which boxes, where there are more, and which cells, are hashes of (seed, epoch, sample, box of the image).
+    """
+    assert (asked := recipe.student.boxes) is not None
+    at = torch.zeros(len(numbers), asked.most, 4)
+    hidden = torch.arange(asked.hide).repeat(len(numbers), asked.most, 1)
+    hashes, told = cache.hashes[torch.from_numpy(numbers)], {"seed": recipe.seed, "epoch": epoch}
+    for row, (number, view) in enumerate(zip(numbers.tolist(), views_of(cache, numbers, epoch=epoch).tolist())):
+        corners, which = boxes.seen(cache.keys[number], cache.read_crop(number, view), cache.size)
+        if not len(which):
+            continue
+        of, hash = int(which[-1]) + 1, hashes[row : row + 1]
+        noise = ids.patch_noise(hash, of, **told, stream="boxes")[0].numpy()[which]
+        chosen = np.sort(noise.argsort()[: asked.most])
+        own = ids.mix(hash ^ torch.from_numpy(which[chosen] + 1))
+        order = ids.patch_noise(own, asked.cells**2, **told, stream="cells").argsort(dim=1)
+        at[row, : len(chosen)] = torch.from_numpy(corners[chosen]).float()
+        hidden[row, : len(chosen)] = order[:, : asked.hide].sort(dim=1).values
+    return GivenBoxes(at, hidden)
 
 
 @dataclass(frozen=True)

@@ -117,6 +117,11 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     help="Classes by key, for terms with target labels: a .csv or .parquet of key and label. [default: the folders' names]",
 )
 @click.option(
+    "--boxes",
+    type=click.Path(path_type=Path),
+    help="Boxes by key, for terms on boxes: a .parquet or .csv of key, x0, y0, x1, y1 in pixels of the image.",
+)
+@click.option(
     "--hold-out",
     type=click.FloatRange(0, 1, max_open=True),
     default=0.0,

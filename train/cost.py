@@ -1,4 +1,4 @@
-"""What a step costs per image: operations, bytes from storage, memory; counted on one image, before anything is trained."""
+"""What a step costs per image: operations, bytes from storage, memory; counted on one image, or as many as share a sequence."""
 
 import contextlib
 import statistics
@@ -80,10 +80,12 @@ def updates_of_law(run: Run, batch: Batch, masks: Masks) -> list[tuple[Batch, Ma
 
 def teacher_flops(run: Run) -> tuple[tuple[Batch, Masks], float]:
     """One image as a step sees it, and the FLOPs of the teachers that run in the step on it (none: 0)."""
-    loaded = batches.tensors_of(load_masked(run, run.numbers[:1], epoch=0), lambda t: t.to(run.device))
+    loaded = batches.tensors_of(
+        load_masked(run, run.numbers[: run.recipe.mask.joined], epoch=0), lambda t: t.to(run.device)
+    )
     with counted_flops() as counter:
         whole = with_targets(loaded, run.online, run.needed, model=run.model)
-    return whole, int(counter.get_total_flops())
+    return whole, counter.get_total_flops() / len(whole[0].samples)
 
 
 @contextlib.contextmanager
@@ -102,31 +104,31 @@ def counted_flops() -> Iterator[FlopCounterMode]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def student_flops(run: Run, batch: Batch, masks: Masks) -> int:
+def student_flops(run: Run, batch: Batch, masks: Masks) -> float:
     """FLOPs of the forward pass on one image.
 
     With its graph: without one the counter fails at a module that is given a view of a parameter (CAE's mask token).
     """
     with counted_flops() as counter:
         run.model(batch, masks)
-    return int(counter.get_total_flops())
+    return counter.get_total_flops() / len(batch.samples)
 
 
-def own_flops(run: Run, batch: Batch, masks: Masks) -> int:
+def own_flops(run: Run, batch: Batch, masks: Masks) -> float:
     """FLOPs of the encoders in the step that give targets, without a gradient."""
     with counted_flops() as counter:
         run.model.own_targets(batch, masks)
-    return int(counter.get_total_flops())
+    return counter.get_total_flops() / len(batch.samples)
 
 
-def encoder_flops(run: Run, batch: Batch) -> int:
+def encoder_flops(run: Run, batch: Batch) -> float:
     """FLOPs of the student alone on one whole image."""
     with counted_flops() as counter:
         run.model.tokens(batch.pixels)
-    return int(counter.get_total_flops())
+    return counter.get_total_flops() / len(batch.pixels)
 
 
-def saved_bytes(run: Run, batch: Batch, masks: Masks) -> int:
+def saved_bytes(run: Run, batch: Batch, masks: Masks) -> float:
     """Bytes that the forward pass on one image keeps for backward, beside the weights, in the run's precision."""
     weights = {p.untyped_storage().data_ptr() for p in [*run.model.parameters(), *run.model.buffers()]}
     kept: dict[int, int] = {}
@@ -141,7 +143,7 @@ def saved_bytes(run: Run, batch: Batch, masks: Masks) -> int:
         with torch.autocast(run.device.type, torch.bfloat16, enabled=run.precision == "bf16", cache_enabled=False):
             loss, _ = run.model(batch, masks)
     del loss  # alive until here, so that no storage is counted under an address used twice
-    return sum(kept.values())
+    return sum(kept.values()) / len(batch.samples)
 
 
 def view_bytes(run: Run) -> float:

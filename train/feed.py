@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -45,19 +45,21 @@ def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> L
     that compare the student's own embeddings are drawn in the step, too.
     """
     draw = draw_of(run.recipe, run.info, epoch, update)
-    labels = None if run.labels is None else run.labels.rows(numbers)
+    given: dict[str, Any] = {"labels": None if run.labels is None else run.labels.rows(numbers)}
+    if run.boxes is not None:
+        given["boxes"] = batches.boxes_seen(run.cache, numbers, run.boxes, run.recipe, epoch=epoch)
     if run.online:
         stored = {target: arrays for target, arrays in run.needed.items() if target.startswith(MAP)}
         batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=stored)
         batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
-        batch = replace(batch, labels=labels)
+        batch = replace(batch, **given)
         return with_partner(run, batch, numbers, epoch=epoch, needed=stored), draw
     blocks = None
     if run.recipe.mask.sampler == "stored_block":
         blocks = chosen_blocks(run.cache.hashes[torch.from_numpy(numbers)], draw).numpy()
     batch = batches.load_batch(run.cache, numbers, epoch=epoch, needed=run.needed, blocks=blocks)
     batches.refuse_unfit_map(run.cache, numbers, batch, run.recipe)
-    batch = with_partner(run, replace(batch, labels=labels), numbers, epoch=epoch, needed=run.needed)
+    batch = with_partner(run, replace(batch, **given), numbers, epoch=epoch, needed=run.needed)
     if run.recipe.mask.sampler == "similarity":
         return batch, draw
     masks = draw_masks(batch, draw, recipe=run.recipe.mask, l=run.info.n_patches)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mrmae.common.device import resolve_device, resolve_precision
 from mrmae.common.progress import counted
+from mrmae.extract.boxes import BoxFile
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
@@ -44,7 +45,7 @@ class Run:
     besides, and why that is not read. numbers, held_out: the samples to train on, and those kept aside. online: the teachers that run in the step, none where
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
     what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
-    update there were too many of them, and why; such a run does not go on. labels: where a term predicts them. baselines: per term what predictions that never see an
+    update there were too many of them, and why; such a run does not go on. labels, boxes: where a term asks for them. baselines: per term what predictions that never see an
     image cost (baselines.py). pairs: where partners are other images.
     """
 
@@ -68,6 +69,7 @@ class Run:
     updates: int
     skipped_in_a_row: Tensor
     labels: Labels | None = None
+    boxes: BoxFile | None = None
     epoch: int = 0
     update: int = 0
     sums: Sums = field(default_factory=Sums)
@@ -120,11 +122,11 @@ def build_run(
     where = resolve_device(setup.device, ranks.local)
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
-    recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum)
+    recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum * recipe.mask.joined)
     recipe, told = fitted_bands(recipe, cache, numbers)
     notes += told
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
-    labels = labels_of(cache, recipe, setup.labels)
+    labels, boxes = labels_of(cache, recipe, setup.labels), batches.boxes_of(cache, recipe, setup.boxes)
     info = replace(batches.cache_info(cache), classes=() if labels is None else labels.classes)
     check_fit(recipe, info, share, len(numbers))
     check_blocks(recipe, info, cached=not setup.online)
@@ -161,6 +163,7 @@ def build_run(
         updates=batches.updates_per_epoch(len(numbers), recipe.optim.batch_size),
         skipped_in_a_row=torch.zeros((), device=where),
         labels=labels,
+        boxes=boxes,
         notes=[*told, *notes, *small_rate_words(recipe)],
         pairs=pairs,
     )
@@ -216,6 +219,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
         ids["labels"] = run.labels.id
     if run.pairs is not None:
         ids["pairs"] = run.pairs.id
+    if run.boxes is not None:
+        ids["boxes"] = run.boxes.id([cache.keys[number] for number in cache.numbers])
     targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
     ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:

@@ -22,6 +22,7 @@ class Setup:
     (and that they do), none: the cache's own.
     init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student.
     labels: a file of labels by key, for terms that predict them; None: those that the cache keeps.
+    boxes: a file of boxes by key, for terms that read them.
     allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
     pairs: a list of pairs of keys, for a recipe that pairs images. command: what to type to continue, for the last line and for OUT.
     Raises ValueError for an unknown export, and for text that is not UTF-8: what a run writes down is.
@@ -38,6 +39,7 @@ class Setup:
     init: str | Path | None = None
     export: str | None = None
     labels: str | Path | None = None
+    boxes: str | Path | None = None
     allow_partial: bool = False
     command: str | None = None
     pairs: str | Path | None = None
@@ -46,7 +48,7 @@ class Setup:
         if self.export not in (None, "mae"):
             raise ValueError(f"export: {self.export!r} is unknown; 'mae' was expected; correct it or leave it out")
         object.__setattr__(self, "teachers", tuple(self.teachers))
-        for name in ("init", "labels"):
+        for name in ("init", "labels", "boxes"):
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))
         object.__setattr__(self, "online", self.online or bool(self.teachers))
         teachers = [("--teacher", text) for text in self.teachers]
@@ -55,6 +57,7 @@ class Setup:
             ("--init", self.init or ""),
             ("--labels", self.labels or ""),
             ("--pairs", self.pairs or ""),
+            ("--boxes", self.boxes or ""),
             *teachers,
             ("the command", self.command or ""),
         ]:
@@ -109,7 +112,7 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
 def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:
     """Raise ValueError where mask, batch or schedule do not fit, before any teacher is built."""
     counts(recipe.mask, info.n_patches)
-    batches.check_share(share, n_samples)
+    batches.check_share(share, n_samples, recipe.mask.joined)
     check_schedule(recipe.optim)
 
 

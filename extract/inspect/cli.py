@@ -339,8 +339,16 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
     metavar="R,G,B",
     help="Which bands of the view are red, green and blue, or one as gray, from 1, stretched; default: RGB views as they are, else the first three.",
 )
-def pictures(cache: Path, out: Path | None, samples: int, view: int, bands: tuple[int, ...] | None) -> None:
-    """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms."""
+@click.option(
+    "--boxes",
+    type=click.Path(path_type=Path),
+    help="Boxes by key, as train-mrmae takes them; images with boxes are shown.",
+)
+def pictures(
+    cache: Path, out: Path | None, samples: int, view: int, bands: tuple[int, ...] | None, boxes: Path | None
+) -> None:
+    """Draw a contact sheet of CACHE: view, every teacher's tokens as colours (PCA), attention or token norms, the maps, and boxes."""
+    from mrmae.extract.boxes import read_box_file
     from mrmae.extract.inspect.pictures import write_sheet
     from mrmae.shards.cache import open_cache
 
@@ -351,7 +359,8 @@ def pictures(cache: Path, out: Path | None, samples: int, view: int, bands: tupl
             raise ValueError(f"--view {view}: this cache has {counted(opened.n_views, 'view')}, numbered from 0")
         if opened.unfinished:
             click.echo(f"UNFINISHED cache: {opened.unfinished} are committed; only these can be shown")
-        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view, bands=bands)
+        given = None if boxes is None else read_box_file(boxes)
+        path = write_sheet(opened, samples, out or cache / "pictures.png", view=view, bands=bands, boxes=given)
     click.echo(f"{os.fspath(path)}")
 
 

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mrmae.common.pictures import (
+    CELL,
     COLOUR_NOTE,
     ENOUGH_IMAGES,
     STRIPES_NOTE,
@@ -25,22 +26,31 @@ from mrmae.common.pictures import (
     stretch_of,
 )
 from mrmae.common.progress import counted
+from mrmae.extract.boxes import BoxFile
 from mrmae.extract.made_maps import made_in_words
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Array, Numbers
 
 GOLDEN_RATIO = 0.618033988749895
 SHOWN_IDS = 8
+BOX_COLOUR = (255, 214, 0)
 
 
-def contact_sheet(cache: Cache, n: int, *, view: int = 0, bands: Sequence[int] | None = None) -> Image.Image:
-    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms; the maps.
+def contact_sheet(
+    cache: Cache, n: int, *, view: int = 0, bands: Sequence[int] | None = None, boxes: BoxFile | None = None
+) -> Image.Image:
+    """n samples spread over the cache, a row each: view, per teacher its tokens, and attention or token norms; the maps; the boxes.
 
-    bands: which of the view's, from 1; None: RGB as it is, and of other views the first three.
+    bands: which of the view's, from 1; None: RGB as it is, and of other views the first three. With boxes only samples that have some
+    are shown.
     """
     if not len(cache.numbers):
         raise ValueError(f"{cache.path}: no sample can be read; expected at least one to show")
-    numbers = spread(cache.numbers, n)
+    among = cache.numbers
+    if boxes is not None:
+        boxes.refuse_unfit(cache, cache.numbers)
+        among = np.array([number for number in cache.numbers if cache.keys[number] in boxes.corners], np.int64)
+    numbers = spread(among, n)
     keys = [cache.keys[number] for number in numbers]
     pixels, note = cache.read_pixels(numbers, numbers * 0 + view), f"as the teachers saw it, {cache.size} px"
     if cache.encoding.as_shown and not bands:
@@ -49,6 +59,8 @@ def contact_sheet(cache: Cache, n: int, *, view: int = 0, bands: Sequence[int] |
         stretch = stretch_of(pixels, bands)
         shown, note = stretch.rgb(pixels), f"{cache.size} px, {cache.encoding.words}; {stretch.note}"
     strips = [Strip(f"view {view}", shown, note, captions=keys)]
+    if boxes is not None:
+        strips.append(boxes_strip(cache, boxes, numbers, view, shown))
     for name in cache.columns:
         strips += teacher_strips(cache, name, numbers, view)
     strips += [map_strip(cache, name, numbers, view) for name in cache.maps]
@@ -93,6 +105,30 @@ def map_strip(cache: Cache, name: str, numbers: Numbers, view: int) -> Strip:
     return Strip(name, colours, made_in_words(spec) if spec.made else "a colour per id, black is 0", captions=captions)
 
 
+def boxes_strip(cache: Cache, boxes: BoxFile, numbers: Numbers, view: int, shown: Array) -> Strip:
+    """The views, as they are shown, with what they show of their boxes, and the patches' borders, in a picture of whole cells."""
+    scale = -(-CELL // cache.size)
+    size, drawn, captions = cache.size * scale, [], []
+    for number, pixels in zip(numbers.tolist(), shown):
+        key = cache.keys[number]
+        corners, which = boxes.seen(key, cache.read_crop(number, view), size)
+        picture = Image.fromarray(pixels).resize((size, size), Image.Resampling.NEAREST)
+        brush = ImageDraw.Draw(picture)
+        for row in range(1, cache.grid[0]):
+            brush.line([0, row * size / cache.grid[0], size, row * size / cache.grid[0]], (140, 140, 140))
+        for column in range(1, cache.grid[1]):
+            brush.line([column * size / cache.grid[1], 0, column * size / cache.grid[1], size], (140, 140, 140))
+        for box in corners.tolist():
+            brush.rectangle(box, outline=BOX_COLOUR, width=max(1, size // 100))
+        drawn.append(np.asarray(picture))
+        names = [label for i in which.tolist() if (label := boxes.labels[key][i]) is not None]
+        captions.append(
+            f"{len(which)} of {counted(len(boxes.corners[key]), 'box', 'boxes')}"
+            + (f": {', '.join(names)}" if names else "")
+        )
+    return Strip("boxes", np.stack(drawn), boxes.file.name, captions=captions)
+
+
 def id_rgb(ids: Array, *, black: bool = True) -> Pictures:
     """A colour per id, black for 0 where that is no id but nothing: neighbouring ids differ by the golden ratio of the colour circle."""
     hues = np.unique(ids)
@@ -107,7 +143,9 @@ def in_few_words(ids: Sequence[int]) -> str:
     return f"ids {', '.join(map(str, ids))}" if len(ids) <= SHOWN_IDS else f"{len(ids)} ids, {ids[0]} to {ids[-1]}"
 
 
-def write_sheet(cache: Cache, n: int, path: Path, *, view: int = 0, bands: Sequence[int] | None = None) -> Path:
+def write_sheet(
+    cache: Cache, n: int, path: Path, *, view: int = 0, bands: Sequence[int] | None = None, boxes: BoxFile | None = None
+) -> Path:
     """The PNG at `path`; an older sheet there is replaced. ValueError where something else has that name."""
     refuse_to_replace(path)
-    return publish_png(path, contact_sheet(cache, n, view=view, bands=bands))
+    return publish_png(path, contact_sheet(cache, n, view=view, bands=bands, boxes=boxes))

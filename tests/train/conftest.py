@@ -9,7 +9,7 @@ from training import facet_tail
 
 from mrmae.shards.stats import Stats
 from mrmae.train.method.recipe import Recipe, load_recipe
-from mrmae.train.method.targets import NEEDS_STATISTICS, Batch, CacheInfo, TeacherInfo
+from mrmae.train.method.targets import NEEDS_STATISTICS, Batch, CacheInfo, GivenBoxes, TeacherInfo
 
 TINY = [
     "student.model=test_vit",
@@ -36,6 +36,19 @@ def make_recipe(name: str, *overrides: str) -> Recipe:
             small.append(f"terms.{key}.tap=qkv{(int(term.tap.removeprefix('qkv')) + 1) // 2}")
     if recipe.student.prune is not None:
         small.append("student.prune={before: [1, 3, 5], keep: 0.7}")
+    if recipe.student.boxes is not None:
+        tiny = {
+            "most": 2,
+            "cells": 4,
+            "hide": 8,
+            "crop": [8, 12],
+            "depth": 1,
+            "behind": 1,
+            "width": 16,
+            "heads": 2,
+            "least": 1,
+        }
+        small += [f"student.boxes.{key}={value}" for key, value in tiny.items()]
     for field in ("n_keep", "n_predict"):
         if n := getattr(recipe.mask, field):
             small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")
@@ -71,7 +84,10 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
         targets[f"map:{name}"] = {"map": bits if dtype == "uint16" else torch.randn(b, l, generator=draw).half()}
     side = (b, info.size, info.size, info.channels)
     pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
-    batch = Batch(torch.randint(-(2**62), 2**62, (b,), generator=draw), pixels, targets)
+    hashes = torch.randint(-(2**62), 2**62, (b,), generator=draw)
+    corners = torch.rand(b, 2, 2, 2, generator=draw).sort(dim=2).values * (info.size - 3)
+    boxes = GivenBoxes((corners + torch.tensor([[0.0], [3.0]])).flatten(2), (torch.arange(8) * 2).repeat(b, 2, 1))
+    batch = Batch(hashes, pixels, targets, boxes=boxes)
     return replace(batch, partner=make_batch(info, b, seed + 1000)) if seed < 1000 else batch
 
 

@@ -121,6 +121,15 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, n_views: int, 
     return path
 
 
+def given(name: str, cache: Path) -> dict[str, Any]:
+    """What the recipe wants beside the cache: two boxes in every other image."""
+    if load_recipe(name).student.boxes is None:
+        return {}
+    rows = [f"{key},{x},4,{x + 30},40" for key in open_cache(cache).keys[::2] for x in (2, 20)]
+    (cache.parent / "boxes.csv").write_text("\n".join(["key,x0,y0,x1,y1", *rows, ""]))
+    return {"boxes": cache.parent / "boxes.csv"}
+
+
 def bits(out: Path) -> dict[str, Tensor]:
     """Weights and moments of the last state."""
     state: Any = checkpoint.read_checkpoint(checkpoint.list_checkpoints(out / "checkpoints")[-1])
@@ -138,7 +147,8 @@ def test_it_learns_photographs_resumes_to_the_same_bits_and_exports(
 ) -> None:
     recipe, cache, step = tiny_recipe(name, *SHORT), cache_of(load_recipe(name)), loop.step
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
-    assert train_quietly(cache, whole, recipe)["finished"]
+    more = given(name, cache)
+    assert train_quietly(cache, whole, recipe, **more)["finished"]
     losses = [row["loss"] for row in read_rows(whole / "log.jsonl", "epoch")]
     assert losses[-1] < losses[0], losses
 
@@ -148,9 +158,9 @@ def test_it_learns_photographs_resumes_to_the_same_bits_and_exports(
         return step(run, *rest)
 
     monkeypatch.setattr(loop, "step", interrupted)
-    assert train_quietly(cache, pieces, recipe)["step"] == 5
+    assert train_quietly(cache, pieces, recipe, **more)["step"] == 5
     monkeypatch.setattr(loop, "step", step)
-    assert train_quietly(cache, pieces, recipe)["finished"]
+    assert train_quietly(cache, pieces, recipe, **more)["finished"]
     one, two = bits(whole), bits(pieces)
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
     if "mcmae" not in recipe.student.model:
@@ -159,7 +169,8 @@ def test_it_learns_photographs_resumes_to_the_same_bits_and_exports(
 
 
 def run_of(name: str, cache_of: Callable[[Recipe], Path], tiny_recipe: Callable[..., Recipe], out: Path) -> Run:
-    return build_run(cache_of(load_recipe(name)), out, tiny_recipe(name, *SHORT), Ranks(), Setup(device="cpu"))
+    cache = cache_of(load_recipe(name))
+    return build_run(cache, out, tiny_recipe(name, *SHORT), Ranks(), Setup(device="cpu", **given(name, cache)))
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -242,12 +253,14 @@ def products_of(run: Run) -> float:
             with Products() as counted:
                 run.model(*update)
             found.append(counted.total)
-    return sum(found) / len(found)
+    return sum(found) / len(found) / run.recipe.mask.joined
 
 
 def seen_first(run: Run) -> Any:
-    """The first sample as a step of epoch 0 sees it."""
-    return with_targets(load_masked(run, run.numbers[:1], epoch=0), run.online, run.needed, model=run.model)
+    """The first sample, or as many as share a sequence, as a step of epoch 0 sees it."""
+    return with_targets(
+        load_masked(run, run.numbers[: run.recipe.mask.joined], epoch=0), run.online, run.needed, model=run.model
+    )
 
 
 def seen(run: Run, numbers: np.ndarray[Any, Any]) -> Any:

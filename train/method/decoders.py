@@ -36,11 +36,21 @@ class MaskDecoder(nn.Module):
         self.norm = last_norm(recipe)
         self.blocks = nn.Sequential(*self_blocks(recipe))
 
-    def forward(self, final: Tokens, ids_predict: Int64[Tensor, "v m"], outputs: Outputs | None = None) -> Tokens:
-        """Decoded tokens [v, m, width] at `ids_predict`, from the encoder's `final`."""
+    def forward(
+        self,
+        final: Tokens,
+        ids_predict: Int64[Tensor, "v m"],
+        outputs: Outputs | None = None,
+        kept: list[Tensor] | None = None,
+    ) -> Tokens:
+        """Decoded tokens [v, m, width] at `ids_predict`, from the encoder's `final`; what enters each block goes to `kept`."""
         x = placed(final._replace(x=self.embed(final.x)), self.position).x
-        decoded = self.blocks(torch.cat([x, self.mask_token + self.position[ids_predict]], dim=1))
-        return Tokens(self.norm(decoded[:, x.shape[1] :]), ids_predict)
+        seen, x = x.shape[1], torch.cat([x, self.mask_token + self.position[ids_predict]], dim=1)
+        for block in self.blocks:
+            if kept is not None:
+                kept.append(x)
+            x = block(x)
+        return Tokens(self.norm(x[:, seen:]), ids_predict)
 
 
 class CrossDecoder(nn.Module):

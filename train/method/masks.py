@@ -78,6 +78,8 @@ def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
         n_keep = round(sum(buckets(recipe, l)) / BUCKETS)
     elif recipe.sampler == "disjoint" or recipe.cell > 1:
         n_keep = kept_cells(recipe, l) * recipe.cell**2
+    elif recipe.sampler == "mix":
+        n_keep = part_of_group(recipe, l)
     elif n_keep is None:
         n_keep = int(l * (1 - recipe.ratio))
     if not 1 <= n_keep <= l:
@@ -92,6 +94,15 @@ def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
             "predicted; change mask.n_predict"
         )
     return n_keep, n_predict
+
+
+def part_of_group(recipe: MaskRecipe, l: int) -> int:
+    """Patches of each image in a sequence of sampler mix. Raises ValueError for a grid that does not split, or too finely for contrast."""
+    if l % recipe.group or l // recipe.group < 2:
+        raise ValueError(
+            f"mask.group = {recipe.group}: does not split {l} patches into equal parts of at least 2; a divisor of {l} was expected"
+        )
+    return l // recipe.group
 
 
 def kept_cells(recipe: MaskRecipe, l: int) -> int:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,13 +20,23 @@ from mrmae.kernels import dispatch
 from mrmae.kernels.ids import mix
 from mrmae.kernels.reference import NORM_PIX_EPS
 from mrmae.train.method import mcmae
-from mrmae.train.method.decoders import DECODERS, Decoder, PairDecoder, Regressor, blocks_read, reads_final
+from mrmae.train.method.boxes import BoxHead
+from mrmae.train.method.decoders import (
+    DECODERS,
+    Decoder,
+    MaskDecoder,
+    PairDecoder,
+    Regressor,
+    blocks_read,
+    reads_final,
+)
 from mrmae.train.method.drop_path import path_factors, path_keys
 from mrmae.train.method.follower import Follower
 from mrmae.train.method.heads import HEADS
 from mrmae.train.method.hog import hog_width
 from mrmae.train.method.masks import Masks, counts, reads_saliency, saliency_arrays
 from mrmae.train.method.mcmae import PATCH, SIZES, MaskedConvViT, build_mcmae
+from mrmae.train.method.mto import mask_token_loss
 from mrmae.train.method.recipe import PARTNER, PruneRecipe, Recipe, StudentRecipe
 from mrmae.train.method.student import POSITION_TABLES, Encoded, build_vit, encode_vit, hold_key_bias, initialise
 from mrmae.train.method.taps import Tokens, blocks_behind, build_fusions, placed, tokens_at, whole_at
@@ -76,6 +87,14 @@ class Pretrainer(nn.Module):
         self.mask_token = None
         if recipe.student.hidden == "replace":
             self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
+        if recipe.mask.joined > 1 and not isinstance(self.student, VisionTransformer):
+            raise ValueError(
+                f"student {recipe.student.model!r}: mask.sampler = mix joins images behind the patch embedding; a plain ViT was expected; use "
+                "--student vit_base_patch16_224, or another sampler"
+            )
+        self.source_tokens = None
+        if recipe.student.source_embedding:
+            self.source_tokens = nn.Parameter(torch.zeros(1, recipe.mask.joined, self.student.embed_dim))
         decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
         fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
         fuses = isinstance(self.student, MaskedConvViT)
@@ -96,6 +115,20 @@ class Pretrainer(nn.Module):
             outputs_read |= blocks_read(decoder, depth)
             self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
             taps |= {"final"} if reads_final(decoder) else set()
+        self.regularised = "mto" in taps
+        in_decoder = isinstance(self.decoder, MaskDecoder)
+        if self.regularised and not in_decoder:
+            if self.mask_token is None:
+                raise ValueError(
+                    f"recipe {recipe.name}: tap mto is of mask tokens that a term reads, and no term reads the decoder; one with tap decoder "
+                    "was expected; drop the term with tap mto, or add one"
+                )
+            self.keep_blocks |= {0, 1}
+            outputs_read |= {1}
+        self.boxes: BoxHead | None = None
+        if recipe.student.boxes is not None and "boxes" in taps:
+            self.boxes = BoxHead(width, recipe.student.boxes)
+            taps |= {"final"}
         own = next((term.recipe.target for term in self.terms if term.recipe.target in ("self", "ema")), None)
         if "final" not in taps and own is not None:
             raise ValueError(
@@ -152,7 +185,11 @@ class Pretrainer(nn.Module):
 
     def width_of(self, term: Term) -> int:
         """Channels of the tokens that a term's head reads. Raises ValueError where its taps differ."""
-        decoder = self.recipe.student.decoder
+        decoder, boxes = self.recipe.student.decoder, self.recipe.student.boxes
+        if boxes is not None and term.recipe.tap == "boxes":
+            return boxes.width
+        if term.recipe.tap == "mto":
+            return 1
         widths = [
             decoder.width
             if decoder is not None and tap in ("decoder", "decoded")
@@ -179,6 +216,13 @@ class Pretrainer(nn.Module):
             return self.decoder.position.shape[1] if isinstance(self.decoder, Regressor) else self.student.embed_dim
         if term.recipe.target == "labels":
             return len(info.classes)
+        if term.recipe.target == "none":
+            return 1
+        if term.recipe.target == "sources":
+            return self.student.embed_dim
+        if term.recipe.target == "boxes":
+            assert (boxes := self.recipe.student.boxes) is not None
+            return math.prod(boxes.crop) // boxes.cells**2 * info.channels
         return hog_width(info.patch, info.channels) if term.recipe.target == "hog" else info.patch**2 * info.channels
 
     @property
@@ -198,6 +242,7 @@ class Pretrainer(nn.Module):
             pixels=self.pixels,
             source=self.recipe.mask.source,
             kernels=self.kernels,
+            boxes=self.recipe.student.boxes,
         )
 
     def taps(self, batch: Batch, masks: Masks, *, paths: Tensor | None = None) -> dict[str, Tokens]:
@@ -216,10 +261,18 @@ class Pretrainer(nn.Module):
             read = {i: x[:, :n] for i, x in read.items()}
             if isinstance(self.decoder, PairDecoder):
                 taps["decoder"] = self.decoder(seen, masks.ids_predict, read, taps[f"{PARTNER}final"])
+            elif isinstance(self.decoder, MaskDecoder):
+                entering: list[Tensor] = []
+                taps["decoder"] = self.decoder(seen, masks.ids_predict, read, entering)
+                if self.regularised:
+                    taps["mto"] = self.mask_token_tap(entering, masks.ids_keep.shape[1])
             else:
                 taps["decoder"] = self.decoder(seen, masks.ids_predict, read)
             if isinstance(self.decoder, Regressor) and len(self.decoder.behind):
                 taps["decoded"] = self.decoder.decoded(taps["decoder"])
+        if self.boxes is not None:
+            assert batch.boxes is not None
+            taps["boxes"] = self.boxes(taps["final"], batch.boxes, self.info.patch)
         return taps
 
     def encoder_taps(
@@ -231,8 +284,10 @@ class Pretrainer(nn.Module):
         if self.mask_token is not None:
             ids = torch.cat([ids, masks.ids_predict], dim=1)
             hidden = torch.cat([masks.ids_predict, complement(ids, self.info.n_patches)], dim=1)
+        group = self.recipe.mask.joined if shown < self.info.n_patches else 1  # whole images are not mixed
         how: dict[str, Any] = {"ids_hidden": hidden, "prune": self.recipe.student.prune, "paths": paths}
-        encoded = self.encode(batch.pixels, masks.ids_keep, **how)
+        encoded = self.encode(batch.pixels, masks.ids_keep, group=group, **how)
+        entering = [x for i, x in encoded.blocks.items() if i in (0, 1)]
         final, blocks, qkv, alive = encoded.change(lambda x: x[:, : prefix + ids.shape[1]])
         outputs = (
             {"final": final} | {f"block{i}": x for i, x in blocks.items()} | {f"qkv{i}": x for i, x in qkv.items()}
@@ -247,7 +302,19 @@ class Pretrainer(nn.Module):
         for name in self.fusions:
             if name.startswith("placed"):
                 taps[name] = placed(taps[name], self.student.pos_embed[0, prefix:])
+        if self.regularised and not isinstance(self.decoder, MaskDecoder):
+            taps["mto"] = self.mask_token_tap(entering, shown)
         return taps, blocks
+
+    def mask_token_tap(self, entering: list[Tensor], visible: int) -> Tokens:
+        """Tap `mto`: a number per row, of MAE's decoder, without it of the encoder; entering: what enters its first blocks."""
+        if isinstance(self.decoder, MaskDecoder):
+            blocks, token = list(self.decoder.blocks), self.decoder.mask_token
+        else:
+            assert self.mask_token is not None
+            blocks, token = list(self.student.blocks), self.mask_token
+        value = mask_token_loss(blocks, entering, token, prefix=self.student.num_prefix_tokens, visible=visible)
+        return Tokens(value, torch.zeros(value.shape[:2], dtype=torch.int64, device=value.device))
 
     @torch.no_grad()
     def own_targets(self, batch: Batch, masks: Masks) -> dict[str, Tokens]:
@@ -290,13 +357,14 @@ class Pretrainer(nn.Module):
         ids_keep: Int64[Tensor, "v k"],
         *,
         ids_hidden: Int64[Tensor, "v h"] | None = None,
+        group: int = 1,
         prune: PruneRecipe | None = None,
         paths: Tensor | None = None,
         student: VisionTransformer | MaskedConvViT | None = None,
     ) -> Encoded:
         """`final` of the visible patches, after CLS where the student has one, and of the blocks what taps need.
 
-        ids_hidden: where the mask token stands for a patch; these tokens come last. student: the encoder, if another than the model's own.
+        ids_hidden: where the mask token stands for a patch; these tokens come last. group: images that share a sequence. student: the encoder, if another than the model's own.
         """
         student = student or self.student
         common: dict[str, Any] = {
@@ -308,6 +376,7 @@ class Pretrainer(nn.Module):
         if isinstance(student, MaskedConvViT):
             return Encoded(*mcmae.encode_mcmae(student, pixels, ids_keep, **common))
         hidden = None if self.mask_token is None or ids_hidden is None else (self.mask_token, ids_hidden)
+        common |= {"group": group, "sources": self.source_tokens if group > 1 else None}
         return encode_vit(
             student, pixels, ids_keep, hidden=hidden, keep_qkv=self.keep_qkv, prune=prune, paths=paths, **common
         )

@@ -29,6 +29,7 @@ SamplerName = Literal[
     "similarity",
     "crfr_p",
     "pair_disjoint",
+    "mix",
 ]
 PositionKind = Literal["sincos", "sincos_cae", "sinusoid"]
 HiddenKind = Literal["drop", "replace", "none"]
@@ -38,7 +39,7 @@ Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
 DistanceName = Literal[
-    "mse", "l1", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce"
+    "mse", "l1", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce", "supcon"
 ]
 OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
@@ -77,6 +78,7 @@ class MaskRecipe:
     masks_per_image: masks of each image, as rows of the batch.
     law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
     Of a partner (`prepare.pair`) everything is visible; with sampler `pair_disjoint` the next n_keep patches of the same permutation.
+    group: how many images sampler mix joins to one sequence, each with its own part of the grid.
     source, draw, mode: for samplers and laws that follow a saliency map. cell: patches along a side of the cells that samplers disjoint and random hide.
     parts: what the map of sampler crfr_p holds: `bits`, 1 << part for every part that a patch touches, or `ids`, one part per patch.
     """
@@ -94,6 +96,12 @@ class MaskRecipe:
     cell: int = 1
     mode: Literal["mask_top", "keep_top", "multinomial"] = "mask_top"
     parts: Literal["bits", "ids"] = "bits"
+    group: int = 4
+
+    @property
+    def joined(self) -> int:
+        """Images per sequence of the encoder."""
+        return self.group if self.sampler == "mix" else 1
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,28 @@ class PruneRecipe:
 
 
 @dataclass(frozen=True)
+class BoxRecipe:
+    """What reads boxes (`train-mrmae --boxes`) in the student's grid: MoM's head, `boxes.py`; the student must see every patch.
+
+    most: boxes per image; of more, as many are drawn in each epoch. cells: tokens along a side of a box, of which `hide` are hidden. crop: (height, width) of
+    a box's target, in pixels. depth, behind: blocks on the shown cells, and on all. dark, least: boxes that count for nothing: the mean of the
+    brightest channel (0 to 1), and a side in pixels of the view.
+    """
+
+    most: int = 8
+    cells: int = 8
+    hide: int = 32
+    crop: tuple[int, int] = (120, 120)
+    depth: int = 6
+    behind: int = 2
+    width: int = 768
+    heads: int = 12
+    mlp_ratio: float = 4.0
+    dark: float = 0.0
+    least: float = 0.0
+
+
+@dataclass(frozen=True)
 class StudentRecipe:
     """A plain timm VisionTransformer by name, or `mcmae_base`; the cache's size and grid set its image and patch size.
 
@@ -146,6 +176,7 @@ class StudentRecipe:
     hidden: what the encoder sees of hidden patches: nothing (`drop`), or one learned mask token and their positions (`replace`: a tap of
     the encoder then holds predicted patches, too; a decoder still reads the visible ones). `none`: nothing is hidden, with mask.ratio 0.
     prune: redundant patches leave the encoder on the way, in training; its taps hold what is `alive` there. The exported student has all.
+    boxes: what reads boxes, behind the tap `boxes`. source_embedding: whether patches are told apart by their image's place in a sequence of sampler mix.
     """
 
     model: str = "vit_base_patch16_224"
@@ -159,18 +190,22 @@ class StudentRecipe:
     positions: PositionKind = "sincos"
     hidden: HiddenKind = "drop"
     prune: PruneRecipe | None = None
+    boxes: BoxRecipe | None = None
+    source_embedding: bool = False
 
 
 @dataclass(frozen=True)
 class TermRecipe:
     """One line of a method: `tap @ positions > head ~ target | transform : distance * weight`.
 
-    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>`, `qkv<i>` (encoder), `decoder` or `decoded`; `final+decoder` where one head serves both.
+    tap: `final`, `block<i>`, `placed<i>`, `mean_ln`, `learned`, `mix<i>`, `qkv<i>` (encoder), `decoder`, `decoded`, `boxes` or `mto` (a regulariser, mto.py,
+    with target `none`); `final+decoder` where one head serves both.
     positions: one of POSITIONS or several joined by `+`: `cls+visible+predicted`. `pooled` is the mean of the visible patches,
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
     target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), `ema` (a copy of the student
-    that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), or `teachers`: one term for each of
-    `teachers` (none named: all of the cache), which share `weight` equally.
+    that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), raw pixels of hidden cells of `boxes`,
+    which patches of a mixed sequence are of one image (`sources`, distance `supcon`), or `teachers`: one term for each of `teachers` (none named: all of
+    the cache), which share `weight` equally.
     With target `map`: ids by patch of the cache's map of that name, of so many classes (distance `ce`), as `map` and `classes` say.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     distance: `kl(qk)` and `kl(vv)` compare relations among the term's tokens (relations.py): tap `qkv<i>`, teacher_tap `qkv_<i>`, head none.
@@ -182,7 +217,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels", "map"]
+    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels", "map", "boxes", "sources", "none"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -415,6 +450,26 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         mask.cell == 1 or mask.sampler == "disjoint" or (mask.sampler == "random" and mask.law == "fixed")
     )
     yield "mask.cell", in_cells, "at least 1 was expected, and 1 but for samplers disjoint and random without a law"
+    yield "mask.group", mask.group >= 2, "at least 2 was expected"
+    mixes = mask.sampler == "mix"
+    plain = (
+        mask.masks_per_image == 1
+        and mask.law == "fixed"
+        and recipe.student.hidden == "drop"
+        and recipe.student.prune is None
+    )
+    yield (
+        "mask.sampler",
+        not mixes or plain,
+        "one mask per image, law fixed and hidden drop were expected with sampler mix",
+    )
+    yield (
+        "mask.n_keep",
+        not mixes or mask.n_keep is None,
+        "null was expected with sampler mix: mask.group says how many",
+    )
+    embeds = mixes or not recipe.student.source_embedding
+    yield "student.source_embedding", embeds, f"false was expected with sampler {mask.sampler}"
     yield "mask.least", 0 <= mask.least < 1, "0 <= ratio < 1 was expected"
     parts = mask.sampler == "crfr_p"
     yield "mask.source", not parts or mask.source.startswith("map:"), "map:NAME was expected with sampler crfr_p"
@@ -449,6 +504,27 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield "student.decoder.behind", behind, "0 was expected, or with decoder regressor a number of blocks"
         yield "student.decoder.weighted", mixes, f"false was expected with decoder {decoder.kind}"
         yield "student.decoder.blocks", len(set(decoder.blocks)) == len(decoder.blocks), "no block twice"
+    if (boxes := recipe.student.boxes) is not None:
+        yield "student.prune", recipe.student.prune is None, "null was expected with student.boxes"
+        yield (
+            "student.hidden",
+            recipe.student.hidden == "none",
+            "none was expected with student.boxes: boxes lie anywhere in the grid",
+        )
+        for name in ("most", "cells", "hide", "width", "heads", "depth", "behind"):
+            yield f"student.boxes.{name}", getattr(boxes, name) >= 1, "at least 1 was expected"
+        yield (
+            "student.boxes.hide",
+            boxes.hide < boxes.cells**2,
+            f"less than the {boxes.cells**2} cells of a box were expected",
+        )
+        yield (
+            "student.boxes.width",
+            boxes.width % boxes.heads == 0,
+            f"a multiple of its {boxes.heads} heads was expected",
+        )
+        whole = all(side >= boxes.cells and side % boxes.cells == 0 for side in boxes.crop)
+        yield "student.boxes.crop", whole, f"multiples of its {boxes.cells} cells were expected"
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
         yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
     yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
@@ -521,7 +597,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             term.decoded,
         )
         labels = term.target == "labels"
-        is_tap = all(tap in ("decoder", "decoded") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
+        is_tap = all(tap in ("decoder", "decoded", "boxes", "mto") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
         yield (
             f"{at}.tap",
             is_tap,
@@ -559,6 +635,9 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
             "hog": ("none",),
             "labels": ("none",),
             "map": ("none",),
+            "boxes": ("none",),
+            "sources": ("none",),
+            "none": ("none",),
             "self": ("none", "ln0", "l2"),
             "ema": ("none", "ln0", "l2"),
         }
@@ -567,7 +646,7 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield (
             f"{at}.transform",
             fits,
-            f"pixels: none, norm_pix or norm_pix_biased; hog, labels, map: none; self and ema: none, ln0 or l2; teachers: {names}",
+            f"pixels: none, norm_pix or norm_pix_biased; hog, labels, map, boxes, sources: none; self and ema: none, ln0 or l2; teachers: {names}",
         )
         hidden = term.target != "self" or term.positions == "predicted"
         yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
@@ -577,6 +656,28 @@ def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
         of_pixels = term.distance in ("mse", "l1") if term.target == "pixels" else term.distance != "l1"
         yield f"{at}.distance", of_pixels, "mse or l1 was expected with target pixels, and l1 with nothing else"
+        squared = term.target != "boxes" or term.distance == "mse"
+        yield f"{at}.distance", squared, "mse was expected with target boxes"
+        there = (term.tap == "boxes") == (term.target == "boxes")
+        yield f"{at}.tap", there, "tap and target boxes were expected together"
+        built = term.tap != "boxes" or recipe.student.boxes is not None
+        yield f"{at}.tap", built, "student.boxes is null; give one, as in --set student.boxes.most=8, or another tap"
+        alone = (term.tap == "mto") == (term.target == "none") and (
+            term.tap != "mto" or (term.positions, term.head) == ("alive", "none")
+        )
+        yield f"{at}.tap", alone, "tap mto, positions alive, head none and target none were expected together"
+        host = recipe.student.hidden == "replace" or (
+            recipe.student.decoder is not None and recipe.student.decoder.kind == "self"
+        )
+        yield (
+            f"{at}.tap",
+            host or term.tap != "mto",
+            "a decoder of kind self, or student.hidden replace, was expected with tap mto",
+        )
+        mixes = term.target != "sources" or (recipe.mask.sampler == "mix" and term.positions == "visible")
+        yield f"{at}.target", mixes, "sampler mix and positions visible were expected with target sources"
+        contrast = (term.target == "sources") == (term.distance == "supcon")
+        yield f"{at}.distance", contrast, "target sources and distance supcon were expected together"
         of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
         ids = term.target == "map"
         yield f"{at}.distance", ids or labels == (term.distance in OF_LABELS), of
@@ -631,7 +732,7 @@ def held_positions(taps: Iterable[str], student: StudentRecipe) -> set[str]:
     held, visible, decoder = {"alive"}, {"cls", "pooled", "visible"}, student.decoder
     encoded = visible | {"drop": set(), "replace": {"predicted"}, "none": {"all"}}[student.hidden]
     for tap in taps:
-        held |= encoded if tap not in ("decoder", "decoded") else {"predicted"}
+        held |= encoded if tap not in ("decoder", "decoded", "boxes") else {"predicted"}
         if tap == "decoder" and decoder is not None and decoder.kind in ("prompt", "regressor"):
             held |= visible
     return held | ({"all"} if {"visible", "predicted"} <= held else set())

@@ -179,6 +179,18 @@ def pair_disjoint_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) 
     return replace(split_order(order, recipe), ids_partner=order[:, n_keep : 2 * n_keep].sort(dim=1).values)
 
 
+def mix_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
+    """Images g * j + k, of a batch in order, are joined: image k keeps the k-th part of a permutation that the first of them decides.
+
+    Together they show every patch of the grid once (MixedAE, arXiv 2303.17152; its reading is inferred). Which images are joined is the
+    epoch's order, the same on any number of ranks where each micro-batch is a multiple of `mask.group`.
+    """
+    n_keep, row = counts(recipe, l)[0], torch.arange(len(batch.samples), device=batch.samples.device)
+    leaders = batch.samples[row - row % recipe.group]
+    order = ids.patch_noise(leaders, l, seed=draw.seed, epoch=draw.epoch).argsort(dim=1)
+    return split_kept(order.view(len(row), recipe.group, n_keep)[row, row % recipe.group], l)
+
+
 def score_mask(batch: Batch, draw: Draw, *, recipe: MaskRecipe, l: int) -> Masks:
     """Keep patches by a map: hide those of the highest score (`mask_top`), keep them (`keep_top`), or draw whom to keep (`multinomial`).
 
@@ -322,6 +334,7 @@ SAMPLERS: dict[str, Sampler] = {
     "similarity": similarity_mask,
     "crfr_p": crfr_p_mask,
     "pair_disjoint": pair_disjoint_mask,
+    "mix": mix_mask,
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mrmae.common.suggest import nearest
 from mrmae.kernels import dispatch, reference
 from mrmae.train.method.drop_path import scaled_block
+from mrmae.train.method.mixing import mixed, unmixed
 from mrmae.train.method.recipe import PositionKind, PruneRecipe
 
 LN_EPS = 1e-6  # also timm's LayerNorm, which the blocks use
@@ -145,7 +146,7 @@ def initialise(model: nn.Module, seed: int) -> None:
     """MAE's initial weights, each parameter a function of (seed, its name) only: shared parts of two recipes start equal.
 
     Linear: xavier uniform, bias 0 (qkv as one matrix); patch embedding: xavier on its [d, c*p*p] view; LayerNorm 1 and 0;
-    CLS and mask tokens N(0, 0.02). What has its own start (LayerScale, fusion weights) keeps it. MCMAE: xavier on the last
+    CLS, mask and source tokens N(0, 0.02), what is named `unit_...` N(0, 1). What has its own start (LayerScale, fusion weights) keeps it. MCMAE: xavier on the last
     embedding convolution's weight; its bias and the other convolutions keep PyTorch's law, U(-1, 1) / sqrt(fan-in).
     """
     for at, module in model.named_modules():
@@ -163,8 +164,10 @@ def initialise(model: nn.Module, seed: int) -> None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] in ("cls_token", "mask_token"):
+        if name.rpartition(".")[2] in ("cls_token", "mask_token", "source_tokens"):
             nn.init.normal_(parameter, std=0.02, generator=generator_of(seed, name))
+        elif name.rpartition(".")[2].startswith("unit_"):
+            nn.init.normal_(parameter, generator=generator_of(seed, name))
 
 
 def generator_of(seed: int, name: str) -> torch.Generator:
@@ -205,6 +208,8 @@ def encode_vit(
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"],
     hidden: tuple[Float[Tensor, "1 1 d"], Int64[Tensor, "v h"]] | None = None,
+    group: int = 1,
+    sources: Float[Tensor, "1 g d"] | None = None,
     keep_blocks: Collection[int] = (),
     keep_qkv: Collection[int] = (),
     prune: PruneRecipe | None = None,
@@ -216,6 +221,7 @@ def encode_vit(
     The value of a pixel is `pixel * scale + shift`. A patch embedding is one Linear on patches flattened (c, p, q).
     hidden: the mask token and where it stands for a patch's embedding; these tokens follow the visible ones.
     prune: when patches leave, those most like the mean of all that are there. paths: factors of the blocks' residual branches, from `path_factors`.
+    group: images that share a sequence (`mixing.py`), with an embedding for each place in it; what comes out is every image's own again.
     """
     assert vit.pos_embed is not None
     proj, patch, position = vit.patch_embed.proj, vit.patch_embed.patch_size[0], vit.pos_embed[0]
@@ -237,6 +243,10 @@ def encode_vit(
     if hidden is not None:
         mask_token, ids_hidden = hidden
         x = torch.cat([x, mask_token + position[vit.num_prefix_tokens :][ids_hidden]], dim=1)
+    b, prefix = len(x), vit.num_prefix_tokens
+    if group > 1:
+        x = mixed(x, group, prefix, sources)
+        paths = None if paths is None else paths[::group]
     outputs = {0: x} if 0 in keep_blocks else {}
     alive = ids_keep
     qkv: dict[int, Tensor] = {}
@@ -251,7 +261,8 @@ def encode_vit(
         x = block(x) if paths is None else scaled_block(block, x, paths[:, number - 1])  # type: ignore[arg-type]
         if number in keep_blocks:
             outputs[number] = x
-    return Encoded(vit.norm(x), outputs, qkv, held)
+    encoded = Encoded(vit.norm(x), outputs, qkv, held)
+    return encoded.change(lambda y: unmixed(y, group, prefix, b)) if group > 1 else encoded
 
 
 def without_redundant(

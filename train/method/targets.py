@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
@@ -97,6 +97,13 @@ class CacheInfo:
         return self.size // rows
 
 
+class GivenBoxes(NamedTuple):
+    """Boxes of each image of a batch, in pixels of its view (x0, y0, x1, y1), and which cells of each are hidden, ascending; zeros where there is none."""
+
+    at: Float[Tensor, "b m 4"]
+    hidden: Int64[Tensor, "b m k"]
+
+
 @dataclass(frozen=True)
 class Batch:
     """b views and what the teachers said about them, as stored: nothing is dequantised before the loss.
@@ -104,8 +111,8 @@ class Batch:
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
-    epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them. partner: as many other views, each
-    image's partner in its row; None where a recipe pairs nothing.
+    epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them. boxes: where a term reads them.
+    partner: as many other views, each image's partner in its row; None where a recipe pairs nothing.
     """
 
     samples: Int64[Tensor, " b"]
@@ -115,6 +122,7 @@ class Batch:
     epoch: Int64[Tensor, ""] = field(default_factory=lambda: torch.zeros((), dtype=torch.int64))
     labels: UInt8[Tensor, "b k"] | None = None
     partner: "Batch | None" = None
+    boxes: GivenBoxes | None = None
 
     def change(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor replaced by `change(tensor)`."""
@@ -122,9 +130,8 @@ class Batch:
         samples, pixels, epoch = change(self.samples), change(self.pixels), change(self.epoch)
         labels = None if self.labels is None else change(self.labels)
         partner = None if self.partner is None else self.partner.change(change)
-        return replace(
-            self, samples=samples, pixels=pixels, targets=targets, epoch=epoch, labels=labels, partner=partner
-        )
+        boxes = None if self.boxes is None else GivenBoxes(*map(change, self.boxes))
+        return Batch(samples, pixels, targets, self.rows, epoch, labels, partner, boxes)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""

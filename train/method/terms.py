@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from mrmae.kernels import dispatch, reference
 from mrmae.shards.format import stored_tap
+from mrmae.train.method.boxes import box_targets
 from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
-from mrmae.train.method.recipe import PARTNER, Recipe, TermRecipe, Transform
+from mrmae.train.method.mixing import source_errors
+from mrmae.train.method.recipe import PARTNER, BoxRecipe, Recipe, TermRecipe, Transform
 from mrmae.train.method.relations import relation_divergence
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
 from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
@@ -145,7 +147,7 @@ def check_taps(
                 f"expected; change terms.{key}.tap"
             )
         n_predict, n_hidden = hidden
-        if n_predict == 0 and (term.recipe.at("predicted") or (term.recipe.at("all") and n_hidden)):
+        if n_predict == 0 and tap != "boxes" and (term.recipe.at("predicted") or (term.recipe.at("all") and n_hidden)):
             raise ValueError(
                 f"term {term.name}: predicts hidden patches and the mask has none to predict; at least 1 was expected; change "
                 "mask.n_predict or mask.n_keep"
@@ -184,10 +186,11 @@ def score(
     pixels: PixelScale,
     source: str,
     kernels: str,
+    boxes: BoxRecipe | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The weighted sum of all terms, and each term's own value, unweighted and detached.
 
-    source: the saliency map behind `focus`.
+    source: the saliency map behind `focus`. boxes: how terms with target `boxes` cut and weigh them.
     """
     parts = {}
     for term in terms:
@@ -196,10 +199,18 @@ def score(
             tokens = tokens_at(taps, [f"{side}{tap}" for tap in term.recipe.taps], term.recipe.positions)
             prediction = tokens._replace(x=heads[term.name](tokens.x))
             view = view_of_side(batch, side)
+            if term.recipe.target == "boxes":
+                assert boxes is not None
+                each.append(box_loss(prediction, batch, boxes))
+                continue
             if term.recipe.target == "hog":
                 errors = hog_errors(prediction, term, view, pixels, kernels)
             elif term.recipe.target in ("self", "ema"):
                 errors = latent_errors(prediction, term, taps[f"{side}target/{term.name}"], kernels)
+            elif term.recipe.target == "none":
+                errors = prediction.x[..., 0]
+            elif term.recipe.target == "sources":
+                errors = source_errors(prediction.x, n_patches(batch, pixels) // prediction.ids.shape[1])
             elif term.recipe.target == "map":
                 errors = id_errors(prediction, term, view)
             elif term.recipe.target == "labels":
@@ -311,6 +322,14 @@ def id_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, "v 
     values, z = batch.targets[f"{MAP}{term.recipe.map}"]["map"], prediction.x.to(reference.wide(prediction.x))
     rows = torch.arange(len(z), device=z.device)[:, None] % len(values)
     return -z.log_softmax(dim=-1).gather(2, values[rows, prediction.ids].long()[..., None])[..., 0]
+
+
+def box_loss(prediction: Tokens, batch: Batch, recipe: BoxRecipe) -> Float[Tensor, ""]:
+    """The mean over images of the weighted mean square error of the hidden cells of their boxes; an image without a box counts as 0."""
+    assert batch.boxes is not None
+    x = prediction.x.to(reference.wide(prediction.x))
+    targets, weight = box_targets(batch.pixels, batch.boxes, recipe, x.dtype)
+    return weighted_mean((x - targets).square().mean(dim=-1), weight)
 
 
 def mimic_errors(

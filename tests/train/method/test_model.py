@@ -45,6 +45,12 @@ def cost_of_zero(term: Term, patch: int) -> float:
         return 1 - 1 / (3 * patch**2)
     if term.recipe.classes is not None:
         return math.log(term.recipe.classes)
+    if term.recipe.target == "boxes":
+        return 0.25
+    if term.recipe.target == "none":
+        return math.log(16) + 1.5  # of a mask token that says nothing, all attention on hidden patches
+    if term.recipe.target == "sources":
+        return math.log(15)  # all others alike
     return {"mse": 1.0, "2*sl1(1)": 0.849, "sl1(1)": 0.425, "sl1(2)": 0.247, "cosd": 1.0, "2-2cos": 2.0}[
         term.recipe.distance
     ]
@@ -289,7 +295,7 @@ def test_heads_of_every_recipe_can_be_drawn(
     batch = tiny_batch(model.info)
     masks = masks_of(model, batch)
     for term in model.terms:
-        if term.recipe.at("visible", "predicted", "all", "alive"):
+        if term.recipe.target not in ("boxes", "none") and term.recipe.at("visible", "predicted", "all", "alive"):
             found = model.predicted(term, batch, masks)
             assert found.x.shape[:2] == found.ids.shape and found.ids.shape[1] in (16, masks.ids_predict.shape[1])
             assert all(len(set(row)) == len(row) for row in found.ids.tolist()) and found.x.isfinite().all()

@@ -40,6 +40,7 @@ COUNTS = {
     "maskalign": (58, 0),
     "medic": (118, 78),
     "mimic-only": (49, 0),
+    "mom": (196, 0),
     "mr-mae-light": (49, 49),
     "mr-satvision": (78, 118),
     "satvision": (78, 118),
@@ -50,6 +51,7 @@ COUNTS = {
 }
 LIKE_MAE = [
     "mae",
+    "mae-mto",
     "mimic-masked",
     "mimic-only",
     "mr-mae",
@@ -83,7 +85,7 @@ def test_every_recipe_keeps_the_numbers_of_the_method(name: str) -> None:
     optim = recipe.optim
     assert (optim.lr_per_256, optim.min_lr, optim.betas) == (1.5e-4, 0.0, (0.9, 0.95))
     assert (optim.weight_decay, optim.warmup_epochs) == (0.05, 40)
-    assert (optim.epochs, optim.batch_size) == ((1600, 4096) if name == "mae" else (200, 2048))
+    assert (optim.epochs, optim.batch_size) == ((1600, 4096) if name in ("mae", "mae-mto") else (200, 2048))
     assert recipe.prepare.mean == (0.485, 0.456, 0.406) and recipe.prepare.std == (0.229, 0.224, 0.225)
 
 
@@ -203,7 +205,7 @@ def test_the_docs_write_down_each_loss_and_show_what_the_yaml_says(name: str) ->
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     assert set(typing.get_args(recipes.SamplerName)) == set(samplers.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
-    assert set(typing.get_args(recipes.DistanceName)) == {*DISTANCES, *LABEL_DISTANCES}
+    assert set(typing.get_args(recipes.DistanceName)) == {*DISTANCES, *LABEL_DISTANCES, "supcon"}
     assert set(recipes.OF_LABELS) == set(LABEL_DISTANCES)
 
 
