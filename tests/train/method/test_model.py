@@ -80,7 +80,10 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
         assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
         optimizer.step()
     assert losses[0] == pytest.approx(losses[1], rel=0.01)  # bf16 and fp32 at the same weights
-    if model.recipe.mask.masks_per_image > 1:  # several masks of four noise images are not learnt by heart so soon
+    absolute = any(term.recipe.distance == "l1" for term in model.terms)  # its gradients are of one size, near or far
+    if (
+        absolute or model.recipe.mask.masks_per_image > 1
+    ):  # nor are several masks of four noise images learnt by heart so soon
         assert losses[-1] < losses[0] and all(parts[name] < first[name] for name in parts), (losses, first, parts)
         return
     decoder = model.recipe.student.decoder
@@ -297,7 +300,8 @@ def test_heads_of_every_recipe_can_be_drawn(
     for term in model.terms:
         if term.recipe.target not in ("boxes", "none") and term.recipe.at("visible", "predicted", "all", "alive"):
             found = model.predicted(term, batch, masks)
-            assert found.x.shape[:2] == found.ids.shape and found.ids.shape[1] in (16, masks.ids_predict.shape[1])
+            assert found.x.shape[:2] == found.ids.shape
+            assert term.recipe.at("alive") or found.ids.shape[1] in (16, masks.ids_predict.shape[1])
             assert all(len(set(row)) == len(row) for row in found.ids.tolist()) and found.x.isfinite().all()
 
 
