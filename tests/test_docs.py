@@ -38,6 +38,9 @@ WRITTEN_BY_A_PROGRAM = {"evidence-commands.md": "test_study.py parses every comm
 NOT_RUN = {
     "make demo": "minutes; its steps are these commands",
     "make test": "this suite",
+    "pip install 'mrmae[bands]'": "changes what is installed; this suite has all extras but wandb",
+    "extract-features scenes scenes.cache --encoding npy:14xuint16 --crop-scale 1 1 "
+    "--teacher 'dino=timm:vit_base_patch16_224.dino?bands=4,3,2&levels=0,3000'": "test_bands.py extracts files of 14 bands",
     "extract-features photos own.cache --teacher 'own=python:mymodels:pathology_encoder?depth=12' --allow-code": "test_custom.py makes such a module",
     "python benchmarks/study_mimic.py": "hours; test_study.py tests its parts",
     "python benchmarks/study_mimic.py --report": "writes these very pages; test_study.py tests it on other ones",

@@ -25,8 +25,8 @@ STATE_BYTES = 16  # per parameter: fp32 weight, gradient, and AdamW's two moment
 def count_costs(run: Run) -> dict[str, float]:
     """What a step costs per image, in numbers: FLOP, bytes read, memory; and the parameters that are trained.
 
-    encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it. teacher_flops: of those, and
-    of the student as its own.
+    encoder_flops: of the student alone on a whole image. forward_flops: of a step, without teachers in it. teacher_flops: of those,
+    of the student as its own, and of a sampler that compares patches.
     """
     whole, teachers = teacher_flops(run)
     with evaluating(run.model):  # a batch norm learns nothing from an image that is only counted

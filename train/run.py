@@ -123,8 +123,8 @@ def build_run(
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
     recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum * recipe.mask.joined)
-    recipe, told = fitted_bands(recipe, cache, numbers)
-    notes += told
+    recipe, of_bands = fitted_bands(recipe, cache, numbers)
+    notes += of_bands
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     labels, boxes = labels_of(cache, recipe, setup.labels), batches.boxes_of(cache, recipe, setup.boxes)
     info = replace(batches.cache_info(cache), classes=() if labels is None else labels.classes)

@@ -130,7 +130,9 @@ def test_every_image_is_decoded_once_and_every_view_shown_once(
     decoded: list[int] = []
     shown: list[int] = []
     decode, forward = Images.decoded, Teacher.forward
-    monkeypatch.setattr(Images, "decoded", lambda self, number: [decoded.append(number), decode(self, number)][1])
+    monkeypatch.setattr(
+        Images, "decoded", lambda self, number, *how: [decoded.append(number), decode(self, number, *how)][1]
+    )
     monkeypatch.setattr(Teacher, "forward", lambda self, pixels: [shown.append(len(pixels)), forward(self, pixels)][1])
     extract(folder, tmp_path / "cache", VIT, CNN, views=2)
     n = len(open_cache(finished))

@@ -246,14 +246,17 @@ def bytes_read(run: Run, monkeypatch: pytest.MonkeyPatch) -> int:
 
 
 def products_of(run: Run) -> float:
-    """Multiply-accumulates of a forward pass on one image, with encoders that give targets, in the mean over the updates of a law."""
+    """Multiply-accumulates of a step's forward passes on one image, with encoders that give targets and a sampler that compares
+    patches, in the mean over the updates of a law."""
     found = []
     with torch.no_grad(), evaluating(run.model):
-        for update in updates_of_law(run, *seen_first(run)):
+        with Products() as drawing:
+            first = seen_first(run)
+        for update in updates_of_law(run, *first):
             with Products() as counted:
                 run.model(*update)
             found.append(counted.total)
-    return sum(found) / len(found) / run.recipe.mask.joined
+    return (sum(found) / len(found) + drawing.total) / run.recipe.mask.joined
 
 
 def seen_first(run: Run) -> Any:
