@@ -47,3 +47,50 @@ def test_it_names_every_package_sub_package_and_module() -> None:
             else:
                 row = next(line for line in PAGE.splitlines() if line.startswith(f"| `{folder}/`"))
                 assert re.search(rf"\b{path.stem}\b", row), f"{path.relative_to(ROOT)} is not in the row of {folder}/"
+
+
+# Test files that are named by a behaviour: what several modules do together, or one claim of the project.
+BY_BEHAVIOUR = {
+    "kernels": {"ops", "triton"},
+    "extract": {
+        "append",
+        "bands",
+        "blocks",
+        "derived",
+        "destructive",
+        "encodings",
+        "extend",
+        "formats",
+        "parity",
+        "taps",
+        "writers",
+    },
+    "extract/images": {"zoo"},
+    "train": {
+        "bands",
+        "blocks",
+        "boxes",
+        "caches",
+        "derived",
+        "every_recipe",
+        "exact",
+        "maps",
+        "maskalign",
+        "slurm",
+        "statistics",
+    },
+    "train/method": {"hidden", "latents", "pairs", "pruning", "satvision"},
+    "probe": {"known_truths"},
+}
+
+
+def test_a_test_file_lies_where_its_module_does_and_bears_its_name() -> None:
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        folder, name = path.parent.relative_to(ROOT / "tests").as_posix(), path.stem.removeprefix("test_")
+        if folder == ".":
+            assert not any((ROOT / package / f"{name}.py").exists() for package in PACKAGES), (
+                f"{path} belongs to a package"
+            )
+            continue
+        module = (ROOT / folder / f"{name}.py").exists()
+        assert module != (name in BY_BEHAVIOUR.get(folder, ())), f"{path}: {folder}/{name}.py is there: {module}"
