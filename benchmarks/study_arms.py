@@ -10,11 +10,16 @@ Arm = dict[str, Any]
 
 # MobileNetV2's last stage of stride 16 at 128 px is an 8 x 8 map: the student's own grid, nothing is resampled.
 TEACHER = "cnn=timm:mobilenetv2_100@DATA/../weights/mobilenetv2_100_imagenet1k.safetensors?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear&input_size={size}&tap=stage_4"
+# Galileo-nano, a self-supervised ViT for satellite images: 8 x 8 tokens of 64 px, 128 channels, no CLS.
+GALILEO = "gal=timm:vit_tiny_patch16_224@DATA/../weights/galileo_nano_s2rgb_p8.safetensors?embed_dim=128&depth=4&num_heads=8&patch_size=8&class_token=False&global_pool=&fc_norm=False&mean=-0.306276,-0.177525,-0.160025&std=1.589351,1.328435,1.334842"
+BOTH = f"--teacher {GALILEO} --teacher {TEACHER.format(size=128)}"
 PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": "DATA/clothing-small.tar"}
 
 # Keys end in a running number, so its last digit picks a share of every class.
 PRETRAIN = {"eurosat": "train/*[01].jpg", "clothing": "train/*"}
 IMAGES = {"eurosat": 1986, "clothing": 1500}
+# Choices are made on these; no student and no probe has been trained on them.
+VALIDATION, TEST = "train/*2.jpg", "test/*"
 LABELLED = {"eurosat": "train/*[01].jpg", "clothing": "train/*"}
 VIEWS = {"eurosat": "--size 64 --grid 8", "clothing": "--size 224 --grid 14"}
 TEACHER_SIZE = {"eurosat": 128, "clothing": 224}
@@ -30,6 +35,10 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "eurosat-fp16": ("eurosat", 1, "--dtype float16", ""),
     "eurosat-blocks": ("eurosat", 1, "--token-layout blocks", ""),
     "clothing-k1": ("clothing", 1, "", ""),
+    "both-k1": ("eurosat", 1, BOTH, ""),
+    "both-k4": ("eurosat", 4, BOTH, "both-k1"),
+    "both-blocks": ("eurosat", 1, f"{BOTH} --token-layout blocks", ""),
+    "both-blocks-k4": ("eurosat", 4, f"{BOTH} --token-layout blocks", "both-blocks"),
 }
 
 TRAINING = (
@@ -48,9 +57,9 @@ RECIPES = ("mae", "mr-mae", "mimic-only", "mimic-masked")
 def arm(name: str, part: str, recipe: str, options: str = "", **others: Any) -> Arm:
     """One student: what is trained on which cache, and how it is probed.
 
-    curve: epochs whose checkpoint is probed by k-NN. source: what is probed instead of a student of its own.
+    curve: epochs whose checkpoint is probed by k-NN. source: what is probed instead of a student of its own. test: keys of the images it is tested on.
     """
-    usual = {"seed": 0, "cache": "eurosat-k1", "epochs": EPOCHS, "curve": (), "probes": ("knn", "linear")}
+    usual = {"seed": 0, "cache": "eurosat-k1", "epochs": EPOCHS, "curve": (), "probes": ("knn", "linear"), "test": TEST}
     return {"name": name, "part": part, "recipe": recipe, "options": options, "source": "", **usual, **others}
 
 
@@ -66,6 +75,54 @@ def part_1(seed: int) -> list[Arm]:
 def finetuned(of: str) -> Arm:
     """A trained student, fine-tuned: nothing is pre-trained again."""
     return arm(f"{of}-finetuned", "1", "", source=f"WORK/{of}", probes=("finetune",))
+
+
+def chosen(name: str, part: str, recipe: str = "mr-mae", options: str = "", **others: Any) -> Arm:
+    """An arm of the parts on two teachers, tested on the validation tiles."""
+    return arm(name, part, recipe, options, **{"cache": "both-k1", "test": VALIDATION, **others})
+
+
+def target(transform: str, teachers: str = "both", seed: int = 0) -> Arm:
+    """`mr-mae` with another target transform, from Galileo, MobileNetV2 or both."""
+    named = "" if teachers == "both" else f"--set terms.mimic.teachers=[{teachers}] "
+    name = f"{teachers}-{transform.replace('+', '-')}-s{seed}"
+    return chosen(name, "targets", options=f"{named}--set terms.mimic.transform={transform}", seed=seed)
+
+
+def decoder(depth: int, kind: str, predicted: int, seed: int = 0) -> Arm:
+    """`mr-mae` on centred targets with another pixel branch: blocks of the decoder, what they attend to, patches of 48 that they predict."""
+    some = "" if predicted == 48 else f" --set mask.n_predict={predicted} --set mask.predict=uniform"
+    options = f"{CENTRED} --set student.decoder.depth={depth} --set student.decoder.kind={kind}{some}"
+    return chosen(f"decoder-{depth}-{kind}-{predicted}-s{seed}", "decoder", options=options, seed=seed)
+
+
+def tested(of: str, part: str) -> Arm:
+    """A student that was chosen on the validation tiles, probed on the test part."""
+    probes = ("knn", "linear", "attentive")
+    return arm(f"{of}-test", part, "", source=f"WORK/{of}", cache="both-k1", probes=probes, seed=int(of[-1]))
+
+
+CENTRED = "--set terms.mimic.transform=position"
+TRANSFORMS = ("none", "channel", "position+ln0", "position+phi_s")
+CHOICES: list[Arm] = [
+    *(target(transform, teachers) for teachers in ("both", "gal", "cnn") for transform in ("ln0", "position")),
+    *(target(transform) for transform in TRANSFORMS),
+    *(target(transform, seed=seed) for seed in (1, 2) for transform in ("ln0", "position")),
+    chosen("mimic-only-ln0", "targets", "mimic-only"),
+    chosen("mimic-only-position", "targets", "mimic-only", CENTRED),
+    *(decoder(*how) for how in ((4, "self", 48), (1, "self", 16), (1, "cross", 16), (2, "self", 16), (4, "cross", 48))),
+    *(target(transform, "gal", seed) for seed in (1, 2) for transform in ("ln0", "position")),
+    *(target(transform, "cnn", seed) for seed in (1, 2) for transform in ("ln0", "position")),
+    *(chosen(f"views-4-{t}", "targets", options=f"--set terms.mimic.transform={t}", cache="both-k4") for t in ("ln0", "position")),
+    *(chosen(f"longer-{t}", "targets", options=f"--set terms.mimic.transform={t}", epochs=2 * EPOCHS) for t in ("ln0", "position")),
+    *(chosen(f"mimic-masked-{t}", "targets", "mimic-masked", f"--set terms.mimic.transform={t}") for t in ("ln0", "position")),
+    *(decoder(*how, seed) for seed in (1, 2) for how in ((4, "self", 48), (1, "self", 16), (1, "cross", 16))),
+    *(chosen(f"blocks-s{seed}", "blocks", options=f"{CENTRED} --set mask.sampler=stored_block", cache="both-blocks", seed=seed) for seed in range(3)),
+    *(chosen(f"blocks-k4-s{seed}", "blocks", options=f"{CENTRED} --set mask.sampler=stored_block", cache="both-blocks-k4", seed=seed) for seed in range(3)),
+    *(target(transform, teachers) for teachers in ("gal", "cnn") for transform in TRANSFORMS),
+    *(decoder(*how) for how in ((8, "self", 48), (2, "self", 48), (4, "self", 16), (2, "cross", 16), (1, "self", 32), (1, "cross", 48))),
+    *(tested(f"both-{t}-s{seed}", "targets") for seed in range(3) for t in ("ln0", "position")),
+]  # fmt: skip
 
 
 # In the order of their worth: whatever has run when time is up can be reported.
@@ -92,6 +149,7 @@ ARMS: list[Arm] = [
     *(arm(f"clothing-{recipe}", "clothing", recipe, cache="clothing-k1", epochs=8) for recipe in RECIPES),
     arm("weight-0.3", "4", "mr-mae", "--set terms.mimic.weight=0.3"),
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
+    *CHOICES,
 ]
 
 
@@ -120,26 +178,17 @@ def probings(arm: Arm) -> Iterator[tuple[int, Sequence[str], list[str]]]:
     data, student = data_of(arm), arm["source"] or f"WORK/{arm['name']}"
     out = f"WORK/{arm['name']}/probes"
     updates = IMAGES[data] // BATCH
+    tests = [] if arm["test"] == TEST else ["--test-include", arm["test"]]
     for epoch in arm["curve"]:
         checkpoint = f"{student}/checkpoints/step-{epoch * updates:09d}.pt"
-        yield epoch, ("knn",), probing(checkpoint, data, out, ("knn",), PROBING)
+        yield epoch, ("knn",), probing(checkpoint, data, out, ("knn",), [*tests, *PROBING.split()])
     settings = FINETUNING if "finetune" in arm["probes"] else PROBING
-    yield arm["epochs"], arm["probes"], probing(student, data, out, arm["probes"], settings)
+    yield arm["epochs"], arm["probes"], probing(student, data, out, arm["probes"], [*tests, *settings.split()])
 
 
-def probing(source: str, data: str, out: str, probes: Sequence[str], settings: str) -> list[str]:
-    chosen = [word for probe in probes for word in ("--probe", probe)]
-    return [
-        "probe-features",
-        source,
-        PHOTOS[data],
-        "--out",
-        out,
-        "--train-include",
-        LABELLED[data],
-        *chosen,
-        *settings.split(),
-    ]
+def probing(source: str, data: str, out: str, probes: Sequence[str], settings: Sequence[str]) -> list[str]:
+    named = [word for probe in probes for word in ("--probe", probe)]
+    return ["probe-features", source, PHOTOS[data], "--out", out, "--train-include", LABELLED[data], *named, *settings]
 
 
 def commands(arm: Arm) -> list[list[str]]:

@@ -183,7 +183,10 @@ def results_of(command: Sequence[str], probes: Sequence[str], places: Mapping[st
 
     words = placed(command, places)
     source, photos, home = words[1], words[2], Path(words[words.index("--out") + 1])
-    data = open_data([photos], home, train_include=[words[words.index("--train-include") + 1]])
+    includes = {
+        option: [words[words.index(option) + 1]] for option in ("--train-include", "--test-include") if option in words
+    }
+    data = open_data([photos], home, **{option[2:].replace("-", "_"): found for option, found in includes.items()})
     truth, found = data.labels(data.test).numpy(), []
     for probe in probes:
         result = newest([r for r in report.all_results(home) if (r["source"], r["probe"]) == (source, probe)], home)
