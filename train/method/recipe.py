@@ -407,8 +407,11 @@ def difference(old: Recipe, new: Recipe) -> list[tuple[str, Any, Any]]:
     return [(name, before.get(name), after.get(name)) for name in names if before.get(name) != after.get(name)]
 
 
+Rule = tuple[str, bool, str]  # field, whether it holds, what was expected
+
+
 def _check(recipe: Recipe, where: str) -> None:
-    for at, good, expected in [*_ranges(recipe), *_term_ranges(recipe)]:
+    for at, good, expected in _rules(recipe):
         if not good:
             value = recipe
             for key in at.split("."):
@@ -416,24 +419,38 @@ def _check(recipe: Recipe, where: str) -> None:
             raise ValueError(f"{where}: {at} is {strict_yaml.shown_value(value)}; {expected}")
 
 
-def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
-    """(field, holds, what was expected), without the terms."""
-    mask, decoder, optim = recipe.mask, recipe.student.decoder, recipe.optim
+def _rules(recipe: Recipe) -> Iterable[Rule]:
+    """Everything that must hold of a recipe, section by section."""
     yield "terms", bool(recipe.terms), "at least one term was expected"
     yield "fit", set(recipe.fit) <= set(FIT), f"some of {', '.join(FIT)} were expected"
     yield "seed", -(2**63) <= recipe.seed < 2**63, "a 64-bit integer was expected"
-    yield "prepare.mean", len(recipe.prepare.mean) == len(recipe.prepare.std) > 0, "as many numbers as in prepare.std"
+    yield from _prepare_rules(recipe.prepare)
+    yield from _nothing_hidden(recipe.mask) if recipe.student.hidden == "none" else _some_hidden(recipe.mask)
+    yield from _pair_rules(recipe)
+    yield from _mask_rules(recipe.mask)
+    yield from _mix_rules(recipe)
+    yield from _student_rules(recipe.student)
+    yield from _prune_rules(recipe)
+    yield from _decoder_rules(recipe.student.decoder) if recipe.student.decoder is not None else ()
+    yield from _box_rules(recipe.student.boxes, recipe.student) if recipe.student.boxes is not None else ()
+    yield from _optim_rules(recipe.optim)
+    for name, term in recipe.terms.items():
+        for rules in (_tap_rules, _position_rules, _target_rules, _distance_rules, _special_rules, _weight_rules):
+            yield from rules(recipe, f"terms.{name}", term)
+        yield from _relation_rules(f"terms.{name}", term) if term.relation else ()
+
+
+def _prepare_rules(prepare: Prepare) -> Iterable[Rule]:
+    yield "prepare.mean", len(prepare.mean) == len(prepare.std) > 0, "as many numbers as in prepare.std"
     for name in ("images", "views"):
-        n = getattr(recipe.prepare, name)
+        n = getattr(prepare, name)
         yield f"prepare.{name}", n is None or n >= 1, "at least 1, or null, was expected"
-    yield (
-        "prepare.columns",
-        len(set(recipe.prepare.columns or ())) == len(recipe.prepare.columns or ()),
-        "no column twice",
-    )
-    yield "prepare.std", all(s > 0 for s in recipe.prepare.std), "numbers above 0 were expected"
-    yield from _nothing_hidden(mask) if recipe.student.hidden == "none" else _some_hidden(mask)
-    yield from _pairs(recipe)
+    columns = prepare.columns or ()
+    yield "prepare.columns", len(set(columns)) == len(columns), "no column twice"
+    yield "prepare.std", all(s > 0 for s in prepare.std), "numbers above 0 were expected"
+
+
+def _mask_rules(mask: MaskRecipe) -> Iterable[Rule]:
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
     yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
     yield "mask.masks_per_image", mask.masks_per_image >= 1, "at least 1 was expected"
@@ -441,90 +458,68 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         fits = mask.sampler != sampler or mask.masks_per_image == many
         yield "mask.masks_per_image", fits, f"{many} was expected with sampler {sampler}"
     whole = (mask.sampler != "disjoint" and mask.cell == 1) or mask.n_keep is None
-    yield (
-        "mask.n_keep",
-        whole,
-        "null was expected with sampler disjoint and in cells: mask.ratio and mask.cell say how many",
-    )
-    in_cells = mask.cell >= 1 and (
-        mask.cell == 1 or mask.sampler == "disjoint" or (mask.sampler == "random" and mask.law == "fixed")
-    )
-    yield "mask.cell", in_cells, "at least 1 was expected, and 1 but for samplers disjoint and random without a law"
+    told = "null was expected with sampler disjoint and in cells: mask.ratio and mask.cell say how many"
+    yield "mask.n_keep", whole, told
+    celled = mask.sampler == "disjoint" or (mask.sampler == "random" and mask.law == "fixed")
+    told = "at least 1 was expected, and 1 but for samplers disjoint and random without a law"
+    yield "mask.cell", mask.cell == 1 or (mask.cell > 1 and celled), told
     yield "mask.group", mask.group >= 2, "at least 2 was expected"
-    mixes = mask.sampler == "mix"
-    plain = (
-        mask.masks_per_image == 1
-        and mask.law == "fixed"
-        and recipe.student.hidden == "drop"
-        and recipe.student.prune is None
-    )
-    yield (
-        "mask.sampler",
-        not mixes or plain,
-        "one mask per image, law fixed and hidden drop were expected with sampler mix",
-    )
-    yield (
-        "mask.n_keep",
-        not mixes or mask.n_keep is None,
-        "null was expected with sampler mix: mask.group says how many",
-    )
-    embeds = mixes or not recipe.student.source_embedding
-    yield "student.source_embedding", embeds, f"false was expected with sampler {mask.sampler}"
     yield "mask.least", 0 <= mask.least < 1, "0 <= ratio < 1 was expected"
     parts = mask.sampler == "crfr_p"
     yield "mask.source", not parts or mask.source.startswith("map:"), "map:NAME was expected with sampler crfr_p"
-    yield (
-        "mask.predict",
-        not parts or mask.predict != "score",
-        "uniform was expected with sampler crfr_p: parts are no scores",
-    )
+    told = "uniform was expected with sampler crfr_p: parts are no scores"
+    yield "mask.predict", not parts or mask.predict != "score", told
     free = mask.law == "fixed" or (mask.n_keep is None and mask.n_predict in (None, 0))
     yield "mask.law", free, "fixed was expected where n_keep or n_predict says how many"
-    yield (
-        "student.fused_blocks",
-        len(set(recipe.student.fused_blocks)) == len(recipe.student.fused_blocks),
-        "no block twice",
-    )
-    yield "student.drop_path", 0 <= recipe.student.drop_path < 1, "0 <= rate < 1 was expected"
-    yield from _prune_ranges(recipe)
-    start = recipe.student.init_values
+
+
+def _mix_rules(recipe: Recipe) -> Iterable[Rule]:
+    mask, student = recipe.mask, recipe.student
+    mixes, one = mask.sampler == "mix", mask.masks_per_image == 1 and mask.law == "fixed"
+    plain = one and student.hidden == "drop" and student.prune is None
+    told = "one mask per image, law fixed and hidden drop were expected with sampler mix"
+    yield "mask.sampler", not mixes or plain, told
+    told = "null was expected with sampler mix: mask.group says how many"
+    yield "mask.n_keep", not mixes or mask.n_keep is None, told
+    embeds = mixes or not student.source_embedding
+    yield "student.source_embedding", embeds, f"false was expected with sampler {mask.sampler}"
+
+
+def _student_rules(student: StudentRecipe) -> Iterable[Rule]:
+    yield "student.fused_blocks", len(set(student.fused_blocks)) == len(student.fused_blocks), "no block twice"
+    yield "student.drop_path", 0 <= student.drop_path < 1, "0 <= rate < 1 was expected"
+    start = student.init_values
     yield "student.init_values", start is None or start > 0, "a number above 0, or null, was expected"
-    if decoder is not None:
-        yield "student.decoder.depth", decoder.depth >= 0, "at least 0 was expected"
-        yield (
-            "student.decoder.width",
-            decoder.width > 0 and decoder.width % 4 == 0,
-            "a positive multiple of 4 was expected",
-        )
-        divides = decoder.heads > 0 and decoder.width % decoder.heads == 0
-        yield "student.decoder.heads", divides, f"a divisor of the decoder's width {decoder.width} was expected"
-        yield "student.decoder.mlp_ratio", decoder.mlp_ratio > 0, "a number above 0 was expected"
-        mixes = not decoder.weighted or decoder.kind == "cross"
-        behind = decoder.behind == 0 or (decoder.behind > 0 and decoder.kind == "regressor")
-        yield "student.decoder.behind", behind, "0 was expected, or with decoder regressor a number of blocks"
-        yield "student.decoder.weighted", mixes, f"false was expected with decoder {decoder.kind}"
-        yield "student.decoder.blocks", len(set(decoder.blocks)) == len(decoder.blocks), "no block twice"
-    if (boxes := recipe.student.boxes) is not None:
-        yield "student.prune", recipe.student.prune is None, "null was expected with student.boxes"
-        yield (
-            "student.hidden",
-            recipe.student.hidden == "none",
-            "none was expected with student.boxes: boxes lie anywhere in the grid",
-        )
-        for name in ("most", "cells", "hide", "width", "heads", "depth", "behind"):
-            yield f"student.boxes.{name}", getattr(boxes, name) >= 1, "at least 1 was expected"
-        yield (
-            "student.boxes.hide",
-            boxes.hide < boxes.cells**2,
-            f"less than the {boxes.cells**2} cells of a box were expected",
-        )
-        yield (
-            "student.boxes.width",
-            boxes.width % boxes.heads == 0,
-            f"a multiple of its {boxes.heads} heads was expected",
-        )
-        whole = all(side >= boxes.cells and side % boxes.cells == 0 for side in boxes.crop)
-        yield "student.boxes.crop", whole, f"multiples of its {boxes.cells} cells were expected"
+
+
+def _decoder_rules(decoder: DecoderRecipe) -> Iterable[Rule]:
+    at = "student.decoder"
+    yield f"{at}.depth", decoder.depth >= 0, "at least 0 was expected"
+    yield f"{at}.width", decoder.width > 0 and decoder.width % 4 == 0, "a positive multiple of 4 was expected"
+    divides = decoder.heads > 0 and decoder.width % decoder.heads == 0
+    yield f"{at}.heads", divides, f"a divisor of the decoder's width {decoder.width} was expected"
+    yield f"{at}.mlp_ratio", decoder.mlp_ratio > 0, "a number above 0 was expected"
+    behind = decoder.behind == 0 or (decoder.behind > 0 and decoder.kind == "regressor")
+    yield f"{at}.behind", behind, "0 was expected, or with decoder regressor a number of blocks"
+    sums = not decoder.weighted or decoder.kind == "cross"
+    yield f"{at}.weighted", sums, f"false was expected with decoder {decoder.kind}"
+    yield f"{at}.blocks", len(set(decoder.blocks)) == len(decoder.blocks), "no block twice"
+
+
+def _box_rules(boxes: BoxRecipe, student: StudentRecipe) -> Iterable[Rule]:
+    at = "student.boxes"
+    yield "student.prune", student.prune is None, f"null was expected with {at}"
+    told = f"none was expected with {at}: boxes lie anywhere in the grid"
+    yield "student.hidden", student.hidden == "none", told
+    for name in ("most", "cells", "hide", "width", "heads", "depth", "behind"):
+        yield f"{at}.{name}", getattr(boxes, name) >= 1, "at least 1 was expected"
+    yield f"{at}.hide", boxes.hide < boxes.cells**2, f"less than the {boxes.cells**2} cells of a box were expected"
+    yield f"{at}.width", boxes.width % boxes.heads == 0, f"a multiple of its {boxes.heads} heads was expected"
+    whole = all(side >= boxes.cells and side % boxes.cells == 0 for side in boxes.crop)
+    yield f"{at}.crop", whole, f"multiples of its {boxes.cells} cells were expected"
+
+
+def _optim_rules(optim: Optim) -> Iterable[Rule]:
     for name in ("lr_per_256", "min_lr", "weight_decay", "warmup_epochs"):
         yield f"optim.{name}", getattr(optim, name) >= 0, "at least 0 was expected"
     yield "optim.betas", all(0 <= beta < 1 for beta in optim.betas), "two numbers in [0, 1) were expected"
@@ -535,7 +530,7 @@ def _ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
 
 
-def _pairs(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+def _pair_rules(recipe: Recipe) -> Iterable[Rule]:
     pair, decoder = recipe.prepare.pair, recipe.student.decoder
     alone = "true was expected, for "
     yield "prepare.pair", pair or recipe.mask.sampler != "pair_disjoint", f"{alone}mask.sampler pair_disjoint"
@@ -551,14 +546,11 @@ def _pairs(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
         fits = term.of == "same" or term.target in ("teachers", "ema")
         yield f"{at}.of", fits, f"same was expected with target {term.target}"
         placed = term.of == "other" and not set(term.positions.split("+")) <= {"cls", "pooled"}
-        yield (
-            f"{at}.positions",
-            not placed,
-            "cls or pooled was expected with of other: places of two views are not the same",
-        )
+        told = "cls or pooled was expected with of other: places of two views are not the same"
+        yield f"{at}.positions", not placed, told
 
 
-def _prune_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
+def _prune_rules(recipe: Recipe) -> Iterable[Rule]:
     student, prune = recipe.student, recipe.student.prune
     if prune is None:
         return
@@ -571,149 +563,121 @@ def _prune_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
     for name, term in recipe.terms.items():
         single = bool(re.fullmatch(r"final|(block|qkv)\d+", term.tap))
         yield f"terms.{name}.tap", single, "final, block<i> or qkv<i> was expected with student.prune"
-        yield (
-            f"terms.{name}.target",
-            term.target not in ("self", "ema"),
-            "another target was expected with student.prune",
-        )
+        others = term.target not in ("self", "ema")
+        yield f"terms.{name}.target", others, "another target was expected with student.prune"
 
 
-def _some_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:
+def _some_hidden(mask: MaskRecipe) -> Iterable[Rule]:
     yield "mask.ratio", 0 < mask.ratio < 1, "0 < ratio < 1 was expected (0 with student.hidden none)"
 
 
-def _nothing_hidden(mask: MaskRecipe) -> Iterable[tuple[str, bool, str]]:
+def _nothing_hidden(mask: MaskRecipe) -> Iterable[Rule]:
     for name in ("ratio", "sampler", "n_keep", "n_predict", "law", "masks_per_image"):
         whole = 0 if name == "ratio" else getattr(MaskRecipe(), name)
         expected = f"{strict_yaml.shown_value(whole)} was expected with student.hidden none"
         yield f"mask.{name}", getattr(mask, name) == whole, expected
 
 
-def _term_ranges(recipe: Recipe) -> Iterable[tuple[str, bool, str]]:
-    for name, term in recipe.terms.items():
-        at, given, decoded = (
-            f"terms.{name}",
-            term.target != "teachers",
-            term.decoded,
-        )
-        labels = term.target == "labels"
-        is_tap = all(tap in ("decoder", "decoded", "boxes", "mto") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
-        yield (
-            f"{at}.tap",
-            is_tap,
-            "final, block<i>, placed<i>, mix<i>, qkv<i>, mean_ln, learned, decoder or decoded was expected, or two joined by +",
-        )
-        yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
-        yield (
-            f"{at}.tap",
-            not decoded or recipe.student.decoder is not None,
-            "student.decoder is null; give one, or another tap",
-        )
-        deep = recipe.student.decoder is not None and recipe.student.decoder.behind > 0
-        yield (
-            f"{at}.tap",
-            "decoded" not in term.taps or deep,
-            "decoded is behind student.decoder.behind blocks; give some, or another tap",
-        )
-        asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student)
-        known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
-        yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
-        told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
-        yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
-        yield (
-            f"{at}.positions",
-            not given or labels or term.target == "ema" or not term.at("cls", "pooled"),
-            f"patches were expected with target {term.target}",
-        )
-        of_image = not labels or set(asked) <= {"cls", "pooled"}
-        yield f"{at}.positions", of_image, "cls or pooled was expected with target labels"
-        yield f"{at}.teachers", not (given and term.teachers), f"none was expected with target {term.target}"
-        yield f"{at}.teacher_tap", not (given and term.teacher_tap), f"null was expected with target {term.target}"
-        yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
-        transforms = {
-            "pixels": ("none", "norm_pix", "norm_pix_biased"),
-            "hog": ("none",),
-            "labels": ("none",),
-            "map": ("none",),
-            "boxes": ("none",),
-            "sources": ("none",),
-            "none": ("none",),
-            "self": ("none", "ln0", "l2"),
-            "ema": ("none", "ln0", "l2"),
-        }
-        fits = term.transform in transforms[term.target] if given else "norm_pix" not in term.transform
-        names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
-        yield (
-            f"{at}.transform",
-            fits,
-            f"pixels: none, norm_pix or norm_pix_biased; hog, labels, map, boxes, sources: none; self and ema: none, ln0 or l2; teachers: {names}",
-        )
-        hidden = term.target != "self" or term.positions == "predicted"
-        yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
-        told = "cls, pooled, visible, predicted or all was expected with target ema"
-        yield f"{at}.positions", term.target != "ema" or not term.at("alive"), told
-        on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
-        yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
-        of_pixels = term.distance in ("mse", "l1") if term.target == "pixels" else term.distance != "l1"
-        yield f"{at}.distance", of_pixels, "mse or l1 was expected with target pixels, and l1 with nothing else"
-        squared = term.target != "boxes" or term.distance == "mse"
-        yield f"{at}.distance", squared, "mse was expected with target boxes"
-        there = (term.tap == "boxes") == (term.target == "boxes")
-        yield f"{at}.tap", there, "tap and target boxes were expected together"
-        built = term.tap != "boxes" or recipe.student.boxes is not None
-        yield f"{at}.tap", built, "student.boxes is null; give one, as in --set student.boxes.most=8, or another tap"
-        alone = (term.tap == "mto") == (term.target == "none") and (
-            term.tap != "mto" or (term.positions, term.head) == ("alive", "none")
-        )
-        yield f"{at}.tap", alone, "tap mto, positions alive, head none and target none were expected together"
-        host = recipe.student.hidden == "replace" or (
-            recipe.student.decoder is not None and recipe.student.decoder.kind == "self"
-        )
-        yield (
-            f"{at}.tap",
-            host or term.tap != "mto",
-            "a decoder of kind self, or student.hidden replace, was expected with tap mto",
-        )
-        mixes = term.target != "sources" or (recipe.mask.sampler == "mix" and term.positions == "visible")
-        yield f"{at}.target", mixes, "sampler mix and positions visible were expected with target sources"
-        contrast = (term.target == "sources") == (term.distance == "supcon")
-        yield f"{at}.distance", contrast, "target sources and distance supcon were expected together"
-        of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {term.target}"
-        ids = term.target == "map"
-        yield f"{at}.distance", ids or labels == (term.distance in OF_LABELS), of
-        yield f"{at}.distance", not ids or term.distance == "ce", "ce was expected with target map"
-        yield f"{at}.map", ids == (term.map is not None), "the name of a map was expected with target map, else null"
-        enough = term.classes is not None and 2 <= term.classes <= 2**16
-        yield (
-            f"{at}.classes",
-            enough if ids else term.classes is None,
-            "2 to 65536 was expected with target map, else null",
-        )
-        yield from _relation_ranges(name, term) if term.relation else ()
-        yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
-        yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
-        parts = recipe.mask.sampler == "crfr_p"
-        yield f"{at}.focus", not (term.focus and parts), "false was expected with sampler crfr_p: parts are no scores"
-        other = recipe.terms.get(term.head_of or name)
-        shared = other is not None and (term.head_of is None or other.head_of is None)
-        yield (
-            f"{at}.head_of",
-            shared,
-            f"null, or a term with a head of its own, was expected: one of {', '.join(recipe.terms)}",
-        )
-        alike = ("tap", "head", "target", "teachers", "teacher_tap")
-        same = other is None or all(getattr(term, key) == getattr(other, key) for key in alike)
-        yield f"{at}.head_of", same, f"a term with the same {', '.join(alike)} was expected"
-        yield (
-            f"{at}.weighted",
-            not term.weighted or term.positions == "predicted",
-            "positions predicted was expected with it",
-        )
+def _tap_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    """Whether what it reads is there."""
+    decoder = recipe.student.decoder
+    is_tap = all(tap in ("decoder", "decoded", "boxes", "mto") or ENCODER_TAP.fullmatch(tap) for tap in term.taps)
+    told = "final, block<i>, placed<i>, mix<i>, qkv<i>, mean_ln, learned, decoder or decoded was expected, or two joined by +"
+    yield f"{at}.tap", is_tap, told
+    yield f"{at}.tap", len(set(term.taps)) == len(term.taps), "no tap twice"
+    there = not term.decoded or decoder is not None
+    yield f"{at}.tap", there, "student.decoder is null; give one, or another tap"
+    deep = "decoded" not in term.taps or (decoder is not None and decoder.behind > 0)
+    yield f"{at}.tap", deep, "decoded is behind student.decoder.behind blocks; give some, or another tap"
 
 
-def _relation_ranges(name: str, term: TermRecipe) -> Iterable[tuple[str, bool, str]]:
+def _position_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    asked, held = term.positions.split("+"), held_positions(term.taps, recipe.student)
+    known = set(asked) <= set(POSITIONS) and len(set(asked)) == len(asked)
+    yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
+    told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
+    yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
+    of_patches = term.target in ("teachers", "labels", "ema") or not term.at("cls", "pooled")
+    yield f"{at}.positions", of_patches, f"patches were expected with target {term.target}"
+    of_image = term.target != "labels" or set(asked) <= {"cls", "pooled"}
+    yield f"{at}.positions", of_image, "cls or pooled was expected with target labels"
+    hidden = term.target != "self" or term.positions == "predicted"
+    yield f"{at}.positions", hidden, f"predicted was expected with target {term.target}"
+    told = "cls, pooled, visible, predicted or all was expected with target ema"
+    yield f"{at}.positions", term.target != "ema" or not term.at("alive"), told
+
+
+def _target_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    given, on_ids = term.target != "teachers", term.target == "map"
+    yield f"{at}.teachers", not (given and term.teachers), f"none was expected with target {term.target}"
+    yield f"{at}.teacher_tap", not (given and term.teacher_tap), f"null was expected with target {term.target}"
+    yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
+    transforms = {
+        "pixels": ("none", "norm_pix", "norm_pix_biased"),
+        "self": ("none", "ln0", "l2"),
+        "ema": ("none", "ln0", "l2"),
+    }
+    fits = term.transform in transforms.get(term.target, ("none",)) if given else "norm_pix" not in term.transform
+    names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
+    told = "pixels: none, norm_pix or norm_pix_biased; hog, labels, map, boxes, sources: none; self and ema: none, ln0 or l2"
+    yield f"{at}.transform", fits, f"{told}; teachers: {names}"
+    on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
+    yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
+    yield f"{at}.map", on_ids == (term.map is not None), "the name of a map was expected with target map, else null"
+    enough = term.classes is not None and 2 <= term.classes <= 2**16
+    told = "2 to 65536 was expected with target map, else null"
+    yield f"{at}.classes", enough if on_ids else term.classes is None, told
+
+
+def _distance_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    target, distance = term.target, term.distance
+    of_pixels = distance in ("mse", "l1") if target == "pixels" else distance != "l1"
+    yield f"{at}.distance", of_pixels, "mse or l1 was expected with target pixels, and l1 with nothing else"
+    yield f"{at}.distance", target != "boxes" or distance == "mse", "mse was expected with target boxes"
+    contrast = (target == "sources") == (distance == "supcon")
+    yield f"{at}.distance", contrast, "target sources and distance supcon were expected together"
+    labels, ids = target == "labels", target == "map"
+    of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {target}"
+    yield f"{at}.distance", ids or labels == (distance in OF_LABELS), of
+    yield f"{at}.distance", not ids or distance == "ce", "ce was expected with target map"
+
+
+def _special_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    """Of the taps and targets that only go together: boxes, mto, sources."""
+    student, tap = recipe.student, term.tap
+    yield f"{at}.tap", (tap == "boxes") == (term.target == "boxes"), "tap and target boxes were expected together"
+    built = tap != "boxes" or student.boxes is not None
+    yield f"{at}.tap", built, "student.boxes is null; give one, as in --set student.boxes.most=8, or another tap"
+    alone = (tap == "mto") == (term.target == "none")
+    alone &= tap != "mto" or (term.positions, term.head) == ("alive", "none")
+    yield f"{at}.tap", alone, "tap mto, positions alive, head none and target none were expected together"
+    has_mask_tokens = student.hidden == "replace" or (student.decoder is not None and student.decoder.kind == "self")
+    told = "a decoder of kind self, or student.hidden replace, was expected with tap mto"
+    yield f"{at}.tap", has_mask_tokens or tap != "mto", told
+    mixes = term.target != "sources" or (recipe.mask.sampler == "mix" and term.positions == "visible")
+    yield f"{at}.target", mixes, "sampler mix and positions visible were expected with target sources"
+
+
+def _weight_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
+    """Of weights, and of heads that terms share."""
+    yield f"{at}.weight", term.weight >= 0, "at least 0 was expected"
+    yield f"{at}.focus", not term.focus or term.positions == "visible", "positions visible was expected with it"
+    parts = recipe.mask.sampler == "crfr_p"
+    yield f"{at}.focus", not (term.focus and parts), "false was expected with sampler crfr_p: parts are no scores"
+    other = recipe.terms.get(term.head_of) if term.head_of is not None else term
+    shared = other is not None and (term.head_of is None or other.head_of is None)
+    told = f"null, or a term with a head of its own, was expected: one of {', '.join(recipe.terms)}"
+    yield f"{at}.head_of", shared, told
+    alike = ("tap", "head", "target", "teachers", "teacher_tap")
+    same = other is None or all(getattr(term, key) == getattr(other, key) for key in alike)
+    yield f"{at}.head_of", same, f"a term with the same {', '.join(alike)} was expected"
+    hidden = not term.weighted or term.positions == "predicted"
+    yield f"{at}.weighted", hidden, "positions predicted was expected with it"
+
+
+def _relation_rules(at: str, term: TermRecipe) -> Iterable[Rule]:
     """The same of a term that compares relations among tokens."""
-    at, said = f"terms.{name}", f"with distance {term.distance}"
+    said = f"with distance {term.distance}"
     yield f"{at}.tap", bool(re.fullmatch(r"qkv\d+", term.tap)), f"qkv<i> was expected {said}"
     yield f"{at}.target", term.target == "teachers", f"teachers was expected {said}"
     given = bool(re.fullmatch(r"qkv_\d+", term.teacher_tap or ""))
