@@ -45,7 +45,7 @@ def online_run(run: Run, teachers: list[Teacher]) -> Run:
     info = online_info(run.info, named)
     needed = needed_arrays(run.recipe, info)
     model, o = build_model(run.recipe, info).to(run.device), run.recipe.optim
-    optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay)
+    optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay, name=o.name)
     chosen = only_needed(named, needed)
     return replace(run, info=info, needed=needed, model=model, optimizer=optimizer, online=chosen)
 
@@ -53,7 +53,7 @@ def online_run(run: Run, teachers: list[Teacher]) -> Run:
 def with_kernels(run: Run, kernels: str) -> Run:
     """The same run with its stages forced to "triton" or "torch"."""
     model, o = build_model(run.recipe, run.info, kernels=kernels).to(run.device), run.recipe.optim
-    optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay)
+    optimizer = optim.build_optimizer(model, betas=o.betas, decay=o.weight_decay, name=o.name)
     return replace(run, model=model, optimizer=optimizer)
 
 

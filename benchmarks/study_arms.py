@@ -102,6 +102,12 @@ def tested(of: str, part: str) -> Arm:
     return arm(f"{of}-test", part, "", source=f"WORK/{of}", cache="both-k1", probes=probes, seed=int(of[-1]))
 
 
+def optimiser(name: str, blr: str, seed: int = 0) -> Arm:
+    """`mr-mae` on centred targets with another optimiser, or AdamW at another rate than the study's."""
+    options = f"{CENTRED} --set optim.name={name} --blr {blr}"
+    return chosen(f"{name}-{blr}-s{seed}", "optimiser", options=options, seed=seed)
+
+
 CENTRED = "--set terms.mimic.transform=position"
 TRANSFORMS = ("none", "channel", "position+ln0", "position+phi_s")
 CHOICES: list[Arm] = [
@@ -121,6 +127,8 @@ CHOICES: list[Arm] = [
     *(chosen(f"blocks-k4-s{seed}", "blocks", options=f"{CENTRED} --set mask.sampler=stored_block", cache="both-blocks-k4", seed=seed) for seed in range(3)),
     *(target(transform, teachers) for teachers in ("gal", "cnn") for transform in TRANSFORMS),
     *(decoder(*how) for how in ((8, "self", 48), (2, "self", 48), (4, "self", 16), (2, "cross", 16), (1, "self", 32), (1, "cross", 48))),
+    *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
+    *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(tested(f"both-{t}-s{seed}", "targets") for seed in range(3) for t in ("ln0", "position")),
 ]  # fmt: skip
 

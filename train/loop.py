@@ -175,7 +175,7 @@ def run_epochs(run: Run, loop: Loop, forward: Callable[..., Any]) -> None:
 
 
 def step(run: Run, loop: Loop, forward: Callable[..., Any]) -> Tensor:
-    """One update: forward and backward over its micro-batches, then AdamW. Nothing waits for the device.
+    """One update: forward and backward over its micro-batches, then the optimiser's. Nothing waits for the device.
 
     Returns the vector [loss, terms.., gradient norm, skipped, skipped in a row] on the device.
     """

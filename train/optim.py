@@ -1,4 +1,4 @@
-"""Learning rate, parameter groups, and one AdamW step that skips itself when a gradient is not finite.
+"""Learning rate, parameter groups, and one step of AdamW, or of Muon beside it, that skips itself when a gradient is not finite.
 
 MAE's optimiser (arXiv 2111.06377, appendix A.1) with the guard of a long bf16 run: whether a step is finite is decided and
 acted upon on the device, so nothing waits for the host.
@@ -6,6 +6,7 @@ acted upon on the device, so nothing waits for the host.
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,12 +56,50 @@ def parameter_groups(model: nn.Module, *, decay: float) -> list[dict[str, object
     return [{"params": decayed, "weight_decay": decay}, {"params": kept, "weight_decay": 0.0}]
 
 
-def build_optimizer(model: nn.Module, *, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, fused: it is the variant that can skip a step without asking the host."""
+class MuonAndAdamW:
+    """torch's Muon for the matrices of blocks, AdamW for every other parameter, as one optimiser.
+
+    Both take the same learning rate and decay: Muon's updates are scaled to the size that AdamW's have (arXiv 2502.16982, section 2.2). Heads
+    and embeddings are AdamW's, as the method's author advises.
+    """
+
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float], decay: float) -> None:
+        wide = {id(p) for name, p in model.named_parameters() if p.ndim == 2 and "blocks." in name}
+        groups: list[dict[str, Any]] = parameter_groups(model, decay=decay)
+        matrices = [p for p in groups[0]["params"] if id(p) in wide]
+        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in wide]
+        self.muon = torch.optim.Muon(matrices, lr=0.0, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        self.adamw = torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+        for matrix in matrices:  # else made by the first step, which may be skipped
+            self.muon.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [*self.muon.param_groups, *self.adamw.param_groups]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.muon.zero_grad(set_to_none)
+        self.adamw.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.muon.load_state_dict(state["muon"])
+        self.adamw.load_state_dict(state["adamw"])
+
+
+Optimizer = torch.optim.AdamW | MuonAndAdamW
+
+
+def build_optimizer(model: nn.Module, *, betas: tuple[float, float], decay: float, name: str = "adamw") -> Optimizer:
+    """`adamw` over `parameter_groups`, fused: it is the variant that can skip a step without asking the host; or `muon` beside it."""
+    if name == "muon":
+        return MuonAndAdamW(model, betas=betas, decay=decay)
     return torch.optim.AdamW(parameter_groups(model, decay=decay), lr=0.0, betas=betas, fused=True)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def set_lr(optimizer: Optimizer | torch.optim.Optimizer, lr: float) -> None:
     """Give every group the learning rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
@@ -77,16 +116,23 @@ def clip_gradients(parameters: Iterable[Tensor], norm: Tensor, most: float | Non
         torch.nn.utils.clip_grads_with_norm_(parameters, most, norm, foreach=True)
 
 
-def guarded_step(optimizer: torch.optim.AdamW, norm: Tensor) -> Tensor:
+@torch.no_grad()
+def guarded_step(optimizer: Optimizer, norm: Tensor) -> Tensor:
     """Update, unless `norm` is not finite: then weights, moments and step counts stay as they are.
 
     Returns 1.0 on the device where the update was skipped, else 0.0. All ranks of a data-parallel run hold the same
     reduced gradients, hence the same norm, and decide alike.
     """
     skipped = (~torch.isfinite(norm)).to(torch.float32)
+    adamw = optimizer.adamw if isinstance(optimizer, MuonAndAdamW) else optimizer
     # The fused step reads this attribute on the device; torch.amp.GradScaler uses the same road.
-    optimizer.found_inf = skipped  # type: ignore[attr-defined]
-    optimizer.step()
+    adamw.found_inf = skipped  # type: ignore[attr-defined]
+    adamw.step()
+    if isinstance(optimizer, MuonAndAdamW):  # it has no such road
+        touched = [x for matrix, slot in optimizer.muon.state.items() for x in (matrix, slot["momentum_buffer"])]
+        before = [x.clone() for x in touched]
+        optimizer.muon.step()  # type: ignore[no-untyped-call]
+        keep_where(skipped, touched, before)
     return skipped
 
 

@@ -61,7 +61,7 @@ class Run:
     needed: dict[str, set[str]]
     online: dict[str, Teacher]
     model: Pretrainer
-    optimizer: torch.optim.AdamW
+    optimizer: optim.Optimizer
     share: Share
     ranks: Ranks
     device: torch.device
@@ -155,7 +155,9 @@ def build_run(
         needed=needed,
         online=online.only_needed(teachers, needed),
         model=model,
-        optimizer=optim.build_optimizer(model, betas=recipe.optim.betas, decay=recipe.optim.weight_decay),
+        optimizer=optim.build_optimizer(
+            model, betas=recipe.optim.betas, decay=recipe.optim.weight_decay, name=recipe.optim.name
+        ),
         share=share,
         ranks=ranks,
         device=where,

@@ -72,7 +72,13 @@ def _state(out: Path) -> checkpoint.State:
 
 def _assert_same_bits(out: Path, other: Path) -> None:
     def tensors(state: checkpoint.State) -> dict[str, Tensor]:
-        moments = {f"{i}.{k}": v for i, slot in state["optimizer"]["state"].items() for k, v in slot.items()}
+        parts = {"": state["optimizer"]} if "state" in state["optimizer"] else state["optimizer"]
+        moments = {
+            f"{name}{i}.{k}": v
+            for name, part in parts.items()
+            for i, slot in part["state"].items()
+            for k, v in slot.items()
+        }
         return {**state["model"], **moments}
 
     one, two = _state(out), _state(other)
@@ -145,6 +151,20 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(tiny_cache: Path, t
     assert _state(tmp_path / "out")["step"] == 8  # neither an epoch's end nor the update before the kill
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
     _assert_same_bits(tmp_path / "out", whole)
+
+
+def test_muon_stopped_in_mid_epoch_and_resumed_gives_the_same_bits(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = quick("mr-mae", "optim.name=muon", "optim.epochs=2")
+    _train(tiny_cache, tmp_path / "whole", recipe)
+    with monkeypatch.context() as context:
+        _raise_signal_at(8, "SIGTERM", context)
+        assert not _train(tiny_cache, tmp_path / "out", recipe)["finished"]
+    assert _train(tiny_cache, tmp_path / "out", recipe)["finished"]
+    _assert_same_bits(tmp_path / "out", tmp_path / "whole")
+    first, last = _epoch_losses(tmp_path / "whole")
+    assert all(last[2][name] < loss for name, loss in first[2].items())
 
 
 def test_a_cache_of_tars_trains_to_the_same_bits(make_cache: Callable[..., Path], tmp_path: Path, whole: Path) -> None:

@@ -259,8 +259,9 @@ class TermRecipe:
 
 @dataclass(frozen=True)
 class Optim:
-    """AdamW; the peak learning rate is `lr_per_256 * batch_size / 256 * lr_scale`. batch_size: images per update, over all ranks.
+    """The peak learning rate is `lr_per_256 * batch_size / 256 * lr_scale`. batch_size: images per update, over all ranks.
 
+    name: AdamW, or Muon (arXiv 2502.16982) for the matrices of blocks beside AdamW for the rest.
     lr_rule: `sqrt` takes the root of `batch_size / 256` instead. ema: the momentum of the copy that terms with target `ema` predict, at the first update
     and at the end, along half a cosine.
     clip_norm: gradients of a larger norm, all of them together, are scaled to it; null: none are.
@@ -278,6 +279,7 @@ class Optim:
     clip_norm: float | None = None
     lr_rule: Literal["linear", "sqrt"] = "linear"
     ema: tuple[float, float] = (0.996, 1.0)
+    name: Literal["adamw", "muon"] = "adamw"
 
 
 @dataclass(frozen=True)
