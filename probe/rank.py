@@ -14,12 +14,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from mrmae.common.files import publish
+from mrmae.common.spectrum import RESOLVED, entropy_rank, singular_values
 from mrmae.probe import report
 from mrmae.probe.job import Outcome, Probing, evenly
 from mrmae.probe.pools import pools
 
 PAIR_ROWS = 1024  # per chunk of similarities
-RESOLVED = torch.finfo(torch.float32).eps
 
 
 def run_rank(job: Probing, name: str) -> Outcome:
@@ -46,22 +46,6 @@ def run_rank(job: Probing, name: str) -> Outcome:
     )
     return {"measures": rows, "told": told, "notes": notes, "pictures": [str(picture)], "headline": told[0], "accuracy": None,
             "interval": None}, None  # fmt: skip
-
-
-def singular_values(x: Float[Tensor, "n d"], *, floor: float = 0.0) -> Float[Tensor, "k"]:
-    """In falling order, fp64; 0 where they are below `floor`, or below what fp32 features resolve of the largest."""
-    found: Tensor = torch.linalg.svdvals(torch.linalg.qr(x.double(), mode="r").R)
-    return torch.where(found > max(floor, RESOLVED * float(found[0])), found, 0.0)
-
-
-def entropy_rank(spectrum: Float[Tensor, "k"]) -> float:
-    """exp of the entropy of the singular values divided by their sum; 0 where all are 0.
-
-    The effective rank of Roy and Vetterli (EUSIPCO 2007), which is RankMe (arXiv 2210.02885, equation 1) of features as they are;
-    there 1e-7 is added to every share, here 0 log 0 = 0.
-    """
-    shares = spectrum[spectrum > 0] / spectrum.sum()
-    return float(torch.special.entr(shares).sum().exp()) if len(shares) else 0.0
 
 
 def uniformity(x: Float[Tensor, "n d"]) -> float:

@@ -166,18 +166,18 @@ def labelled(cache: Cache, numbers: Numbers) -> Numbers:
     return np.array([number for number in numbers if cache.labels[number] is not None], np.int64)
 
 
-def check_knn(cache: Cache, numbers: Numbers, held_out: Numbers) -> None:
-    """Raise ValueError where k-NN accuracy cannot be measured: no images held out, or no labels."""
+def without_knn(cache: Cache, numbers: Numbers, held_out: Numbers) -> list[str]:
+    """Why --probe-every cannot tell k-NN accuracy, which needs labels of images held out and of others; nothing where it can."""
     if not len(held_out):
-        raise ValueError(
-            "--knn-every: needs images that are not trained on; --hold-out was expected; give --hold-out 0.01"
-        )
+        return [
+            "--probe-every: RankMe alone, no images are held out; --hold-out 0.01 adds k-NN accuracy where there are labels"
+        ]
     known = [len(labelled(cache, part)) for part in (numbers, held_out)]
-    if not all(known):
-        raise ValueError(
-            f"--knn-every: {cache.path} has labels for {known[0]} images to train on and for {known[1]} held out; some of each"
-            " were expected; leave --knn-every out"
-        )
+    if all(known):
+        return []
+    return [
+        f"--probe-every: RankMe alone, the cache has labels for {known[0]} images to train on and for {known[1]} held out"
+    ]
 
 
 def numbers_of_epoch(cache: Cache, numbers: Numbers, *, seed: int, epoch: int) -> Numbers:

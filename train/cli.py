@@ -128,10 +128,10 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     help="Share of the images, by hash of their keys, that is not trained on; its loss is logged every epoch.",
 )
 @click.option(
-    "--knn-every",
+    "--probe-every",
     type=click.IntRange(0),
     default=0,
-    help="Epochs per k-NN accuracy of the images held out, 0 for none.",
+    help="Epochs per RankMe of the student's features and, of labelled images held out, k-NN accuracy; 0 for none.",
 )
 @click.option(
     "--allow-partial", is_flag=True, help="Train on what is committed of an unfinished cache (said aloud, recorded)."

@@ -1,16 +1,18 @@
-"""How a student does on images it is not trained on: their loss every epoch, and k-NN accuracy where they have labels.
+"""How a student does on images it is not trained on, and how many directions it uses: losses, k-NN accuracy, RankMe.
 
 Views and masks are those of epoch 0 every time, so one epoch's number can be held against another's. The model is in evaluation
 mode (no drop path), and nothing of training changes.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from mrmae.common.knn import knn_predict
+from mrmae.common.spectrum import entropy_rank, singular_values
 from mrmae.shards.format import Numbers
 from mrmae.train import batches
 from mrmae.train.batches import Loaded
@@ -59,32 +61,36 @@ def loaded_in_turn(run: Run, chunks: list[Numbers], *, features: bool) -> Iterat
         yield from feed
 
 
-def knn_accuracy(run: Run) -> float:
-    """Share of held-out images whose label their nearest training images name: cosine, weighted votes.
+def probe_student(run: Run) -> dict[str, Any]:
+    """RankMe of the student's features of images trained on and, with labels on both sides, k-NN accuracy of those held out.
 
-    Features: the mean of the student's patch tokens of the whole stored view, without any training on labels.
+    Features: the mean of the student's patch tokens of the whole stored view, without any training on labels. `rank` and `knn`
+    say what the two numbers are of.
     """
     bank, queries = bank_and_queries(run)
+    features = image_features(run, bank)
+    found: dict[str, Any] = {
+        "rankme": entropy_rank(singular_values(features)),
+        "rank": {"images": len(bank), "channels": features.shape[1]},
+    }
+    if not len(queries):
+        return found
     names = sorted({str(run.cache.labels[number]) for number in [*bank, *queries]})
     labels = {name: i for i, name in enumerate(names)}
     truth = [torch.tensor([labels[str(run.cache.labels[n])] for n in numbers]) for numbers in (bank, queries)]
-    k, features = knn_setting(run)["k"], image_features(run, bank)
-    told = knn_predict(
-        features, truth[0], image_features(run, queries), ks=[k], temperature=TEMPERATURE, n_classes=len(names)
-    )
-    return float((told[k] == truth[1]).double().mean())
+    k, asked = min(NEIGHBOURS, len(bank)), image_features(run, queries)
+    told = knn_predict(features, truth[0], asked, ks=[k], temperature=TEMPERATURE, n_classes=len(names))[k]
+    of = {"k": k, "bank": len(bank), "queries": len(queries)}
+    return found | {"knn_top1": float((told == truth[1]).double().mean()), "knn": of}
 
 
 def bank_and_queries(run: Run) -> tuple[Numbers, Numbers]:
-    """The labelled images whose neighbours vote, from those trained on, and those asked about, from those held out."""
+    """The labelled images whose neighbours vote, from those trained on, and those asked about, from those held out.
+
+    Without labels on either side: any images trained on, and none asked about.
+    """
     bank, queries = (batches.labelled(run.cache, numbers) for numbers in (run.numbers, run.held_out))
-    return bank[:BANK], queries[:QUERIES]
-
-
-def knn_setting(run: Run) -> dict[str, int]:
-    """What `knn_accuracy` is of: k, and how many images vote and are asked about."""
-    bank, queries = bank_and_queries(run)
-    return {"k": min(NEIGHBOURS, len(bank)), "bank": len(bank), "queries": len(queries)}
+    return (bank[:BANK], queries[:QUERIES]) if len(bank) and len(queries) else (run.numbers[:BANK], queries[:0])
 
 
 @torch.no_grad()

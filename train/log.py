@@ -94,16 +94,17 @@ def progress_line(row: Mapping[str, Any]) -> str:
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
-    """One readable line of an epoch's row: its mean losses and what they explain, those of images held out, k-NN accuracy."""
+    """One readable line of an epoch's row: its mean losses and what they explain, those of images held out, k-NN accuracy, RankMe."""
     aside = dict(row.get("held_out", {}))
     held = f"  held out {_losses(aside.pop('loss'), aside)}" if aside else ""
     knn = f"  {knn_words(row)}" if "knn_top1" in row else ""
+    rank = f"  {rank_words(row)}" if "rankme" in row else ""
     resumed = f"  (continued after update {', '.join(map(str, row['resumed']))})" if row.get("resumed") else ""
     beyond = "".join(
         f"  explained beyond {kind.replace('_', ' ')} {', '.join(f'{name} {_percent(x)}' for name, x in shares.items())}"
         for kind, shares in row.get("explained", {}).items()
     )
-    return f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{beyond}{held}{knn}{resumed}"
+    return f"epoch {row['epoch']}/{row['epochs']} done  mean loss {_losses(row['loss'], row['terms'])}{beyond}{held}{knn}{rank}{resumed}"
 
 
 def knn_words(row: Mapping[str, Any]) -> str:
@@ -113,6 +114,12 @@ def knn_words(row: Mapping[str, Any]) -> str:
         f"{of['k']}-NN top-1 {100 * row['knn_top1']:.1f} % of {counted(of['queries'], 'image')} held out, by the labels of"
         f" {of['bank']:,} trained on"
     )
+
+
+def rank_words(row: Mapping[str, Any]) -> str:
+    """An epoch's RankMe with the images and the highest value that it can have."""
+    of = row["rank"]
+    return f"RankMe {row['rankme']:.1f} of at most {min(of.values())} on {counted(of['images'], 'image')} trained on"
 
 
 def _losses(loss: float | None, terms: Mapping[str, float]) -> str:

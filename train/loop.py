@@ -27,7 +27,7 @@ from mrmae.train.checkpoint import checkpoint_path
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.foreign import export_published
-from mrmae.train.held_out import held_out_loss, knn_accuracy, knn_setting
+from mrmae.train.held_out import held_out_loss, probe_student
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe, running_statistics
 from mrmae.train.online import with_targets
@@ -304,12 +304,12 @@ def draw_due_panels(run: Run, loop: Loop) -> None:
 
 
 def held_out_row(run: Run, done: int) -> dict[str, Any]:
-    """What the images held out say after `done` epochs: losses, and k-NN accuracy when due; nothing where there are none."""
+    """What the images held out say after `done` epochs, nothing where there are none, and the probes when due."""
     found: dict[str, Any] = {}
     if len(run.held_out):
         found["held_out"] = held_out_loss(run)
-    if due(done, run.recipe.optim.epochs, run.cadence.knn_every):
-        found |= {"knn_top1": knn_accuracy(run), "knn": knn_setting(run)}
+    if due(done, run.recipe.optim.epochs, run.cadence.probe_every):
+        found |= probe_student(run)
     return found
 
 

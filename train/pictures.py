@@ -210,18 +210,24 @@ def cells(rgb: Float[Tensor, "b n 3"], grid: tuple[int, int], ids: Int64[Tensor,
 
 # --- curves
 
+PROBED: dict[str, tuple[int, dict[str, Any]]] = {  # of an epoch's row: a factor, and how its axis is set
+    "knn_top1": (100, {"ylabel": "%", "title": "k-NN top-1, images held out", "ylim": (0, 100)}),
+    "rankme": (1, {"title": "RankMe, images trained on", "ylim": (0, None)}),
+}
+
 
 def draw_curves(
     path: Path, epochs: Sequence[Mapping[str, Any]], *, title: str, note: str = "",
     baselines: Mapping[str, Mapping[str, float]] | None = None,
 ) -> None:  # fmt: skip
-    """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term, k-NN accuracy where it was measured, learning rate.
+    """Write one PNG of a run's epoch rows (as in log.jsonl): every loss term, k-NN accuracy and RankMe where they were measured, learning rate.
 
     baselines: by term, what predictors that never saw an image would cost, by BLIND: dashed lines.
     """
     names = list(dict.fromkeys(name for row in epochs for name in row["terms"]))
-    scored = [row for row in epochs if "knn_top1" in row]
-    count = len(names) + bool(scored) + 1
+    probed = {name: [row for row in epochs if name in row] for name in PROBED}
+    probed = {name: rows for name, rows in probed.items() if rows}
+    count = len(names) + len(probed) + 1
     across = 2 if count == 4 else min(count, 3)
     down = -(-count // across)
     size = (3.9 * across, 3.1 * down + 0.5)
@@ -229,9 +235,10 @@ def draw_curves(
         free = iter(axes.flat)
         for name, colour in zip(names, _COLOURS * len(names)):
             draw_term(next(free), epochs, name, colour, (baselines or {}).get(name, {}))
-        if scored:
-            draw_line(next(free), scored, [100 * row["knn_top1"] for row in scored], _COLOURS[2])
-            axes.flat[len(names)].set(ylabel="%", title="k-NN top-1, images held out", ylim=(0, 100))
+        for name, rows in probed.items():
+            axis, factor, how = next(free), *PROBED[name]
+            draw_line(axis, rows, [factor * row[name] for row in rows], _COLOURS[2])
+            axis.set(**how)
         last = next(free)
         draw_line(last, epochs, [row["lr"] for row in epochs], _COLOURS[-1])
         last.set(title="learning rate at the epoch's end", ylim=(0, None))

@@ -117,8 +117,7 @@ def build_run(
     pairs = pairs_for(recipe, cache, None if setup.pairs is None else Path(setup.pairs))
     if pairs is not None:
         numbers, held_out, pairs, told = paired(pairs, numbers, held_out)
-    if cadence.knn_every:
-        batches.check_knn(cache, numbers, held_out)
+    told += batches.without_knn(cache, numbers, held_out) if cadence.probe_every else []
     where = resolve_device(setup.device, ranks.local)
     if setup.kernels == "triton" and where.type != "cuda":
         raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")

@@ -200,7 +200,7 @@ def thinned(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float
 
 
 def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
-    """k-NN while training and what probes found, with intervals; where there is neither, how to find out."""
+    """k-NN and RankMe while training and what probes found, with intervals; where there is neither, how to find out."""
     scores = [row for row in epochs if "knn_top1" in row and "knn" in row]
     measured = [found for found in probes if found.get("accuracy") is not None]
     if measured:
@@ -216,6 +216,8 @@ def worth(epochs: LogRows, probes: LogRows) -> Iterator[Html]:
         )  # fmt: skip
     if scores:
         yield knn_chart(scores)
+    if ranked := [row for row in epochs if "rankme" in row]:
+        yield rank_chart(ranked)
     if not measured and not scores:
         yield page.paragraph("Nothing was measured yet. On labelled images that the student has not seen:")
         yield page.code("probe-features OUT DATA --probe knn --probe linear")
@@ -244,6 +246,15 @@ def knn_chart(scores: LogRows) -> Html:
          *(Curve(f"95 % interval, {end}", at, [100 * pair[i] for pair in ends], dashed=True, hue=0)
            for i, end in enumerate(("low", "high")))],
         x="epoch", y="%",
+    )  # fmt: skip
+
+
+def rank_chart(rows: LogRows) -> Html:
+    """RankMe over the epochs."""
+    of = rows[-1]["rank"]
+    return page.chart(
+        f"RankMe of {counted(of['images'], 'image')} trained on, at most {min(of.values())}: how many directions the features use",
+        [Curve("RankMe", [row["epoch"] for row in rows], [row["rankme"] for row in rows])], x="epoch", y="",
     )  # fmt: skip
 
 

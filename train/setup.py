@@ -69,15 +69,15 @@ class Cadence:
     """What a run does beside training, and how often.
 
     save_minutes: at least this often, beside every epoch's end. keep: checkpoints kept. log_every: updates per log row.
-    panels_every: epochs per picture, 0 for none, None for ten per run. knn_every: epochs per k-NN accuracy of the images held
-    out, 0 for none. tensorboard: write OUT/tensorboard. page: write OUT/report.html at the end of the run, or of a start that is stopped. wandb: a Weights & Biases project to log to.
+    panels_every: epochs per picture, 0 for none, None for ten per run. probe_every: epochs per RankMe and, of labelled images held
+    out, k-NN accuracy; 0 for none. tensorboard: write OUT/tensorboard. page: write OUT/report.html at the end of the run, or of a start that is stopped. wandb: a Weights & Biases project to log to.
     """
 
     save_minutes: float = 10.0
     keep: int = 3
     log_every: int = 20
     panels_every: int | None = None
-    knn_every: int = 0
+    probe_every: int = 0
     tensorboard: bool = True
     page: bool = True
     wandb: str | None = None

@@ -40,7 +40,7 @@ def test_shorthands_set_the_recipe_and_the_rest_says_how_to_run(captured: list[d
         "--precision", "fp32", "--compile", "--kernels", "torch", "--workers", 3, "--accum", 2, "--save-minutes", 5,
         "--keep", 2, "--log-every", 9, "--panels-every", 4, "--device", "cpu", "--set", "optim.weight_decay=0.1",
         "--online", "--teacher", "clip=open_clip:ViT-B-16", "--teacher", "dino=timm:vit_base_patch16_224.dino",
-        "--hold-out", 0.01, "--knn-every", 10, "--wandb", "project", "--init", "mae.pth", "--export", "mae",
+        "--hold-out", 0.01, "--probe-every", 10, "--wandb", "project", "--init", "mae.pth", "--export", "mae",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     (call,) = captured
@@ -57,7 +57,7 @@ def test_shorthands_set_the_recipe_and_the_rest_says_how_to_run(captured: list[d
         teachers=("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"), export="mae",
     )  # fmt: skip
     assert call["cadence"] == Cadence(
-        save_minutes=5.0, keep=2, log_every=9, panels_every=4, knn_every=10, wandb="project"
+        save_minutes=5.0, keep=2, log_every=9, panels_every=4, probe_every=10, wandb="project"
     )
 
 
@@ -157,7 +157,6 @@ def test_a_stopped_run_exits_with_the_signals_status(monkeypatch: pytest.MonkeyP
         (["--batch-size", "8", "--device", "cuda:77"], "--device cuda:77"),
         (["--batch-size", "8", "--hold-out", "0.001"], "--hold-out 0.001: takes 0 of the 24"),
         (["--batch-size", "20", "--hold-out", "0.3"], "valid images of the cache to train on"),
-        (["--batch-size", "8", "--knn-every", "1"], "--hold-out 0.01"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_line(tiny_cache: Path, tmp_path: Path, args: list[str], message: str) -> None:

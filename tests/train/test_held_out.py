@@ -9,6 +9,7 @@ from PIL import Image
 from torch import nn
 from training import train_quietly
 
+from mrmae.common.spectrum import entropy_rank, singular_values
 from mrmae.train import held_out, loop, pictures
 from mrmae.train import run as runs
 from mrmae.train.checkpoint import list_checkpoints, read_checkpoint
@@ -38,7 +39,7 @@ def _train(cache: Path, out: Path, **options: Any) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def rows(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """The epoch rows of a run that holds out a third."""
-    return _train(tiny_cache, tmp_path_factory.mktemp("held") / "out", hold_out=0.3, knn_every=2)
+    return _train(tiny_cache, tmp_path_factory.mktemp("held") / "out", hold_out=0.3, probe_every=2)
 
 
 def test_every_epoch_tells_the_loss_of_what_is_held_out_and_it_falls(rows: list[dict[str, Any]]) -> None:
@@ -46,6 +47,7 @@ def test_every_epoch_tells_the_loss_of_what_is_held_out_and_it_falls(rows: list[
     assert rows[-1]["held_out"]["loss"] < 0.97 * rows[0]["held_out"]["loss"]
     assert ["knn_top1" in row for row in rows] == [False, True, True]  # every two epochs, and at the end
     assert all(row["knn"].keys() == {"k", "bank", "queries"} for row in rows[1:])
+    assert all(1 <= row["rankme"] <= min(row["rank"].values()) for row in rows[1:])
     assert all(0 <= row["knn_top1"] <= 1 for row in rows[1:]) and all("memory_mib" in row for row in rows)
 
 
@@ -115,7 +117,7 @@ def test_a_run_that_looks_aside_trains_to_the_same_bits(
         if not looks:
             monkeypatch.setattr(loop, "held_out_row", lambda *_: {})
         out = tmp_path / str(looks)
-        train_quietly(tiny_cache, out, recipe, hold_out=0.3, knn_every=1 * looks, panels_every=1 * looks)
+        train_quietly(tiny_cache, out, recipe, hold_out=0.3, probe_every=1 * looks, panels_every=1 * looks)
         states.append(read_checkpoint(list_checkpoints(out / "checkpoints")[-1])["model"])
     assert len(drawn) == 3
     assert "student.norm.norm.running_mean" in states[0]
@@ -136,8 +138,16 @@ def test_features_come_back_in_order_whatever_the_pieces(tiny_cache: Path) -> No
     torch.testing.assert_close(found, alone, rtol=1e-4, atol=1e-5)
 
 
-def test_labels_are_needed_for_k_nn(make_cache: Any, tmp_path: Path) -> None:
+def test_without_labels_or_images_held_out_rankme_stands_alone_and_the_plan_says_so(
+    make_cache: Any, tmp_path: Path
+) -> None:
     cache = make_cache(tmp_path / "cache", n=12, n_views=1, labels=False)
-    setup = Setup("cpu", hold_out=0.3)
-    with pytest.raises(ValueError, match="has labels for 0 images"):
-        build_run(cache, tmp_path / "out", load_recipe("mr-mae", QUICK), Ranks(), setup, Cadence(knn_every=1))
+    for share, why in ((0.3, "has labels for 0 images"), (0.0, "--hold-out 0.01")):
+        setup = Setup("cpu", hold_out=share)
+        run = build_run(cache, tmp_path / "out", load_recipe("mr-mae", QUICK), Ranks(), setup, Cadence(probe_every=1))
+        assert any(why in note and "RankMe alone" in note for note in run.notes)
+        features = held_out.image_features(run, run.numbers)
+        assert held_out.probe_student(run) == {
+            "rankme": pytest.approx(entropy_rank(singular_values(features)), rel=1e-6),
+            "rank": {"images": len(run.numbers), "channels": features.shape[1]},
+        }

@@ -89,17 +89,19 @@ def test_held_out_losses_reach_the_boards_and_the_line(tmp_path: Path, monkeypat
 
     monkeypatch.setitem(sys.modules, "wandb", Board())
     row = _row(3, kind="epoch", held_out={"loss": 2.5, "pixels": 1.5}, knn_top1=0.25, resumed=[2],
-               knn={"k": 20, "bank": 1800, "queries": 200})  # fmt: skip
+               knn={"k": 20, "bank": 1800, "queries": 200}, rankme=31.25, rank={"images": 1800, "channels": 192})  # fmt: skip
     for _ in range(2):
         with log.RunLog(tmp_path, step=0, total=10, console=_quiet(), tensorboard=False, wandb="project") as run:
             run.write(row)
     first, written, end, again, *_ = calls
     assert first["project"] == "project" and first["id"] == again["id"] and end == "finished"
     assert written[0] == 3 and written[1]["epoch/held_out/pixels"] == 1.5 and written[1]["epoch/knn_top1"] == 0.25
+    assert written[1]["epoch/rankme"] == 31.25
     assert written[1]["epoch/resumed_after_update"] == 2.0
     assert log.epoch_line(row) == (
         "epoch 1/2 done  mean loss 2.0000 (pixels 1.0000, mimic/clip 1.0000)  held out 2.5000 (pixels 1.5000)"
-        "  20-NN top-1 25.0 % of 200 images held out, by the labels of 1,800 trained on  (continued after update 2)"
+        "  20-NN top-1 25.0 % of 200 images held out, by the labels of 1,800 trained on  RankMe 31.2 of at most 192 on 1,800 images trained on"
+        "  (continued after update 2)"
     )
 
 

@@ -46,7 +46,8 @@ def test_masked_view_hides_exactly_the_patches_not_kept() -> None:
 
 def test_curves_are_written(tmp_path: Path) -> None:
     rows = [
-        {"epoch": e, "terms": {"pixels": 1 / e, "mimic/clip": None}, "lr": 1e-4, "knn_top1": 0.5} for e in (1, 2, 3)
+        {"epoch": e, "terms": {"pixels": 1 / e, "mimic/clip": None}, "lr": 1e-4, "knn_top1": 0.5, "rankme": 3.5}
+        for e in (1, 2, 3)
     ]
     pictures.draw_curves(tmp_path / "curves.png", rows, title="mr-mae", note="random weights")
     pictures.draw_curves(tmp_path / "none.png", [{"epoch": 1, "terms": {}, "lr": 0.0}], title="nothing counted")

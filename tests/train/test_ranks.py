@@ -69,9 +69,9 @@ def eventful(current, live, forward):
     return step(current, live, forward)
 loop.step, loop.with_targets = eventful, note
 try:
-    knn = options.pop("knn_every", 0)
+    probe = options.pop("probe_every", 0)
     setup = Setup(device="cpu", **options)
-    cadence = Cadence(panels_every=0, tensorboard=False, page=False, log_every=1, knn_every=knn)
+    cadence = Cadence(panels_every=0, tensorboard=False, page=False, log_every=1, probe_every=probe)
     loop.train(cache, out, load_recipe("mr-mae", recipe), setup, cadence)
 except BaseException as error:
     (Path(folder) / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
@@ -218,11 +218,12 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_by_all(
 
 def test_ranks_share_out_what_is_held_out(launch: Callable[..., list[int]], tmp_path: Path) -> None:
     for size in (1, 2):
-        assert launch(size, tmp_path / str(size), hold_out=0.3, knn_every=2) == [0] * size
+        assert launch(size, tmp_path / str(size), hold_out=0.3, probe_every=2) == [0] * size
     one, two = (read_rows(tmp_path / str(size) / "log.jsonl", "epoch") for size in (1, 2))
     for a, b in zip(one, two, strict=True):
         assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-6)
         assert a.get("knn_top1") == b.get("knn_top1")
+        assert a.get("rankme", 0) == pytest.approx(b.get("rankme", 0), rel=1e-5)
 
 
 def test_gradients_live_in_the_buckets_that_are_reduced() -> None:

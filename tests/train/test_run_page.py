@@ -34,7 +34,7 @@ def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = Tru
     rows = [{"kind": "step", "step": s, "epoch": (s - 1) // 4 + 1, "loss": 1 / s, "terms": {term: 1 / s, "pixels": None if s == 2 else 2 / s},
              "lr": 1e-4 * s, "images_per_s": 50.0 + s, "stall": 0.01, "memory_mib": 300.0} for s in range(1, 4 * epochs + 1)]  # fmt: skip
     rows += [{"kind": "epoch", "step": 4 * e, "epoch": e, "loss": 1 / e, "terms": {term: 1 / e, "pixels": 2 / e}, "seconds": 61.0,
-              **({"held_out": {"loss": 1.5 / e, term: 1.5 / e, "pixels": 2.5 / e}, "knn_top1": 0.5 + e / 10, "knn": {"k": 20, "bank": 64, "queries": 8}} if held else {})}
+              **({"held_out": {"loss": 1.5 / e, term: 1.5 / e, "pixels": 2.5 / e}, "knn_top1": 0.5 + e / 10, "knn": {"k": 20, "bank": 64, "queries": 8}, "rankme": 9.5, "rank": {"images": 64, "channels": 16}} if held else {})}
              for e in range(1, epochs + 1)]  # fmt: skip
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for epoch in range(1, epochs + 1):
@@ -51,7 +51,7 @@ def write_out(out: Path, *, name: str = "run", epochs: int = 3, held: bool = Tru
 
 def test_it_says_what_was_trained_on_what(tmp_path: Path) -> None:
     text = run_page(write_out(tmp_path / "out"))
-    for said in ("RANDOM weights, it knows nothing", "RANDOM WEIGHTS: run", "cd /somewhere\ntrain-mrmae run", "batch 16, learning rate up to 0.0001, warm-up 1 epoch, seed 0", "one per position", "0.7000", "20-NN top-1 of 8 images held out, by the labels of 64", "/caches/run", "sha256:0", "64, and 8 held out",
+    for said in ("RANDOM weights, it knows nothing", "RANDOM WEIGHTS: run", "cd /somewhere\ntrain-mrmae run", "batch 16, learning rate up to 0.0001, warm-up 1 epoch, seed 0", "one per position", "0.7000", "20-NN top-1 of 8 images held out, by the labels of 64", "RankMe of 64 images trained on, at most 16", "/caches/run", "sha256:0", "64, and 8 held out",
                  "3 epochs on 64 images, 3 min 03 s of training", "0.812 [0.790, 0.830]", "100 / 50 / 3", "1.0000", "0.3333", "0.5000",
                  "500 MMAC", "1.5 GMAC", "288 GMAC", "whole run, 192 images", "9 kB", "1.73 MB", "12,345", "timm.create_model"):  # fmt: skip
         assert said in text, said
