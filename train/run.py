@@ -118,28 +118,16 @@ def build_run(
     if pairs is not None:
         numbers, held_out, pairs, told = paired(pairs, numbers, held_out)
     told += batches.without_knn(cache, numbers, held_out) if cadence.probe_every else []
-    where = resolve_device(setup.device, ranks.local)
-    if setup.kernels == "triton" and where.type != "cuda":
-        raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
+    where = device_of(setup, ranks)
     recipe, notes = fitted_to_data(recipe, len(numbers), ranks.size * setup.accum * recipe.mask.joined)
     recipe, of_bands = fitted_bands(recipe, cache, numbers)
-    notes += of_bands
     share = Share(recipe.optim.batch_size, ranks.rank, ranks.size, setup.accum)
     labels, boxes = labels_of(cache, recipe, setup.labels), batches.boxes_of(cache, recipe, setup.boxes)
     info = replace(batches.cache_info(cache), classes=() if labels is None else labels.classes)
     check_fit(recipe, info, share, len(numbers))
     check_blocks(recipe, info, cached=not setup.online)
-    teachers: dict[str, Teacher] = {}
-    if setup.online:
-        teachers = online.build_teachers(cache, setup.teachers, device=where)
-        info = online.online_info(info, teachers)
-    info = batches.stored_statistics(info, cache, recipe)
-    needed = needed_arrays(recipe, info)
-    if "student.decoder" in recipe.fit:
-        recipe, more = fitted_decoder(recipe, *student_size(recipe, info))
-        notes += more
-    taught = [target for target in needed if not target.startswith(MAP)]
-    recipe = pinned(recipe, cache, info, taught or (info.teachers if setup.online else ()))
+    info, needed, teachers = targets_of(cache, recipe, setup, info, where)
+    recipe, of_decoder = closed(recipe, cache, info, needed, online=setup.online)
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
     return Run(
         out=out,
@@ -152,7 +140,7 @@ def build_run(
         held_out=held_out,
         info=info,
         needed=needed,
-        online=online.only_needed(teachers, needed),
+        online=teachers,
         model=model,
         optimizer=optim.build_optimizer(
             model, betas=recipe.optim.betas, decay=recipe.optim.weight_decay, name=recipe.optim.name
@@ -165,9 +153,41 @@ def build_run(
         skipped_in_a_row=torch.zeros((), device=where),
         labels=labels,
         boxes=boxes,
-        notes=[*told, *notes, *small_rate_words(recipe)],
+        notes=[*told, *notes, *of_bands, *of_decoder, *small_rate_words(recipe)],
         pairs=pairs,
     )
+
+
+def device_of(setup: Setup, ranks: Ranks) -> torch.device:
+    """The device of this process; the kernels asked for run there."""
+    where = resolve_device(setup.device, ranks.local)
+    if setup.kernels == "triton" and where.type != "cuda":
+        raise ValueError(f"--kernels triton: the device is {where}; Triton runs on CUDA; use --kernels auto")
+    return where
+
+
+def targets_of(
+    cache: Cache, recipe: Recipe, setup: Setup, info: CacheInfo, where: torch.device
+) -> tuple[CacheInfo, dict[str, set[str]], dict[str, Teacher]]:
+    """(`info` with the statistics of targets, the arrays that terms read by target, the teachers that run in the step)."""
+    teachers: dict[str, Teacher] = {}
+    if setup.online:
+        teachers = online.build_teachers(cache, setup.teachers, device=where)
+        info = online.online_info(info, teachers)
+    info = batches.stored_statistics(info, cache, recipe)
+    needed = needed_arrays(recipe, info)
+    return info, needed, online.only_needed(teachers, needed)
+
+
+def closed(
+    recipe: Recipe, cache: Cache, info: CacheInfo, needed: Collection[str], *, online: bool
+) -> tuple[Recipe, list[str]]:
+    """`recipe` with nothing open any more, and what to tell of it."""
+    notes: list[str] = []
+    if "student.decoder" in recipe.fit:
+        recipe, notes = fitted_decoder(recipe, *student_size(recipe, info))
+    taught = [target for target in needed if not target.startswith(MAP)]
+    return pinned(recipe, cache, info, taught or (info.teachers if online else ())), notes
 
 
 def paired(pairs: Pairs, numbers: Numbers, held_out: Numbers) -> tuple[Numbers, Numbers, Pairs, list[str]]:

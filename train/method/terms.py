@@ -197,37 +197,52 @@ def score(
         each = []
         for side in term.recipe.sides:
             tokens = tokens_at(taps, [f"{side}{tap}" for tap in term.recipe.taps], term.recipe.positions)
-            prediction = tokens._replace(x=heads[term.name](tokens.x))
-            view = view_of_side(batch, side)
+            prediction, view = tokens._replace(x=heads[term.name](tokens.x)), view_of_side(batch, side)
             if term.recipe.target == "boxes":
                 assert boxes is not None
                 each.append(box_loss(prediction, batch, boxes))
                 continue
-            if term.recipe.target == "hog":
-                errors = hog_errors(prediction, term, view, pixels, kernels)
-            elif term.recipe.target in ("self", "ema"):
-                errors = latent_errors(prediction, term, taps[f"{side}target/{term.name}"], kernels)
-            elif term.recipe.target == "none":
-                errors = prediction.x[..., 0]
-            elif term.recipe.target == "sources":
-                errors = source_errors(prediction.x, n_patches(batch, pixels) // prediction.ids.shape[1])
-            elif term.recipe.target == "map":
-                errors = id_errors(prediction, term, view)
-            elif term.recipe.target == "labels":
-                errors = label_errors(prediction, term, batch)
-            elif term.recipe.relation:
-                errors = relation_errors(prediction, term, statistics[term.name], view)
-            elif term.teacher is None:
-                errors = pixel_errors(prediction, term, view, pixels, kernels)
-            else:
-                told = view if term.recipe.of == "same" else view_of_side(batch, "" if side else PARTNER)
-                errors = mimic_errors(prediction, term, statistics[term.name], told, pixels, kernels)
+            told = view if term.recipe.of == "same" else view_of_side(batch, "" if side else PARTNER)
+            latent = taps.get(f"{side}target/{term.name}")
+            errors = errors_of(term, prediction, statistics, view, told, latent, pixels, kernels)
             if term.recipe.focus:
                 errors = errors * focus_weights(view, prediction.ids, pixels, source).to(errors.dtype)
             each.append(weighted_mean(errors, masks.weight) if term.recipe.weighted else errors.mean())
         parts[term.name] = each[0] if len(each) == 1 else torch.stack(each).mean()
     loss = torch.stack([term.weight * parts[term.name] for term in terms]).sum()
     return loss, {name: part.detach() for name, part in parts.items()}
+
+
+def errors_of(
+    term: Term,
+    prediction: Tokens,
+    statistics: nn.ModuleDict,
+    view: Batch,
+    told: Batch,
+    latent: Tokens | None,
+    pixels: PixelScale,
+    kernels: str,
+) -> Float[Tensor, "v m"]:
+    """The error of each prediction about `view`. told: the view whose target it is; latent: what an encoder in the step says."""
+    target = term.recipe.target
+    if target == "hog":
+        return hog_errors(prediction, term, view, pixels, kernels)
+    if target in ("self", "ema"):
+        assert latent is not None
+        return latent_errors(prediction, term, latent, kernels)
+    if target == "none":
+        return prediction.x[..., 0]
+    if target == "sources":
+        return source_errors(prediction.x, n_patches(view, pixels) // prediction.ids.shape[1])
+    if target == "map":
+        return id_errors(prediction, term, view)
+    if target == "labels":
+        return label_errors(prediction, term, view)
+    if term.recipe.relation:
+        return relation_errors(prediction, term, statistics[term.name], view)
+    if term.teacher is None:
+        return pixel_errors(prediction, term, view, pixels, kernels)
+    return mimic_errors(prediction, term, statistics[term.name], told, pixels, kernels)
 
 
 def view_of_side(batch: Batch, side: str) -> Batch:
