@@ -33,61 +33,47 @@ def run_segment(job: Probing, name: str) -> Outcome:
     """mIoU of pixels and of patches, linear and k-NN; a picture of test images, truth and predictions."""
     settings, seed = job.options.settings.segment, job.options.seed
     classes, (train, test) = labelled_parts(job)
-    grid, count = job.test.grid, len(classes)
+    grid, count, side = job.test.grid, len(classes), tuple(test[1].shape[1:])
     patches = [torch.stack([patch_classes(mask, count, grid) for mask in part[1]]) for part in (train, test)]
-    known = patches[0] != VOID
+    found, notes = predicted_patches(job, train[0], patches[0], test[0], count)
+    shares = [float((test[1] == i).sum() / (test[1] != VOID).sum().clamp_min(1)) for i in range(count)]
+    rows, measures = [], [{"class": each, "share of pixels": share} for each, share in zip(classes, shares)]
+    painted = {what: torch.stack([paint(one, grid, side) for one in patch]) for what, patch in found.items()}
+    for what, predicted in found.items():
+        for of, answer, truth in (("pixels", painted[what], test[1]), ("patches", predicted, patches[1])):
+            tables = torch.stack([confusion(a, t, count) for a, t in zip(answer, truth)])
+            rows.append(miou_row(f"mIoU of {of}, {what}", tables, seed))
+            if of == "pixels":
+                for row, value in zip(measures, overlaps(tables.sum(0)).tolist()):
+                    row[f"IoU, {what.partition(',')[0]}"] = value
+    shown = evenly(len(test[2]), settings.pictures)
+    strips = [Strip("image", test[2][shown]), Strip("truth", coloured(test[1][shown], count))]
+    strips += [Strip(what, coloured(one[shown], count)) for what, one in painted.items()]
+    picture, title = Path("pictures") / f"{name}.png", f"Segmentation: {report.title(job.source.name)}"
+    publish_png(job.home / picture, draw_sheet(strips, title=title, notes=[legend(classes)]))
+    made = "masks" if settings.masks else f"mosaics of {settings.tiles} x {settings.tiles} tiles"
+    many = f"{counted(len(train[0]), 'train image')}, {counted(len(test[0]), 'test image')}, {counted(count, 'class', 'classes')}"
+    return {"rows": rows, "measures": measures, "notes": [f"{made}: {many}", *notes], "pictures": [str(picture)], "n_train": len(train[0]),
+            "n_test": len(test[0]), "n_classes": count, **headline(rows[0])}, None  # fmt: skip
+
+
+def predicted_patches(
+    job: Probing, train: Float[Tensor, "n l d"], classes: Int64[Tensor, "n l"], test: Float[Tensor, "m l d"], count: int
+) -> tuple[dict[str, Int64[Tensor, "m l"]], list[str]]:
+    """The class of every test patch, by a linear classifier and by k-NN, each under its name; and what to tell."""
+    settings, seed = job.options.settings.segment, job.options.seed
+    known = classes != VOID
+    drawn = torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(known), dtype=torch.bool)
-    held[
-        torch.randperm(len(known), generator=torch.Generator().manual_seed(seed))[
-            : round(settings.linear.held_out * len(known))
-        ]
-    ] = True
-    tokens, labels = train[0][known].float(), patches[0][known]
-    asked = test[0].float().flatten(0, 1)
-    heads, best, notes = probe_linear(
-        tokens, labels, asked, settings.linear, n_classes=count, seed=seed, held=held[:, None].expand_as(known)[known]
-    )
+    held[drawn[: round(settings.linear.held_out * len(known))]] = True
+    held = held[:, None].expand_as(known)[known]
+    tokens, labels, asked = train[known].float(), classes[known], test.float().flatten(0, 1)
+    heads, best, notes = probe_linear(tokens, labels, asked, settings.linear, n_classes=count, seed=seed, held=held)
     few = evenly(len(tokens), settings.bank)
     k = min(settings.k, len(few))
     voted = knn_predict(tokens[few], labels[few], asked, ks=[k], temperature=settings.temperature, n_classes=count)[k]
-    found = {
-        f"linear, lr {settings.linear.lrs[best]:g} per 256": heads[best].view_as(patches[1]),
-        f"{k}-NN": voted.view_as(patches[1]),
-    }
-    rows, measures = (
-        [],
-        [
-            {"class": each, "share of pixels": float((test[1] == i).sum() / (test[1] != VOID).sum().clamp_min(1))}
-            for i, each in enumerate(classes)
-        ],
-    )
-    for what, predicted in found.items():
-        painted = torch.stack([paint(one, grid, test[1].shape[1:]) for one in predicted])
-        for of, answer, truth in (("pixels", painted, test[1]), ("patches", predicted, patches[1])):
-            tables = torch.stack([confusion(a, t, count) for a, t in zip(answer, truth)])
-            rows.append(miou_row(f"mIoU of {of}, {what}", tables, seed))
-        for row, value in zip(
-            measures, overlaps(torch.stack([confusion(a, t, count) for a, t in zip(painted, test[1])]).sum(0)).tolist()
-        ):
-            row[f"IoU, {what.partition(',')[0]}"] = value
-    picture = Path("pictures") / f"{name}.png"
-    shown = evenly(len(test[2]), settings.pictures)
-    strips = [Strip("image", test[2][shown]), Strip("truth", coloured(test[1][shown], count))]
-    strips += [
-        Strip(what, coloured(torch.stack([paint(one[i], grid, test[1].shape[1:]) for i in shown]), count))
-        for what, one in found.items()
-    ]
-    publish_png(
-        job.home / picture,
-        draw_sheet(strips, title=f"Segmentation: {report.title(job.source.name)}", notes=[legend(classes)]),
-    )
-    made = "masks" if settings.masks else f"mosaics of {settings.tiles} x {settings.tiles} tiles"
-    notes = [
-        f"{made}: {counted(len(train[0]), 'train image')}, {counted(len(test[0]), 'test image')}, {counted(count, 'class', 'classes')}",
-        *notes,
-    ]
-    return {"rows": rows, "measures": measures, "notes": notes, "pictures": [str(picture)], "n_train": len(train[0]), "n_test": len(test[0]),
-            "n_classes": count, **headline(rows[0])}, None  # fmt: skip
+    found = {f"linear, lr {settings.linear.lrs[best]:g} per 256": heads[best], f"{k}-NN": voted}
+    return {what: one.view(test.shape[:2]) for what, one in found.items()}, notes
 
 
 # --- labels

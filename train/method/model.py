@@ -83,68 +83,42 @@ class Pretrainer(nn.Module):
         if reads_saliency(recipe.mask):
             saliency_arrays(recipe.mask.source, info)
         self.student = build_student(recipe, info)
-        check_pruning(recipe.student.prune, len(self.student.blocks), self.n_keep)
-        self.mask_token = None
-        if recipe.student.hidden == "replace":
-            self.mask_token = nn.Parameter(torch.zeros(1, 1, self.student.embed_dim))
-        if recipe.mask.joined > 1 and not isinstance(self.student, VisionTransformer):
-            raise ValueError(
-                f"student {recipe.student.model!r}: mask.sampler = mix joins images behind the patch embedding; a plain ViT was expected; use "
-                "--student vit_base_patch16_224, or another sampler"
-            )
-        self.source_tokens = None
-        if recipe.student.source_embedding:
-            self.source_tokens = nn.Parameter(torch.zeros(1, recipe.mask.joined, self.student.embed_dim))
-        decoder, width, depth = recipe.student.decoder, self.student.embed_dim, len(self.student.blocks)
-        fused, has_cls = recipe.student.fused_blocks, self.student.num_prefix_tokens > 0
-        fuses = isinstance(self.student, MaskedConvViT)
+        width, depth, fused = self.student.embed_dim, len(self.student.blocks), recipe.student.fused_blocks
+        check_pruning(recipe.student.prune, depth, self.n_keep)
+        check_mixing(recipe, self.student)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if recipe.student.hidden == "replace" else None
+        joined = recipe.mask.joined if recipe.student.source_embedding else None
+        self.source_tokens = None if joined is None else nn.Parameter(torch.zeros(1, joined, width))
         self.keep_blocks = check_taps(
             self.terms,
             fused,
             depth=depth,
             hidden=(self.n_predict, info.n_patches - self.n_keep),
-            has_cls=has_cls,
-            fuses=fuses,
+            has_cls=self.student.num_prefix_tokens > 0,
+            fuses=isinstance(self.student, MaskedConvViT),
         )
         taps = {tap for term in self.terms for tap in term.recipe.taps}
         self.fusions = build_fusions(sorted(taps), fused, width=width, depth=depth)
         outputs_read = {i for tap in taps if not tap.startswith("qkv") for i in blocks_behind(tap, fused, depth)}
         self.decoder: Decoder | None = None
+        decoder = recipe.student.decoder
         if decoder is not None and not taps.isdisjoint(("decoder", "decoded")):
             self.keep_blocks |= blocks_read(decoder, depth)
             outputs_read |= blocks_read(decoder, depth)
             self.decoder = DECODERS[decoder.kind](width, decoder, info.grid, depth)
             taps |= {"final"} if reads_final(decoder) else set()
         self.regularised = "mto" in taps
-        in_decoder = isinstance(self.decoder, MaskDecoder)
-        if self.regularised and not in_decoder:
-            if self.mask_token is None:
-                raise ValueError(
-                    f"recipe {recipe.name}: tap mto is of mask tokens that a term reads, and no term reads the decoder; one with tap decoder "
-                    "was expected; drop the term with tap mto, or add one"
-                )
+        if self.regularised and not isinstance(self.decoder, MaskDecoder):
+            check_mask_tokens(recipe, self.mask_token)
             self.keep_blocks |= {0, 1}
             outputs_read |= {1}
         self.boxes: BoxHead | None = None
         if recipe.student.boxes is not None and "boxes" in taps:
             self.boxes = BoxHead(width, recipe.student.boxes)
             taps |= {"final"}
-        own = next((term.recipe.target for term in self.terms if term.recipe.target in ("self", "ema")), None)
-        if "final" not in taps and own is not None:
-            raise ValueError(
-                f"recipe {recipe.name}: target {own} is the student's final output, which no term reads; one that does was expected; "
-                "use tap final or decoder"
-            )
-        self.heads = nn.ModuleDict()
+        check_own_targets(recipe, taps)
+        self.heads = self.build_heads()
         self.statistics = nn.ModuleDict()
-        for term in self.terms:
-            width_in = self.width_of(term)
-            check_heads(term, info, width)
-            told = width_in if term.recipe.relation else self.width_of_target(term)
-            self.heads[term.name] = HEADS[term.recipe.head](width_in, told)
-        for term in self.terms:
-            if term.recipe.head_of is not None:
-                self.heads[term.name] = self.heads["".join([term.recipe.head_of, *term.name.partition("/")[1:]])]
         self.reads_partner = isinstance(self.decoder, PairDecoder) or any(
             (term.recipe.views, term.recipe.of) != ("first", "same") for term in self.terms
         )
@@ -154,6 +128,19 @@ class Pretrainer(nn.Module):
         self.blocks_cut = depth - len(self.student.blocks)
         copied = any(term.recipe.target == "ema" for term in self.terms)
         self.follower = Follower(self.student, dict(self.heads.items())) if copied else None
+
+    def build_heads(self) -> nn.ModuleDict:
+        """A head per term, one for several where they share it."""
+        heads = nn.ModuleDict()
+        for term in self.terms:
+            check_heads(term, self.info, self.student.embed_dim)
+            width_in = self.width_of(term)
+            told = width_in if term.recipe.relation else self.width_of_target(term)
+            heads[term.name] = HEADS[term.recipe.head](width_in, told)
+        for term in self.terms:
+            if term.recipe.head_of is not None:
+                heads[term.name] = heads["".join([term.recipe.head_of, *term.name.partition("/")[1:]])]
+        return heads
 
     def follow(self, momentum: float) -> None:
         """Let the copy that terms with target `ema` predict follow the student, after an update; 0 makes it the student."""
@@ -544,6 +531,34 @@ def check_pruning(prune: PruneRecipe | None, depth: int, n: int) -> None:
         raise ValueError(
             f"student.prune: before blocks {list(prune.before)} keep {prune.keep:g}, of {n} patches {prune.alive(n)} alive; at least one "
             f"patch, and blocks from 1 to {depth}, were expected; change student.prune"
+        )
+
+
+def check_mixing(recipe: Recipe, student: nn.Module) -> None:
+    """Raise ValueError where images are to share a sequence of a student that is no plain ViT."""
+    if recipe.mask.joined > 1 and not isinstance(student, VisionTransformer):
+        raise ValueError(
+            f"student {recipe.student.model!r}: mask.sampler = mix joins images behind the patch embedding; a plain ViT was expected; use "
+            "--student vit_base_patch16_224, or another sampler"
+        )
+
+
+def check_mask_tokens(recipe: Recipe, mask_token: Tensor | None) -> None:
+    """Raise ValueError where tap mto is read and neither a decoder that is read nor the encoder has mask tokens."""
+    if mask_token is None:
+        raise ValueError(
+            f"recipe {recipe.name}: tap mto is of mask tokens that a term reads, and no term reads the decoder; one with tap decoder "
+            "was expected; drop the term with tap mto, or add one"
+        )
+
+
+def check_own_targets(recipe: Recipe, taps: Collection[str]) -> None:
+    """Raise ValueError where a term's target is the student's own final output and none reads that."""
+    own = next((term.target for term in recipe.terms.values() if term.target in ("self", "ema")), None)
+    if "final" not in taps and own is not None:
+        raise ValueError(
+            f"recipe {recipe.name}: target {own} is the student's final output, which no term reads; one that does was expected; "
+            "use tap final or decoder"
         )
 
 
