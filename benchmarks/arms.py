@@ -1,7 +1,7 @@
 """The contestants of bench_train.py: one update of each, and a forward pass to count."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from mrmae.extract.teachers import Teacher
 from mrmae.train import batches, loop, optim
 from mrmae.train.cost import counted_flops
 from mrmae.train.feed import Feed, feed_of
-from mrmae.train.method import build_model, needed_arrays
+from mrmae.train.method import Draw, build_model, needed_arrays
 from mrmae.train.online import online_info, only_needed, with_targets
 from mrmae.train.ranks import Ranks, StopRequest
 from mrmae.train.run import Run
@@ -106,19 +106,19 @@ def pixel_feed(run: Run) -> Feed:
     def load(epoch: int, update: int, micro: int) -> batches.Loaded:
         order = batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
         numbers = batches.micro_batch_of(order, update, micro, run.share)
-        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), None
+        return batches.load_batch(run.cache, numbers, epoch=epoch, needed={}), Draw(run.recipe.seed, epoch)
 
     todo = batches.jobs(batches.Position(0, 0), epochs=10**6, updates=run.updates, accum=1)
     return Feed(load, todo, run.device)
 
 
-def build_arms(run: Run, live: Run, *, compile: bool) -> list[Arm]:
-    """All arms of one mode, their loaders running."""
+def build_arms(run: Run, live: Run, *, compile: bool, others: Mapping[str, Run]) -> list[Arm]:
+    """All arms of one mode, their loaders running. others: more runs from the cache, by the arm's name."""
     arms = [stock_arm(STOCK, run, pixel_feed(run), compile=compile, fused=True)]
     if not compile:
         arms.append(stock_arm(EXPLICIT, run, pixel_feed(run), compile=False, fused=False))
     arms.append(our_arm(ONLINE, live, feed_of(live), compile=compile))
-    arms.append(our_arm(CACHED, run, feed_of(run), compile=compile))
+    arms += [our_arm(name, one, feed_of(one), compile=compile) for name, one in ({CACHED: run} | dict(others)).items()]
     with feed_of(run) as feed:
         resident = itertools.repeat(next(feed))
     if run.device.type == "cuda":

@@ -3,6 +3,7 @@
     python benchmarks/bench_train.py                                   # this machine's device; ViT-B/16
     python benchmarks/bench_train.py --device cpu --batch-size 4 --rounds 5
     python benchmarks/bench_train.py --batch-size 8 --rounds 5 --replace   # these rows again, instead of the older ones
+    python benchmarks/bench_train.py --variant 'student.decoder.depth=2 mask.n_predict=49 mask.predict=uniform'   # one more arm
     python benchmarks/bench_train.py --student vit_tiny_patch16_224 --batch-size 2 --rounds 3 --out /tmp/try.csv
 
 One process; in every round each arm makes its steps in turn, and a ratio is taken within a round. All arms read the same JPEG views
@@ -50,6 +51,7 @@ RATIOS = (
     (CACHED, RESIDENT),
     (TRITON, REFERENCE),
 )
+VARIANT = f"{CACHED}, "  # and the overrides
 SAME = ("student", "batch", "mode", "precision", "device")  # what rows must share to take each other's place
 Clock = Callable[[], float]
 
@@ -179,7 +181,10 @@ def rows_of(arms: list[Arm], run: Run, common: dict[str, Any]) -> list[dict[str,
         rows.append(common | {"arm": arm.name, "part": "step", "p20_ms": 1e3 * p20, "p50_ms": 1e3 * p50, "p80_ms": 1e3 * p80,
                               "images_per_s": batch / p50, "peak_bytes": arm.peak_bytes, "stall": arm.waited_s / arm.wall_s,
                               "saved_bytes_per_image": kept_bytes(arm, run) // batch, "gflop_per_image": gflop(arm, run)})  # fmt: skip
-    for one, other in RATIOS:
+    for one, other in [
+        *RATIOS,
+        *((arm.name, other) for arm in arms if arm.name.startswith(VARIANT) for other in (ONLINE, STOCK)),
+    ]:
         if one in by_name and other in by_name:
             ratios = [a / b for a, b in zip(by_name[one].seconds, by_name[other].seconds)]
             p20, p50, p80 = spread(ratios)
@@ -221,10 +226,17 @@ def show(rows: list[dict[str, Any]]) -> None:
 @click.option("--steps", type=int, help="Per arm and round. [default: 10 on CUDA, 1 elsewhere]")
 @click.option("--threads", default=1, help="On the CPU.")
 @click.option("--workers", default=1, help="Threads that read and decode.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    metavar="'KEY=VALUE ...'",
+    help="Another arm from the cache: mr-mae with these; repeatable.",
+)
 @click.option("--replace", is_flag=True, help="Drop older rows of the same student, batch, mode, precision and device.")
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "results" / "train.csv")
 def main(device: str, student: str, batch_size: int | None, size: int, grid: int, texts: tuple[str, ...], rounds: int,
-         steps: int | None, threads: int, workers: int, replace: bool, out: Path) -> None:  # fmt: skip
+         steps: int | None, threads: int, workers: int, variants: tuple[str, ...], replace: bool, out: Path) -> None:  # fmt: skip
     """Measure every arm and the parts of our steps; print the table and append it."""
     cuda = device.startswith("cuda")
     batch_size, steps = batch_size or (256 if cuda else 4), steps or (10 if cuda else 1)
@@ -233,17 +245,24 @@ def main(device: str, student: str, batch_size: int | None, size: int, grid: int
     teachers = [
         build_teacher(parse_teacher(t), grid=grid, view_size=size, device=device, precision=precision) for t in texts
     ]
-    recipe = load_recipe("mr-mae", [f"student.model={student}", f"optim.batch_size={batch_size}"])
+    usual = (f"student.model={student}", f"optim.batch_size={batch_size}")
+    recipe, setup = load_recipe("mr-mae", usual), Setup(device, workers=workers)
     with tempfile.TemporaryDirectory() as folder:
         n = max(64, 4 * batch_size)
         cache = write_cache(Path(folder) / "cache", [t.spec for t in teachers], n=n, size=size, grid=grid)
-        run = build_run(cache, Path(folder) / "out", recipe, Ranks(), Setup(device, workers=workers))
+        run = build_run(cache, Path(folder) / "out", recipe, Ranks(), setup)
         live = online_run(run, teachers)
+        others = {
+            VARIANT + text: build_run(
+                cache, Path(folder) / "out", load_recipe("mr-mae", [*usual, *text.split()]), Ranks(), setup
+            )
+            for text in variants
+        }
         common = {"student": student, "batch": batch_size, "precision": run.precision, "rounds": rounds}
         common |= {"load": f"{os.getloadavg()[0]:.1f}", **machine("cuda" if cuda else "cpu")}
         for compile in (False, True) if cuda else (False,):
             mode = common | {"mode": "compiled" if compile else "eager"}
-            arms = build_arms(run, live, compile=compile)
+            arms = build_arms(run, live, compile=compile, others=others)
             try:
                 measure_arms(arms, run, rounds=rounds, steps=steps, now=now)
             finally:

@@ -57,9 +57,10 @@ RECIPES = ("mae", "mr-mae", "mimic-only", "mimic-masked")
 def arm(name: str, part: str, recipe: str, options: str = "", **others: Any) -> Arm:
     """One student: what is trained on which cache, and how it is probed.
 
-    curve: epochs whose checkpoint is probed by k-NN. source: what is probed instead of a student of its own. test: keys of the images it is tested on.
+    curve: epochs whose checkpoint is probed by k-NN. source: what is probed instead of a student of its own. test: keys of the images it is tested on. against: what it is compared with, named without seed.
     """
-    usual = {"seed": 0, "cache": "eurosat-k1", "epochs": EPOCHS, "curve": (), "probes": ("knn", "linear"), "test": TEST}
+    usual = {"seed": 0, "cache": "eurosat-k1", "epochs": EPOCHS, "curve": (), "probes": ("knn", "linear"), "test": TEST,
+             "against": ""}  # fmt: skip
     return {"name": name, "part": part, "recipe": recipe, "options": options, "source": "", **usual, **others}
 
 
@@ -85,27 +86,43 @@ def chosen(name: str, part: str, recipe: str = "mr-mae", options: str = "", **ot
 def target(transform: str, teachers: str = "both", seed: int = 0) -> Arm:
     """`mr-mae` with another target transform, from Galileo, MobileNetV2 or both."""
     named = "" if teachers == "both" else f"--set terms.mimic.teachers=[{teachers}] "
-    name = f"{teachers}-{transform.replace('+', '-')}-s{seed}"
-    return chosen(name, "targets", options=f"{named}--set terms.mimic.transform={transform}", seed=seed)
+    name, options = f"{teachers}-{transform.replace('+', '-')}", f"{named}--set terms.mimic.transform={transform}"
+    return chosen(f"{name}-s{seed}", "targets", options=options, seed=seed, against=f"{teachers}-ln0")
+
+
+def pair(name: str, recipe: str = "mr-mae", **others: Any) -> list[Arm]:
+    """The usual and centred targets under another recipe, number of views or length."""
+    return [chosen(f"{name}-{transform}", "others", recipe, f"--set terms.mimic.transform={transform}", against=f"{name}-ln0", **others)
+            for transform in ("ln0", "position")]  # fmt: skip
 
 
 def decoder(depth: int, kind: str, predicted: int, seed: int = 0) -> Arm:
     """`mr-mae` on centred targets with another pixel branch: blocks of the decoder, what they attend to, patches of 48 that they predict."""
     some = "" if predicted == 48 else f" --set mask.n_predict={predicted} --set mask.predict=uniform"
     options = f"{CENTRED} --set student.decoder.depth={depth} --set student.decoder.kind={kind}{some}"
-    return chosen(f"decoder-{depth}-{kind}-{predicted}-s{seed}", "decoder", options=options, seed=seed)
+    name = f"decoder-{depth}-{kind}-{predicted}-s{seed}"
+    return chosen(name, "decoder", options=options, seed=seed, against="decoder-4-self-48")
 
 
-def tested(of: str, part: str) -> Arm:
+def blocks(views: int, seed: int) -> Arm:
+    """`mr-mae` on centred targets that shows stored token blocks."""
+    cache, against = (
+        ("both-blocks", "both-position") if views == 1 else (f"both-blocks-k{views}", f"views-{views}-position")
+    )
+    options = f"{CENTRED} --set mask.sampler=stored_block"
+    return chosen(f"blocks-k{views}-s{seed}", "blocks", options=options, cache=cache, seed=seed, against=against)
+
+
+def tested(of: str, against: str) -> Arm:
     """A student that was chosen on the validation tiles, probed on the test part."""
-    probes = ("knn", "linear", "attentive")
-    return arm(f"{of}-test", part, "", source=f"WORK/{of}", cache="both-k1", probes=probes, seed=int(of[-1]))
+    how: dict[str, Any] = {"seed": int(of[-1]), "probes": ("knn", "linear", "attentive"), "against": f"{against}-test"}
+    return arm(f"{of}-test", "tested", "", source=f"WORK/{of}", cache="both-k1", **how)
 
 
 def optimiser(name: str, blr: str, seed: int = 0) -> Arm:
     """`mr-mae` on centred targets with another optimiser, or AdamW at another rate than the study's."""
     options = f"{CENTRED} --set optim.name={name} --blr {blr}"
-    return chosen(f"{name}-{blr}-s{seed}", "optimiser", options=options, seed=seed)
+    return chosen(f"{name}-{blr}-s{seed}", "optimiser", options=options, seed=seed, against="both-position")
 
 
 CENTRED = "--set terms.mimic.transform=position"
@@ -114,22 +131,20 @@ CHOICES: list[Arm] = [
     *(target(transform, teachers) for teachers in ("both", "gal", "cnn") for transform in ("ln0", "position")),
     *(target(transform) for transform in TRANSFORMS),
     *(target(transform, seed=seed) for seed in (1, 2) for transform in ("ln0", "position")),
-    chosen("mimic-only-ln0", "targets", "mimic-only"),
-    chosen("mimic-only-position", "targets", "mimic-only", CENTRED),
+    *pair("mimic-only", "mimic-only"),
     *(decoder(*how) for how in ((4, "self", 48), (1, "self", 16), (1, "cross", 16), (2, "self", 16), (4, "cross", 48))),
     *(target(transform, "gal", seed) for seed in (1, 2) for transform in ("ln0", "position")),
     *(target(transform, "cnn", seed) for seed in (1, 2) for transform in ("ln0", "position")),
-    *(chosen(f"views-4-{t}", "targets", options=f"--set terms.mimic.transform={t}", cache="both-k4") for t in ("ln0", "position")),
-    *(chosen(f"longer-{t}", "targets", options=f"--set terms.mimic.transform={t}", epochs=2 * EPOCHS) for t in ("ln0", "position")),
-    *(chosen(f"mimic-masked-{t}", "targets", "mimic-masked", f"--set terms.mimic.transform={t}") for t in ("ln0", "position")),
+    *pair("views-4", cache="both-k4"),
+    *pair("longer", epochs=2 * EPOCHS),
+    *pair("mimic-masked", "mimic-masked"),
     *(decoder(*how, seed) for seed in (1, 2) for how in ((4, "self", 48), (1, "self", 16), (1, "cross", 16))),
-    *(chosen(f"blocks-s{seed}", "blocks", options=f"{CENTRED} --set mask.sampler=stored_block", cache="both-blocks", seed=seed) for seed in range(3)),
-    *(chosen(f"blocks-k4-s{seed}", "blocks", options=f"{CENTRED} --set mask.sampler=stored_block", cache="both-blocks-k4", seed=seed) for seed in range(3)),
+    *(blocks(views, seed) for views in (1, 4) for seed in range(3)),
     *(target(transform, teachers) for teachers in ("gal", "cnn") for transform in TRANSFORMS),
     *(decoder(*how) for how in ((8, "self", 48), (2, "self", 48), (4, "self", 16), (2, "cross", 16), (1, "self", 32), (1, "cross", 48))),
     *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
-    *(tested(f"both-{t}-s{seed}", "targets") for seed in range(3) for t in ("ln0", "position")),
+    *(tested(f"both-{t}-s{seed}", "both-ln0") for seed in range(3) for t in ("ln0", "position")),
 ]  # fmt: skip
 
 

@@ -1,6 +1,6 @@
 """The study's plots."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ def draw(results: Path, docs: Path = study_report.DOCS) -> None:
     if rows:
         draw_curves(docs / "pictures" / "study_curves.png", rows, cost)
         draw_arms(docs / "pictures" / "study_arms.png", rows)
+        draw_choices(docs / "pictures" / "study_choices.png", rows)
+        draw_cost(docs / "pictures" / "study_cost.png", rows, cost)
 
 
 def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
@@ -68,17 +70,37 @@ def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
 
 
 def draw_arms(path: Path, rows: Sequence[Row]) -> None:
-    """Every other arm minus `mr-mae` of the same seed, best first by 10-NN; paired intervals, full where they leave 0 out."""
-    plt, usual = pyplot(), "mr-mae-s0"
-    names = [arm["name"] for arm in ARMS if arm["part"] in ("2", "3", "4")]
-    names = [name for name in names if study_report.chosen(rows, [name], "knn")]
-    if not names or not study_report.chosen(rows, [usual], "knn"):
+    """Every other arm minus `mr-mae` of the same seed."""
+    usual = study_report.chosen(rows, ["mr-mae-s0"], "knn")
+    arms = {arm["name"]: ([arm["name"]], ["mr-mae-s0"]) for arm in ARMS if arm["part"] in ("2", "3", "4")}
+    if usual:
+        draw_differences(path, rows, arms, f"arm − mr-mae ({float(usual[0]['accuracy']):.3f} in 10-NN)")
+
+
+def draw_choices(path: Path, rows: Sequence[Row]) -> None:
+    """What was tried with two teachers, each minus what it is compared with, over the seeds that both have."""
+    arms = {}
+    for arm in ARMS:
+        label = study_report.without_seed(arm["name"])
+        if arm["against"] not in ("", label) and arm["part"] != "tested":
+            pair = (study_report.of_all_seeds(name) for name in (label, arm["against"]))
+            arms[f"{label} − {arm['against']}"] = tuple([one["name"] for one in side] for side in pair)
+    draw_differences(path, rows, arms, "validation tiles")
+
+
+def draw_differences(path: Path, rows: Sequence[Row], arms: Mapping[str, Any], title: str) -> None:
+    """Differences in points of pairs of arms, best first by 10-NN; paired intervals, full where they leave 0 out."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {"knn": {}, "linear": {}}
+    for probe, points in found.items():
+        for label, sides in arms.items():
+            ours, theirs = (study_report.chosen(rows, names, probe) for names in sides)
+            if ours and theirs and study_report.of_shared_seeds(ours, theirs)[0]:
+                points[label] = study_report.paired_points(ours, theirs)
+    names = sorted(found["knn"], key=lambda name: found["knn"][name][0])
+    if not names:
         return
-    found = {probe: {name: minus_usual(rows, name, usual, probe) for name in names} for probe in ("knn", "linear")}
-    names.sort(key=lambda name: found["knn"][name][0])
-    figure, axes = plt.subplots(
-        1, 2, figsize=(9, 1.3 + 0.26 * len(names)), sharey=True, sharex=True, layout="constrained"
-    )
+    size = (9, 1.3 + 0.26 * len(names))
+    figure, axes = pyplot().subplots(1, 2, figsize=size, sharey=True, sharex=True, layout="constrained")
     for axis, (probe, points) in zip(axes, found.items()):
         for y, name in enumerate(names):
             mean, low, high = points[name]
@@ -86,17 +108,28 @@ def draw_arms(path: Path, rows: Sequence[Row]) -> None:
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, ms=5, capsize=2,
                           markerfacecolor=colour if clear else "white")  # fmt: skip
         axis.axvline(0, color="#999999", lw=0.8)
-        there = float(study_report.chosen(rows, [usual], probe)[0]["accuracy"])
-        axis.set(xlabel="points", title=f"{study_report.PROBES[probe]}: arm − mr-mae ({there:.3f})")
+        axis.set(xlabel="points", title=f"{study_report.PROBES[probe]}: {title}")
         axis.title.set_fontsize(10)
     axes[0].set_yticks(range(len(names)), names)
     finish(figure, path)
 
 
-def minus_usual(rows: Sequence[Row], name: str, usual: str, probe: str) -> tuple[float, float, float]:
-    """The difference in points and its paired interval."""
-    ours, theirs = (study_report.chosen(rows, [arm], probe) for arm in (name, usual))
-    return study_report.paired_points(ours, theirs)
+def draw_cost(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
+    """Accuracy on the validation tiles over the CPU seconds of pre-training, the mean over seeds, of all that had both teachers and one schedule."""
+    figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+    parts = {"targets": "#000000", "others": "#d55e00", "decoder": "#0072b2", "blocks": "#009e73"}
+    for axis, probe in zip(axes, ("knn", "linear")):
+        for label in dict.fromkeys(study_report.without_seed(arm["name"]) for arm in ARMS if arm["part"] in parts):
+            arms = study_report.of_all_seeds(label)
+            done = study_report.chosen(rows, [arm["name"] for arm in arms], probe)
+            if done and "teachers=" not in arms[0]["options"]:
+                spent = sum(study_report.cpu_of(cost, row["arm"]) for row in done) / len(done)
+                share = study_report.right_share(done).mean()
+                axis.plot(spent, share, "o", color=parts[arms[0]["part"]], ms=4)
+                axis.annotate(f"{label} ({len(done)})", (spent, share), (4, 2), textcoords="offset points", fontsize=7)
+        axis.set(xlabel="CPU seconds of pre-training", ylabel=f"{study_report.PROBES[probe]} accuracy")
+        axis.margins(x=0.2)
+    finish(figure, path)
 
 
 def pyplot() -> Any:

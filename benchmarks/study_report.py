@@ -211,6 +211,39 @@ def changed(arm: Arm) -> str:
     return ", ".join(filter(None, [arm["recipe"], options, "" if arm["cache"] == "eurosat-k1" else arm["cache"]]))
 
 
+def without_seed(name: str) -> str:
+    return re.sub(r"-s\d", "", name)
+
+
+def of_all_seeds(label: str) -> list[Arm]:
+    return [arm for arm in ARMS if without_seed(arm["name"]) == label]
+
+
+def against_table(
+    part: str,
+    rows: Sequence[Row],
+    cost: Sequence[Row],
+    *,
+    first: Sequence[str] = (),
+    probes: Sequence[str] = ("knn", "linear"),
+) -> list[str]:
+    """The arms of a part over their seeds, each beside what it is compared with: accuracy, and the difference in points."""
+    labels = dict.fromkeys([*first, *(without_seed(arm["name"]) for arm in ARMS if arm["part"] == part)])
+    lines = []
+    for label in labels:
+        arms = of_all_seeds(label)
+        names, others = [arm["name"] for arm in arms], [arm["name"] for arm in of_all_seeds(arms[0]["against"])]
+        found = [(chosen(rows, names, probe), chosen(rows, others, probe)) for probe in probes]
+        if not found[0][0]:
+            continue
+        against = arms[0]["against"] if arms[0]["against"] != label and found[0][1] else ""
+        cells = [text for ours, theirs in found for text in (cell(ours), difference(ours, theirs) if against else "")]
+        spent = [cpu_of(cost, name) for name in names if cpu_of(cost, name)]
+        lines.append([label, str(len(found[0][0])), *cells, against, f"{np.mean(spent):.0f} s" if spent else NONE])
+    head = [text for probe in probes for text in (PROBES[probe], "points more")]
+    return table(["arm", "seeds", *head, "than", "CPU of pre-training"], lines)
+
+
 def clothing_table(rows: Sequence[Row], cost: Sequence[Row]) -> list[str]:
     mine = {recipe: [f"clothing-{recipe}"] for recipe in RECIPES}
     lines = [[f"`{recipe}`", *(cell(chosen(rows, arm, p)) for p in ("knn", "linear")),
@@ -255,6 +288,12 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "part 2": functools.partial(arms_table, "2"),
     "part 3": functools.partial(arms_table, "3"),
     "part 4": functools.partial(arms_table, "4"),
+    "targets": functools.partial(against_table, "targets"),
+    "others": functools.partial(against_table, "others"),
+    "decoder": functools.partial(against_table, "decoder", first=["both-position"]),
+    "blocks": functools.partial(against_table, "blocks"),
+    "optimiser": functools.partial(against_table, "optimiser"),
+    "tested": functools.partial(against_table, "tested", probes=("knn", "linear", "attentive")),
     "clothing": clothing_table,
     "cost": cost_table,
     "commands": command_lines,

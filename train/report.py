@@ -139,6 +139,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
+        **({"optimiser": "Muon for the matrices of blocks, AdamW for the rest"} if o.name == "muon" else {}),
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule):.3g} = {o.lr_per_256:g} x {batches_words(o)}{scale_words(o)},"
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
