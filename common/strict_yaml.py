@@ -68,11 +68,17 @@ def from_values(kind: Any, values: Any, where: str, at: str = "") -> Any:
 
 
 def meant_key(kind: Any, word: str) -> str | None:
-    """`did you mean mask.ratio?` for `mask_ratio` or `ratio`; None where no dotted key of `kind` ends in these words."""
-    flat = word.replace("-", "_")
+    """`did you mean mask.ratio?` for `mask_ratio`, `maskratio` or `ratio`, optim.lr_per_256 for `lr`; None where no dotted key is like it."""
+    flat = squeezed(word)
     ends = {name: name.split(".") for name in dotted_keys(kind)}
-    found = [name for name, parts in ends.items() if flat in ("_".join(parts[i:]) for i in range(len(parts)))]
+    whole = [name for name, parts in ends.items() if flat in (squeezed("".join(parts[i:])) for i in range(len(parts)))]
+    found = whole or [name for name, parts in ends.items() if parts[-1].startswith(f"{word}_")]
     return f"did you mean {' or '.join(found)}?" if found else None
+
+
+def squeezed(name: str) -> str:
+    """The letters and figures alone."""
+    return re.sub("[^a-z0-9]", "", name.lower())
 
 
 def dotted_keys(kind: Any, at: str = "") -> Iterator[str]:

@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 from mrmae.common import page
 from mrmae.common.files import publish_by
 from mrmae.train.log import read_rows
+from mrmae.train.run_page import BLIND
 
 Interval = tuple[float, float, float]  # value, low, high: in percent or percentage points
 ABOUT = {
@@ -69,16 +70,19 @@ def comparison(out: Path) -> dict[str, Any]:
 def accuracy(found: Mapping[str, Any], source: str) -> Interval:
     """A source's accuracy and its interval, in percent."""
     row = next(row for row in found["rows"] if row["source"] == source)
-    low, high = row["interval"]
-    return 100 * row["accuracy"], 100 * low, 100 * high
+    return tuple(map(percent, (row["accuracy"], *row["interval"])))
 
 
 def difference(found: Mapping[str, Any], ours: str, theirs: str) -> Interval:
     """Ours less theirs in percentage points, with the paired interval."""
     pair = next(pair for pair in found["differences"] if {pair["a"], pair["b"]} == {ours, theirs})
     sign = 1 if pair["a"] == ours else -1
-    low, high = sorted(100 * sign * end for end in pair["interval"])
-    return 100 * sign * pair["difference"], low, high
+    return tuple(percent(sign * value) for value in (pair["difference"], *pair["interval"][::sign]))
+
+
+def percent(fraction: float) -> float:
+    """In percent, rounded as the terminal and the probes' tables round: 0.7425 is 0.743 there, and 74.3 here."""
+    return 100 * round(fraction, 3) + 0.0  # no -0.0
 
 
 def probe_words(found: Mapping[str, Any]) -> str:
@@ -105,8 +109,8 @@ def worth(
                        " patch features. Labels are used here only."),
         page.beside(page.intervals("Right of 100 test images", accuracies, x="%"),
                     page.intervals("Differences, on the same test images", differences, x="percentage points", zero=True)),
-        page.table(["features of", "what it is", "%", "95 % interval"],
-                   [(name, ABOUT[name], f"{v:.1f}", f"{low:.1f} to {high:.1f}") for name, (v, low, high) in accuracies.items()]),
+        page.table(["features of", "%", "95 % interval", "what it is"],
+                   [(name, f"{v:.1f}", f"{low:.1f} to {high:.1f}", ABOUT[name]) for name, (v, low, high) in accuracies.items()]),
         page.table(["difference", "points", "95 % interval, paired"],
                    [(name, f"{v:+.1f}", f"{low:+.1f} to {high:+.1f}") for name, (v, low, high) in differences.items()]),
     ]  # fmt: skip
@@ -143,16 +147,19 @@ def panels(out: Path) -> list[page.Html]:
 
 
 def curves(out: Path) -> list[page.Html]:
-    """Every loss term of both runs over epochs."""
+    """Every loss term of both runs over epochs, and dotted what the best prediction costs that never sees an image."""
     rows = {
         name: [row for row in read_rows(out / name / "log.jsonl") if row["kind"] == "epoch"]
         for name in ("mr-mae", "mae")
     }
+    blind = json.loads((out / "mr-mae" / "run.json").read_bytes())["baselines"]
     terms = dict.fromkeys(term for found in rows.values() for row in found for term in row["terms"])
     charts = []
     for term in terms:
         lines = [page.Curve(name, [row["epoch"] for row in found], [row["terms"].get(term) for row in found], hue=hue)
                  for hue, (name, found) in enumerate(rows.items()) if any(term in row["terms"] for row in found)]  # fmt: skip
+        lines += [page.Curve(f"without an image: {BLIND[kind]}", line.x, [cost] * len(line.x), dotted=True)
+                  for kind, cost in blind.get(term, {}).items() if kind in ("position", "patch_mean") for line in lines[:1]]  # fmt: skip
         charts.append(page.chart(f"Loss term {term}, mean of an epoch", lines, x="epoch"))
     return [page.beside(*charts)]
 

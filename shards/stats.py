@@ -222,13 +222,25 @@ def read_stats(cache: Cache, column: str) -> Stats:
     if id != wanted:
         of_fewer = {"--views": cache.n_views, "--images": cache.plan.n_images}  # also where a run is pinned to them
         todo += "".join(f" {name} {n}" for name, n in of_fewer.items())
-        raise ValueError(f"{path}: these moments are of {shown(of)}; this cache is "
-                         f"{json.dumps(stats_fields(cache, column))}; {todo}")  # fmt: skip
+        raise ValueError(
+            f"{path}: these moments are of other data ({differing(of, stats_fields(cache, column))}); {todo}"
+        )
     cls = None
     if spec.has_cls:
         n_images = n // len(tensors["position_mean"])
         cls = Stats(id, n_images, tensors["cls.position_mean"], tensors["cls.residual_covariance"])
     return Stats(id, n, tensors["position_mean"], tensors["residual_covariance"], cls)
+
+
+def differing(told: object, wanted: Mapping[str, object]) -> str:
+    """Which fields a file of moments tells otherwise than wanted: `n_views is 2 there and 1 here`."""
+    try:
+        there = parsed(str(told).encode(), dict[str, Any])
+    except ValueError:
+        there = {}
+    found = [f"{name} is {shown(there.get(name))} there and {shown(value)} here" for name, value in wanted.items()
+             if there.get(name) != value]  # fmt: skip
+    return ", ".join(found) or shown(told)
 
 
 def moments_in(stored: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -22,6 +22,7 @@ from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.run import Options
 from mrmae.extract.run import extract_features as extract
 from mrmae.probe.cli import main as probe_features
+from mrmae.probe.show_cli import main as show_features
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import ViewRecipe, load_plan
@@ -33,6 +34,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PROGRAMS: dict[str, click.Command] = {
     "extract-features": extract_features, "train-mrmae": train_mrmae, "inspect-cache": inspect_cache, "probe-features": probe_features,
+    "show-features": show_features,
 }  # fmt: skip
 WRITTEN_BY_A_PROGRAM = {"evidence-commands.md": "test_study.py parses every command of the study"}
 NOT_RUN = {
@@ -47,7 +49,7 @@ NOT_RUN = {
 }
 # What a command of the docs becomes, so that it takes a second: other values for these options, and more options.
 SMALL_VALUES = {"--size": "32", "--grid": "4", "--epochs": "2", "--student": "test_vit", "--workers": "2", "--batch-size": "8",
-                "--warmup-epochs": "1", "--shard-samples": "8", "--hold-out": "0.2"}  # fmt: skip
+                "--warmup-epochs": "1", "--shard-samples": "8", "--hold-out": "0.2", "--patch": "3,2"}  # fmt: skip
 SMALL_SETTINGS = {"optim.epochs": "2", "optim.batch_size": "8", "finetune.epochs": "1", "finetune.batch_size": "8", "finetune.warmup_epochs": "0",
                   "linear.epochs": "2", "attentive.epochs": "1", "fusion.other": "timm:test_vit/random",
                   **{f"{key}.epochs": "1" for key in ("low_shot.linear", "fusion.linear", "fusion.head", "region.linear", "region.head", "segment.linear")}}  # fmt: skip
@@ -59,6 +61,7 @@ ADDED: dict[str, dict[str, str]] = {
     "extract-features": {"--size": "32", "--grid": "4", "--device": "cpu", "--shard-samples": "8"},
     "train-mrmae": {"--student": "test_vit", "--epochs": "2", "--batch-size": "8", "--device": "cpu", "--panels-every": "0"},
     "probe-features": {"--device": "cpu", "--workers": "2"},
+    "show-features": {"--device": "cpu"},
 }  # fmt: skip
 CNN = re.compile(r"resnet|mobilenet|efficientnet|convnext|swin")
 
@@ -153,7 +156,8 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     commit.finalise(cache, load_plan(cache))
     short = ("student.model=test_vit", DECODER, "optim.epochs=1", "optim.warmup_epochs=0.5", "optim.batch_size=8")
     train_quietly(cache, root / "run", load_recipe("mr-mae", short))
-    return {name: root / name for name in ("images", "images.tar", "train.tar", "test.tar", "cache", "run")}
+    found = {name: root / name for name in ("images", "images.tar", "train.tar", "test.tar", "cache", "run")}
+    return found | {"image": next(found["images"].rglob("*.png"))}
 
 
 def provide(word: str, kind: str, templates: dict[str, Path]) -> None:
@@ -182,6 +186,7 @@ def provide_all(program: str, paths: list[str], named: dict[str, list[str]], tem
             (word, "cache" if "#" in word else "run") for word in (paths if "--data" in named else paths[:1])
         ]
         + [(word, "images") for word in ([] if "--data" in named else paths[1:])],
+        "show-features": [(word, "image") for word in paths] + [(word, "run") for word in named.get("--student", [])],
     }
     for recipe in (name for name in named.get("--recipe", []) if name.endswith(".yaml")):
         Path(recipe).write_text(recipe_text("mr-mae"))
@@ -297,6 +302,6 @@ def test_every_command_of_a_page_runs(
             f"{command}\nran as: {program} {shlex.join(told)}\n{result.output[-2000:]}\n{result.exception!r}"
         )
         assert os.getcwd() == str(tmp_path)
-    shutil.copy(next(templates["images"].rglob("*.png")), "shirt.jpg")
+    shutil.copy(templates["image"], "shirt.jpg")
     for block in python_blocks(page):
         exec(compile(block.replace("cache, 64,", "cache, 4,"), page.name, "exec"), {})

@@ -215,6 +215,8 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("optim.lr_per_265=1", "optim.lr_per_265 is not a key of a recipe; did you mean lr_per_256?"),
         ("opitm.epochs=1", "did you mean optim or fit?"),
         ("mask_ratio=0.5", "mask_ratio is not a key of a recipe; did you mean mask.ratio?"),
+        ("maskratio=0.5", "maskratio is not a key of a recipe; did you mean mask.ratio?"),
+        ("lr=0.5", "lr is not a key of a recipe; did you mean optim.lr_per_256"),
         ("epochs=9", "epochs is not a key of a recipe; did you mean optim.epochs?"),
         ("weight=2", "weight is not a key of a recipe; did you mean terms.NAME.weight?"),
         ("optim.epochs=ten", "optim.epochs is 'ten'; expected an integer"),
