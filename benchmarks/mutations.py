@@ -1,6 +1,6 @@
 """One file of a cache changed at random, in structure and in values, as damage and as an attacker would: used by soak_fuzz.py.
 
-JSON stays JSON, a parquet file stays a table, and tars, safetensors and zarr shards keep headers that can be read; other mutations
+JSON stays JSON, an Arrow file stays a table, and tars, safetensors and zarr shards keep headers that can be read; other mutations
 change bytes, or put a link, a FIFO, a folder or nothing where the file was. A mutation may be forged: ids and hashes that
 cover the file are computed anew, so that it survives the first checks.
 """
@@ -20,17 +20,16 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mrmae.shards.commit import record_id
 from mrmae.shards.format import content_id, read_samples
-from mrmae.shards.manifest import samples_id
+from mrmae.shards.manifest import samples_digests
 
 Rng = np.random.Generator
 FILES = {  # which files, how often
     "manifest.json": 5,
     "plan.json": 5,
-    "samples.parquet": 4,
+    "samples.arrow": 4,
     "commits/*/*/*.json": 5,
     "views/**/zarr.json": 2,
     "views/**/column.json": 2,
@@ -46,7 +45,7 @@ NUMBERS = (-1, 0, 1, 2, 3, 255, 2**31, 2**53, 2**63 - 1, 2**63, 2**64 - 1, 2**64
 WORDS = ("", "x", "0", "-1", "1e9", ".", "..", "../victim.txt", "../../victim.txt", "/dev/zero", "/dev/stdin", "a\0b", "a\nb", "\ud800",
          "\x1b[2J", "a/b", "x" * 100_000, "é" * 300, "--allow-torchscript", "{}", "%s%n", "$(touch marker)")  # fmt: skip
 PLANTED = (".digests", ".lock", ".planning.lock", "commits/.000000.lock", "commits/.000001.lock", "pictures.png")
-ROWS = 30_000_000  # of a table that takes a few KB
+ROWS = 3_000_000  # of a table that takes a few KB, as it is compressed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,12 +187,12 @@ def edit_text(text: str, rng: Rng) -> tuple[str, str]:
     return "in a list", f"[{text}]"
 
 
-# --- samples.parquet
+# --- samples.arrow
 
 
-def mutate_parquet(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
+def mutate_arrow(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
     """Another table of samples."""
-    table = pq.read_table(io.BytesIO(before), use_threads=False)
+    table = table_of(before)
     name = pick(rng, list(table.column_names), [4] + [1] * (table.num_columns - 1))
     at, values = table.column_names.index(name), table[name].to_pylist()
     row, what = int(rng.integers(len(values))), pick(rng, list(TABLES), list(TABLES.values()))
@@ -202,7 +201,8 @@ def mutate_parquet(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
         bits = kind.bit_width if pa.types.is_integer(kind) else 0
         numbers = [n for n in (*NUMBERS, values[row]) if isinstance(n, int) and abs(n) < 2 ** (bits - 1)]
         words = [word for word in WORDS if word != "\ud800"] + [str(outside / "victim.txt")]
-        values[row] = pick(rng, numbers if bits else [True, False] if pa.types.is_boolean(kind) else words)
+        digests = [bytes(32), b"\xff" * 32] if pa.types.is_fixed_size_binary(kind) else words
+        values[row] = pick(rng, numbers if bits else [True, False] if pa.types.is_boolean(kind) else digests)
         table = table.set_column(at, table.schema.field(name), pa.array(values, kind))
         what = f"row {row} = {short(values[row])}"
     elif what == "null":
@@ -222,22 +222,22 @@ def mutate_parquet(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
         table = table.slice(0, 0)
     elif what == "one row less":
         table = table.slice(0, len(values) - 1)
-    elif what == "numbers":
-        start = pick(rng, [1, 10**6, 10**9, 2**40, 2**62])
-        table = table.set_column(0, "number", pa.array([0, *range(start, start + len(values) - 1)], pa.int64()))
+    elif what == "hashes":
+        hashes = table["hash"].to_pylist()
+        table = table.set_column(1, "hash", pa.array([*hashes[1:], hashes[0]], pa.int64()))
     elif what == "bomb":
         table = pa.table([pa.repeat(pa.scalar(None, field.type), ROWS) for field in table.schema], table.schema)
-        if rng.random() < 0.5:
-            table = table.set_column(0, "number", pa.repeat(pa.scalar(0, pa.int64()), ROWS))
     elif what == "long text":
         long = pa.array(["x" * 2**26] * len(values)).dictionary_encode()
-        table = table.set_column(table.column_names.index("reason"), "reason", long.cast(pa.string()))
+        table = table.set_column(table.column_names.index("reason"), "reason", long.cast(pa.large_string()))
     out = io.BytesIO()
-    pq.write_table(table, out, compression="zstd", write_page_checksum=bool(rng.random() < 0.7))
+    packed = pa.ipc.IpcWriteOptions(compression="zstd" if what in ("bomb", "long text") or rng.random() < 0.3 else None)
+    with pa.ipc.new_file(out, table.schema, options=packed) as writer:
+        writer.write_table(table.combine_chunks())
     return f"{name}: {what}", out.getvalue()
 
 
-TABLES = {"value": 10, "null": 3, "type": 3, "gone": 2, "order": 2, "rows twice": 1, "no rows": 1, "one row less": 1, "numbers": 4,
+TABLES = {"value": 10, "null": 3, "type": 3, "gone": 2, "order": 2, "rows twice": 1, "no rows": 1, "one row less": 1, "hashes": 4,
           "bomb": 1, "long text": 1}  # fmt: skip
 
 
@@ -331,7 +331,7 @@ def mutate_npz(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
 
 CONTENT: dict[str, Callable[[bytes, Path, Rng], tuple[str, bytes]]] = {
     ".json": mutate_json,
-    ".parquet": mutate_parquet,
+    ".arrow": mutate_arrow,
     ".npz": mutate_npz,
     ".tar": mutate_tar,
     ".safetensors": mutate_safetensors,
@@ -451,8 +451,8 @@ def cover(cache: Path, name: str, manifest: dict[str, Any], about: dict[str, Any
     if name == "plan.json":
         plan = json.loads((cache / name).read_bytes())
         manifest.update({key: value for key, value in plan.items() if key not in ("columns", "quantisers")})
-    elif name == "samples.parquet":
-        manifest["samples_id"] = samples_id(read_samples(cache))
+    elif name == "samples.arrow":
+        manifest["samples"] = samples_digests(read_samples(cache))
     elif name.startswith("commits/"):
         record = json.loads((cache / name).read_bytes())
         _, view, column, shard = name.split("/")
@@ -487,7 +487,7 @@ def same_values(name: str, before: bytes, after: bytes) -> bool:
     if name.startswith("stats/"):
         return True  # verified when they are read
     try:
-        if name.endswith(".parquet"):
+        if name.endswith(".arrow"):
             return bool(table_of(before).equals(table_of(after)))
         if name.endswith(".npz"):
             old, new = np.load(io.BytesIO(before)), np.load(io.BytesIO(after))
@@ -501,7 +501,7 @@ def same_values(name: str, before: bytes, after: bytes) -> bool:
 
 
 def table_of(content: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(content), use_threads=False)
+    return pa.ipc.open_file(content).read_all()
 
 
 def meant(name: str, value: Any) -> Any:

@@ -75,10 +75,11 @@ def hollow_cache(path: Path, n: int) -> Path:
     table = {"key": keys, "label": [key[:9] for key in keys], "bytes": [110_000] * n, "sha256": [f"{i:064x}" for i in range(n)],
              "height": [375] * n, "width": [500] * n, "valid": [True] * n, "reason": [None] * n}  # fmt: skip
     samples.write_samples(path, table)
+    rows = samples.read_samples(path)
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     commit.create_columns(path, made)
     records = {unit: hollow_shard(path, made, unit) for unit in units(made)}
-    body = manifest_body(path, made, records, table)
+    body = manifest_body(path, made, records, rows)
     (path / "manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
     return path
 

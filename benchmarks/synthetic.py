@@ -30,7 +30,7 @@ def write_cache(
     """A cache of `n` images with a column of every teacher, through the real writers."""
     rng = np.random.default_rng(0)
     sources = samples.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
-    recipe, data_id = ViewRecipe(size=size), dataset_id((s.key, s.bytes, s.sha256) for s in sources)
+    recipe, data_id = ViewRecipe(size=size), dataset_id(sources)
     made = Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format)
     made = agree(path, Wanted(made, rows=sources)).plan
     quantisers = {

@@ -54,7 +54,8 @@ class BoxFile:
 
     def refuse_unfit(self, cache: Cache, numbers: Numbers) -> None:
         """ValueError where no image of these has a box, or one has a box that is not within it."""
-        having = [int(number) for number in numbers if cache.keys[number] in self.corners]
+        keys = cache.keys[:]
+        having = [number for number in numbers.tolist() if keys[number] in self.corners]
         if not having:
             raise ValueError(f"{self.where}: has no box for any of the {len(numbers):,} images, first {cache.keys[numbers[0]]!r}, but for others, first "
                              f"{next(iter(self.corners))!r}; expected keys as inspect-cache names them; correct the file")  # fmt: skip

@@ -44,6 +44,7 @@ from mrmae.shards.format import (
     Measured,
     Numbers,
     Plan,
+    SourceTable,
     TeacherSpec,
     apply_tail,
     dequantise,
@@ -51,6 +52,7 @@ from mrmae.shards.format import (
     quantise,
     read_codebook,
     read_tail,
+    signed_hashes,
     summarise,
 )
 from mrmae.shards.store import PixelRow, Shards
@@ -80,7 +82,8 @@ class ExtractJob:
     @functools.cached_property
     def shards(self) -> Shards:
         """What is committed, to be read."""
-        return Shards(self.path, self.plan, [row.key for row in self.images.rows], self.options.workers)
+        keys = SourceTable.of(self.images.rows).columns["key"]
+        return Shards(self.path, self.plan, keys, signed_hashes(keys), self.options.workers)
 
     @property
     def in_turns(self) -> bool:

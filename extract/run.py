@@ -115,7 +115,12 @@ def hashed_rows(options: Options, sources: Sources, found: Found) -> list[Source
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:
     """The extraction of the agreed plan."""
+    images = images_of(options, sources, agreed)
+    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options, teachers.maps, teachers.texts)
+
+
+def images_of(options: Options, sources: Sources, agreed: Agreed) -> Images:
+    """The images of the agreed plan, and where each is among those that are given."""
     at = {image.key: i for i, image in enumerate(sources)}
     order = [at.get(row.key, -1) for row in agreed.rows]  # with --append not every image need be given
-    images = Images(sources, agreed.rows, order, options.max_pixels)
-    return ExtractJob(options.cache, agreed.plan, images, teachers.built, options, teachers.maps, teachers.texts)
+    return Images(sources, agreed.rows, order, options.max_pixels)

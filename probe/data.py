@@ -19,7 +19,7 @@ from mrmae.common.backend import exists, locate
 from mrmae.common.files import make_folder
 from mrmae.extract.images import Sources, decoded, digest_images, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format import FILTERS, BadImage, Pixels, content_id, dataset_id, read_sources
+from mrmae.shards.format import FILTERS, BadImage, Pixels, canonical_sources, content_id, dataset_id, read_sources
 from mrmae.shards.format import Source as Row
 
 TRAIN, TEST = ("train/*",), ("test/*",)
@@ -47,7 +47,7 @@ class Split:
     @functools.cached_property
     def id(self) -> str:
         """Id of the images (keys and bytes), and of their stored views."""
-        images = dataset_id((row.key, row.bytes, row.sha256) for row in self.rows)
+        images = dataset_id(canonical_sources(self.rows))
         return content_id({"images": images, "views": self.cache.ids["geometry"]}) if self.cache else images
 
     def pixels(self, i: int, size: int, interpolation: str) -> Pixels:
@@ -137,7 +137,7 @@ def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[s
     if not len(cache.numbers):
         raise ValueError(f"DATA {path}: no image of this cache can be read: no shard is committed in all views and columns that its "
                          "plan.json tells of, or all images are bad; see inspect-cache verify, or let extract-features run on")  # fmt: skip
-    rows = read_sources(locate(path))
+    rows = list(read_sources(locate(path)))
     numbers = np.array([n for n in cache.numbers if matches(rows[n].key, include)], np.int64)
     if not len(numbers):
         raise ValueError(f"DATA {path}: none of {len(cache.numbers)} keys match {' '.join(include)}, like "

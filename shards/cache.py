@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import os
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,10 @@ from mrmae.shards.format import (
     Numbers,
     Plan,
     Quantiser,
+    SampleTable,
     TeacherSpec,
     Unit,
+    Values,
     View,
     apply_tail,
     content_id,
@@ -43,6 +46,7 @@ from mrmae.shards.format import (
     load_plan,
     parse_tail,
     read_samples,
+    sample_values,
     tail_path,
     units,
 )
@@ -50,6 +54,7 @@ from mrmae.shards.manifest import read_manifest
 from mrmae.shards.store import Shards, refuse_foreign_entries
 
 Indices = Sequence[int] | Numbers | Tensor
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
 
 REMOTE_THREADS = 16
 NEAR_KEYS = 500  # keys compared with one that is not there
@@ -103,14 +108,13 @@ class Cache:
     name by teacher name; ids: dataset, geometry and column ids.
     """
 
-    def __init__(self, path: Path, plan: Plan, manifest: dict[str, Any], table: Mapping[str, list[Any]],
-                 readable: Sequence[bool], threads: int) -> None:  # fmt: skip
+    def __init__(
+        self, path: Path, plan: Plan, manifest: dict[str, Any], table: SampleTable, readable: Flags, threads: int
+    ) -> None:
         self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
-        self.keys: list[str] = table["key"]
-        self.labels: list[str | None] = table["label"]
-        self.reasons: list[str | None] = table["reason"]
-        self.readable = np.asarray(readable, bool)
-        self.numbers: Numbers = np.flatnonzero(self.readable).astype(np.int64)
+        self.table, self.readable = table, readable
+        self.keys: Sequence[str] = table["key"]
+        self.reasons: Sequence[str | None] = table["reason"]
         self.size, self.grid, self.dtype, self.blocks = plan.recipe.size, plan.grid, plan.dtype, plan.token_layout
         self.n_views, self.shard_samples, self.encoding = plan.n_views, plan.shard_samples, plan.recipe.stored
         self.stored = {t.column: Column(t, plan.quantisers[t.column], plan.ids[t.column], plan.layout(t.column))
@@ -120,8 +124,9 @@ class Cache:
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.stored.items()}}  # fmt: skip
-        self.shards = Shards(path, plan, self.keys, threads)
+        self.shards = Shards(path, plan, self.keys, table["hash"].numpy(), threads)
         self.complete = bool(manifest)  # all that was asked for is committed
+        self.whole = self.complete  # and it holds every image that the manifest tells of
         self._tails: dict[str, dict[str, Tensor]] = {}
 
     def narrowed(self, columns: Sequence[str] | None, views: int | None, images: int | None = None) -> "Cache":
@@ -145,12 +150,16 @@ class Cache:
         parts, rows = self.plan.holding(n_images)
         plan = self.plan.without([name for name in every if name not in kept])
         plan = dataclasses.replace(plan, appended=plan.appended[: parts - 1], n_views=n_views)
-        told: dict[str, list[Any]] = {"key": self.keys, "label": self.labels, "reason": self.reasons}
-        table = {name: values[: plan.n_rows] for name, values in told.items()}
-        readable = [bool(ok) and number < rows for number, ok in enumerate(self.readable[: plan.n_rows])]
+        table = {name: values.head(plan.n_rows) for name, values in self.table.items()}
+        readable = self.readable[: plan.n_rows] & (np.arange(plan.n_rows) < rows)
         cache = Cache(self.path, plan, self.manifest, table, readable, self.threads)
-        cache.complete = self.complete
+        cache.complete, cache.whole = self.complete, self.whole and len(cache) == len(self)
         return cache
+
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """The samples that can be read, ascending."""
+        return np.flatnonzero(self.readable)
 
     @property
     def unfinished(self) -> str | None:
@@ -160,7 +169,8 @@ class Cache:
         return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tails": {}}
+        lazy = ("hashes", "labels", "number_of", "derived", "numbers")
+        return {**{name: value for name, value in self.__dict__.items() if name not in lazy}, "_tails": {}}
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -173,9 +183,21 @@ class Cache:
         return Sample(number, self.keys[number], self.labels[number], readable, self.reasons[number], views)
 
     @functools.cached_property
+    def labels(self) -> Values:
+        """Of every sample, None for none. ValueError where they are not those that the manifest was written for."""
+        labels, told = self.table["label"], self.manifest.get("samples", {}).get("label")
+        if told and self.whole and labels.digest != told:
+            raise ValueError(
+                f"{self.path / 'samples.arrow'}: its labels are not those that the manifest was written for; restore it from a copy"
+            )
+        return labels
+
+    @functools.cached_property
     def hashes(self) -> Int64[Tensor, "n"]:
         """Hash of every sample's key, as signed 64-bit integers."""
-        return torch.from_numpy(self.shards.hashes)
+        with warnings.catch_warnings():  # of memory that may not be written; it may, and nobody else sees it
+            warnings.simplefilter("ignore", UserWarning)
+            return torch.from_numpy(self.shards.hashes)
 
     @functools.cached_property
     def number_of(self) -> dict[str, int]:
@@ -425,7 +447,7 @@ def open_cache(
         return cache
     manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table)
-    return Cache(path, plan, manifest, table, table["valid"], threads)
+    return Cache(path, plan, manifest, table, table["valid"].numpy(), threads)
 
 
 def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bool:
@@ -434,13 +456,11 @@ def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bo
     return (columns is None or column in (PIXELS, *columns)) and (views is None or view < views)
 
 
-def open_unfinished(
-    path: Path, plan: Plan, table: dict[str, list[Any]], missing: Collection[int], threads: int
-) -> Cache:
+def open_unfinished(path: Path, plan: Plan, table: SampleTable, missing: Collection[int], threads: int) -> Cache:
     """A cache without a manifest, restricted to the shards that are not `missing`."""
-    whole = [shard not in missing for shard in range(plan.n_shards)]
-    bad = bad_images(path, plan)
-    readable = [whole[number // plan.shard_samples] and bool(key) and number not in bad
-                for number, key in enumerate(table["key"])]  # fmt: skip
-    reasons = [bad.get(number) if key else NO_IMAGE["reason"] for number, key in enumerate(table["key"])]
-    return Cache(path, plan, {}, {**table, "reason": reasons}, readable, threads)
+    readable, reasons = np.zeros(plan.n_rows, bool), [NO_IMAGE["reason"]] * plan.n_rows
+    for shard, rows in enumerate(plan.ranges):
+        readable[rows.start : rows.stop], reasons[rows.start : rows.stop] = shard not in missing, [None] * len(rows)
+    for number, reason in bad_images(path, plan).items():
+        readable[number], reasons[number] = False, reason
+    return Cache(path, plan, {}, {**table, "reason": sample_values(reasons, "reason")}, readable, threads)

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mrmae.common.backend import Url, exists, file_pieces, read_bytes, size_of
 from mrmae.common.errors import shortened
 from mrmae.common.progress import counted
@@ -26,7 +28,9 @@ from mrmae.shards.commit import (
 )
 from mrmae.shards.format import (
     PIXELS,
+    SAMPLES,
     Plan,
+    SampleTable,
     Unit,
     column_attributes,
     commit_path,
@@ -40,7 +44,7 @@ from mrmae.shards.format import (
     shown,
     units,
 )
-from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_id
+from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_digests
 from mrmae.shards.store import (
     MOST_METADATA_BYTES,
     Damaged,
@@ -58,7 +62,6 @@ BLOCK_BYTES = 1 << 20
 # What a column's metadata say of the data; other versions of zarr may add fields.
 METADATA_FIELDS = ("zarr_format", "node_type", "attributes", "shape", "data_type", "chunk_grid", "chunk_key_encoding",
                    "fill_value", "codecs")  # fmt: skip
-SampleTable = Mapping[str, list[Any]]
 Record = Mapping[str, Any]
 
 
@@ -115,7 +118,7 @@ def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTa
     ids = {column["name"]: column["id"] for column in manifest["columns"]}
     if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
         yield Problem("plan.json", "its ids are not those of manifest.json")
-    yield from other_samples(manifest, table)
+    yield from other_samples(manifest, table, ("hash", "valid"))  # the others where they are read
     yield from strange_names(path, plan, manifest)
     for file, n_bytes in promised_sizes(path, plan, manifest):
         try:
@@ -126,11 +129,11 @@ def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTa
     yield from metadata_problems(path, plan, full=False)
 
 
-def other_samples(manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
-    """samples.parquet, where it is not the one of the manifest."""
-    if samples_id(table) != manifest["samples_id"]:
+def other_samples(manifest: Manifest, table: SampleTable, columns: Sequence[str] = SAMPLES.names) -> Iterator[Problem]:
+    """samples.arrow, where these columns are not those of the manifest."""
+    if samples_digests(table, columns) != {name: manifest["samples"].get(name) for name in columns}:
         yield Problem(
-            "samples.parquet", "its rows are not those the manifest was written for, or manifest.json was edited"
+            "samples.arrow", "its rows are not those the manifest was written for, or manifest.json was edited"
         )
 
 
@@ -278,7 +281,7 @@ def samples_and_problems(path: Path, plan: Plan, manifest: Manifest | None) -> t
     try:
         table = read_samples(path, plan.numbers)
     except ValueError as error:
-        return None, [Problem("samples.parquet", reason(error, path / "samples.parquet"))]
+        return None, [Problem("samples.arrow", reason(error, path / "samples.arrow"))]
     wrong = [*other_samples(manifest, table)] if manifest is not None else []
     return (None if wrong else table), wrong
 
@@ -304,8 +307,8 @@ def shard_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
 
 def bad_rows(cache: Described) -> set[int]:
     """The samples that need have no chunk in any column: the bad images, and rows that hold none."""
-    if cache.table is not None and None not in cache.table["valid"]:
-        return {number for number, valid in enumerate(cache.table["valid"]) if not valid}
+    if cache.table is not None and not cache.table["valid"].array.null_count:
+        return set(np.flatnonzero(~cache.table["valid"].numpy()).tolist())
     return set(bad_images(cache.path, cache.plan))
 
 
@@ -444,11 +447,11 @@ def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tupl
 
 
 def edited_samples(cache: Described) -> Iterator[Problem]:
-    """samples.parquet, where it is not what the commit records say; only for a cache in which nothing else is wrong."""
+    """samples.arrow, where it is not what the commit records say; only for a cache in which nothing else is wrong."""
     assert cache.table is not None, "else this was a problem already"
     decoded = decoded_columns(cache.plan, cache.records)
     if other := [name for name, values in decoded.items() if values != cache.table[name]]:
-        yield Problem("samples.parquet", f"its column {other[0]} is not what the commit records say, so it was edited")
+        yield Problem("samples.arrow", f"its column {other[0]} is not what the commit records say, so it was edited")
 
 
 def edited_manifest(cache: Described) -> Iterator[Problem]:

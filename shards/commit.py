@@ -24,6 +24,7 @@ from mrmae.shards.format import (
     Array,
     Plan,
     Unit,
+    Values,
     canonical_json,
     column_attributes,
     commit_path,
@@ -36,6 +37,7 @@ from mrmae.shards.format import (
     read_samples,
     read_tail,
     readable_json,
+    sample_values,
     shown,
     signed_hashes,
     tar_path,
@@ -49,7 +51,7 @@ from mrmae.shards.manifest import (
     QualityFields,
     file_summary,
     manifest_body,
-    samples_id,
+    samples_digests,
 )
 from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
 
@@ -282,7 +284,7 @@ def bad_in(records: Mapping[Unit, Mapping[str, Any]]) -> dict[int, str]:
 
 
 def finalise(path: Path, plan: Plan) -> dict[str, Any]:
-    """The manifest, written with the final samples.parquet once every shard is committed.
+    """The manifest, written with the final samples.arrow once every shard is committed.
 
     It holds nothing of time, host or versions: equal runs give equal manifests.
     Raises ValueError when shards are missing, or disagree about which images are bad.
@@ -348,8 +350,8 @@ def refuse_other_samples(path: Path, plan: Plan) -> None:
         told, table = vouched(path), read_samples(path, plan.numbers)
     except ValueError:  # damaged or lost: it is written again, or refused, by who goes on
         return
-    if told and None not in table["valid"] and samples_id(table) != told["samples_id"]:
-        raise ValueError(f"{path / 'samples.parquet'}: its rows are not those of the manifest, so it was altered or damaged; restore "
+    if told and not table["valid"].array.null_count and samples_digests(table) != told["samples"]:
+        raise ValueError(f"{path / 'samples.arrow'}: its rows are not those of the manifest, so it was altered or damaged; restore "
                          "it, or see inspect-cache repair (nothing was changed)")  # fmt: skip
 
 
@@ -368,14 +370,15 @@ def counts_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
     return bool(record["valid"] != first["valid"] or record.get("bad", first["bad"]) != first["bad"])
 
 
-def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, list[Any]]:
+def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Values]:
     """height, width, valid and reason of every sample, as the pixels of view 0 tell."""
-    names = ("height", "width", "valid", "reason")
-    table: dict[str, list[Any]] = {name: [NO_IMAGE[name]] * plan.n_rows for name in names}
+    sizes = {name: np.zeros(plan.n_rows, np.int32) for name in ("height", "width")}
+    valid, reasons = np.zeros(plan.n_rows, bool), [NO_IMAGE["reason"]] * plan.n_rows
     for shard, numbers in enumerate(plan.ranges):
-        record = records[0, PIXELS, shard]
-        reasons = [record["bad"].get(str(number)) for number in numbers]
-        valid = [reason is None for reason in reasons]
-        for name, values in zip(names, (record["heights"], record["widths"], valid, reasons)):
-            table[name][numbers.start : numbers.stop] = values
-    return table
+        record, rows = records[0, PIXELS, shard], slice(numbers.start, numbers.stop)
+        for name, values in sizes.items():
+            values[rows] = record[f"{name}s"]
+        valid[rows], reasons[rows] = True, [None] * len(numbers)
+        for number, reason in record["bad"].items():
+            valid[int(number)], reasons[int(number)] = False, reason
+    return {name: sample_values(values, name) for name, values in {**sizes, "valid": valid, "reason": reasons}.items()}

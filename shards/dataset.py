@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
-from mrmae.shards.order import epoch_order, view_of
+from mrmae.shards.order import EpochOrder, view_of
 
 Item = dict[str, Any]
 
@@ -89,7 +89,7 @@ class CacheEpoch(IterableDataset[Item]):
 
     def __iter__(self) -> Iterator[Item]:
         cache, worker = self.images.cache, get_worker_info()
-        order = epoch_order(cache.numbers, cache.shard_samples, seed=self.seed, epoch=self.images.epoch)
+        order = EpochOrder(cache.numbers, cache.shard_samples, seed=self.seed, epoch=self.images.epoch)
         mine, of = (worker.id, worker.num_workers) if worker else (0, 1)
         for at in range(mine, len(self), of):
             first = (at * self.ranks + self.rank) * self.batch_size

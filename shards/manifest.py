@@ -11,8 +11,10 @@ from typing import Any, TypedDict
 from mrmae.common.backend import exists, read_bytes
 from mrmae.shards.format import (
     FORMAT_VERSION,
+    SAMPLES,
     Plan,
     QuantiserFields,
+    SampleTable,
     TeacherSpec,
     Unit,
     codebook_path,
@@ -76,7 +78,7 @@ class ManifestFields(TypedDict):
     format_version: int
     geometry_id: str
     n_valid: int
-    samples_id: str
+    samples: dict[str, str]
     columns: list[ColumnFields]
     shards: dict[str, dict[str, list[ShardFields]]]
     manifest_id: str
@@ -128,7 +130,7 @@ def entry_of(manifest: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
 
 def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """plan.json's fields, as a manifest repeats them."""
-    not_there = ("geometry_id", "n_valid", "samples_id", "shards", "manifest_id", "columns")
+    not_there = ("geometry_id", "n_valid", "samples", "shards", "manifest_id", "columns")
     return {
         **{name: value for name, value in manifest.items() if name not in not_there},
         "columns": [column["teacher"] for column in manifest["columns"]],
@@ -137,14 +139,14 @@ def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def manifest_body(
-    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: Mapping[str, Sequence[Any]]
+    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: SampleTable
 ) -> dict[str, Any]:
     """All of the manifest but its own id. records: of every unit; table: the final samples."""
     return {
         **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
         "geometry_id": plan.geometry_id,
-        "n_valid": sum(table["valid"]),
-        "samples_id": samples_id(table),
+        "n_valid": int(table["valid"].numpy().sum()),
+        "samples": samples_digests(table),
         "columns": [column_summary(path, plan, teacher.column, records) for teacher in plan.columns],
         "shards": shard_table(records),
     }
@@ -185,9 +187,9 @@ def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int
     }
 
 
-def samples_id(table: Mapping[str, Sequence[Any]]) -> str:
-    """Content id of the rows of samples.parquet, as columns (not of its bytes: they depend on pyarrow's version)."""
-    return content_id(dict(table))
+def samples_digests(table: SampleTable, names: Sequence[str] = SAMPLES.names) -> dict[str, str]:
+    """The digest of every column of samples.arrow (not of its bytes: they depend on pyarrow's version), or of these."""
+    return {name: table[name].digest for name in names}
 
 
 def file_summary(path: Path, file: Path) -> dict[str, Any]:

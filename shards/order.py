@@ -3,33 +3,76 @@
 A position in it is the whole state of a reader: resuming means computing the order again and skipping.
 """
 
+import functools
 from typing import Any
 
 import numpy as np
 
 from mrmae.shards.format import Numbers
 
+WINDOWS_KEPT = 4  # of an epoch, about 0.2 MB each
 VIEWS_FOR, MOST_USEFUL_VIEWS = ((25, 1), (100, 2)), 4  # (epochs at most, views)
 
 
-def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> Numbers:
+class EpochOrder:
     """Sample numbers in the order of one epoch: shards permuted, samples shuffled within every `window` shards.
 
-    numbers: how many samples there are, or the numbers to visit (the valid ones). Each is visited once; leaving some
+    numbers: how many samples there are, or the numbers to visit (the valid ones), ascending. Each is visited once; leaving some
     out keeps the order of the others, as long as the last shard keeps one. window 0: ascending, no shuffling.
+    `order[start:stop]` computes the windows that it lies in, of which the last few are kept: an epoch of a hundred million samples
+    is never in memory. Thread-safe.
     """
-    numbers = np.arange(numbers, dtype=np.int64) if isinstance(numbers, int) else np.asarray(numbers, np.int64)
-    if window == 0 or not len(numbers):
-        return numbers
-    shards = numbers // shard_samples
-    turn = np.argsort(words(int(shards.max()) + 1, seed, epoch, 0), kind="stable").argsort(kind="stable")
-    return numbers[np.lexsort((words(int(numbers.max()) + 1, seed, epoch, 1)[numbers], turn[shards] // window))]
+
+    def __init__(self, numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> None:
+        self.numbers = np.arange(numbers, dtype=np.int64) if isinstance(numbers, int) else np.asarray(numbers, np.int64)
+        self.shard_samples, self.seed, self.epoch, self.window = shard_samples, seed, epoch, window
+        n_shards = int(self.numbers[-1]) // shard_samples + 1 if len(self.numbers) else 0
+        self.bounds = np.searchsorted(
+            self.numbers, np.arange(n_shards + 1) * shard_samples
+        )  # of every shard's in numbers
+        self.turn = np.argsort(words(n_shards, seed, epoch, 0), kind="stable")
+        first = np.arange(0, n_shards, window or n_shards + 1)
+        self.ends = (
+            np.add.reduceat(np.diff(self.bounds)[self.turn], first).cumsum() if n_shards else np.zeros(0, np.int64)
+        )
+        self.kept = functools.lru_cache(maxsize=WINDOWS_KEPT)(self.shuffled)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, which: slice) -> Numbers:
+        start, stop, step = which.indices(len(self))
+        if self.window == 0 or start >= stop:
+            return self.numbers[start:stop:step]
+        first, last = (int(np.searchsorted(self.ends, at, "right")) for at in (start, stop - 1))
+        before = int(self.ends[first - 1]) if first else 0
+        found = [self.kept(window) for window in range(first, last + 1)]
+        return np.concatenate(found)[start - before : stop - before : step]
+
+    def shuffled(self, window: int) -> Numbers:
+        """The numbers of one window, in their order."""
+        found, keys = [], []
+        for shard in sorted(self.turn[window * self.window : (window + 1) * self.window].tolist()):
+            here = self.numbers[self.bounds[shard] : self.bounds[shard + 1]]
+            first = shard * self.shard_samples
+            found.append(here)
+            keys.append(words(self.shard_samples, self.seed, self.epoch, 1, first)[here - first])
+        return np.concatenate(found)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def words(n: int, seed: int, epoch: int, purpose: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """n random 64-bit words: Philox, whose raw output no version of numpy may change."""
-    key = np.array([seed % 2**64, epoch], np.uint64)
-    return np.random.Philox(key=key, counter=np.array([0, 0, 0, purpose], np.uint64)).random_raw(n)
+def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> Numbers:
+    """The whole of an `EpochOrder`."""
+    return EpochOrder(numbers, shard_samples, seed=seed, epoch=epoch, window=window)[:]
+
+
+def words(n: int, seed: int, epoch: int, purpose: int, first: int = 0) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """n random 64-bit words from the `first` one on: Philox, whose raw output no version of numpy may change.
+
+    A counter stands for four words.
+    """
+    key, skipped = np.array([seed % 2**64, epoch], np.uint64), first % 4
+    philox = np.random.Philox(key=key, counter=np.array([first // 4, 0, 0, purpose], np.uint64))
+    return philox.random_raw(skipped + n)[skipped:]
 
 
 def view_of(hashes: Numbers, epoch: int, n_views: int) -> Numbers:

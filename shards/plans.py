@@ -35,14 +35,14 @@ from mrmae.shards.store import read_index, refuse_foreign_entries
 
 DIGESTS = ".digests"  # which images were hashed when: what extract-features begins with
 EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
-Step = Literal["remove manifest.json", "write samples.parquet", "begin plan.json", "replace plan.json"]
+Step = Literal["remove manifest.json", "write samples.arrow", "begin plan.json", "replace plan.json"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Found:
     """What lies where a command wants its cache.
 
-    rows: the images of the plan by number, key "" where a row holds none; None where samples.parquet is lost, and keys is then
+    rows: the images of the plan by number, key "" where a row holds none; None where samples.arrow is lost, and keys is then
     what the pixels' sidecars say of it, empty where they do not all tell. others: names, in a folder without a plan, of what no
     extraction has made. damage: the refusal of what cannot be read, or may not be.
     """
@@ -127,21 +127,21 @@ def begun(found: Found, wanted: Wanted) -> Agreed:
         return Agreed(wanted.plan, (), len(wanted.keys or ()), (), None)
     plan = wanted.plan
     if not plan.dataset_id:
-        plan = dataclasses.replace(plan, dataset_id=dataset_id(leaves(wanted.rows)))
+        plan = dataclasses.replace(plan, dataset_id=dataset_id(wanted.rows))
     elif not made_of(plan, wanted.rows):
         raise ValueError(f"{found.path}: the plan's dataset id is not that of these images; compute it from them")
-    return Agreed(plan, wanted.rows, len(wanted.rows), ("write samples.parquet", "begin plan.json"), None)
+    return Agreed(plan, wanted.rows, len(wanted.rows), ("write samples.arrow", "begin plan.json"), None)
 
 
 def steps_to(old: Plan, plan: Plan, *, samples: bool = False) -> tuple[Step, ...]:
-    """What has to be written for `plan` to be on disk. samples: whether samples.parquet is part of it.
+    """What has to be written for `plan` to be on disk. samples: whether samples.arrow is part of it.
 
     The manifest goes first: the cache is unfinished until the new shards are committed. Samples come before the plan: rows
     behind the plan's last are no part of the cache, so that a kill between the two changes nothing.
     """
     steps: dict[Step, bool] = {
         "remove manifest.json": plan != old,
-        "write samples.parquet": samples,
+        "write samples.arrow": samples,
         "replace plan.json": plan != old,
     }
     return tuple(step for step, needed in steps.items() if needed)
@@ -178,10 +178,10 @@ def in_order_of(old: Plan, plan: Plan) -> Plan:
 
 
 def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) -> Sequence[Source] | None:
-    """The cache's images by number; where samples.parquet is lost, from the command's, and None until those are hashed."""
+    """The cache's images by number; where samples.arrow is lost, from the command's, and None until those are hashed."""
     if found.rows is not None:
         return found.rows
-    where, given = found.path / "samples.parquet", set(keys)
+    where, given = found.path / "samples.arrow", set(keys)
     if len(given) < plan.n_images:
         raise ValueError(f"{where}: lost, and IMAGES are {len(given)}; expected all {plan.n_images} images of the cache to write it "
                          "again; give all their folders, without new ones")  # fmt: skip
@@ -238,7 +238,7 @@ def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, k
 def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> None:
     """ValueError where the plan's ids are not those of its images."""
     if not made_of(plan, there):
-        raise ValueError(f"{path / 'samples.parquet'}: its images are not those that the plan was made of; expected their "
+        raise ValueError(f"{path / 'samples.arrow'}: its images are not those that the plan was made of; expected their "
                          "data set id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[So
     then = {row.key: row.label for row in there if row.key}  # no id is made of labels
     if other := [row for row in wanted.rows or () if row.key and then.get(row.key, row.label) != row.label]:
         key, label = other[0].key, other[0].label
-        raise ValueError(f"{path / 'samples.parquet'}: the label of {key!r} is {shown(then[key])} there and {shown(label)} in IMAGES "
+        raise ValueError(f"{path / 'samples.arrow'}: the label of {key!r} is {shown(then[key])} there and {shown(label)} in IMAGES "
                          f"({len(other)} such images); an image keeps its label; give the images with their labels of then, or if that "
                          "file was damaged, restore it from a copy or remove it: the same command writes it again")  # fmt: skip
     if wanted.plan.dataset_id:
@@ -267,7 +267,7 @@ def grown(
     if not new:
         return plan, there
     ordered = canonical_sources(new)
-    id = grown_dataset_id(plan.parts[-1].dataset_id, leaves(ordered))
+    id = grown_dataset_id(plan.parts[-1].dataset_id, ordered)
     other = {name: sha256 for name, sha256 in maps.items() if sha256 != plan.teacher(name).weights_sha256}
     plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered), other)))
     gap = plan.parts[-1].numbers.start - len(there)
@@ -280,13 +280,8 @@ def made_of(plan: Plan, rows: Sequence[Source]) -> bool:
     return len(rows) == plan.n_rows and dataset_ids(plan, rows) == ids
 
 
-def leaves(rows: Sequence[Source]) -> list[tuple[str, int, str]]:
-    """What a data set's id is made of."""
-    return [(row.key, row.bytes, row.sha256) for row in rows]
-
-
 def look(path: Path, *, images: bool = True) -> Found:
-    """What lies at `path`. images: samples.parquet is read, too, which takes seconds for a million of them."""
+    """What lies at `path`. images: samples.arrow is read, too, which takes seconds for a million of them."""
     try:
         refuse_foreign_entries(path)
         if path.exists() and not path.is_dir():
@@ -296,7 +291,7 @@ def look(path: Path, *, images: bool = True) -> Found:
         plan = load_plan(path)
         if not images:
             return Found(path, plan)
-        if (path / "samples.parquet").exists():
+        if (path / "samples.arrow").exists():
             return Found(path, plan, read_sources(path))
         return Found(path, plan, None, keys_of_pixels(path, plan))
     except ValueError as error:
@@ -314,7 +309,7 @@ def others(path: Path) -> list[str]:
 def is_samples(file: Path) -> bool:
     """Whether this is a cache's table of samples; one of something else is not replaced."""
     try:
-        return file.name == "samples.parquet" and bool(read_samples(file.parent))
+        return file.name == "samples.arrow" and bool(read_samples(file.parent))
     except ValueError:
         return False
 
@@ -339,7 +334,7 @@ def write_agreed(path: Path, agreed: Agreed) -> None:
     for step in agreed.steps:
         if step == "remove manifest.json":
             withdraw_manifest(path, agreed.before or agreed.plan)
-        elif step == "write samples.parquet":
+        elif step == "write samples.arrow":
             write_sources(path, agreed.rows)
         else:
             publish(path / "plan.json", content, replace=step == "replace plan.json")

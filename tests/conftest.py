@@ -25,8 +25,8 @@ from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.plan import Plan
 from mrmae.shards.format.quantiser import NOT_QUANTISED, calibrate, quantise
 from mrmae.shards.format.quantiser import quality as quality_of
-from mrmae.shards.format.samples import Source
-from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, dataset_id, encoding_of, key_hash
+from mrmae.shards.format.samples import Source, dataset_id
+from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, encoding_of, key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import reader
@@ -64,7 +64,7 @@ def write_synthetic_cache(
     drawn = {f"{name}.map": value for name, value in (maps or {}).items()}
     given = [GivenMap(name, path, {"": value(sources[0].key, 0)}, "0" * 64) for name, value in (maps or {}).items()]
     columns = (*specs, *(one.spec((grid, grid)) for one in given))
-    data_id = dataset_id((s.key, s.bytes, s.sha256) for s in sources)
+    data_id = dataset_id(sources)
     recipe = ViewRecipe(size=size, seed=seed)
     rule = BlockRule(seed, blocks) if blocks else None
     wanted = Plan(

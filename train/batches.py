@@ -19,7 +19,7 @@ from mrmae.extract.boxes import BoxFile, read_box_file
 from mrmae.kernels import ids
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers
-from mrmae.shards.order import epoch_order, view_of
+from mrmae.shards.order import EpochOrder, view_of
 from mrmae.shards.stats import read_stats
 from mrmae.train.method import (
     ADD,
@@ -151,6 +151,8 @@ def split_off(cache: Cache, share: float) -> tuple[Numbers, Numbers]:
     share: of the images to hold out, 0 <= share < 1. The order of samples on disk follows the hash's high half, so what is
     held out is spread over all shards. Raises ValueError where either side would be empty.
     """
+    if share == 0:
+        return cache.numbers, cache.numbers[:0]
     low = cache.hashes.numpy()[cache.numbers].view(np.uint64) & np.uint64(0xFFFFFFFF)
     held = low < share * 2**32
     if share > 0 and (held.all() or not held.any()):
@@ -163,7 +165,8 @@ def split_off(cache: Cache, share: float) -> tuple[Numbers, Numbers]:
 
 def labelled(cache: Cache, numbers: Numbers) -> Numbers:
     """Those of `numbers` that have a label."""
-    return np.array([number for number in numbers if cache.labels[number] is not None], np.int64)
+    there: Numbers = numbers[np.asarray(cache.labels.array.is_valid())[numbers]]
+    return there
 
 
 def without_knn(cache: Cache, numbers: Numbers, held_out: Numbers) -> list[str]:
@@ -180,12 +183,12 @@ def without_knn(cache: Cache, numbers: Numbers, held_out: Numbers) -> list[str]:
     ]
 
 
-def numbers_of_epoch(cache: Cache, numbers: Numbers, *, seed: int, epoch: int) -> Numbers:
+def numbers_of_epoch(cache: Cache, numbers: Numbers, *, seed: int, epoch: int) -> EpochOrder:
     """`numbers` of the cache in the order of `epoch`: global, whatever the number of ranks."""
-    return epoch_order(numbers, cache.shard_samples, seed=seed, epoch=epoch)
+    return EpochOrder(numbers, cache.shard_samples, seed=seed, epoch=epoch)
 
 
-def micro_batch_of(order: Numbers, update: int, micro: int, share: Share) -> Numbers:
+def micro_batch_of(order: EpochOrder, update: int, micro: int, share: Share) -> Numbers:
     """The sample numbers of one micro-batch of this rank in update `update` of the epoch."""
     size = share.micro_size
     start = update * share.batch_size + (share.rank * share.accum + micro) * size

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mrmae.shards.format import Numbers
+from mrmae.shards.order import EpochOrder
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
 from mrmae.train.method import MAP, Batch, chosen_blocks, draw_masks, draw_of, partner_targets
@@ -26,7 +27,7 @@ def feed_of(run: Run) -> "Feed":
     """This rank's micro-batches from where the run is to its end."""
 
     @functools.lru_cache(maxsize=2)
-    def order(epoch: int) -> Numbers:
+    def order(epoch: int) -> EpochOrder:
         return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
 
     def load(epoch: int, update: int, micro: int) -> Loaded:

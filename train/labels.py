@@ -55,8 +55,9 @@ def labels_of(cache: Cache, recipe: Recipe, file: str | Path | None) -> Labels |
             raise ValueError(f"--labels {file}: no term of recipe {recipe.name} has target labels; one was expected; leave --labels out, or "
                              "add one, as in --set 'terms.labels={tap: final, positions: pooled, target: labels, distance: bce}'")  # fmt: skip
         return None
-    keys = {int(number): cache.keys[number] for number in cache.numbers}
-    stored = {key: (str(cache.labels[n]),) for n, key in keys.items() if cache.labels[n] is not None}
+    all_keys, labels = cache.keys[:], cache.labels[:]
+    keys = {number: all_keys[number] for number in cache.numbers.tolist()}
+    stored = {key: (str(labels[n]),) for n, key in keys.items() if labels[n] is not None}
     given = stored if file is None else read_labels(Path(file))
     where = f"--labels {file}" if file is not None else str(cache.path)
     if lacking := [key for key in keys.values() if key not in given]:

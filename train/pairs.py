@@ -83,7 +83,8 @@ def pairs_for(recipe: Recipe, cache: Cache, path: Path | None) -> Pairs | None:
 
 def read_pairs(path: Path, cache: Cache) -> Pairs:
     """The pairs of a file. Raises ValueError, naming file, line and key, for one whose image the run does not have, or that is no pair."""
-    numbers = {cache.keys[number]: int(number) for number in cache.numbers}
+    keys = cache.keys[:]
+    numbers = {keys[number]: number for number in cache.numbers.tolist()}
     found, given = [], []
     for where, row in rows_of_pairs(path):
         if len(row) != 2:

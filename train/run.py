@@ -241,7 +241,8 @@ def cache_ids(run: Run) -> dict[str, Any]:
     if run.pairs is not None:
         ids["pairs"] = run.pairs.id
     if run.boxes is not None:
-        ids["boxes"] = run.boxes.id([cache.keys[number] for number in cache.numbers])
+        keys = cache.keys[:]
+        ids["boxes"] = run.boxes.id([keys[number] for number in cache.numbers.tolist()])
     targets = {term.teacher: run.info.target(term.teacher) for term in run.model.terms if term.teacher is not None}
     ids |= {f"statistics {name}": about.stats.id for name, about in sorted(targets.items()) if about.stats is not None}
     if run.setup.online:

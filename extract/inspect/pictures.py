@@ -49,7 +49,8 @@ def contact_sheet(
     among = cache.numbers
     if boxes is not None:
         boxes.refuse_unfit(cache, cache.numbers)
-        among = np.array([number for number in cache.numbers if cache.keys[number] in boxes.corners], np.int64)
+        keys = cache.keys[:]
+        among = np.array([number for number in cache.numbers.tolist() if keys[number] in boxes.corners], np.int64)
     numbers = spread(among, n)
     keys = [cache.keys[number] for number in numbers]
     pixels, note = cache.read_pixels(numbers, numbers * 0 + view), f"as the teachers saw it, {cache.size} px"

@@ -13,7 +13,18 @@ from mrmae.common.errors import shortened
 from mrmae.common.progress import counted, human_bytes
 from mrmae.extract.estimate import blocks_in_words, teacher_in_words
 from mrmae.shards import commit as commits
-from mrmae.shards.format import PIXELS, Plan, Unit, derived_specs, load_plan, plain, read_samples, read_tail, units
+from mrmae.shards.format import (
+    PIXELS,
+    Plan,
+    Unit,
+    Values,
+    derived_specs,
+    load_plan,
+    plain,
+    read_samples,
+    read_tail,
+    units,
+)
 from mrmae.shards.manifest import read_manifest, worst_quality
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import refuse_foreign_entries
@@ -28,8 +39,8 @@ def description(path: Path) -> dict[str, Any]:
     return described(path, *contents(path))
 
 
-def contents(path: Path) -> tuple[Plan, Records, dict[str, list[Any]]]:
-    """What a description is made of: the plan, the valid commit records by unit, and the columns of samples.parquet."""
+def contents(path: Path) -> tuple[Plan, Records, dict[str, Values]]:
+    """What a description is made of: the plan, the valid commit records by unit, and the columns of samples.arrow."""
     refuse_foreign_entries(path)
     plan = load_plan(path)
     if exists(path / "manifest.json"):
@@ -37,7 +48,7 @@ def contents(path: Path) -> tuple[Plan, Records, dict[str, list[Any]]]:
     return plan, commits.valid_records(path, plan, units(plan)), read_samples(path, plan.numbers)
 
 
-def described(path: Path, plan: Plan, records: Records, table: Mapping[str, list[Any]]) -> dict[str, Any]:
+def described(path: Path, plan: Plan, records: Records, table: Mapping[str, Values]) -> dict[str, Any]:
     """The description, of what was read before."""
     bad = commits.bad_in(records)
     return {

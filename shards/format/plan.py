@@ -18,7 +18,7 @@ from mrmae.common.files import publish
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.format.quantiser import DTYPES, NOT_QUANTISED, Quantiser
-from mrmae.shards.format.samples import Source, read_samples
+from mrmae.shards.format.samples import Source, SourceTable, dataset_id, grown_dataset_id, read_samples
 from mrmae.shards.format.shape import expect_kind, read_json
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
@@ -27,11 +27,9 @@ from mrmae.shards.format.spec import (
     ViewRecipe,
     column_id,
     compare_specs,
-    dataset_id,
     expect,
     from_json,
     geometry_id,
-    grown_dataset_id,
     plain,
     shown,
 )
@@ -356,8 +354,8 @@ def dataset_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:
     """Id of the data set up to and with every part of the plan, computed from the images by number."""
     ids: list[str] = []
     for part in plan.parts:
-        leaves = [(row.key, row.bytes, row.sha256) for row in rows[part.numbers.start : part.numbers.stop]]
-        ids.append(grown_dataset_id(ids[-1], leaves) if ids else dataset_id(leaves))
+        here = rows[part.numbers.start : part.numbers.stop]
+        ids.append(grown_dataset_id(ids[-1], here) if ids else dataset_id(here))
     return ids
 
 
@@ -399,10 +397,9 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
     return frozen
 
 
-def read_sources(path: Path) -> list[Source]:
+def read_sources(path: Path) -> SourceTable:
     """The images of the cache at `path` by number, as they were when the plan was made; key "" where a row holds none."""
-    table = read_samples(path, load_plan(path).numbers)
-    return [Source(*row) for row in zip(*(table[name] for name in ("key", "label", "bytes", "sha256")))]
+    return SourceTable(read_samples(path, load_plan(path).numbers))
 
 
 def units(plan: Plan) -> Iterator[Unit]:

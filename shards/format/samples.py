@@ -1,29 +1,128 @@
-"""samples.parquet: every image's key, label, size and sha256, and what became of it. docs/format.md, "Plan, samples, tail"."""
+"""samples.arrow: every image's key, label, size and sha256, and what became of it. docs/format.md, "Plan, samples, tail".
+
+Columns of a mapped file, of which only what is asked for becomes Python's: lists of objects for thirteen million images fill 17 GB.
+"""
 
 import dataclasses
+import hashlib
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+import mmap
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.compute as pc
 
-from mrmae.common.backend import read_bytes
-from mrmae.common.files import publish
-from mrmae.shards.format.spec import canonical_order, shown
+from mrmae.common.backend import Url, read_bytes, size_of
+from mrmae.common.files import publish_by
+from mrmae.shards.format.spec import FORMAT_VERSION, Array, canonical_order, content_id, shown, signed_hashes
 
+SAMPLES_FILE, ARROW_MAGIC = "samples.arrow", b"ARROW1"
 SAMPLES = pa.schema([
-    ("number", pa.int64()), ("key", pa.string()), ("label", pa.string()), ("bytes", pa.int64()),
-    ("sha256", pa.string()), ("height", pa.int32()), ("width", pa.int32()), ("valid", pa.bool_()),
-    ("reason", pa.string()),
+    ("key", pa.large_string()), ("hash", pa.int64()), ("label", pa.large_string()), ("bytes", pa.int64()), ("sha256", pa.binary(32)),
+    ("height", pa.int32()), ("width", pa.int32()), ("valid", pa.bool_()), ("reason", pa.large_string()),
 ])  # fmt: skip
+ALWAYS = ("key", "hash", "bytes")  # columns without nulls
+IDENTITY = ("key", "bytes", "sha256")  # what a data set's id is made of
 NO_IMAGE: dict[str, Any] = {
     "key": "", "label": None, "bytes": 0, "sha256": "", "height": 0, "width": 0, "valid": False,
     "reason": "this row holds no image: it lies before an appended part",
 }  # fmt: skip
-MOST_UNPACKED = 64  # bytes of a column for one of the file: hashes and keys do not compress as well by far
+ROWS_AT_ONCE = 1 << 16  # rows that become Python's at a time
+
+
+class Values(Sequence[Any]):
+    """A column of the table: an Arrow array that reads as a sequence of text (sha256: hex), numbers or truth, None where null.
+
+    file: where it is mapped from, if it is: it is mapped anew where it is unpickled. ValueError, naming it, for text that is damaged.
+    """
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, array: pa.Array, name: str, file: Path | None = None) -> None:
+        self.array, self.name, self.file = array, name, file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.file is None:
+            return Values, (self.array, self.name)
+        return mapped_again, (self.file, self.name, len(self))
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    @overload
+    def __getitem__(self, which: int) -> Any: ...
+    @overload
+    def __getitem__(self, which: slice) -> list[Any]: ...
+    def __getitem__(self, which: int | slice) -> Any:
+        if isinstance(which, slice):
+            return self.plain(self.array[which])
+        if not -len(self) <= which < len(self):
+            raise IndexError(f"row {which} of {len(self)}")
+        return self.plain(self.array.slice(int(which) % len(self), 1))[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            yield from self.plain(self.array.slice(start, ROWS_AT_ONCE))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Values):
+            return bool(self.array.equals(other.array))
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other))
+
+    def plain(self, array: pa.Array) -> list[Any]:
+        """Rows of this column as Python's."""
+        try:
+            array.validate(full=True)  # offsets of a damaged file lead anywhere
+            values: list[Any] = array.to_pylist()
+        except (pa.ArrowException, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"{self.file or SAMPLES_FILE}: its column {self.name} is damaged ({error}); restore it"
+            ) from None
+        return ["" if value is None else value.hex() for value in values] if self.name == "sha256" else values
+
+    def head(self, n: int) -> "Values":
+        """The first n rows."""
+        return Values(self.array.slice(0, n), self.name, self.file)
+
+    def numpy(self) -> Array:
+        """Numbers, or truth (null: False), as an array; of numbers that are mapped without a copy, and writable without a trace."""
+        if pa.types.is_boolean(self.array.type):
+            return np.asarray(pc.fill_null(self.array, False).to_numpy(zero_copy_only=False))
+        return np.asarray(self.array.to_numpy())
+
+    @property
+    def digest(self) -> str:
+        """sha256, in hex, of all values: little-endian numbers, a byte per truth, 32 per sha256; of text all lengths in bytes as int64 (null:
+        -1), then all text."""
+        digest, array = hashlib.sha256(), self.array
+        array.validate()
+        text = pa.types.is_large_string(array.type)
+        for start in range(0, len(array), ROWS_AT_ONCE):
+            part = array.slice(start, ROWS_AT_ONCE)
+            if text:
+                digest.update(pc.fill_null(pc.binary_length(part), -1).to_numpy())
+            elif pa.types.is_fixed_size_binary(array.type):
+                digest.update(part.buffers()[1].slice(32 * part.offset, 32 * len(part)))
+            else:
+                digest.update(
+                    pc.fill_null(part, False).cast(pa.int8()).to_numpy()
+                    if pa.types.is_boolean(part.type)
+                    else pc.fill_null(part, 0).to_numpy()
+                )
+        if text and len(array):
+            _, offsets, data = array.buffers()
+            first, last = (int(np.frombuffer(offsets, np.int64)[array.offset + i]) for i in (0, len(array)))
+            if last > first:
+                digest.update(data.slice(first, last - first))
+        return digest.hexdigest()
+
+
+SampleTable = Mapping[str, Values]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,86 +135,169 @@ class Source:
     sha256: str
 
 
+SOURCE = dataclasses.fields(Source)
+
+
+class SourceTable(Sequence[Source]):
+    """Images as columns: key, label, bytes, sha256 by name."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __init__(self, columns: SampleTable) -> None:
+        self.columns = {field.name: columns[field.name] for field in SOURCE}
+
+    @staticmethod
+    def of(rows: Sequence[Source]) -> "SourceTable":
+        """The same images as columns."""
+        if isinstance(rows, SourceTable):
+            return rows
+        return SourceTable({f.name: sample_values([getattr(row, f.name) for row in rows], f.name) for f in SOURCE})
+
+    def __len__(self) -> int:
+        return len(self.columns["key"])
+
+    @overload
+    def __getitem__(self, which: int) -> Source: ...
+    @overload
+    def __getitem__(self, which: slice) -> "SourceTable": ...
+    def __getitem__(self, which: int | slice) -> "Source | SourceTable":
+        if isinstance(which, slice):
+            return SourceTable({name: Values(v.array[which], name) for name, v in self.columns.items()})
+        return Source(**{name: values[which] for name, values in self.columns.items()})
+
+    def __iter__(self) -> Iterator[Source]:
+        return (Source(*row) for row in zip(*self.columns.values()))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, SourceTable):
+            return self.columns == other.columns
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+
+def sample_values(values: Any, name: str) -> Values:
+    """A column of the table, of anything that holds its values. ValueError for values of another kind."""
+    if isinstance(values, Values):
+        return values
+    if name == "sha256" and not isinstance(values, pa.Array):
+        values = [bytes.fromhex(value) if value else None for value in values]
+    array = values if isinstance(values, pa.Array) else pa.array(values, SAMPLES.field(name).type)
+    return Values(array, name)
+
+
 def canonical_sources(sources: Iterable[Source]) -> list[Source]:
     """The sources in canonical order: position = sample number. ValueError names duplicate keys."""
     sources = list(sources)
     return [sources[i] for i in canonical_order([source.key for source in sources])]
 
 
-def write_samples(path: Path, table: Mapping[str, Sequence[Any]]) -> None:
-    """Write samples.parquet. table: its columns by name, without the number, which is the position.
+def dataset_id(rows: Sequence[Source]) -> str:
+    """Id of the data set of these images, which are in canonical order. ValueError where there are none."""
+    if not len(rows):
+        raise ValueError("dataset id: there are no images; expected at least one; check the path and --include")
+    columns = SourceTable.of(rows).columns
+    return content_id({"images": len(rows), **{name: columns[name].digest for name in IDENTITY}})
 
-    Rows without a key, those before an appended part, are left out.
-    """
-    numbers = [number for number, key in enumerate(table["key"]) if key]
-    columns = {"number": numbers, **{name: [values[i] for i in numbers] for name, values in table.items()}}
-    out = pa.BufferOutputStream()
-    pq.write_table(pa.table(columns, SAMPLES), out, compression="zstd", write_page_checksum=True)
-    publish(path / "samples.parquet", out.getvalue().to_pybytes(), replace=True)
+
+def grown_dataset_id(before: str, appended: Sequence[Source]) -> str:
+    """Id of a data set with images appended. before: its id until then; appended: in canonical order among themselves."""
+    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": dataset_id(appended)})
+
+
+def write_samples(path: Path, table: Mapping[str, Any]) -> None:
+    """Write samples.arrow. table: its columns by name; a column of hashes, where there is none, follows from the keys."""
+    columns = {name: sample_values(values, name) for name, values in table.items()}
+    if "hash" not in columns:
+        columns["hash"] = sample_values(signed_hashes(columns["key"]), "hash")
+    batch = pa.record_batch([columns[name].array for name in SAMPLES.names], SAMPLES)
+
+    def write(file: Path) -> None:
+        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, SAMPLES) as writer:
+            writer.write_batch(batch)
+
+    publish_by(path / SAMPLES_FILE, write)
 
 
 def write_sources(path: Path, sources: Sequence[Source]) -> None:
-    """Write samples.parquet with what is known before any image is decoded; finalising fills in the rest."""
-    table = {name: [getattr(source, name) for source in sources] for name in ("key", "label", "bytes", "sha256")}
-    unknown = {name: [None] * len(sources) for name in ("height", "width", "valid", "reason")}
-    write_samples(path, table | unknown)
+    """Write samples.arrow with what is known before any image is decoded; finalising fills in the rest."""
+    unknown = {
+        name: pa.nulls(len(sources), SAMPLES.field(name).type) for name in ("height", "width", "valid", "reason")
+    }
+    write_samples(path, {**SourceTable.of(sources).columns, **unknown})
 
 
-def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, list[Any]]:
-    """The columns of samples.parquet by name, without the number, which is the position.
+def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, Values]:
+    """The columns of samples.arrow by name; a sample's number is its row.
 
     parts: the sample numbers of the plan's parts; what comes behind is no part of the plan (an append was killed before it was
     planned). None: one part, as long as the table. Rows that hold no image, before an appended part, have the key "" and are not
-    valid. ValueError when the file is missing, damaged, or has other numbers.
+    valid. ValueError when the file is missing, damaged, or has too few rows.
     """
-    file = path / "samples.parquet"
+    file = path / SAMPLES_FILE
     try:
-        table = read_table(read_bytes(file))
-        parts = [range(len(table))] if parts is None else parts
-        n = refuse_other_numbers(table["number"].to_numpy(), parts)
-        columns = {name: table[name].slice(0, n).to_pylist() for name in SAMPLES.names[1:]}
+        batch = read_batch(file)
+        n = len(batch) if parts is None else parts[-1].stop
+        if not 0 < n <= len(batch):
+            raise ValueError(f"it has {len(batch)} rows; the plan says {n}")
+        table = {name: Values(batch[name].slice(0, n), name, file) for name in SAMPLES.names}
+        for before, part in zip(parts or (), (parts or ())[1:]):
+            if other := [key for key in table["key"][before.stop : part.start] if key]:
+                raise ValueError(f"{shown(other[0])} lies before an appended part, where no image does")
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise ValueError(
             f"{file}: cannot be read ({error}); it is damaged, missing or another cache's; restore it"
         ) from None
-    if n == parts[-1].stop:
-        return columns
-    rows = {name: [NO_IMAGE[name]] * parts[-1].stop for name in columns}
-    for name, values in columns.items():
-        for part, end in zip(parts, itertools.accumulate(map(len, parts))):
-            rows[name][part.start : part.stop] = values[end - len(part) : end]
-    return rows
-
-
-def read_table(data: bytes) -> pa.Table:
-    """The table of samples in a parquet file, read by this thread alone.
-
-    Arrow's own threads may hold Python's bytes a moment longer than the read; where the interpreter ends in that moment, the
-    process aborts. ValueError, before anything is allocated, where the file is too short for what it says of itself.
-    """
-    with pq.ParquetFile(pa.BufferReader(data), pre_buffer=False, page_checksum_verification=True) as parquet:
-        about = parquet.metadata
-        claimed = sum(about.row_group(i).total_byte_size for i in range(about.num_row_groups))
-        if not parquet.schema_arrow.equals(SAMPLES):
-            raise ValueError(f"its columns are {shown(parquet.schema_arrow.names)}; expected {SAMPLES.names}")
-        if not 0 < about.num_rows <= len(data) or claimed > MOST_UNPACKED * len(data):
-            raise ValueError(
-                f"it says that it holds {about.num_rows} rows and {claimed} bytes, in a file of {len(data)}"
-            )
-        table = parquet.read(use_threads=False)
-    if empty := [name for name in ("number", "key", "bytes", "sha256") if table[name].null_count]:
-        raise ValueError(f"its column {empty[0]} has rows without a value")
     return table
 
 
-def refuse_other_numbers(numbers: Any, parts: Sequence[range]) -> int:
-    """Rows of the table that are the plan's. ValueError unless they have the numbers of its parts."""
-    n = sum(map(len, parts))
-    if len(numbers) < n:
-        raise ValueError(f"it has {len(numbers)} rows; the plan says {n}")
-    for part, end in zip(parts, itertools.accumulate(map(len, parts))):
-        if not np.array_equal(numbers[end - len(part) : end], np.arange(part.start, part.stop)):
-            raise ValueError(f"its rows are not numbered {part.start} to {part.stop - 1} as the plan's samples are")
-    if (numbers[n:] < parts[-1].stop).any():  # a killed append leaves rows with higher numbers
-        raise ValueError("it has rows twice")
-    return n
+def read_batch(file: Path) -> pa.RecordBatch:
+    """The table of samples in a file, mapped; of an object read whole. ValueError, or Arrow's, where it is none.
+
+    Read as the stream that an Arrow file holds: what its footer says beside that is nobody's to check.
+    """
+    content = pa.py_buffer(mapped_file(file))
+    if {content[: len(ARROW_MAGIC)].to_pybytes(), content[-len(ARROW_MAGIC) :].to_pybytes()} != {ARROW_MAGIC}:
+        raise ValueError("it is no whole Arrow file")
+    messages = pa.ipc.MessageReader.open_stream(content.slice(8))
+    schema, first, *more = [*itertools.islice(messages, 3), None, None]
+    if schema is None or first is None or first.type != "record batch" or any(more):
+        raise ValueError("it does not hold one part")
+    if not pa.ipc.read_schema(schema).equals(SAMPLES):
+        raise ValueError(f"its columns are {shown(pa.ipc.read_schema(schema).names)}; expected {SAMPLES.names}")
+    if is_compressed(first.metadata.to_pybytes()):  # it may unpack to more than the memory
+        raise ValueError("it is compressed")
+    batch = pa.ipc.read_record_batch(first, SAMPLES)
+    batch.validate()
+    for name in ALWAYS:
+        if batch[name].null_count:
+            raise ValueError(f"its column {name} has rows without a value")
+    return batch
+
+
+def is_compressed(message: bytes) -> bool:
+    """Whether the message of a record batch has `compression`: the fourth field of the table that is the third of Arrow's Message.fbs."""
+
+    def field(table: int, slot: int) -> int:
+        names = table - struct.unpack_from("<i", message, table)[0]
+        n_bytes = struct.unpack_from("<H", message, names)[0]
+        at = struct.unpack_from("<H", message, names + 4 + 2 * slot)[0] if 4 + 2 * slot < n_bytes else 0
+        return table + at if at else 0
+
+    header = field(struct.unpack_from("<I", message)[0], 2)
+    return bool(field(header + struct.unpack_from("<I", message, header)[0], 3))
+
+
+def mapped_file(file: Path) -> Any:
+    """The content of a file as a buffer. Changes to a mapped one are seen by nobody else."""
+    if isinstance(file, Url):
+        return read_bytes(file)
+    size_of(file)  # a regular file
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        return mmap.mmap(descriptor, 0, access=mmap.ACCESS_COPY)
+    finally:
+        os.close(descriptor)
+
+
+def mapped_again(file: Path, name: str, n: int) -> Values:
+    """The first n rows of a column, from its file."""
+    return Values(read_batch(file)[name].slice(0, n), name, file)

@@ -18,7 +18,7 @@ from mrmae.common.errors import shortened
 Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of samples, views, shards, patches
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
 LARGEST_GRID = 1024  # patches per side
@@ -243,7 +243,11 @@ def key_hash(key: str) -> int:
 
 def signed_hashes(keys: Sequence[str]) -> Numbers:
     """The keys' hashes reinterpreted as int64, the only 64-bit integer torch computes with."""
-    return np.array([key_hash(key) for key in keys], np.uint64).view(np.int64)
+    try:
+        words = b"".join(hashlib.sha256(key.encode()).digest()[:8] for key in keys)
+    except UnicodeEncodeError:
+        words = b"".join(key_hash(key).to_bytes(8, "little") for key in keys)  # names the one
+    return np.frombuffer(bytearray(words), "<i8")
 
 
 def canonical_order(keys: Sequence[str]) -> list[int]:
@@ -267,28 +271,6 @@ def canonical_json(value: Any) -> bytes:
 def content_id(value: Any) -> str:
     """`sha256:` and the hex digest of the value's canonical JSON."""
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
-
-
-def dataset_id(rows: Iterable[tuple[str, int, str]]) -> str:
-    """Merkle root over (key, encoded bytes, their sha256 in hex), whatever order the rows come in.
-
-    Leaf: sha256(0x00 + canonical JSON of the row); node: sha256(0x01 + left + right); an odd last node moves up.
-    """
-    rows = list(rows)
-    rows = [rows[i] for i in canonical_order([row[0] for row in rows])]
-    level = [hashlib.sha256(b"\x00" + canonical_json(list(row))).digest() for row in rows]
-    if not level:
-        raise ValueError("dataset id: there are no images; expected at least one; check the path and --include")
-    while len(level) > 1:
-        pairs = [hashlib.sha256(b"\x01" + a + b).digest() for a, b in zip(level[::2], level[1::2])]
-        level = pairs + level[len(level) - len(level) % 2 :]
-    return "sha256:" + level[0].hex()
-
-
-def grown_dataset_id(before: str, appended: Iterable[tuple[str, int, str]]) -> str:
-    """Id of a data set with images appended. before: its id until then; appended: rows as for dataset_id."""
-    rows = dataset_id(appended)
-    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": rows})
 
 
 def geometry_id(dataset_id: str, recipe: ViewRecipe) -> str:

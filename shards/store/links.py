@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mrmae.common.backend import Url
 
-FILES = ("plan.json", "samples.parquet", "manifest.json")
+FILES = ("plan.json", "samples.arrow", "manifest.json")
 FOLDERS = ("tail", "codebooks", "stats", "views", "commits")
 
 

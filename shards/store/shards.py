@@ -1,9 +1,10 @@
 """All shards of a cache: each opened when it is first read and kept, a batch of any samples read from them in threads."""
 
 import concurrent.futures
-import functools
 import os
 import shlex
+import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,22 +30,27 @@ from mrmae.shards.store.storage import Shard, column_folder, storage_of
 from mrmae.shards.store.tar import PixelShard, open_pixels
 
 PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
+MOST_OPENED = 512  # shards whose indices are kept, about 0.3 MB each of a ViT-B: a window of 8 in 4 views of 15 columns
 REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
 
 
 class Shards:
     """What Cache reads through. Thread-safe; may be pickled: shards and threads are opened anew where it arrives.
 
-    keys: of every sample. threads: for one batch.
+    keys, hashes: of every sample, hashes as signed 64-bit integers. threads: for one batch.
     """
 
-    def __init__(self, path: Path, plan: Plan, keys: Sequence[str], threads: int) -> None:
-        self.path, self.plan, self.keys, self.threads = path, plan, keys, threads
-        self._opened: dict[Unit, Shard | PixelShard] = {}  # their indices stay in memory
+    def __init__(self, path: Path, plan: Plan, keys: Sequence[str], hashes: Numbers, threads: int) -> None:
+        self.path, self.plan, self.keys, self.hashes, self.threads = path, plan, keys, hashes, threads
+        self._opened: OrderedDict[Unit, Shard | PixelShard] = OrderedDict()  # their indices stay in memory
+        self._opening = threading.Lock()
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": {}, "_pool": None}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_opened", "_opening", "_pool")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
     def read(
         self, column: str, numbers: Numbers, views: Numbers, out: Mapping[str, Array], blocks: Numbers | None = None
@@ -96,11 +102,6 @@ class Shards:
         (height, width), views = self.plan.grid, np.full(len(numbers), view)
         return self.plan.token_layout.order(self.hashes[numbers], views, height * width)
 
-    @functools.cached_property
-    def hashes(self) -> Numbers:
-        """Hash of every sample's key, as signed 64-bit integers."""
-        return signed_hashes(self.keys)
-
     def crop(self, number: int, view: int) -> View:
         """The recorded crop and flip of one sample's view."""
         shard, row = divmod(number, self.plan.shard_samples)
@@ -117,19 +118,33 @@ class Shards:
 
     def opened(self, unit: Unit) -> Shard | PixelShard:
         """A shard, opened, once it is known to be this cache's. Raises Damaged."""
-        if unit in self._opened:
-            return self._opened[unit]
+        with self._opening:
+            if (there := self._opened.get(unit)) is not None:
+                self._opened.move_to_end(unit)
+                return there
+        opened = self.newly_opened(unit)
+        with self._opening:
+            self._opened.setdefault(unit, opened)
+            if len(self._opened) > MOST_OPENED:
+                self._opened.popitem(last=False)
+        return opened
+
+    def newly_opened(self, unit: Unit) -> Shard | PixelShard:
+        """A shard, opened and compared with what the cache says of it. Raises Damaged."""
         (view, column, shard), plan = unit, self.plan
-        keys = self.keys[plan.ranges[shard].start : plan.ranges[shard].stop]
-        opened: Shard | PixelShard
-        if column == PIXELS:
-            opened = open_pixels(
-                tar_path(self.path, view, shard), pixels_of(plan, view, shard), keys, plan.recipe.stored
+        rows = slice(plan.ranges[shard].start, plan.ranges[shard].stop)
+        keys = self.keys[rows]
+        if not np.array_equal(signed_hashes(keys), self.hashes[rows]):
+            raise Damaged(
+                self.path / "samples.arrow",
+                None,
+                f"its keys and their hashes do not fit in rows {rows.start} to {rows.stop - 1}",
             )
-        else:
-            folder, id = column_folder(self.path, plan, view, column), plan.shard_ids(shard)[column]
-            opened = storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)
-        return self._opened.setdefault(unit, opened)
+        if column == PIXELS:
+            tar = tar_path(self.path, view, shard)
+            return open_pixels(tar, pixels_of(plan, view, shard), keys, plan.recipe.stored)
+        folder, id = column_folder(self.path, plan, view, column), plan.shard_ids(shard)[column]
+        return storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)
 
     def told(self, error: Damaged | Unreachable, unit: Unit, number: int) -> ValueError | Unreachable:
         """What is damaged or does not answer, with what a user should know. number: the first sample read."""

@@ -233,7 +233,7 @@ def own_index(path: Path, of: Mapping[str, Any], keys: Sequence[str] | None, ext
     if index.of != of:
         raise Damaged(path, None, f"its index belongs to {shown(index.of)}")
     if keys is not None and index.keys != list(keys):
-        raise Damaged(path, None, "the keys of its index are not those of samples.parquet")
+        raise Damaged(path, None, "the keys of its index are not those of samples.arrow")
     return index if keys is None else dataclasses.replace(index, keys=list(keys))  # one copy of every key in memory
 
 

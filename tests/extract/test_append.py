@@ -208,10 +208,10 @@ def test_parts_of_an_append_are_done_by_several_processes(
 
 def test_lost_samples_are_written_again(grown: tuple[Path, Path, dict[str, bytes]], extract: Any) -> None:
     path, images, _ = grown
-    before = (path / "samples.parquet").read_bytes(), (path / "manifest.json").read_bytes()
-    (path / "samples.parquet").unlink()
+    before = (path / "samples.arrow").read_bytes(), (path / "manifest.json").read_bytes()
+    (path / "samples.arrow").unlink()
     extract(images, path, VIT)
-    assert ((path / "samples.parquet").read_bytes(), (path / "manifest.json").read_bytes()) == before
+    assert ((path / "samples.arrow").read_bytes(), (path / "manifest.json").read_bytes()) == before
 
 
 def test_columns_in_tars_grow_as_well(extract: Any, tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_what_cannot_be_appended_is_refused(
     grown: tuple[Path, Path, dict[str, bytes]], extract: Any, tmp_path: Path
 ) -> None:
     path, images, _ = grown
-    before = files(path), (path / "plan.json").read_bytes(), (path / "samples.parquet").read_bytes()
+    before = files(path), (path / "plan.json").read_bytes(), (path / "samples.arrow").read_bytes()
     with pytest.raises(ValueError, match="--append: there is no cache at"):
         extract(images, tmp_path / "none", VIT, append=True)
     photos(images, 60, 1)
@@ -255,7 +255,7 @@ def test_what_cannot_be_appended_is_refused(
         extract(images, path, VIT, append=True)
     with pytest.raises(ValueError, match="flip"):
         extract(photos(tmp_path / "more", 70, 1), path, VIT, append=True, recipe=run.Options((), path).recipe.__class__(32, flip=0.0))  # fmt: skip
-    assert before == (files(path), (path / "plan.json").read_bytes(), (path / "samples.parquet").read_bytes())
+    assert before == (files(path), (path / "plan.json").read_bytes(), (path / "samples.arrow").read_bytes())
 
 
 def test_repair_names_the_command_of_the_damaged_part_and_the_cache_where_it_lies(

@@ -69,7 +69,7 @@ def test_drop_removes_what_a_killed_drop_left(cache: Path, tmp_path: Path, make_
     assert contents(cache) == small
 
 
-@pytest.mark.parametrize("name", ["commits/0/a.pre_tail/000000.json", "tail/a.safetensors", "samples.parquet"])
+@pytest.mark.parametrize("name", ["commits/0/a.pre_tail/000000.json", "tail/a.safetensors", "samples.arrow"])
 def test_drop_leaves_a_damaged_cache_as_it_is(cache: Path, name: str) -> None:
     content = (cache / name).read_bytes()
     (cache / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

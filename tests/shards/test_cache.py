@@ -192,14 +192,15 @@ def test_all_problems_are_reported_at_once(copy: Path) -> None:
 
 def test_edited_or_exchanged_metadata_are_refused(copy: Path, make_cache: Make, tmp_path: Path) -> None:
     other = make_cache(tmp_path / "other", seed=1)
+    more = make_cache(tmp_path / "more", n=25, n_views=1)
     manifest = (copy / "manifest.json").read_text()
     cases: list[tuple[str, bytes, str]] = [
         ("manifest.json", manifest.replace('"n_valid": 24', '"n_valid": 23').encode(), "does not match its own id"),
         ("manifest.json", manifest[:-100].encode(), "damaged"),
         ("manifest.json", (other / "manifest.json").read_bytes(), "plan.json: its ids are not those of manifest"),
         ("plan.json", (other / "plan.json").read_bytes(), "plan.json: its ids are not those of manifest"),
-        ("samples.parquet", (other / "samples.parquet").read_bytes(), "samples.parquet: its rows are not those"),
-        ("samples.parquet", (copy / "samples.parquet").read_bytes()[:-20], "samples.parquet: cannot be read"),
+        ("samples.arrow", (more / "samples.arrow").read_bytes(), "samples.arrow: its rows are not those"),
+        ("samples.arrow", (copy / "samples.arrow").read_bytes()[:-20], "samples.arrow: cannot be read"),
     ]
     for name, content, message in cases:
         before = (copy / name).read_bytes()
@@ -221,11 +222,11 @@ def test_attributes_are_enough_to_dequantise_with_plain_zarr(tiny_cache: Path) -
     assert group.attrs["column_id"] == cache.ids["a.pre_tail"]
 
 
-def test_a_cache_of_the_first_version_must_be_extracted_anew(copy: Path) -> None:
+def test_a_cache_of_an_earlier_version_must_be_extracted_anew(copy: Path) -> None:
     for name in ("plan.json", "manifest.json"):
-        (copy / name).write_text((copy / name).read_text().replace('"format_version": 2', '"format_version": 1'))
+        (copy / name).write_text((copy / name).read_text().replace('"format_version": 3', '"format_version": 2'))
     for attempt in (open_cache, check.find_problems):
-        with pytest.raises(ValueError, match="format version 1; this mrmae reads 2; extract the cache anew"):
+        with pytest.raises(ValueError, match="format version 2; this mrmae reads 3; extract the cache anew"):
             attempt(copy)
 
 
@@ -236,5 +237,5 @@ def test_a_path_without_a_plan_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable as JSON"):
         open_cache(tmp_path)
     (tmp_path / "plan.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99; this mrmae reads 2; extract the cache anew"):
+    with pytest.raises(ValueError, match="format version 99; this mrmae reads 3; extract the cache anew"):
         open_cache(tmp_path)

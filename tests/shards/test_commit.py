@@ -241,8 +241,8 @@ EDITS: dict[str, tuple[str, Callable[[dict[str, Any]], object]]] = {
 
 # What is named once the record matches its own id again: records win, so it is what disagrees with them.
 FORGED = {
-    "a height": ["samples.parquet", "manifest.json"],
-    "a reason": ["samples.parquet", "manifest.json"],
+    "a height": ["samples.arrow", "manifest.json"],
+    "a reason": ["samples.arrow", "manifest.json"],
     "a quality": ["manifest.json"],
     "a count": ["commits/0/a.pre_tail/000000.json"],
     "a sha256": ["views/0/b.pre_tail.zarr/norm/c/0/0"],
@@ -300,7 +300,7 @@ def test_equal_extractions_have_equal_record_ids(make_cache: Make, uninterrupted
 
 
 def test_record_ids_are_golden_and_know_nothing_of_time_host_and_command() -> None:
-    record = {"format_version": 2, "view": 0, "column": "pixels", "shard": 1, "id": "sha256:x", "files": {}, "count": 2, "valid": 1,
+    record = {"format_version": 3, "view": 0, "column": "pixels", "shard": 1, "id": "sha256:x", "files": {}, "count": 2, "valid": 1,
               "first": "a", "last": "b", "heights": [3, 0], "widths": [4, 0], "bad": {"3": "no image"}}  # fmt: skip
     beside = {
         "written": 5,
@@ -313,7 +313,7 @@ def test_record_ids_are_golden_and_know_nothing_of_time_host_and_command() -> No
     assert (
         commit.record_id(record)
         == commit.record_id({**record, **beside})
-        == "sha256:34cf3ff6ad1bfe633700c5a037595cb3cdb641e5a74c19449e108358db8e63c2"
+        == "sha256:a236c4e4baff55e6c307e135076cf12c09d4cbd7b058d4ef2732f576e71f2e0f"
     )
 
 
@@ -383,7 +383,7 @@ def test_a_new_manifest_does_not_vouch_for_altered_samples(tiny_cache: Path, tmp
     plan = load_plan(tmp_path / "c")
     table = read_samples(tmp_path / "c", plan.numbers)
     write_samples(tmp_path / "c", table | {"label": ["other"] * plan.n_rows})
-    with pytest.raises(ValueError, match="samples.parquet: its rows are not those of the manifest"):
+    with pytest.raises(ValueError, match="samples.arrow: its rows are not those of the manifest"):
         withdraw_manifest(tmp_path / "c", plan)
     assert (tmp_path / "c/manifest.json").exists()
     write_samples(tmp_path / "c", table)

@@ -215,10 +215,10 @@ def test_altered_images_of_the_source_are_told_as_the_sources(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = convert.read_sources(source)
-    altered = [dataclasses.replace(rows[0], sha256="a\x00b"), *rows[1:]]
+    altered = [dataclasses.replace(rows[0], sha256="00" * 32), *rows[1:]]
     monkeypatch.setattr(convert, "read_sources", lambda _: altered)
     with pytest.raises(
-        ValueError, match=rf"{source}/samples.parquet: its images are not those that the plan was made of"
+        ValueError, match=rf"{source}/samples.arrow: its images are not those that the plan was made of"
     ):
         converted(source, tmp_path / "out")
     assert not (tmp_path / "out/plan.json").exists()

@@ -3,7 +3,7 @@
 import numpy as np
 
 from mrmae.shards.format.spec import key_hash, signed_hashes
-from mrmae.shards.order import epoch_order, view_of, views_for
+from mrmae.shards.order import EpochOrder, epoch_order, view_of, views_for, words
 
 
 def test_every_sample_comes_once() -> None:
@@ -36,6 +36,18 @@ def test_leaving_a_sample_out_moves_no_other() -> None:
     whole = epoch_order(100, 10, seed=0, epoch=5)
     without = epoch_order(np.array([n for n in range(100) if n not in (3, 57)]), 10, seed=0, epoch=5)
     assert without.tolist() == [n for n in whole.tolist() if n not in (3, 57)]
+
+
+def test_a_part_of_an_order_is_computed_alone() -> None:
+    numbers = np.array([n for n in range(1003) if n % 7 and not 120 <= n < 150])
+    order = EpochOrder(numbers, 10, seed=2, epoch=1, window=3)
+    whole = order[:]
+    assert len(order) == len(whole) and sorted(whole) == numbers.tolist()
+    for start in range(0, len(whole), 13):
+        assert np.array_equal(
+            EpochOrder(numbers, 10, seed=2, epoch=1, window=3)[start : start + 40], whole[start : start + 40]
+        )
+    assert len(order[5:5]) == 0 and np.array_equal(words(50, 1, 2, 1)[9:], words(41, 1, 2, 1, 9))
 
 
 def test_window_0_reads_in_order() -> None:

@@ -21,12 +21,12 @@ from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, agree, negotiat
 
 CACHE = Path("/nowhere/c")
 Steps = tuple[str, ...]
-BEGIN: Steps = ("write samples.parquet", "begin plan.json")
+BEGIN: Steps = ("write samples.arrow", "begin plan.json")
 EXTEND: Steps = ("remove manifest.json", "replace plan.json")
-APPEND: Steps = ("remove manifest.json", "write samples.parquet", "replace plan.json")
+APPEND: Steps = ("remove manifest.json", "write samples.arrow", "replace plan.json")
 
 
-def images(names: str, sha256: str = "00") -> list[Source]:
+def images(names: str, sha256: str = "00" * 32) -> list[Source]:
     """An image for every letter, in canonical order."""
     return canonical_sources(Source(f"{name}.png", None, 3, sha256) for name in names)
 
@@ -42,7 +42,7 @@ def teacher(name: str, **other: Any) -> TeacherSpec:
 
 
 def plan(rows: Sequence[Source], **other: Any) -> Plan:
-    id = dataset_id((row.key, row.bytes, row.sha256) for row in rows)
+    id = dataset_id(rows)
     about: dict[str, Any] = {"dataset_id": id, "n_samples": len(rows), "recipe": ViewRecipe(8), "grid": (2, 2), "n_views": 1,
                              "shard_samples": 4, "dtype": "float16", "columns": (A,)}  # fmt: skip
     return Plan(**{**about, **other})
@@ -87,7 +87,7 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("append again", GROWN, wanted(images("h"), append=True), APPEND),
     ("append and more views", FINISHED, wanted(MORE, append=True, n_views=2), APPEND),
     ("append to nothing", Found(CACHE), wanted(FIRST, append=True), "--append: there is no cache at /nowhere/c"),
-    ("append other bytes", FINISHED, wanted(images("a", "01"), append=True), "image 'a.png' has other bytes"),
+    ("append other bytes", FINISHED, wanted(images("a", "01" * 32), append=True), "image 'a.png' has other bytes"),
     ("append and options", FINISHED, wanted(MORE, append=True, dtype="int8"), "dtype is 'float16' there and 'int8'"),
     ("grown, the same command again", GROWN, wanted(MORE, append=True), ()),
     ("grown, without --append", GROWN, wanted(MORE), ()),
@@ -95,7 +95,7 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("grown, the first images", GROWN, wanted(FIRST), "with 7 images and this command has 5: 2 gone, 0 new"),
     ("more images", FINISHED, wanted(MORE), "0 gone, 2 new, 0 changed .new is .*add --append"),
     ("fewer images", FINISHED, wanted(images("abcd")), "1 gone, 0 new, 0 changed .gone is 'e.png'"),
-    ("changed images", FINISHED, wanted(images("abcde", "01")), "0 gone, 0 new, 5 changed"),
+    ("changed images", FINISHED, wanted(images("abcde", "01" * 32)), "0 gone, 0 new, 5 changed"),
     ("the same limit", FINISHED, wanted(FIRST, limit=5), ()),
     ("a larger limit", FINISHED, wanted(MORE, limit=7), "2 new, .*--limit 7 takes the first in canonical order.*add --append"),
     ("a larger limit, append", FINISHED, wanted(MORE, limit=7, append=True), APPEND),
@@ -114,19 +114,19 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("requantised, more views", Found(CACHE, plan(FIRST, quantisers=CONVERTED), FIRST), wanted(FIRST, n_views=2),
      "a.last was made by inspect-cache convert"),
     ("may not extend", FINISHED, wanted(FIRST, n_views=2, extend=False), "n_views is 1 there and 2"),
-    ("lost samples", Found(CACHE, MADE), wanted(FIRST), ("write samples.parquet",)),
+    ("lost samples", Found(CACHE, MADE), wanted(FIRST), ("write samples.arrow",)),
     ("lost samples, too few", Found(CACHE, MADE), wanted(images("ab")), "lost, and IMAGES are 2; expected all 5 images"),
     ("lost samples, others", Found(CACHE, MADE), wanted(images("abcdx")), "lost, and these images are not those"),
     ("lost samples, strangers", Found(CACHE, MADE, keys=KEYS), wanted(images("vwxyz")), "lost, and '..png' is not among IMAGES"),
     ("lost samples of a grown cache", Found(CACHE, GREW.plan, keys={n: row.key for n, row in enumerate(GREW.rows) if row.key}),
-     wanted(MORE), ("write samples.parquet",)),
+     wanted(MORE), ("write samples.arrow",)),
     ("lost samples of a grown cache, no sidecars", Found(CACHE, GREW.plan), wanted(MORE), "sidecars do not all tell"),
     ("samples of another cache", Found(CACHE, plan(FIRST, dataset_id="sha256:0"), FIRST), wanted(FIRST), "not those that the plan"),
-    ("an altered hash in the samples", altered(sha256="01"), wanted(FIRST), "samples.parquet: its images are not those that the plan"),
-    ("an altered key in the samples", altered(key="z"), wanted(FIRST), "samples.parquet: its images are not those that the plan"),
-    ("an altered hash, append", altered(sha256="01"), wanted(MORE, append=True), "samples.parquet: its images are not those"),
-    ("an altered label", altered(label="x"), wanted(FIRST), "samples.parquet: the label of '..png' is 'x' there and None in IMAGES"),
-    ("an altered label, append", altered(label="x"), wanted(MORE, append=True), "samples.parquet: the label of"),
+    ("an altered hash in the samples", altered(sha256="01" * 32), wanted(FIRST), "samples.arrow: its images are not those that the plan"),
+    ("an altered key in the samples", altered(key="z"), wanted(FIRST), "samples.arrow: its images are not those that the plan"),
+    ("an altered hash, append", altered(sha256="01" * 32), wanted(MORE, append=True), "samples.arrow: its images are not those"),
+    ("an altered label", altered(label="x"), wanted(FIRST), "samples.arrow: the label of '..png' is 'x' there and None in IMAGES"),
+    ("an altered label, append", altered(label="x"), wanted(MORE, append=True), "samples.arrow: the label of"),
     ("ids of others", Found(CACHE), wanted(FIRST, dataset_id="sha256:0"), "dataset id is not that of these images"),
     ("same images in other parts", GROWN, dataclasses.replace(wanted(MORE), plan=plan(MORE)), "dataset_id is 'sha256:"),
     ("a damaged plan", Found(CACHE, damage="plan.json: not readable"), wanted(FIRST), "plan.json: not readable"),
@@ -236,13 +236,13 @@ def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path)
     with pytest.raises(ValueError, match="no cache .* holds 'thesis.tex'"):
         make_cache(tmp_path, **SMALL)
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    (tmp_path / "thesis.tex").rename(tmp_path / "samples.parquet")
-    with pytest.raises(ValueError, match="no cache .* holds 'samples.parquet'"):
+    (tmp_path / "thesis.tex").rename(tmp_path / "samples.arrow")
+    with pytest.raises(ValueError, match="no cache .* holds 'samples.arrow'"):
         make_cache(tmp_path, **SMALL)
-    assert (tmp_path / "samples.parquet").read_text() == "do not touch"
+    assert (tmp_path / "samples.arrow").read_text() == "do not touch"
 
 
 def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
     made = Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
     with pytest.raises(ValueError, match="dataset id is not that of these images"):
-        agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00")]))
+        agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00" * 32)]))

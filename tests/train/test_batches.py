@@ -31,7 +31,7 @@ def test_an_epoch_visits_every_image_once_and_what_is_dropped_rotates(cache: Cac
     dropped = []
     for epoch in range(6):
         order = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=epoch)
-        assert sorted(order.tolist()) == cache.numbers.tolist()
+        assert sorted(order[:].tolist()) == cache.numbers.tolist()
         seen = [batches.micro_batch_of(order, u, 0, Share(size)) for u in range(batches.updates_per_epoch(n, size))]
         dropped.append(frozenset(cache.numbers.tolist()) - set(np.concatenate(seen).tolist()))
         assert len(dropped[-1]) == n % size
@@ -74,8 +74,8 @@ def test_what_is_held_out_depends_on_the_key_alone_and_is_spread_over_the_shards
 
 def test_an_epoch_leaves_out_what_is_held_out_and_keeps_the_order_of_the_rest(cache: Cache) -> None:
     numbers, held = batches.split_off(cache, 0.3)
-    whole = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=2).tolist()
-    assert batches.numbers_of_epoch(cache, numbers, seed=3, epoch=2).tolist() == [n for n in whole if n not in held]
+    whole = batches.numbers_of_epoch(cache, cache.numbers, seed=3, epoch=2)[:].tolist()
+    assert batches.numbers_of_epoch(cache, numbers, seed=3, epoch=2)[:].tolist() == [n for n in whole if n not in held]
 
 
 def _load(cache: Cache, recipe: Recipe, numbers: Any, epoch: int) -> Loaded:

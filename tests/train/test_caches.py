@@ -111,7 +111,7 @@ def test_a_run_on_an_unfinished_cache_continues_with_the_same_images_only(
         train(unfinished, tmp_path / "out", allow_partial=True)
     (unfinished / "aside.json").rename(record)
     whole = make_cache(tmp_path / "whole")
-    for name in ("commits/0/b.pre_tail/000001.json", "manifest.json", "samples.parquet"):
+    for name in ("commits/0/b.pre_tail/000001.json", "manifest.json", "samples.arrow"):
         (unfinished / name).write_bytes((whole / name).read_bytes())
     with pytest.raises(ValueError, match="16 of 24 images .* then, all images now"):
         train(unfinished, tmp_path / "out")
@@ -154,7 +154,7 @@ def test_a_run_goes_on_with_the_images_it_began_with_while_others_are_appended(
     with monkeypatch.context() as patch:
         stop_before(0, patch)
         assert train(path, tmp_path / "out")["step"] == 1
-    new = Source("class 0/new.png", "class 0", 3, "00")
+    new = Source("class 0/new.png", "class 0", 3, "00" * 32)
     agree(path, Wanted(dataclasses.replace(load_plan(path), dataset_id=""), rows=[new], append=True))
     commit.create_columns(path, load_plan(path))
     assert len(open_cache(path, allow_partial=True).numbers) == 24

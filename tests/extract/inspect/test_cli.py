@@ -153,7 +153,7 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
     "zarr metadata": lambda c: flip_byte(c / "views/0/vit.pre_tail.zarr/tokens/zarr.json", 20),
     "missing zarr metadata": lambda c: (c / "views/1/cnn.last.zarr/zarr.json").unlink(),
     "the plan": lambda c: flip_byte(c / "plan.json", 40),
-    "the table of samples": lambda c: (c / "samples.parquet").unlink(),
+    "the table of samples": lambda c: (c / "samples.arrow").unlink(),
 }
 
 

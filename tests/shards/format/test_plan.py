@@ -128,7 +128,7 @@ def test_a_plan_must_have_as_many_samples_as_there_are_rows(copy: Path, field: s
     plan = json.loads((copy / "plan.json").read_bytes())
     (copy / "plan.json").write_text(json.dumps({**plan, field: value}))
     if value > 6:
-        with pytest.raises(ValueError, match=rf"samples\.parquet.*6 rows; the plan says {value}"):
+        with pytest.raises(ValueError, match=rf"samples\.arrow.*6 rows; the plan says {value}"):
             open_cache(copy, allow_partial=True)
     else:
         with pytest.raises(ValueError, match=r"plan\.json: none of the commit records there is of this plan"):

@@ -1,49 +1,144 @@
-"""samples.parquet: what would fill the memory is refused before, and no thread outlives the reading."""
+"""samples.arrow: what is damaged or would fill the memory is refused, and no thread outlives the reading."""
 
+import contextlib
+import dataclasses
 import os
+import pickle
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from processes import ends, forked
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import SAMPLES, read_samples
+from mrmae.shards.format import SAMPLES, Source, SourceTable, canonical_sources, dataset_id, read_samples, sample_values
 from mrmae.shards.format.plan import load_plan
+
+ROWS = canonical_sources(
+    Source(*row)
+    for row in [
+        ("a.jpg", None, 10, "00" * 32),
+        ("b/ü c.png", "b", 20, "11" * 32),
+        ("c.1.2.840.tif", None, 30, "22" * 32),
+    ]
+)
 
 
 def rewritten(path: Path, change: Callable[[dict[str, list[Any]]], object], **options: Any) -> None:
-    table = pq.read_table(path / "samples.parquet").to_pydict()
+    file = path / "samples.arrow"
+    table = pa.ipc.open_file(file.read_bytes()).read_all().to_pydict()
     change(table)
-    pq.write_table(pa.table(table, SAMPLES), path / "samples.parquet", **options)
+    with pa.ipc.new_file(str(file), SAMPLES, options=pa.ipc.IpcWriteOptions(**options)) as out:
+        out.write_batch(pa.record_batch([pa.array(table[f.name], f.type) for f in SAMPLES], SAMPLES))
+
+
+def test_dataset_id_is_golden_and_of_keys_and_bytes_not_of_labels() -> None:
+    expected = "sha256:fa22870fadb64a66b7eaa62ccb52c467335d41c32258e150536e96787f6afcea"
+    assert dataset_id(ROWS) == dataset_id([dataclasses.replace(row, label="x") for row in ROWS]) == expected
+    others: list[dict[str, Any]] = [{"sha256": "33" * 32}, {"bytes": 11}, {"key": "a.png"}]
+    assert all(dataset_id([dataclasses.replace(ROWS[0], **other), *ROWS[1:]]) != expected for other in others)
+    assert dataset_id(SourceTable.of(ROWS)[1:]) == dataset_id(ROWS[1:])
+
+
+def test_digests_are_golden_and_do_not_depend_on_where_in_an_array_rows_lie() -> None:
+    found = {}
+    for name, values in {
+        "key": ["a", "üb", ""],
+        "label": [None, "x", ""],
+        "valid": [True, False, True],
+        "height": [1, 2, 3],
+    }.items():
+        column = sample_values(values, name)
+        doubled = sample_values([*values, *values], name)
+        assert (
+            column.digest == sample_values(doubled.array[3:], name).digest == doubled.head(3).digest != doubled.digest
+        )
+        found[name] = column.digest[:16]
+    assert found == {
+        "key": "1c71f9849fb502dc",
+        "label": "0777642db8f9ae53",
+        "valid": "85f90dfea1d8027e",
+        "height": "4636993d3e1da4e9",
+    }
+
+
+def test_columns_read_as_sequences_and_survive_pickling(tiny_cache: Path) -> None:
+    table = read_samples(tiny_cache)
+    keys, hashes = table["key"], pickle.loads(pickle.dumps(table["hash"]))
+    assert keys[-1] == keys[:][-1] == [*keys][-1] and keys == [*keys] and keys != [*keys][::-1]
+    assert np.array_equal(hashes.numpy(), table["hash"].numpy()) and len(pickle.dumps(table["hash"])) < 1000
+    with pytest.raises(IndexError):
+        keys[len(keys)]
 
 
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda t: t["number"].__setitem__(-1, 10**9), "numbered 0 to 5"),
-        (lambda t: t["number"].__setitem__(2, 2**63 - 1), "numbered 0 to 5"),
-        (lambda t: t["number"].__setitem__(0, None), "'?number'? has rows without a value|column number"),
         (lambda t: t["key"].__setitem__(0, None), "column key has rows without a value"),
-        (lambda t: t["key"].__setitem__(0, "x" * 10**7), "it says that it holds 6 rows"),
-        (lambda t: [values.clear() for values in t.values()], "it says that it holds 0 rows"),
-        (lambda t: [values.extend(values[:1] * 10**6) for values in t.values()], "it says that it holds"),
-        (lambda t: [values.extend(values) for values in t.values()], "rows twice"),
+        (lambda t: t["hash"].__setitem__(0, None), "column hash has rows without a value"),
+        (lambda t: [values.clear() for values in t.values()], "it has 0 rows"),
+        (lambda t: [values.pop() for values in t.values()], "rows; the plan says"),
     ],
-    ids=["a number", "64 bits", "no number", "no key", "a bomb", "empty", "rows out of nothing", "twice"],
+    ids=["no key", "no hash", "empty", "one row less"],
 )
-def test_samples_that_would_fill_the_memory_are_refused_before(copy: Path, change: Any, said: str) -> None:
-    rewritten(copy, change, compression="zstd")
+def test_samples_of_another_shape_are_refused(copy: Path, change: Any, said: str) -> None:
+    rewritten(copy, change)
     parts = load_plan(copy).numbers
-    with pytest.raises(ValueError, match=rf"samples\.parquet: cannot be read \(.*({said})"):
+    with pytest.raises(ValueError, match=rf"samples\.arrow: cannot be read \(.*({said})"):
         read_samples(copy, parts)
-    with pytest.raises(ValueError, match=r"samples\.parquet"):
+    with pytest.raises(ValueError, match=r"samples\.arrow"):
         open_cache(copy, allow_partial=True)
-    assert [problem.file for problem in check.find_problems(copy) if "samples" in problem.file] == ["samples.parquet"]
+    assert [problem.file for problem in check.find_problems(copy) if "samples" in problem.file] == ["samples.arrow"]
+
+
+def test_a_compressed_table_is_refused_before_it_is_unpacked(copy: Path) -> None:
+    rewritten(copy, lambda t: t["reason"].__setitem__(0, "x" * 10**7), compression="zstd")
+    assert (copy / "samples.arrow").stat().st_size < 10**5
+    with pytest.raises(ValueError, match=r"samples\.arrow: cannot be read \(it is compressed\)"):
+        read_samples(copy)
+
+
+def test_damage_anywhere_is_told_and_crashes_nothing(copy: Path) -> None:
+    file, rng = copy / "samples.arrow", np.random.default_rng(0)
+    whole = file.read_bytes()
+    for _ in range(300):
+        content = bytearray(whole)
+        content[rng.integers(len(content))] ^= 1 << rng.integers(8)
+        file.write_bytes(content[: rng.integers(len(content))] if rng.random() < 0.2 else content)
+        with contextlib.suppress(ValueError):
+            assert all(len([*values]) == len(values) and values.digest for values in read_samples(copy).values())
+
+
+@pytest.mark.parametrize("column", ["key", "label"])
+def test_text_whose_places_lie_outside_the_file_is_refused_where_it_is_read(copy: Path, column: str) -> None:
+    file = copy / "samples.arrow"
+    content = bytearray(file.read_bytes())
+    offsets = np.frombuffer(read_samples(copy)[column].array.buffers()[1], np.int64)[:5].tobytes()
+    at = content.index(offsets) + 8
+    content[at : at + 8] = (2**62).to_bytes(8, "little")
+    file.write_bytes(content)
+    for values in (lambda: read_samples(copy)[column][1], lambda: [*read_samples(copy)[column]]):
+        with pytest.raises(ValueError, match=f"samples.arrow: its column {column} is damaged"):
+            values()
+
+
+def test_altered_labels_are_refused_when_they_are_asked_for(tiny_cache: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(tiny_cache, tmp_path / "c")
+    rewritten(copy, lambda t: t["label"].__setitem__(0, "other"))
+    with pytest.raises(ValueError, match=r"samples\.arrow: its labels are not those that the manifest was written for"):
+        open_cache(copy).labels  # noqa: B018
+
+
+def test_altered_keys_are_refused_with_the_first_of_their_shard(copy: Path) -> None:
+    rewritten(copy, lambda t: t["key"].__setitem__(0, "other.png"))
+    cache = open_cache(copy, allow_partial=True)
+    with pytest.raises(ValueError, match=r"samples\.arrow: its keys and their hashes do not fit"):
+        cache.read_pixels(cache.numbers[:1], cache.numbers[:1] * 0)
 
 
 def test_samples_are_read_without_arrows_threads(tiny_cache: Path) -> None:

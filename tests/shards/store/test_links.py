@@ -58,9 +58,9 @@ def fifo(name: str) -> Callable[[Path, Path], str]:
 
 
 def folder(cache: Path, _: Path) -> str:
-    (cache / "samples.parquet").unlink()
-    (cache / "samples.parquet").mkdir()
-    return "samples.parquet"
+    (cache / "samples.arrow").unlink()
+    (cache / "samples.arrow").mkdir()
+    return "samples.arrow"
 
 
 FOREIGN = {

@@ -186,7 +186,7 @@ def test_views_are_decoded_into_their_buffers_and_what_is_another_shards_is_dama
     assert caught.value.row == 2
     with pytest.raises(Damaged, match="its index belongs to"):
         tar.open_pixels(path, of | {"shard": 1}, KEYS, JPEG)
-    with pytest.raises(Damaged, match="keys of its index are not those of samples.parquet"):
+    with pytest.raises(Damaged, match="keys of its index are not those of samples.arrow"):
         tar.open_pixels(path, of, KEYS[::-1], JPEG)
 
 

@@ -1,0 +1,166 @@
+"""What a data set's size alone costs, on hollow data (hollow.py): real metadata, no pixels.
+
+    python benchmarks/bench_scale.py --samples 1300000 --folder /tmp     # minutes; 1.4 KB of disk a sample
+
+Each step in a process of its own, which is then thrown away: wall seconds, processor seconds, and the most memory beyond what was resident after
+imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000; their hashes are known (`.digests`), so that
+`plan` and `resume` are all that a command does before its first shard but building teachers, hashing and calibrating. Memory-mapped pages of
+files count as memory while they are resident. Appended to results/scale.csv.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import click
+import numpy as np
+from hollow import WINDOW, asked_plan, write_digests, write_shards, write_tars
+from measure import ROOT, machine, memory_mark, memory_peak, status_bytes
+from rows import append
+
+from mrmae.extract import run
+from mrmae.extract.images import list_sources
+from mrmae.shards import commit
+from mrmae.shards.cache import open_cache
+from mrmae.shards.format import commit_path, load_plan, units
+from mrmae.shards.plans import DIGESTS, Wanted, look, negotiate, write_agreed
+from mrmae.train import batches
+
+BATCH = 256
+MISSING = 100  # one shard in so many is missing when `resume` is measured
+Told = dict[str, Any]
+
+
+def plan(folder: Path, n: int) -> Told:
+    """List the images, order them, agree on a plan, write it."""
+    began = time.perf_counter()
+    sources = list_sources(sorted(folder.glob("images/*.tar")))
+    listed = time.perf_counter()
+    path = folder / "cache"
+    options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
+    keys = [image.key for image in sources]
+    found = look(path)
+    negotiate(found, Wanted(asked_plan(len(sources)), keys))
+    rows = run.hashed_rows(options, sources, found)
+    agreed = negotiate(found, Wanted(asked_plan(len(sources)), keys, rows))
+    write_agreed(path, agreed)
+    images = run.images_of(options, sources, agreed)
+    assert images.rows[0].key
+    return {"list_s": listed - began}
+
+
+def resume(folder: Path, n: int) -> Told:
+    """The same where all but a hundredth is committed, and what is missing."""
+    told = plan(folder, n)
+    began = time.perf_counter()
+    path = folder / "cache"
+    missing = commit.missing(path, load_plan(path))
+    assert 0 < len(missing) <= 2 + 2 * n // 3400 // MISSING, len(missing)
+    return told | {"missing_s": time.perf_counter() - began}
+
+
+def finalise(folder: Path, n: int) -> Told:
+    """The table of samples and the manifest, from all commit records."""
+    commit.finalise(folder / "cache", load_plan(folder / "cache"))
+    return {"manifest_mb": (folder / "cache" / "manifest.json").stat().st_size / 1e6}
+
+
+def opened(folder: Path, n: int) -> Told:
+    """Open the finished cache, as every rank does."""
+    cache = open_cache(folder / "cache")
+    assert len(cache) == n
+    return {}
+
+
+def first_batch(folder: Path, n: int) -> Told:
+    """Open, order the first epoch, and read a batch that one rank of eight begins with; memory is that of all three."""
+    cache = open_cache(folder / "cache")
+    began = time.perf_counter()
+    numbers, _ = batches.split_off(cache, 0.0)
+    order = batches.numbers_of_epoch(cache, numbers, seed=0, epoch=0)
+    ordered = time.perf_counter()
+    share = batches.Share(8 * BATCH, rank=3, ranks=8)
+    mine = batches.micro_batch_of(order, 0, 0, share)
+    batch = batches.load_batch(cache, mine, epoch=0, needed={"t": {"tokens", "scale"}})
+    assert batch.pixels.shape[0] == BATCH and len(np.unique(mine // cache.shard_samples)) <= WINDOW
+    return {"order_s": ordered - began, "batch_s": time.perf_counter() - ordered}
+
+
+STEPS: dict[str, Callable[[Path, int], Told]] = {
+    "plan": plan, "finalise": finalise, "open": opened, "first batch": first_batch, "resume": resume,
+}  # fmt: skip
+
+
+def measured(step: str, folder: Path, n: int) -> Told:
+    """One step, in this process."""
+    mark, began, cpu = memory_mark("cpu"), time.perf_counter(), time.process_time()
+    told = STEPS[step](folder, n)
+    wall, cpu = time.perf_counter() - began, time.process_time() - cpu
+    peak = memory_peak("cpu", mark)
+    assert isinstance(peak, int)
+    return {"wall_s": wall, "cpu_s": cpu, "peak_mb": peak / 1e6, "imports_mb": (mark or 0) / 1e6, "rss_mb": status_bytes("VmRSS") / 1e6, **told}  # fmt: skip
+
+
+def prepared(step: str, folder: Path, n: int) -> None:
+    """What has to lie there before a step."""
+    path = folder / "cache"
+    if step == "plan":
+        path.mkdir(exist_ok=True)
+        write_digests(path / DIGESTS, write_tars(folder / "images", n), n)
+    elif step == "finalise":
+        write_shards(path)
+    elif step == "resume":
+        (path / "manifest.json").unlink()
+        for unit in units(load_plan(path)):
+            if unit[2] % MISSING == 0:
+                commit_path(path, *unit).unlink()
+
+
+def in_a_process(step: str, folder: Path, n: int, what: str) -> Told:
+    """`measured` or `prepared` in a process of its own."""
+    call = [sys.executable, __file__, "--samples", str(n), "--folder", str(folder), "--step", step, "--what", what]
+    done = subprocess.run(call, capture_output=True, text=True)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+@click.command()
+@click.option("--samples", "n", default=1_300_000, type=click.IntRange(100_000))
+@click.option("--folder", default=tempfile.gettempdir(), type=click.Path(path_type=Path))
+@click.option("--step", type=click.Choice([*STEPS]), hidden=True)
+@click.option("--what", type=click.Choice(["measure", "prepare"]), hidden=True)
+@click.option("--keep", is_flag=True, help="Leave the data there.")
+@click.option("--out", default=ROOT / "results" / "scale.csv", type=click.Path(path_type=Path))
+def main(n: int, folder: Path, step: str | None, what: str | None, keep: bool, out: Path) -> None:
+    """Print and append a row per step."""
+    if step:
+        told = measured(step, folder, n) if what == "measure" else prepared(step, folder, n) or {}
+        click.echo(json.dumps(told))
+        return
+    work = folder / f"scale-{n}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    about = machine("cpu")
+    for name in STEPS:
+        before = in_a_process(name, work, n, "prepare")
+        row = before if "error" in before else in_a_process(name, work, n, "measure")
+        row = {"samples": n, "step": name, **row, "load": os.getloadavg()[0], **{k: about[k] for k in ("device", "commit", "date")}}  # fmt: skip
+        click.echo("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+        append(out, [row])
+        if "error" in row:
+            break
+    if not keep:
+        shutil.rmtree(work)
+
+
+if __name__ == "__main__":
+    main()

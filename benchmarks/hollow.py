@@ -1,0 +1,150 @@
+"""Hollow data for bench_scale.py: tars of images that are one block of zeros each, and a cache whose metadata are whole.
+
+Files of shards are sparse, of the sizes that their records tell; only the shards that an epoch begins with hold data.
+"""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from synthetic import codes, pixel_row
+
+from mrmae.shards import commit
+from mrmae.shards.format import (
+    PIXELS,
+    Array,
+    Plan,
+    Quantiser,
+    Source,
+    TeacherSpec,
+    Unit,
+    ViewRecipe,
+    canonical_json,
+    commit_path,
+    load_plan,
+    plan,
+    read_samples,
+    units,
+)
+from mrmae.shards.order import epoch_order
+from mrmae.shards.store import unit_files
+
+SHARD = 3400  # samples: what 512 MB of int8 tokens of a ViT-B hold
+IN_TAR, BLOCK, CLASSES = 20_000, 512, 1000
+WINDOW = 8  # shards that an epoch begins with
+EMPTY_SHA256 = "076a27c79e5ace2a3d47f9dd2e83e4ff6ea8872b3c2218f66c92b89b55f36560"  # of a block of zeros
+
+
+def teacher() -> TeacherSpec:
+    """A teacher of few and narrow tokens: what is measured does not depend on their size."""
+    return TeacherSpec(
+        name="t", library="synthetic", model="random codes", weights="random", tag=None, weights_sha256="0" * 64,
+        activation=None, input_size=(32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", antialias=True,
+        tap="pre_tail", prefix_tokens=1, native_grid=(2, 2), grid=(2, 2), resample="none", width=8,
+        has_cls=True, has_attention=True, precision="fp32", attention_backend="none",
+    )  # fmt: skip
+
+
+def asked_plan(n: int) -> Plan:
+    """What a command would ask for: one view, one teacher, shards as of a ViT-B."""
+    spec = teacher()
+    return Plan("", n, ViewRecipe(size=32), spec.grid, 1, SHARD, "int8", (spec,))
+
+
+def name_of(i: int) -> str:
+    """A name as ImageNet's are."""
+    return f"n{i % CLASSES:08d}/n{i % CLASSES:08d}_{i}.JPEG"
+
+
+def write_tars(folder: Path, n: int) -> list[Path]:
+    """Tars of n images of one block, by numpy: tarfile takes minutes for a million."""
+    folder.mkdir(parents=True)
+    tars = []
+    for start in range(0, n, IN_TAR):
+        numbers = range(start, min(start + IN_TAR, n))
+        blocks = np.zeros((2 * len(numbers) + 2, BLOCK), np.uint8)
+        blocks[: 2 * len(numbers) : 2] = headers([name_of(i) for i in numbers])
+        tars.append(folder / f"{start // IN_TAR:06d}.tar")
+        blocks.tofile(tars[-1])
+    return tars
+
+
+def headers(names: list[str]) -> Array:
+    """USTAR headers of regular files of one block."""
+    rows = np.zeros((len(names), BLOCK), np.uint8)
+    rows[:, :100] = np.array([name.encode() for name in names], "S100").view(np.uint8).reshape(-1, 100)
+    for at, text in ((100, b"0000644\0"), (108, b"0000000\0"), (116, b"0000000\0"), (124, b"%011o\0" % BLOCK),
+                     (136, b"%011o\0" % 0), (148, b" " * 8), (156, b"0"), (257, b"ustar\x0000")):  # fmt: skip
+        rows[:, at : at + len(text)] = np.frombuffer(text, np.uint8)
+    sums = np.array([b"%06o\0 " % total for total in rows.sum(axis=1, dtype=np.int64)], "S8")
+    rows[:, 148:156] = sums.view(np.uint8).reshape(-1, 8)
+    return rows
+
+
+def write_digests(file: Path, tars: list[Path], n: int) -> None:
+    """The memory of a command that has hashed all images."""
+    with open(file, "wb") as out:
+        for tar, start in zip(tars, range(0, n, IN_TAR)):
+            mtime_ns = tar.stat().st_mtime_ns
+            for i in range(start, min(start + IN_TAR, n)):
+                offset = BLOCK * (2 * (i - start) + 1)
+                text = json.dumps((name_of(i), BLOCK, EMPTY_SHA256, mtime_ns, offset)).encode()
+                out.write(b"\n%08x %s" % (zlib.crc32(text), text))
+
+
+def write_shards(path: Path) -> None:
+    """Calibrate, and commit all shards of a planned cache."""
+    spec = teacher()
+    given = {spec.column: Quantiser("int8", np.zeros(8, np.float32), np.ones(8, np.float32), standardised=True)}
+    made = plan.freeze_quantisers(path, load_plan(path), given)
+    commit.create_columns(path, made)
+    keys = read_samples(path, made.numbers)["key"]
+    order = epoch_order(made.n_samples, SHARD, seed=0, epoch=0)
+    whole = set(np.unique(order[: WINDOW * SHARD] // SHARD).tolist())
+    for unit in units(made):
+        if unit[2] in whole:
+            write_whole(path, made, unit, keys)
+        else:
+            write_hollow(path, made, unit, keys)
+
+
+def write_whole(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
+    """A shard with data, by the real writers."""
+    view, column, shard = unit
+    rng, numbers = np.random.default_rng(shard), made.ranges[shard]
+    if column == PIXELS:
+        rows = [pixel_row(number, Source(keys[number], None, 0, ""), made.recipe, rng) for number in numbers]
+        commit.store_pixels(path, made, view, shard, rows)
+        return
+    arrays = codes(len(numbers), made.teacher(column), rng)
+    quality = {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}
+    commit.store_column(path, made, view, column, shard, arrays, np.ones(len(numbers), bool), {"quality": quality})
+
+
+def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
+    """A shard of sparse files of true sizes, and its commit record."""
+    view, column, shard = unit
+    numbers = made.ranges[shard]
+    n, files = len(numbers), {}
+    for file in unit_files(path, made, *unit):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "wb") as content:
+            content.truncate(2048 * n)
+        files[file.relative_to(path).as_posix()] = {"bytes": 2048 * n, "sha256": EMPTY_SHA256}
+    about: dict[str, Any] = {"quality": {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}}
+    if column == PIXELS:
+        about = {
+            "first": keys[numbers[0]],
+            "last": keys[numbers[-1]],
+            "heights": [375] * n,
+            "widths": [500] * n,
+            "bad": {},
+        }
+    record = {"format_version": plan.FORMAT_VERSION, "view": view, "column": column, "shard": shard, "id": made.ids[column],
+              "files": files, "count": n, "valid": n, **about}  # fmt: skip
+    record["record_id"] = commit.record_id(record)
+    file = commit_path(path, *unit)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(canonical_json(record) + b"\n")
