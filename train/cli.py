@@ -140,7 +140,10 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     "--init", type=click.Path(path_type=Path), help="Begin from a checkpoint of MAE or MCMAE, or a timm ViT's weights."
 )
 @click.option(
-    "--export", type=click.Choice(["mae"]), help="Write OUT/published.pth too, for MAE's fine-tuning scripts."
+    "--export",
+    type=click.Choice(["mae", "transformers", "onnx"]),
+    multiple=True,
+    help="Write OUT/published.pth (for MAE's scripts), OUT/transformers or OUT/student.onnx too; repeatable.",
 )
 @click.option(
     "--pairs",

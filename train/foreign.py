@@ -168,20 +168,26 @@ def prediction_head(model: Pretrainer) -> str | None:
 # ---- ours to theirs
 
 
+def check_plain(model: Pretrainer, where: str) -> None:
+    """Raise ValueError for a student that has parts which MAE's ViT does not have, or no CLS token."""
+    surplus = [name for name in model.student.state_dict() if not MAE_NAMES.match(name)]
+    other = f"{surplus[0]}, which MAE's ViT does not" if surplus else ""
+    if not model.student.num_prefix_tokens:
+        other = "no CLS token, which MAE's ViT does"
+    if other:
+        raise ValueError(
+            f"{where}: {model.recipe.student.model} has {other}; a plain ViT like "
+            "vit_base_patch16_224 was expected; use OUT/student, which timm loads"
+        )
+
+
 def published_weights(model: Pretrainer) -> Weights:
     """The state dict in the published layout, on the CPU: encoder, and the decoder where it has a linear pixel head.
 
     A plain ViT gives MAE's names, MCMAE's student those of ConvMAE. Raises ValueError for a ViT with parts MAE does not have.
     """
-    surplus = [name for name in model.student.state_dict() if not MAE_NAMES.match(name)]
-    other = f"{surplus[0]}, which MAE's ViT does not" if surplus else ""
-    if not model.student.num_prefix_tokens:
-        other = "no CLS token, which MAE's ViT does"
-    if other and not isinstance(model.student, MaskedConvViT):
-        raise ValueError(
-            f"--export mae: {model.recipe.student.model} has {other}; a plain ViT like "
-            "vit_base_patch16_224 was expected; use OUT/student, which timm loads"
-        )
+    if not isinstance(model.student, MaskedConvViT):
+        check_plain(model, "--export mae")
     weights = dict(model.student.state_dict())
     head = prediction_head(model)
     if model.decoder is not None and head:

@@ -24,9 +24,9 @@ from mrmae.common.progress import counted, human_time
 from mrmae.train import cost, optim, report
 from mrmae.train.baselines import baselines_of, explained_shares
 from mrmae.train.checkpoint import checkpoint_path
+from mrmae.train.elsewhere import EXPORTS
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
-from mrmae.train.foreign import export_published
 from mrmae.train.held_out import held_out_loss, probe_student
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe, running_statistics
@@ -375,8 +375,9 @@ def draw_report(run: Run, log: RunLog) -> None:
 def write_results(run: Run) -> Path:
     """Write OUT/student and, if asked for, OUT/published.pth; returns the student's folder."""
     export_student(run.model, run.out / "student", source=report.card_source(run))
-    if run.setup.export == "mae":
-        export_published(run.model, run.out / "published.pth")
+    for kind in run.setup.export:
+        name, write = EXPORTS[kind]
+        write(run.model, run.out / name)
     return run.out / "student"
 
 

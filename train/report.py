@@ -338,6 +338,8 @@ def readme(run: Run, command: str) -> str:
             "| `report.html` | the run, finished or stopped, as one page: open it, or send it |",
             "| `student/` | the encoder as timm loads it |",
             "| `published.pth` | with `--export mae`: what MAE's (for its student MCMAE's) fine-tuning scripts load |",
+            "| `transformers/` | with `--export transformers`: what `ViTModel.from_pretrained` loads |",
+            "| `student.onnx` | with `--export onnx`: normalised images to tokens |",
             "| `recipe.yaml` | everything that decides the result, resolved |",
             "| `run.json` | cache ids, teachers, and per start: command, device, versions, git state |",
             "| `log.jsonl`, `tensorboard/` | losses per term, speed, learning rate |",

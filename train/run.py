@@ -17,6 +17,7 @@ from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
 from mrmae.train.batches import Share
+from mrmae.train.elsewhere import check_exports
 from mrmae.train.fit import fitted_bands, fitted_decoder, fitted_to_data, small_rate_words
 from mrmae.train.labels import Labels, labels_of
 from mrmae.train.log import Sums
@@ -129,6 +130,7 @@ def build_run(
     info, needed, teachers = targets_of(cache, recipe, setup, info, where)
     recipe, of_decoder = closed(recipe, cache, info, needed, online=setup.online)
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
+    check_exports(model, setup.export)
     return Run(
         out=out,
         recipe=recipe,

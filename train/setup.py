@@ -20,12 +20,13 @@ class Setup:
     hold_out: share of the images not trained on; their loss is logged every epoch.
     online: run the teachers in the step instead of reading their features; `teachers`, as for extract-features, says which
     (and that they do), none: the cache's own.
-    init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: `mae` to write OUT/published.pth beside the student.
+    init: a checkpoint of MAE, MCMAE or a timm ViT to begin from. export: of elsewhere.EXPORTS, what to write
+    beside the student.
     labels: a file of labels by key, for terms that predict them; None: those that the cache keeps.
     boxes: a file of boxes by key, for terms that read them.
     allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
     pairs: a list of pairs of keys, for a recipe that pairs images. command: what to type to continue, for the last line and for OUT.
-    Raises ValueError for an unknown export, and for text that is not UTF-8: what a run writes down is.
+    Raises ValueError for text that is not UTF-8: what a run writes down is.
     """
 
     device: str = "auto"
@@ -37,7 +38,7 @@ class Setup:
     online: bool = False
     teachers: tuple[str, ...] = ()
     init: str | Path | None = None
-    export: str | None = None
+    export: tuple[str, ...] = ()
     labels: str | Path | None = None
     boxes: str | Path | None = None
     allow_partial: bool = False
@@ -45,8 +46,7 @@ class Setup:
     pairs: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.export not in (None, "mae"):
-            raise ValueError(f"export: {self.export!r} is unknown; 'mae' was expected; correct it or leave it out")
+        object.__setattr__(self, "export", tuple(self.export))
         object.__setattr__(self, "teachers", tuple(self.teachers))
         for name in ("init", "labels", "boxes"):
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))

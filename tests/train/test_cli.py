@@ -54,7 +54,7 @@ def test_shorthands_set_the_recipe_and_the_rest_says_how_to_run(captured: list[d
     assert (call["setup"].command or "").startswith("train-mrmae ")
     assert replace(call["setup"], command=None) == Setup(
         device="cpu", compile=True, kernels="torch", workers=3, accum=2, online=True, hold_out=0.01, init=Path("mae.pth"),
-        teachers=("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"), export="mae",
+        teachers=("clip=open_clip:ViT-B-16", "dino=timm:vit_base_patch16_224.dino"), export=("mae",),
     )  # fmt: skip
     assert call["cadence"] == Cadence(
         save_minutes=5.0, keep=2, log_every=9, panels_every=4, probe_every=10, wandb="project"

@@ -413,7 +413,7 @@ def test_every_update_sees_the_same_shapes_in_the_same_types(
 
 
 def test_begins_from_published_weights_and_gives_them_back(whole: Path, tiny_cache: Path, tmp_path: Path) -> None:
-    first = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), export="mae")
+    first = _train(tiny_cache, tmp_path / "out", quick("mae", "optim.epochs=2"), export=("mae",))
     assert first["finished"]
     weights = torch.load(tmp_path / "out" / "published.pth", weights_only=True)["model"]
     again = _train(
