@@ -96,11 +96,16 @@ def pair(name: str, recipe: str = "mr-mae", **others: Any) -> list[Arm]:
             for transform in ("ln0", "position")]  # fmt: skip
 
 
-def decoder(depth: int, kind: str, predicted: int, seed: int = 0) -> Arm:
+def decoder(depth: int, kind: str, predicted: int, seed: int = 0, width: int = 64) -> Arm:
     """`mr-mae` on centred targets with another pixel branch: blocks of the decoder, what they attend to, patches of 48 that they predict."""
+    blocks, narrow = (
+        (f"{depth}", "")
+        if width == 64
+        else (f"{depth}x{width}", f" --set student.decoder.width={width} --set student.decoder.heads=1")
+    )
     some = "" if predicted == 48 else f" --set mask.n_predict={predicted} --set mask.predict=uniform"
-    options = f"{CENTRED} --set student.decoder.depth={depth} --set student.decoder.kind={kind}{some}"
-    name = f"decoder-{depth}-{kind}-{predicted}-s{seed}"
+    options = f"{CENTRED} --set student.decoder.depth={depth} --set student.decoder.kind={kind}{narrow}{some}"
+    name = f"decoder-{blocks}-{kind}-{predicted}-s{seed}"
     return chosen(name, "decoder", options=options, seed=seed, against="decoder-4-self-48")
 
 
@@ -142,6 +147,7 @@ CHOICES: list[Arm] = [
     *(blocks(views, seed) for views in (1, 4) for seed in range(3)),
     *(target(transform, teachers) for teachers in ("gal", "cnn") for transform in TRANSFORMS),
     *(decoder(*how) for how in ((8, "self", 48), (2, "self", 48), (4, "self", 16), (2, "cross", 16), (1, "self", 32), (1, "cross", 48))),
+    *(decoder(1, "self", 16, seed, width=32) for seed in range(3)),
     *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(tested(f"both-{t}-s{seed}", "both-ln0") for seed in range(3) for t in ("ln0", "position")),
