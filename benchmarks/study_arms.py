@@ -140,6 +140,7 @@ CHOICES: list[Arm] = [
     *(decoder(*how) for how in ((4, "self", 48), (1, "self", 16), (1, "cross", 16), (2, "self", 16), (4, "cross", 48))),
     *(target(transform, "gal", seed) for seed in (1, 2) for transform in ("ln0", "position")),
     *(target(transform, "cnn", seed) for seed in (1, 2) for transform in ("ln0", "position")),
+    *(target("position+ln0", teachers, seed) for seed in (1, 2) for teachers in ("cnn", "both", "gal")),
     *pair("views-4", cache="both-k4"),
     *pair("longer", epochs=2 * EPOCHS),
     *pair("mimic-masked", "mimic-masked"),
@@ -150,7 +151,8 @@ CHOICES: list[Arm] = [
     *(decoder(1, "self", 16, seed, width=32) for seed in range(3)),
     *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
-    *(tested(f"both-{t}-s{seed}", "both-ln0") for seed in range(3) for t in ("ln0", "position")),
+    *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
+      for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip
 
 
