@@ -23,24 +23,39 @@ from mrmae.probe.run import drawn, one, tell_run_page
 from mrmae.probe.sources import LIBRARY_FORMS, PIXELS_ALONE, UNTRAINED
 from mrmae.shards.format import content_id
 
-COMPARED = ("knn", "linear", "low-shot", "attentive", "finetune")
+PAIRED = (
+    "knn",
+    "linear",
+    "low-shot",
+    "attentive",
+    "fusion",
+    "finetune",
+    "zero-shot",
+)  # an answer about every test image
+SIDE_BY_SIDE = (
+    "segment",
+    "region",
+    "retrieval",
+    "rank",
+    "stability",
+)  # of pixels, boxes, captions, all images at once: not paired
 # What nobody trained, by probe: 16 x 16 pixels have no tokens to attend to, and a training from scratch is asked for by name.
 BESIDE = {
     "knn": ("pixels", "untrained"),
     "linear": ("pixels", "untrained"),
     "low-shot": ("pixels", "untrained"),
-    "attentive": ("untrained",),
+    **dict.fromkeys(("attentive", "segment", "region", "rank", "stability"), ("untrained",)),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Compared:
-    """One source's result of a probe, and which test images it got right (of several draws: in what share of them). kind: given, pixels or untrained."""
+    """One source's result of a probe, and, where it is PAIRED, which test images it got right (of several draws: in what share of them). kind: given, pixels or untrained."""
 
     source: str
     kind: str
     result: report.Result
-    right: Float[Tensor, "n"]
+    right: Float[Tensor, "n"] | None
 
 
 def sources_and_data(
@@ -88,13 +103,15 @@ def compare_sources(
 ) -> dict[str, Any]:
     """What every probe finds of every source on DATA, with the paired difference of any two, and of each from what nobody trained.
 
+    Probes SIDE_BY_SIDE have no differences; of those that have no accuracy either, `measures` has their columns, each with its source.
+
     options.source is not looked at. Results of each source are kept as probe-features keeps them; the comparison is OUT/comparisons/ID.json,
     .md and .html (OUT: options.out, else `probes` here). In it, per probe: `rows` (source, kind: given, pixels or untrained, accuracy, interval,
     headline) and `differences` (a, b, difference, interval), `n_train`, `n_test`. Raises ValueError like probe_features.
     """
-    if unknown := [probe for probe in options.probes if probe not in COMPARED]:
-        raise ValueError(f"--probe {unknown[0]}: gives no accuracy that could be compared; expected {', '.join(COMPARED)}; "
-                         "ask for it with one SOURCE")  # fmt: skip
+    if unknown := [probe for probe in options.probes if probe not in (*PAIRED, *SIDE_BY_SIDE)]:
+        raise ValueError(f"--probe {unknown[0]}: gives no number that could be compared; expected {', '.join(PAIRED)} (paired), "
+                         f"or {', '.join(SIDE_BY_SIDE)} (side by side); ask for it with one SOURCE")  # fmt: skip
     if repeated := [source for source in dict.fromkeys(sources) if sources.count(source) > 1]:
         raise ValueError(f"SOURCE {repeated[0]}: is given twice; expected sources that differ; leave one out")
     options, known, heard = options.resolved(), set[str](), set[str]()
@@ -114,7 +131,8 @@ def compare_sources(
         heard |= {*job.notes}
         for probe in probes:
             result = one(job, probe)
-            found[probe].append(Compared(source, kind, result, report.right_answers(job.home, result, job.labels[1])))
+            right = report.right_answers(job.home, result, job.labels[1]) if probe in PAIRED else None
+            found[probe].append(Compared(source, kind, result, right))
         tell_run_page(job)
     return keep(options, sources, {probe: table_of(rows, options.seed) for probe, rows in found.items()}, say)
 
@@ -138,19 +156,27 @@ def architecture(job: Probing) -> str:
 
 
 def table_of(rows: Sequence[Compared], seed: int) -> dict[str, Any]:
-    """One probe's rows, and the differences of all pairs but those of two that nobody gave."""
+    """One probe's rows, and the differences of all pairs but those of two that nobody gave; of a probe without accuracy its measures."""
     about = {name: rows[0].result[name] for name in ("n_train", "n_test", "n_classes")} if rows else {}
-    pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if "given" in (a.kind, b.kind)]
+    pairs = [(a, b) for a, b in itertools.combinations(rows, 2) if "given" in (a.kind, b.kind) and a.right is not None]
+    measures = [
+        {"source": row.source, **one}
+        for row in rows
+        if row.result["accuracy"] is None
+        for one in row.result["measures"]
+    ]
     return {
         **about,
         "rows": [{"source": row.source, "kind": row.kind, **{name: row.result[name] for name in
                   ("accuracy", "interval", "headline", "id", "notes")}} for row in rows],
         "differences": [paired_difference(a, b, seed) for a, b in pairs],
+        **({"measures": measures} if measures else {}),
     }  # fmt: skip
 
 
 def paired_difference(a: Compared, b: Compared, seed: int) -> dict[str, Any]:
     """By how much `a` is ahead of `b` on the same test images, with the paired interval."""
+    assert a.right is not None and b.right is not None
     ahead = float(a.right.mean() - b.right.mean())
     return {
         "a": a.source,
@@ -181,10 +207,16 @@ def markdown_of(found: Mapping[str, Any]) -> list[str]:
     lines = [f"# {report.cell(found['data'])}: {counted(len(found['sources']), 'source')} compared"]
     for probe, table in found["probes"].items():
         names = short_names([row["source"] for row in table["rows"]])
+        if measures := table.get("measures"):
+            named = [{**row, "source": names[row["source"]]} for row in measures]
+            lines += ["", f"## {probe}", "", *report.measures_table(named)]
+            continue
         lines += ["", f"## {probe}: {table['n_train']} train images, {table['n_test']} test images of {table['n_classes']} classes", "",
                   "| source | accuracy | 95 % interval | |", "| --- | ---: | --- | --- |"]  # fmt: skip
         lines += [f"| {report.cell(names[row['source']])} | {row['accuracy']:.3f} | {report.span(row)} | {report.cell(row['headline'])} |"
                   for row in table["rows"]]  # fmt: skip
+        if not table["differences"]:
+            continue
         lines += ["", "| paired, on the same test images | difference | 95 % interval |", "| --- | ---: | --- |"]
         lines += [f"| {report.cell(names[pair['a']])} − {report.cell(names[pair['b']])} | {pair['difference']:+.3f} | "
                   f"{pair['interval'][0]:+.3f} to {pair['interval'][1]:+.3f} |" for pair in table["differences"]]  # fmt: skip

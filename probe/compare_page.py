@@ -6,7 +6,7 @@ from typing import Any
 from mrmae.common import page
 from mrmae.common.page import Html
 from mrmae.common.progress import counted
-from mrmae.probe.report import cell, title
+from mrmae.probe.report import cell, measured, title
 
 UNTAUGHT = {"given": "", "pixels": "pixels alone, shrunk", "untrained": "the same model before any training"}
 Interval = tuple[float, float, float]
@@ -23,7 +23,9 @@ def comparison_page(found: Mapping[str, Any]) -> str:
 
 
 def heading(probe: str, table: Mapping[str, Any]) -> str:
-    """The probe, and how many images it had."""
+    """The probe, and how many images it had where it answers about them."""
+    if "measures" in table:
+        return probe
     return f"{probe}: {table['n_train']:,} train and {table['n_test']:,} test images of {counted(table['n_classes'], 'class', 'classes')}"
 
 
@@ -31,6 +33,11 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
     """One probe's accuracies and differences, drawn and as numbers."""
     rows, pairs = table["rows"], table["differences"]
     names = short_names([row["source"] for row in rows])
+    if measures := table.get("measures"):
+        yield page.table(
+            list(measures[0]), [[names[row["source"]], *map(measured, list(row.values())[1:])] for row in measures]
+        )
+        return
     yield page.intervals(
         "Accuracy on the test images, 95 % intervals",
         {names[row["source"]]: in_percent(row, "accuracy") for row in rows},

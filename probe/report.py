@@ -139,10 +139,14 @@ def detail(result: Mapping[str, Any]) -> list[str]:
         text += [f"| {cell(r['name'])} | {r['accuracy']:.3f} | {span(r)} |" for r in result["rows"]]
         text.append("")
     if measures := result.get("measures"):
-        text += [f"| {' | '.join(map(cell, measures[0]))} |", f"| {' | '.join('---' for _ in measures[0])} |"]
-        text += [f"| {' | '.join(measured(value) for value in row.values())} |" for row in measures]
-        text.append("")
+        text += [*measures_table(measures), ""]
     return text + [f"![{Path(picture).stem}]({picture})\n" for picture in result.get("pictures", [])]
+
+
+def measures_table(measures: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Measures as a table; all rows have the first one's names."""
+    head = [f"| {' | '.join(map(cell, measures[0]))} |", f"| {' | '.join('---' for _ in measures[0])} |"]
+    return head + [f"| {' | '.join(measured(value) for value in row.values())} |" for row in measures]
 
 
 def measured(value: Any) -> str:

@@ -63,6 +63,33 @@ def test_a_comparison_has_each_source_s_own_result_and_the_paired_differences(
     assert said[-1].startswith(str(text)) and len(notes) == len({*notes}) > 1
 
 
+def test_what_has_no_answer_per_image_stands_side_by_side(images: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    found = compare_sources([VIT, "pixels"], options(images, tmp_path, "rank"), say=said.append)
+    table = found["probes"]["rank"]
+    assert table["differences"] == [] and {row["source"] for row in table["measures"]} == {
+        VIT,
+        "pixels",
+        f"untrained:{VIT}",
+    }
+    of_pixels = next(row for row in table["measures"] if row["source"] == "pixels")
+    assert of_pixels["channels"] == 768 and 1 < of_pixels["RankMe"] <= of_pixels["images"]
+    assert "| source | vectors | RankMe | effective rank, centred | uniformity | channels | images |" in said
+    (page,) = (tmp_path / "comparisons").glob("*.html")
+    assert "RankMe" in page.read_text() and "points [95 %]" not in page.read_text()
+
+
+@pytest.mark.soak
+def test_segmentations_stand_side_by_side(images: Path, tmp_path: Path) -> None:
+    said: list[str] = []
+    found = compare_sources(
+        [VIT, f"{VIT}?mean=0.5"], options(images, tmp_path, "segment"), baselines=False, say=said.append
+    )
+    assert found["probes"]["segment"]["differences"] == []
+    assert all(0 <= row["accuracy"] <= 1 for row in found["probes"]["segment"]["rows"])
+    assert not any("paired" in line for line in said)
+
+
 def test_sixteen_by_sixteen_pixels_are_the_view_itself(images: Path, tmp_path: Path) -> None:
     (result,) = probe_features(ProbeOptions("pixels", [str(images)], out=tmp_path, workers=2))
     assert result["view"]["centre_crop"] == 16
@@ -121,7 +148,7 @@ def test_several_sources_without_data_are_told_how_to_compare_them(
 
 def test_what_cannot_be_compared_is_refused(trained: Path, images: Path, tmp_path: Path) -> None:
     dense = run(trained, VIT, "--data", images, "--probe", "dense", "--out", tmp_path)
-    assert dense.exit_code == 1 and "--probe dense: gives no accuracy that could be compared" in dense.output
+    assert dense.exit_code == 1 and "--probe dense: gives no number that could be compared" in dense.output
     twice = run(trained, trained, "--data", images, "--out", tmp_path)
     assert twice.exit_code == 1 and "is given twice" in twice.output
     pixels = run("pixels", images, "--probe", "finetune", "--out", tmp_path)
