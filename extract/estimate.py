@@ -50,7 +50,7 @@ def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1)
     """Bytes of one sample and view in a column: tokens, scale, CLS, attention, norm, or a map, and what the format adds."""
     l = teacher.grid[0] * teacher.grid[1]
     if teacher.is_map:
-        return 2 * l + STORAGES[format].OVERHEAD_BYTES
+        return 2 * l * teacher.width + STORAGES[format].OVERHEAD_BYTES
     stored = DTYPES[dtype]
     parts = [l * teacher.width * stored.bytes, 2 * l]
     parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
@@ -129,7 +129,8 @@ def teacher_in_words(teacher: TeacherSpec, dtype: str) -> str:
         return f"map, {teacher.model} per patch, {made_in_words(teacher)}"
     if teacher.is_map:
         said = "of the only view" if teacher.resample == "none" else f"of the whole image, by {teacher.resample}"
-        return f"map, {teacher.model} per patch, {said}"
+        said, many = ("of every view", f"{teacher.width} ") if teacher.width > 1 else (said, "")
+        return f"map, {many}{teacher.model} per patch, {said}"
     model = f"{teacher.model}/{teacher.tag}" if teacher.tag else teacher.model
     weights = "RANDOM weights" if teacher.weights == "random" else f"{teacher.weights} weights"
     bands = f" of bands {','.join(map(str, teacher.bands))}" if teacher.bands else ""

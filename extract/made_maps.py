@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from mrmae.common.kmeans import fit_centroids, nearest_ids
 from mrmae.common.progress import Progress
 from mrmae.extract.maps import IDS, MOST_ID, SCORES
 from mrmae.shards.format import CALIBRATION_SAMPLES, NAME, TeacherSpec, derived_specs
@@ -21,7 +22,6 @@ MADE_FORM = "NAME=text:TEACHER:PROMPTS.txt or NAME=kmeans:TEACHER[.TAP]:K"
 STORED_ALREADY = ("attention", "norm")  # arrays of every column
 MOST_PROMPTS, MOST_PROMPT_LETTERS = 4096, 1000  # they stand in plan.json
 ROUNDS = 20  # of Lloyd's at most
-DISTANCES_AT_ONCE = 2**25  # 128 MB of float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def is_made(text: str) -> bool:
     kind, colon, teacher = how.partition(":")
     if colon and kind in STORED_ALREADY:
         raise ValueError(f"--map {text}: every column holds its teacher's {kind} of each patch already; recipes read it as a saliency map "
-                         f"(mask.saliency={'norm:' * (kind == 'norm')}{teacher or 'TEACHER'}); leave {name} out")  # fmt: skip
+                         f"(mask.source={'norm:' * (kind == 'norm')}{teacher or 'TEACHER'}); leave {name} out")  # fmt: skip
     return bool(colon) and kind in ("text", "kmeans")
 
 
@@ -138,39 +138,13 @@ def source_for(
 
 
 def fit_kmeans(tokens: Float[Tensor, "n d"], k: int, where: str) -> Float[Tensor, "k d"]:
-    """k centroids of the tokens, float32 on the host: k-means++ seeding, then Lloyd's rounds until nothing moves or 20 are done.
-
-    Seeded with 0, so a function of the tokens. ValueError where they are fewer than k different ones.
-    Arthur and Vassilvitskii 2007, section 2.2; a centroid that lost all its tokens stays.
-    """
-    centroids = seeded(tokens, k, where)
-    host, before = tokens.cpu(), None
+    """k centroids of the tokens, float32 on the host. ValueError where they are fewer than k different ones."""
     with Progress(f"k-means of {k}", ROUNDS) as progress:
-        for _ in range(ROUNDS):
-            ids = nearest_ids(tokens, centroids).cpu()
-            progress.add(1)
-            if before is not None and torch.equal(ids, before):
-                break
-            before, counts = ids, torch.bincount(ids, minlength=k)
-            sums = torch.zeros(k, host.shape[1]).index_add_(0, ids, host)  # on the host: its sums have one order
-            means = sums / counts.clamp(min=1)[:, None]
-            centroids = torch.where((counts > 0)[:, None], means, centroids.cpu()).to(tokens.device)
-    return centroids.cpu()
-
-
-def seeded(tokens: Float[Tensor, "n d"], k: int, where: str) -> Float[Tensor, "k d"]:
-    """k-means++: each next centroid is a token drawn with the probability of its squared distance to the nearest one so far."""
-    draws = torch.rand(k, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    chosen = [min(int(draws[0] * len(tokens)), len(tokens) - 1)]
-    apart = torch.full((len(tokens),), torch.inf, device=tokens.device)
-    for draw in draws[1:]:
-        apart = torch.minimum(apart, (tokens - tokens[chosen[-1]]).square().sum(-1))
-        reached = apart.double().cpu().cumsum(0)
-        if not reached[-1] > 0:
-            raise ValueError(f"{where}: the {len(tokens)} tokens of the first images are only {len(chosen)} different ones; expected at "
-                             f"least {k}; choose a smaller K")  # fmt: skip
-        chosen.append(int(torch.searchsorted(reached, draw * reached[-1], right=True).clamp(max=len(tokens) - 1)))
-    return tokens[chosen]
+        centroids = fit_centroids(tokens, k, rounds=ROUNDS, progress=progress.add).cpu()
+    if len(centroids) < k:
+        raise ValueError(f"{where}: the {len(tokens)} tokens of the first images are only {len(centroids)} different ones; expected at "
+                         f"least {k}; choose a smaller K")  # fmt: skip
+    return centroids
 
 
 # --- values
@@ -185,13 +159,6 @@ def compared_tokens(tokens: Float[Tensor, "b l d"], vectors: Float[Tensor, "k d"
     if made == "kmeans":
         return nearest_ids(flat, vectors).view(tokens.shape[:2]).to(torch.uint16)
     return (F.normalize(flat, dim=-1) @ vectors.T).amax(-1).view(tokens.shape[:2]).half()
-
-
-def nearest_ids(tokens: Float[Tensor, "n d"], centroids: Float[Tensor, "k d"]) -> Shaped[Tensor, "n"]:
-    """int64: which centroid is nearest by Euclidean distance."""
-    half = centroids.square().sum(-1) / 2
-    parts = torch.split(tokens, max(1, DISTANCES_AT_ONCE // len(centroids)))
-    return torch.cat([(part @ centroids.T - half).argmax(-1) for part in parts])
 
 
 def made_in_words(spec: TeacherSpec) -> str:

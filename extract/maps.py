@@ -1,7 +1,8 @@
-"""Maps that a person gives: a value per patch of every image, from a file by key, as a view shows them.
+"""Maps that a person gives: a value, or several, per patch of every image, from a file by key, as a view shows them.
 
 `[l]` is what the patches of the only view are: nothing is done to it. `[h, w]`, of any size, is the whole upright image: a view sees
 its crop of it and its flip. Ids and bits (integers) are taken at the middle of each patch, scores (floats) as the mean over its area.
+`[views, l, c]` are c numbers for each patch of each view, as they are: a crop or a flip of latents is not the latents of the crop.
 """
 
 import dataclasses
@@ -20,13 +21,15 @@ from mrmae.shards.format import FP16_MAX, MAP_DTYPES, NAME, Array, TeacherSpec, 
 
 IDS, SCORES = MAP_DTYPES
 MOST_ID = 2**16 - 1
-MAP_FORM = "NAME=FILE, a .npz or .parquet with an array [l] or [h, w] per image"
+MOST_NUMBERS = 4096  # of a patch
+MAP_FORM = "NAME=FILE, a .npz or .parquet with an array [l], [h, w] or [views, l, c] per image"
+SCORES_EXPECTED = f"finite scores of at most {FP16_MAX:.0f}, which float16 holds"
 Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 
 @dataclasses.dataclass(frozen=True)
 class GivenMap:
-    """A map as it was given. values: by key, all uint16 or all float16, all [l] or all [h, w]. sha256: of keys and values."""
+    """A map as it was given. values: by key, all uint16 or all float16, all [l], all [h, w] or all [views, l, c]. sha256: of keys and values."""
 
     name: str
     file: Path
@@ -45,8 +48,13 @@ class GivenMap:
 
     @property
     def of_view(self) -> bool:
-        """Whether it holds the patches of a view, [l], and not whole images."""
-        return next(iter(self.values.values())).ndim == 1
+        """Whether it holds the patches of views, [l] or [views, l, c], and not whole images."""
+        return next(iter(self.values.values())).ndim != 2
+
+    @property
+    def width(self) -> int:
+        """Numbers per patch."""
+        return width_of(next(iter(self.values.values())))
 
     def spec(self, grid: tuple[int, int]) -> TeacherSpec:
         """The map as a column of a cache: what changes its numbers."""
@@ -54,7 +62,7 @@ class GivenMap:
         return TeacherSpec(
             name=self.name, library="map", model=self.dtype, weights="file", tag=None, weights_sha256=self.sha256, activation=None,
             input_size=grid, mean=(), std=(), interpolation="none", antialias=False, tap="map", prefix_tokens=0, native_grid=grid,
-            grid=grid, resample=resample, width=1, has_cls=False, has_attention=False, precision="fp32", attention_backend="none",
+            grid=grid, resample=resample, width=self.width, has_cls=False, has_attention=False, precision="fp32", attention_backend="none",
         )  # fmt: skip
 
     def refuse_lacking(self, keys: Sequence[str]) -> None:
@@ -63,10 +71,13 @@ class GivenMap:
             raise ValueError(f"{self.where}: has no key {lacking[0]!r} ({len(lacking)} of {counted(len(keys), 'image')} are not in it); "
                              "expected every image's key, as inspect-cache and --include name it; add them to the file")  # fmt: skip
 
-    def seen(self, key: str, view: View, grid: tuple[int, int]) -> Array:
-        """[l]: what a view of the image of this key shows."""
+    def seen(self, key: str, view: int, crop: View, grid: tuple[int, int]) -> Array:
+        """[l] or [l, c]: what the view of this number of the image of this key shows. crop: the view."""
         values = self.values[key]
-        return values if values.ndim == 1 else on_grid(values, view, grid).ravel()
+        if values.ndim == 3:
+            seen: Array = values[view]
+            return seen
+        return values if values.ndim == 1 else on_grid(values, crop, grid).ravel()
 
 
 def read_map(text: str, *, grid: int, views: int) -> GivenMap:
@@ -84,9 +95,14 @@ def read_map(text: str, *, grid: int, views: int) -> GivenMap:
             )
         values[key] = checked_map(array, f"--map {name}={file}: {key!r}", grid=grid, views=views)
         first = next(iter(values.values()))
-        if (values[key].dtype, values[key].ndim) != (first.dtype, first.ndim):
-            raise ValueError(f"--map {name}={file}: {key!r} is {values[key].dtype} with {values[key].ndim} dimensions; {next(iter(values))!r} is "
-                             f"{first.dtype} with {first.ndim}; expected all images alike; correct the file")  # fmt: skip
+        kinds = [(array.dtype, array.ndim, width_of(array)) for array in (values[key], first)]
+        if kinds[0] != kinds[1]:
+            kind, other = (
+                f"{dtype} with {ndim} dimensions" + f", {c} numbers per patch" * (ndim == 3) for dtype, ndim, c in kinds
+            )
+            raise ValueError(
+                f"--map {name}={file}: {key!r} is {kind}; {next(iter(values))!r} is {other}; expected all images alike; correct the file"
+            )
     if not values:
         raise ValueError(f"--map {name}={file}: is empty; expected {MAP_FORM}; write an array for every image")
     return GivenMap(name, path, values, sha256_of(values))
@@ -108,8 +124,13 @@ def arrays_of(path: Path, where: str) -> Iterator[tuple[str, Array]]:
         ) from None
 
 
+def width_of(array: Array) -> int:
+    """Numbers per patch."""
+    return array.shape[2] if array.ndim == 3 else 1
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[str, Array]]:
-    """(key, array) of every row of a parquet file with the columns `key`, text, and `map`, lists or lists of lists."""
+    """(key, array) of every row of a parquet file with the columns `key`, text, and `map`, lists, lists of lists, or one deeper."""
     with pq.ParquetFile(path, pre_buffer=False) as file:
         if not {"key", "map"} <= set(file.schema_arrow.names):
             raise ValueError(f"its columns are {file.schema_arrow.names}; key and map were expected")
@@ -122,14 +143,16 @@ def parquet_rows(path: Path) -> Iterator[tuple[str, Array]]:
 
 
 def as_array(row: Any) -> Array:
-    """A list of numbers, or of equally long lists of numbers, as an array of its own dtype."""
+    """A list of numbers, or of equally long lists, as an array of its own dtype."""
     if not pa.types.is_nested(row.type.value_type):
         return np.asarray(row.values.to_numpy(zero_copy_only=False))
-    return np.stack([np.asarray(line.values.to_numpy(zero_copy_only=False)) for line in row.values])
+    return np.stack([as_array(line) for line in row.values])
 
 
 def checked_map(array: Array, where: str, *, grid: int, views: int) -> Array:
     """The array as it is stored, uint16 or float16. ValueError for another shape, or a value that has no place there."""
+    if array.ndim == 3:
+        return checked_numbers(array, where, grid=grid, views=views)
     if array.shape != (grid * grid,) and (array.ndim != 2 or not array.size):
         raise ValueError(f"{where}: has the shape {list(array.shape)}; expected [{grid * grid}], the patches of a {grid} x {grid} grid, "
                          "or [h, w], the whole image; correct the file, or --grid")  # fmt: skip
@@ -141,8 +164,7 @@ def checked_map(array: Array, where: str, *, grid: int, views: int) -> Array:
         wrong = array[(array < 0) | (array > MOST_ID)]
         expected, dtype = f"ids or bits of 0 to {MOST_ID}", IDS
     elif array.dtype.kind == "f":
-        wrong = array[~(np.abs(array) <= FP16_MAX)]
-        expected, dtype = f"finite scores of at most {FP16_MAX:.0f}, which float16 holds", SCORES
+        wrong, expected, dtype = array[~(np.abs(array) <= FP16_MAX)], SCORES_EXPECTED, SCORES
     else:
         raise ValueError(
             f"{where}: holds {array.dtype}; expected integers (ids, bits) or floats (scores); correct the file"
@@ -152,6 +174,22 @@ def checked_map(array: Array, where: str, *, grid: int, views: int) -> Array:
             f"{where}: holds {wrong.flat[0]} ({wrong.size} such values); expected {expected}; correct the file"
         )
     return np.ascontiguousarray(array, dtype)
+
+
+def checked_numbers(array: Array, where: str, *, grid: int, views: int) -> Array:
+    """Likewise of several numbers per patch of each view: float16."""
+    if array.shape[:2] != (views, grid * grid) or not 2 <= array.shape[2] <= MOST_NUMBERS:
+        raise ValueError(f"{where}: has the shape {list(array.shape)}; expected [{views}, {grid * grid}, c], 2 to {MOST_NUMBERS} numbers for each patch of "
+                         "each of --views; correct the file, --views or --grid")  # fmt: skip
+    if array.dtype.kind != "f":
+        raise ValueError(
+            f"{where}: holds {array.dtype}; expected floats where a patch has several numbers; correct the file"
+        )
+    if (wrong := array[~(np.abs(array) <= FP16_MAX)]).size:
+        raise ValueError(
+            f"{where}: holds {wrong.flat[0]} ({wrong.size} such values); expected {SCORES_EXPECTED}; correct the file"
+        )
+    return np.ascontiguousarray(array, SCORES)
 
 
 def sha256_of(values: Mapping[str, Array]) -> str:

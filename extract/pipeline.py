@@ -295,7 +295,7 @@ def add_map(job: ExtractJob, view: int, column: str, batch: PreparedBatch, into:
         crop = sample.rows[view].view
         into.valid.append(crop is not None)
         if crop is not None:
-            seen = job.maps[column].seen(sample.rows[view].key, crop, job.plan.grid)
+            seen = job.maps[column].seen(sample.rows[view].key, view, crop, job.plan.grid)
             into.arrays["map"].append(torch.from_numpy(seen[None]))
 
 

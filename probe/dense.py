@@ -9,31 +9,18 @@ from jaxtyping import Float, Int64, UInt8
 from matplotlib import colormaps
 from torch import Tensor
 
+from mrmae.common.kmeans import fit_centroids, nearest_ids
 from mrmae.common.pictures import Pictures, Strip, as_bytes, content_rgb, draw_sheet, pca_rgb, publish_png
 
-ITERATIONS = 50
+DRAWN_ROUNDS = 50
 
 
 def kmeans(x: Float[Tensor, "n d"], k: int, *, seed: int) -> Int64[Tensor, "n"]:
-    """Cluster of every row: k-means++ start, Lloyd's steps until nothing moves; clusters numbered by falling size.
-
-    Raises ValueError for more clusters than rows.
-    """
+    """Cluster of every row, numbered by falling size. Raises ValueError for more clusters than rows."""
     if k > len(x):
         raise ValueError(f"dense.clusters={k}: more clusters than {len(x)} tokens; expected at most that; lower it")
-    x, generator = x.double(), torch.Generator().manual_seed(seed)
-    centres = x[torch.randint(len(x), (1,), generator=generator)]
-    for _ in range(k - 1):
-        far = torch.cdist(x, centres).amin(1).square() + 1e-30
-        centres = torch.cat([centres, x[torch.multinomial(far, 1, generator=generator)]])
-    at = torch.full((len(x),), -1)
-    for _ in range(ITERATIONS):
-        before, at = at, torch.cdist(x, centres).argmin(1)
-        if torch.equal(before, at):
-            break
-        counts = torch.bincount(at, minlength=k)
-        means = torch.zeros_like(centres).index_add_(0, at, x) / counts.clamp_min(1)[:, None]
-        centres = torch.where(counts[:, None] > 0, means, centres)
+    x = x.double()
+    at = nearest_ids(x, fit_centroids(x, k, rounds=DRAWN_ROUNDS, seed=seed))
     rank = torch.bincount(at, minlength=k).argsort(descending=True, stable=True).argsort()
     return rank[at]
 

@@ -23,6 +23,7 @@ from mrmae.extract.teachers import (
     build_teacher,
     make_spec,
     parse_teacher,
+    without_text,
 )
 from mrmae.extract.teachers.timm import native_pixels
 from mrmae.probe.students import FORMS, Student, locate_student, read_student, run_folder, student_tower
@@ -33,7 +34,6 @@ from mrmae.train.method import initialise
 PIXELS_ALONE, PIXELS_SIDE = "pixels", 16
 UNTRAINED = "untrained:"
 LIBRARY_FORMS = ("timm:", "open_clip:")
-TEXT_OPTION = "text_"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,12 +145,6 @@ def model_source(text: str, *, size: int, device: str, precision: str, untrained
     notes += resized_note(size, own, teacher.tower.patch)
     teacher, text = frozen(teacher), UNTRAINED * untrained + text
     return FeatureSource(text, request.library, hashed(teacher.spec), teacher, notes=tuple(notes))
-
-
-def without_text(request: TeacherRequest) -> TeacherRequest:
-    """The request without the options of a text tower, which begin with `text_`."""
-    kept = {key: value for key, value in request.options.items() if not key.startswith(TEXT_OPTION)}
-    return dataclasses.replace(request, options=kept)
 
 
 def own_size(request: TeacherRequest) -> int:

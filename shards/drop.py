@@ -4,6 +4,7 @@ Ids of what stays do not change: a column's id knows nothing of other columns, t
 """
 
 import contextlib
+from collections.abc import Container
 from pathlib import Path
 
 from mrmae.common.backend import exists, refuse_url
@@ -72,6 +73,17 @@ def columns_called(path: Path, name: str) -> list[str]:
     left = [folder.name for folder in (path / "commits" / "0").glob("*.*") if folder.is_dir()]
     every = dict.fromkeys([*(spec.column for spec in load_plan(path).columns), *sorted(left)])
     return [column for column in every if name in (column, column.partition(".")[0])]
+
+
+def orphaned_words(plan: Plan, gone: Container[str]) -> list[str]:
+    """What to say of each computed map that stays while the column that it was computed from goes."""
+    left = [spec for spec in plan.columns if spec.made and spec.column not in gone]
+    return [
+        f"{spec.column} was computed from {source} and stays as it is; without that no missing shard of it, and nothing for further images, "
+        "can be computed"
+        for spec in left
+        if (source := str(spec.model_options["source"])) in gone
+    ]
 
 
 def files_of_column(path: Path, column: str) -> list[Path]:

@@ -52,7 +52,7 @@ def write_synthetic_cache(
 
     size: a multiple of 2 * grid. blocks: token blocks per view, 0 for raster order.
     bad: positions of images (in the order they are made) that do not decode.
-    maps: by name, what a key's view of that number shows, [l] of uint16 or float16.
+    maps: by name, what a key's view of that number shows, [l] of uint16 or float16, or [l, c] of float16.
     """
     given = images or smooth_images(n, seed, labels)
     images = {key: BROKEN if i in bad else data for i, (key, data) in enumerate(given.items())}
@@ -62,8 +62,9 @@ def write_synthetic_cache(
     )
     specs = tuple(teacher_spec(name, size, grid, **about) for name, about in teachers.items())
     drawn = {f"{name}.map": value for name, value in (maps or {}).items()}
-    given = [GivenMap(name, path, {"": value(sources[0].key, 0)}, "0" * 64) for name, value in (maps or {}).items()]
-    columns = (*specs, *(one.spec((grid, grid)) for one in given))
+    first = {name: value(sources[0].key, 0) for name, value in (maps or {}).items()}
+    told = [GivenMap(name, path, {"": x[None] if x.ndim == 2 else x}, "0" * 64) for name, x in first.items()]
+    columns = (*specs, *(one.spec((grid, grid)) for one in told))
     data_id = dataset_id(sources)
     recipe = ViewRecipe(size=size, seed=seed)
     rule = BlockRule(seed, blocks) if blocks else None

@@ -76,6 +76,7 @@ BY_BEHAVIOUR = {
         "exact",
         "maps",
         "maskalign",
+        "methods",
         "slurm",
         "statistics",
     },

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64
@@ -30,13 +31,26 @@ from mrmae.shards.format import FORMAT_VERSION, content_id, read_json
 from mrmae.train import batches
 from mrmae.train.batches import Loaded
 from mrmae.train.feed import Feed
-from mrmae.train.method import DISTANCES, Batch, Distance, PixelScale, TeacherStatistics, Term, draw_of, hog_targets
+from mrmae.train.method import (
+    DISTANCES,
+    LABEL_DISTANCES,
+    MAP,
+    Batch,
+    Distance,
+    PixelScale,
+    TeacherStatistics,
+    Term,
+    TermRecipe,
+    draw_of,
+    hog_targets,
+)
 from mrmae.train.online import online_ids, teach
 from mrmae.train.ranks import agree_on, gather
 from mrmae.train.run import Run
 
 Costs = dict[str, float]
 KINDS_OF_COST = ("zero", "constant", "position")
+BEST = ("position", "patch_mean", "constant")  # the first that a term has
 IMAGES_AT_ONCE = 64
 MOST_BYTES = 16 << 20  # of a file of baselines, of a few hundred bytes per term
 REMOTE_IMAGES = 2_000  # of a cache at a URL: the first in canonical order, a random sample
@@ -45,9 +59,10 @@ LIVE_VIEWS = 256  # shown to teachers that run in the step, likewise of the firs
 
 @dataclass(frozen=True)
 class Yardstick:
-    """Targets that share their baselines: patch tokens, their mean, CLS or pixels of one source, under one transform and distance.
+    """Targets that share their baselines: patch tokens, their mean, CLS or pixels of one source, or a map, under one transform and distance.
 
     source: whose stored arrays are read; None for what is made of pixels. array: which, or `pixels`, `hog`, `pooled`. statistics: of the patch tokens or of CLS.
+    classes: of a map of ids how many there are, else 0.
     """
 
     source: str | None
@@ -56,6 +71,7 @@ class Yardstick:
     distance: Distance
     statistics: TeacherStatistics | None
     of: dict[str, Any]
+    classes: int = 0
 
     @property
     def id(self) -> str:
@@ -65,7 +81,8 @@ class Yardstick:
 
 @dataclass
 class TargetSums:
-    """Float64 sums over n images: `first` of the targets (unit ones for a cosine) at every position, `second` of their squares.
+    """Float64 sums over n images: `first` of the targets (unit ones for a cosine) at every position, `second` of their squares (absolutes for
+    `l1`). Of ids `first` counts each, [1, classes].
 
     costs: where a distance is no function of these, the sums of what each kind of prediction costs.
     """
@@ -85,11 +102,10 @@ class TargetSums:
 def baselines_of(
     run: Run, *, limit: int | None = None, keep: bool = True, console: Console | None = None
 ) -> dict[str, Costs]:
-    """Term -> `zero`, `constant` and `position`, or `patch_mean`; and `images`, how many they are over.
+    """Term -> `zero`, `constant` and `position`, `patch_mean`, or `zero` and `constant`; and `images`, how many they are over.
 
     They are read where they are kept, else measured by all ranks together. limit: images to measure on instead of all. keep:
-    store what was measured. Teachers that run in the step are asked about LIVE_VIEWS views; the student as its own, or a copy of it, relations among tokens
-    and a distance `l1` have none.
+    store what was measured. Teachers that run in the step are asked about LIVE_VIEWS views. Which terms have none, says `no_baseline`.
     """
     wanted = {term.name: yardsticks(run, term) for term in run.model.terms}
     every = {yardstick.id: yardstick for parts in wanted.values() for yardstick, _ in parts}
@@ -103,26 +119,64 @@ def baselines_of(
         if keep and run.ranks.rank == 0:
             keep_costs(run, {id: {**costs, "of": missing[id].of} for id, costs in measured.items()})
         known |= measured
-    return {
+    told = {
         name: weighed([(known[y.id], n * y.distance.factor) for y, n in parts])
         for name, parts in wanted.items()
         if parts
     }
+    return told | {term.name: costs for term in run.model.terms if (costs := costs_from_counts(run, term))}
+
+
+def no_baseline(recipe: TermRecipe) -> str:
+    """Why a term has no baselines; empty where it has."""
+    if recipe.relation:
+        return "relations are among an image's own tokens"
+    return {
+        "self": "its target changes with the student",
+        "ema": "its target changes with the student",
+        "boxes": "what boxes frame is not measured",
+        "none": "a regulariser has no target",
+    }.get(recipe.target, "")
+
+
+def costs_from_counts(run: Run, term: Term) -> Costs:
+    """The baselines of a term that follow from counts: of labels, and of telling tokens or views apart; else none."""
+    recipe, images = term.recipe, float(len(run.cache.numbers))
+    if recipe.target == "labels" and run.labels is not None:
+        shares = np.bincount(run.labels.members, minlength=len(run.labels.classes)) / images
+        return label_costs(torch.from_numpy(shares), recipe.distance) | {"images": images}
+    alike = {"views": run.share.micro_size * run.ranks.size, "sources": run.info.n_patches - 1}.get(recipe.target)
+    return {} if alike is None else {"constant": math.log(alike), "images": images}
+
+
+def label_costs(shares: Float64[Tensor, " k"], distance: str) -> Costs:
+    """What logits that are the same for every image cost: all zero, or the best there are. shares: of the images, with each class.
+
+    The best of `bce` and `asl` are looked for in steps of 0.01, class by class.
+    """
+    if distance == "ce":
+        return {"zero": math.log(len(shares)), "constant": float(torch.special.entr(shares).sum())}
+    z = torch.linspace(-30, 30, 6001, dtype=torch.float64)
+    has, lacks = (LABEL_DISTANCES[distance](z[:, None, None], torch.full((1, 1, 1), float(y)))[:, 0] for y in (1, 0))
+    costs = shares[:, None] * has + (1 - shares[:, None]) * lacks
+    return {"zero": float(costs[:, len(z) // 2].mean()), "constant": float(costs.amin(1).mean())}
 
 
 def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
     """What a term predicts, and its share of the term's tokens: CLS and the mean over the grid are one token each."""
-    of_none = (
-        term.recipe.target in ("self", "ema", "labels", "map", "boxes", "sources", "none")
-        or term.recipe.distance == "l1"
-    )
-    if of_none or term.recipe.relation:
+    if no_baseline(term.recipe) or term.recipe.target in ("labels", "sources", "views"):
         return []
-    cache, recipe, distance = run.cache, term.recipe, DISTANCES[term.recipe.distance]
+    cache, recipe = run.cache, term.recipe
+    distance = Distance("ce") if recipe.classes else DISTANCES[recipe.distance]
     of: dict[str, Any] = {
         "format_version": FORMAT_VERSION, "dataset": cache.ids["dataset"], "n_views": cache.n_views, "n_valid": len(cache.numbers),
         "unfinished": cache.unfinished, "transform": recipe.transform, "distance": distance.kernel, "beta": distance.beta,
     }  # fmt: skip
+    if recipe.map is not None:
+        of |= {"column": cache.maps[f"{recipe.map}.map"].id, "classes": recipe.classes}
+        return [
+            (Yardstick(f"{MAP}{recipe.map}", "map", recipe.transform, distance, None, of, recipe.classes or 0), 1.0)
+        ]
     if term.teacher is None:
         of |= {
             "target": recipe.target,
@@ -178,7 +232,7 @@ def kept_costs(run: Run) -> dict[str, Costs]:
         for id, costs in stored_costs(path).items():
             with contextlib.suppress(TypeError, ValueError, OverflowError):
                 found[id] = {kind: float(cost) for kind, cost in costs.items() if kind != "of"}
-    whole = ({"images", *KINDS_OF_COST}, {"images", "patch_mean"})
+    whole = ({"images", *KINDS_OF_COST}, {"images", "patch_mean"}, {"images", "zero", "constant"})
     return {id: costs for id, costs in found.items() if set(costs) in whole and all(map(math.isfinite, costs.values()))}
 
 
@@ -249,19 +303,22 @@ def batches_in_turn(run: Run, wanted: Iterable[Yardstick], numbers: Any) -> Iter
     needed: dict[str, set[str]] = {}
     for yardstick in wanted:
         if yardstick.source is not None:
-            arrays = {"cls"} if yardstick.array == "cls" else {"tokens"} if run.online else {"tokens", "scale"}
+            arrays = {"tokens"} if run.online else {"tokens", "scale"}
+            arrays = {yardstick.array} if yardstick.array in ("cls", "map") else arrays
             needed.setdefault(yardstick.source, set()).update(arrays)
+    stored = {name: arrays for name, arrays in needed.items() if not run.online or name.startswith(MAP)}
+    live = {name: arrays for name, arrays in needed.items() if name not in stored}
     chunks = [numbers[at : at + IMAGES_AT_ONCE] for at in range(0, len(numbers), IMAGES_AT_ONCE)]
     chunks = chunks[run.ranks.rank :: run.ranks.size]
 
     def load(view: int, at: int, _: int) -> Loaded:  # epochs 0 to K - 1 show an image's K views
-        batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed={} if run.online else needed)
+        batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed=stored)
         return batch, draw_of(run.recipe, run.info, view)
 
     todo = ((view, at, 0) for view in range(run.cache.n_views) for at in range(len(chunks)))
     with Feed(load, todo, run.device) as feed:
         for batch, _ in feed:
-            yield teach(batch, {name: run.online[name] for name in needed}, needed) if run.online and needed else batch
+            yield teach(batch, {name: run.online[name] for name in live}, live) if live else batch
 
 
 @torch.no_grad()
@@ -277,8 +334,16 @@ def whole_targets(batch: Batch, yardstick: Yardstick, pixels: PixelScale) -> Flo
         how = {"patch": pixels.patch, "norm_pix": norm_pix, "biased": biased, "work": torch.float32}
         target, _ = reference.pixel_target(image, ids, pixels.scale, pixels.shift, **how)  # type: ignore[arg-type]
         return target - target.mean(-1, keepdim=True)
-    assert yardstick.statistics is not None and yardstick.source is not None
+    assert yardstick.source is not None
     arrays = batch.targets[yardstick.source]
+    if yardstick.array == "map":
+        values, nothing = arrays["map"], (None,) * 6
+        if yardstick.classes:
+            return values[..., None]
+        return reference.mimic_target(
+            values, *nothing, target=yardstick.transform, n_rows=len(values), work=torch.float32
+        )
+    assert yardstick.statistics is not None
     stored = {"tokens": arrays["cls"][:, None]} if yardstick.array == "cls" else arrays
     return yardstick.statistics.targets(stored, yardstick.transform, pooled=yardstick.array == "pooled")
 
@@ -286,17 +351,23 @@ def whole_targets(batch: Batch, yardstick: Yardstick, pixels: PixelScale) -> Flo
 def sums_of(targets: Float[Tensor, "b l d"], yardstick: Yardstick, means: Float[Tensor, "l d"] | None) -> TargetSums:
     """The sums of one batch, on the CPU."""
     distance = yardstick.distance
+    if yardstick.classes:
+        counted = torch.bincount(targets.flatten().long(), minlength=yardstick.classes).double().cpu()[None]
+        return TargetSums(len(targets), counted, counted.sum(), torch.zeros(3, dtype=torch.float64))
     x = (reference.unit(targets) if distance.kernel == "cosd" else targets).double()
     costs = torch.zeros(3, dtype=torch.float64)
     if means is not None:
         guesses = (torch.zeros_like(means), means.mean(0, keepdim=True).expand_as(means), means)
         errors = (F.smooth_l1_loss(x, guess.to(x).expand_as(x), beta=distance.beta) for guess in guesses)
         costs = len(x) * torch.stack(list(errors)).cpu()
-    return TargetSums(len(x), x.sum(0).cpu(), x.square().sum().cpu(), costs)
+    second = x.abs() if distance.kernel == "l1" else x.square()
+    return TargetSums(len(x), x.sum(0).cpu(), second.sum().cpu(), costs)
 
 
 def costs_of(sums: TargetSums, yardstick: Yardstick) -> Costs:
     """What each kind of prediction costs on average, before the distance's factor."""
+    if yardstick.classes:
+        return label_costs(sums.first[0] / sums.second, "ce")
     mean = sums.first / sums.n
     l, d = mean.shape
     energy = float(sums.second) / (sums.n * l * d)
@@ -311,13 +382,13 @@ def costs_of(sums: TargetSums, yardstick: Yardstick) -> Costs:
 
 
 def explained_shares(terms: Mapping[str, float], baselines: Mapping[str, Costs]) -> dict[str, dict[str, float]]:
-    """What a loss explains beyond the best prediction that never sees an image, `position` or `patch_mean`: kind -> term -> share.
+    """What a loss explains beyond the best prediction that never sees an image, of BEST: kind -> term -> share.
 
     1 at best; below 0 where the loss is higher than that prediction's.
     """
     shares: dict[str, dict[str, float]] = {}
     for name, costs in baselines.items():
-        kind = "position" if "position" in costs else "patch_mean"
+        kind = next(kind for kind in BEST if kind in costs)
         if name in terms and costs[kind] > 0:
             shares.setdefault(kind, {})[name] = 1 - terms[name] / costs[kind]
     return shares

@@ -56,10 +56,20 @@ def cache_info(cache: Cache) -> CacheInfo:
             has_scale=column.quantiser.stored.scaled,
         )
     derived = derived_targets(cache, teachers)
-    maps = {column.spec.name: str(column.layout.map) for column in cache.maps.values()}
+    maps = {column.spec.name: str(column.layout.map) for column in cache.maps.values() if column.spec.width == 1}
+    vectors = {column.spec.name: column.spec.width for column in cache.maps.values() if column.spec.width > 1}
     kind = cache.encoding
     return CacheInfo(
-        cache.size, cache.grid, teachers, kind.bands, cache.blocks, cache.n_views, derived, maps, unit=kind.unit
+        cache.size,
+        cache.grid,
+        teachers,
+        kind.bands,
+        cache.blocks,
+        cache.n_views,
+        derived,
+        maps,
+        vectors,
+        unit=kind.unit,
     )
 
 

@@ -16,6 +16,7 @@ from mrmae.common.files import publish
 from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
 from mrmae.train import optim
+from mrmae.train.baselines import no_baseline
 from mrmae.train.method import MAP, MaskedConvViT, Optim, partner_targets, reads_saliency, to_dict
 from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
@@ -144,6 +145,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
         **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},
+        **{f"baseline {term.name}": f"none: {why}" for term in run.model.terms if (why := no_baseline(term.recipe))},
         **(costs or {}),
     }
     width = max(map(len, facts))
@@ -220,10 +222,13 @@ def teacher_words(run: Run, teacher: str) -> str:
 def map_words(run: Run, name: str) -> str:
     """A map, and what of the recipe reads it."""
     asking = [f"mask.sampler {run.recipe.mask.sampler}"] if reads_saliency(run.recipe.mask) else []
-    asking += [f"terms.{name}.focus" for name, term in run.recipe.terms.items() if term.focus]
-    dtype = run.info.maps[name]
+    asking += [f"terms.{key}.focus" for key, term in run.recipe.terms.items() if term.focus]
+    source = run.recipe.mask.source
+    told = [f"{', '.join(asking)} (mask.source {source})"] if source == f"{MAP}{name}" else []
+    told += [f"terms.{key}" for key, term in run.recipe.terms.items() if term.map == name]
+    dtype, many = run.info.maps.get(name, "float16"), run.info.vectors.get(name)
     what = "scores" if dtype == "float16" else "ids or bits"
-    return f"{what}, a {dtype} per patch, for {', '.join(asking)} (mask.source {run.recipe.mask.source})"
+    return f"{f'{many} numbers, float16,' if many else f'{what}, a {dtype}'} per patch, for {', '.join(told)}"
 
 
 def asking_words(run: Run, teacher: str) -> str:
@@ -252,7 +257,9 @@ def baseline_words(run: Run, name: str) -> str:
     some = f" (about: from {costs['images']:,.0f} images)" if costs["images"] < len(run.cache.numbers) else ""
     key, recipe = name.partition("/")[0], run.recipe.terms[name.partition("/")[0]]
     shared = (
-        "position" in costs and costs["position"] < costs["zero"] / 2 and not recipe.transform.startswith("position")
+        recipe.target == "teachers"
+        and costs["position"] < costs["zero"] / 2
+        and not recipe.transform.startswith("position")
     )
     advice = (
         f"; most of it is the same in every image: --set terms.{key}.transform=position leaves that out"
@@ -276,7 +283,7 @@ def feature_bytes(run: Run) -> int:
     """Bytes of cached features and maps read per image and epoch; only maps where the teachers run in the step."""
     l = run.info.n_patches
     both = partner_targets(run.recipe)
-    total = 2 * l * len(maps_read(run)) * (1 + both)
+    total = 2 * l * sum(spec.width for spec in maps_read(run).values()) * (1 + both)
     if run.online:
         return total
     rows = l // run.info.blocks.blocks if run.info.blocks and run.recipe.mask.sampler == "stored_block" else l

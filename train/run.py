@@ -223,7 +223,9 @@ def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
     why = {True: "no term of this recipe asks for it", False: "not among the run's columns (prepare.columns)"}
     found = {f"column {name}": why[name in cache.columns] for name in whole.columns if name not in read}
     found |= {
-        f"map {column.spec.name}": "mask.source is another" for name, column in whole.maps.items() if name not in read
+        f"map {column.spec.name}": "nothing of this recipe names it"
+        for name, column in whole.maps.items()
+        if name not in read
     }
     if cache.n_views < whole.n_views:
         found["views"] = f"the run keeps to the first {cache.n_views} of {whole.n_views} (prepare.views)"

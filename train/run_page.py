@@ -13,6 +13,7 @@ import yaml
 from mrmae.common import page
 from mrmae.common.page import Curve, Html
 from mrmae.common.progress import counted, human_bytes, human_time
+from mrmae.train.cost import FLOPS_BESIDE
 from mrmae.train.log import read_rows
 from mrmae.train.optim import base_lr
 
@@ -163,9 +164,8 @@ def losses(run: Facts, epochs: LogRows, steps: LogRows) -> Iterator[Html]:
         if continued := [row for row in epochs if row.get("resumed")]:
             ys = [row["terms"].get(name) for row in continued]
             curves.append(Curve(f"{name}, {CONTINUED}", [row["epoch"] for row in continued], ys, hollow=True, hue=hue))
-        for kind in ("position", "patch_mean"):
-            if kind in blind.get(name, {}):
-                curves.append(Curve(f"{name}, {BLIND[kind]}", xs, [blind[name][kind]] * len(xs), dotted=True, hue=hue))
+        for kind in [kind for kind in ("position", "patch_mean", "constant") if kind in blind.get(name, {})][:1]:
+            curves.append(Curve(f"{name}, {BLIND[kind]}", xs, [blind[name][kind]] * len(xs), dotted=True, hue=hue))
     yield page.chart("Loss per term, before weighting", curves, x="epoch", y="loss")
 
 
@@ -313,9 +313,9 @@ def costs(run: Facts, seen: int) -> Iterator[Html]:
             ("a step, with backward", macs(cost["step_flops"]), macs(cost["step_flops"] * seen)),
             ("features read", human_bytes(cost["feature_bytes"]), human_bytes(cost["feature_bytes"] * seen)),
             ("views read", human_bytes(cost["view_bytes"]), human_bytes(cost["view_bytes"] * seen))]  # fmt: skip
-    if cost["teacher_flops"]:
-        what = "teachers" if run["teachers_run"] == "in the step" else "what is made in the step, such as masks"
-        rows.insert(3, (f"beside it, {what}", macs(cost["teacher_flops"]), macs(cost["teacher_flops"] * seen)))
+    for key, what in reversed(FLOPS_BESIDE.items()):
+        if flops := cost.get(key):
+            rows.insert(3, (f"beside it, {what}", macs(flops), macs(flops * seen)))
     yield page.table(["", "per image", f"whole run, {counted(seen, 'image')}"], rows)
     yield page.paragraph(
         "MAC: multiply-accumulate of matrix products, attention and convolutions, counted on one image; two FLOP each.",

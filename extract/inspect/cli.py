@@ -283,7 +283,7 @@ def stats(cache: Path, columns: tuple[str, ...], views: int | None, images: int 
 @YES
 def drop(cache: Path, column: str, yes: bool) -> None:
     """Remove a teacher's column from CACHE; everything else stays as it is."""
-    from mrmae.shards.drop import columns_called, drop_column, files_of_column
+    from mrmae.shards.drop import columns_called, drop_column, files_of_column, orphaned_words
     from mrmae.shards.format import load_plan
 
     with one_line_errors():
@@ -294,6 +294,8 @@ def drop(cache: Path, column: str, yes: bool) -> None:
         column = named[0] if named else column
         click.echo(f"{cache}: {column} in {counted(plan.n_views, 'view')} is {files_in_words(files_of_column(cache, column))}, which go; "
                    "plan.json and manifest.json are written anew; only the teacher can compute it again")  # fmt: skip
+        for words in orphaned_words(plan, [column]):
+            click.echo(f"  {words}")
         ask(f"Remove {column}?", yes)
         left = drop_column(cache, column)
     click.echo(f"{cache}: {column} is gone; it holds {', '.join(left) or 'no teacher'}")
@@ -309,6 +311,7 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
     """Write finished CACHE to OUT in another format or dtype, or without some teachers; the same command continues."""
     from mrmae.shards.cache import open_cache
     from mrmae.shards.convert import convert_cache, converted_plan
+    from mrmae.shards.drop import orphaned_words
     from mrmae.shards.format import units
 
     words = ["inspect-cache", "convert", os.fspath(cache), os.fspath(out)]
@@ -317,6 +320,10 @@ def convert(cache: Path, out: Path, format: str | None, dtype: str | None, drop:
     with one_line_errors():
         opened = open_cache(cache)
         wanted = converted_plan(opened, format=format, dtype=dtype, drop=drop)
+        for note in orphaned_words(
+            wanted, {spec.column for spec in opened.plan.columns} - {spec.column for spec in wanted.columns}
+        ):
+            click.echo(note)
         total = sum(1 for _ in units(wanted))
         with Progress("converting", total, "shards") as progress:
             manifest = convert_cache(opened, out, wanted, about=about, progress=lambda n: progress.add(1, bytes=n))

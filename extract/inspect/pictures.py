@@ -95,9 +95,11 @@ def teacher_strips(cache: Cache, name: str, numbers: Numbers, view: int) -> list
 
 
 def map_strip(cache: Cache, name: str, numbers: Numbers, view: int) -> Strip:
-    """A map: scores as brightness, ids and bits as colours."""
+    """A map: scores as brightness, ids and bits as colours, several numbers per patch as tokens."""
     spec = cache.maps[name].spec
     values = cache.read_column(name, numbers, numbers * 0 + view, ("map",))["map"]
+    if spec.width > 1:
+        return Strip(name, as_bytes(pca_rgb(values.float(), cache.grid)), f"{spec.width} numbers as given")
     if values.is_floating_point():
         what = f"cosine of {spec.model_options['of']} with prompts" if spec.made else "scores as given"
         return Strip(name, heat(values.float(), cache.grid), what, captions=ranges(values.float()))

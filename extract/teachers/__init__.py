@@ -1,6 +1,6 @@
 """Frozen teachers: an address becomes a model whose features are tokens on a grid."""
 
-from mrmae.extract.teachers.address import TeacherRequest, parse_teacher
+from mrmae.extract.teachers.address import TeacherRequest, parse_teacher, without_text
 from mrmae.extract.teachers.catalogue import list_teachers
 from mrmae.extract.teachers.teacher import (
     DEFAULT_TEACHERS,
@@ -38,4 +38,5 @@ __all__ = [
     "prompt_vectors",
     "to_grid",
     "weights_sha256",
+    "without_text",
 ]

@@ -16,6 +16,7 @@ FORM = "NAME=LIBRARY:MODEL[/TAG][@FILE][?key=value&...], e.g. clip=open_clip:ViT
 RESERVED_NAMES = ("pixels", "view")
 NOT_OPTIONS = {"checkpoint_path", "cache_dir", "pretrained_cfg", "pretrained_cfg_overlay"}  # of timm.create_model
 CHANNELS = 3
+TEXT_OPTION = "text_"  # begins the options of a text tower
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,3 +191,9 @@ def literal(value: str) -> Any:
         return ast.literal_eval(word)
     except (ValueError, SyntaxError):
         return value
+
+
+def without_text(request: TeacherRequest) -> TeacherRequest:
+    """The request without the options of a text tower, which begin with `text_`."""
+    kept = {key: value for key, value in request.options.items() if not key.startswith(TEXT_OPTION)}
+    return dataclasses.replace(request, options=kept)

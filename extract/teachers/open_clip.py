@@ -1,16 +1,14 @@
-"""Any open_clip image tower: its own ViT, a timm trunk (MobileCLIP, SigLIP, ...) or CLIP's ResNet; of the text tower, its prompts' vectors."""
+"""Any open_clip image tower: its own ViT, a timm trunk (MobileCLIP, SigLIP, ...) or CLIP's ResNet; its text tower is in clip_texts.py."""
 
 import dataclasses
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import open_clip
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
 from open_clip.convert import convert_state_dict
-from open_clip.model import CLIP, CLIPVisionCfg, CustomTextCLIP, resize_pos_embed
+from open_clip.model import CLIP, CLIPVisionCfg, resize_pos_embed
 from open_clip.modified_resnet import ModifiedResNet
 from open_clip.timm_model import TimmModel
 from open_clip.transform import PreprocessCfg
@@ -38,8 +36,6 @@ from mrmae.extract.teachers.weights import first_line, fit_weights, hinted, load
 DEFAULT_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 # The text tower of a CLIP that is built for its image tower.
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
-NO_IMAGE_TOWER = {"image_size": 1, "patch_size": 1, "width": 1, "head_width": 1, "layers": 1}
-NOT_TEXT = ("logit_scale", "logit_bias", "input_resolution", "context_length", "vocab_size")  # beside both towers
 Pretrained = dict[str, Any]  # open_clip's record of a tag: hub, mean, std, interpolation, quick_gelu
 
 
@@ -343,62 +339,3 @@ def resnet_tower(module: ModifiedResNet, request: TeacherRequest, origin: Origin
         tail={},
         attention_backend="none",
     )
-
-
-# --- texts
-
-
-@torch.no_grad()
-def text_vectors(
-    request: TeacherRequest, prompts: Sequence[str], *, allow_torchscript: bool = False
-) -> Float[Tensor, "n d"]:
-    """What the text tower makes of each prompt, of length 1, fp32 on the CPU: in the space of `projected` tokens.
-
-    ValueError where the model or the weights have no such tower, and for a prompt that is longer than it reads.
-    """
-    config = clip_config(request)
-    text = dict(config.get("text_cfg") or {})
-    if request.library != "open_clip" or not text or text.get("hf_model_name") or "multimodal_cfg" in config:
-        raise ValueError(f"{request.where}: {request.model} has no text tower of open_clip's own; expected a CLIP with one, such as "
-                         "ViT-B-16-quickgelu/openai; choose another teacher for prompts")  # fmt: skip
-    tag = find_tag(request)
-    weights = clip_weights(request, tag, allow_torchscript=allow_torchscript)
-    tower = build_text(request, text, quick_gelu=chosen_activation(request, config, tag))
-    if weights is not None:
-        mine = {key.removeprefix("text."): value for key, value in weights.items() if is_text_tensor(key, weights)}
-        if not mine:
-            raise ValueError(f"{request.where}: its weights hold an image tower alone; prompts need the text tower; expected the whole "
-                             "model's weights; give @FILE with both")  # fmt: skip
-        fit_weights(tower, mine, where=f"{request.where}, text tower")
-    try:
-        tokenizer = open_clip.get_tokenizer(request.model)
-    except Exception as error:  # of transformers, which may be absent, or of the hub, which may be out of reach
-        raise ValueError(f"{request.where}: its tokenizer cannot be had ({first_line(error)}); expected one that comes with "
-                         "open_clip; choose another teacher for prompts") from None  # fmt: skip
-    for prompt in prompts:
-        n = len(tokenizer.encode(prompt)) + 2 if hasattr(tokenizer, "encode") else 0
-        if n > tower.context_length:
-            raise ValueError(f"{request.where}: the prompt {prompt[:60]!r}... has {n} tokens; its text tower reads {tower.context_length}; "
-                             "shorten it")  # fmt: skip
-    parts = [tower(tokenizer(list(prompts[at : at + 64]))) for at in range(0, len(prompts), 64)]
-    return F.normalize(torch.cat(parts).float(), dim=-1)
-
-
-def is_text_tensor(key: str, weights: Mapping[str, Tensor]) -> bool:
-    """Whether a tensor of a whole CLIP is its text tower's: below `text.`, or beside `visual.` in CLIPs of the first kind."""
-    if any(name.startswith("text.") for name in weights):
-        return key.startswith("text.")
-    whole = any(name.startswith("visual.") for name in weights)
-    return whole and not key.startswith("visual.") and key not in NOT_TEXT
-
-
-def build_text(request: TeacherRequest, text: Mapping[str, Any], *, quick_gelu: bool) -> Any:
-    """The text tower with random weights, the same ones every time, in evaluation mode, beside an image tower of no size."""
-    width = request.options.get("embed_dim", clip_config(request)["embed_dim"])
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            tower = CustomTextCLIP(width, NO_IMAGE_TOWER, dict(text), quick_gelu).text
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-            raise ValueError(f"{request.where}: open_clip cannot build its text tower ({first_line(error)})") from None
-    return tower.eval().requires_grad_(False)

@@ -12,6 +12,7 @@ from torch import Tensor
 from mrmae.extract.teachers.address import CHANNELS, TeacherRequest
 from mrmae.extract.teachers.custom import build_custom
 from mrmae.extract.teachers.tower import StateDict, Tower
+from mrmae.extract.teachers.weights import first_line
 from mrmae.shards.format import Encoding, TeacherSpec, encoding_of
 
 DEFAULT_TEACHERS = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
@@ -83,14 +84,23 @@ def build_teacher(
         from mrmae.extract.teachers.open_clip import build_open_clip
 
         tower = build_open_clip(request, grid=grid, allow_torchscript=allow_torchscript)
-    with torch.no_grad():
-        found, cls = tower.features(torch.zeros(1, 3, *tower.input_size))
+    found, cls = first_features(request, tower)
     target = torch.device(device)
     tower.module.to(target)
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
         tower.module.to(memory_format=torch.channels_last)
     spec = make_spec(request, tower, found, cls is not None, grid, precision)
     return Teacher(dataclasses.replace(spec, bands=bands, levels=levels), tower.tail, tower, target)
+
+
+def first_features(request: TeacherRequest, tower: Tower) -> tuple[Tensor, Tensor | None]:
+    """What a tower makes of a black image: shapes. ValueError where it cannot be given three channels."""
+    try:
+        with torch.no_grad():
+            return tower.features(torch.zeros(1, CHANNELS, *tower.input_size))
+    except RuntimeError as error:
+        raise ValueError(f"{request.where}: cannot be run on an image of {CHANNELS} channels ({first_line(error)}); teachers see three, red, green and blue or "
+                         "the bands that ?bands= names; choose one of three, without ?in_chans=") from None  # fmt: skip
 
 
 def bands_seen(
@@ -117,7 +127,7 @@ def prompt_vectors(
     request: TeacherRequest, prompts: Sequence[str], *, allow_torchscript: bool = False
 ) -> Float[Tensor, "n d"]:
     """What the text tower beside an image tower of open_clip makes of each prompt; see `text_vectors`."""
-    from mrmae.extract.teachers.open_clip import text_vectors
+    from mrmae.extract.teachers.clip_texts import text_vectors
 
     return text_vectors(request, prompts, allow_torchscript=allow_torchscript)
 

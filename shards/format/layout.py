@@ -13,7 +13,7 @@ class Layout:
     """A column's arrays: n samples in shards of shard_samples, l patches of d channels, tokens as dtype (of DTYPES).
 
     blocks: chunks per sample of the arrays that are stored block by block (1: raster order). map: the dtype of a map, which is the
-    column's only array; None for a teacher's.
+    column's only array, of d numbers per patch; None for a teacher's.
     """
 
     n: int
@@ -33,7 +33,7 @@ class Layout:
     def arrays(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """(shape of one sample, dtype) of every stored array, by name."""
         if self.map is not None:
-            return {"map": ((self.l,), self.map)}
+            return {"map": ((self.l, self.d) if self.d > 1 else (self.l,), self.map)}
         tokens = DTYPES[self.dtype]
         stored = {
             "tokens": ((self.l, self.d), tokens.array),

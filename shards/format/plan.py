@@ -48,6 +48,7 @@ VALUE = {  # by dtype, in a column's attributes
     "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
     "float16": "tokens[sample, patch, channel]",
     "map": "map[sample, patch]",
+    "vectors": "map[sample, patch, channel]",
 }
 
 
@@ -428,14 +429,16 @@ def pixels_of(plan: Plan, view: int, shard: int) -> dict[str, Any]:
 def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
     """What a column's metadata say of it, in either format: enough to dequantise without the rest of the cache."""
     layout = {} if plan.token_layout is None else {"token_layout": plain(plan.token_layout)}
+    teacher = plan.teacher(column)
+    kind = ("vectors" if teacher.width > 1 else "map") if teacher.is_map else plan.dtype
     return {
         **layout,
         "format_version": FORMAT_VERSION,
         "column_id": plan.ids[column],
         "view": view,
-        "teacher": plain(plan.teacher(column)),
+        "teacher": plain(teacher),
         "quantiser": plan.quantisers[column].to_json(),
-        "value": VALUE["map" if plan.teacher(column).is_map else plan.dtype],
+        "value": VALUE[kind],
     }
 
 

@@ -97,7 +97,9 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
             fill_value=unwritten(layout, name, dtype),
             filters=None,
             compressors=Crc32cCodec(),
-            dimension_names=[STORED.get(d, d) if blocks > 1 else d for d in DIMENSIONS[name]],
+            dimension_names=[
+                STORED.get(d, d) if blocks > 1 else d for d in (*DIMENSIONS[name], "channel")[: 1 + len(shape)]
+            ],
             attributes={"encoding": "e4m3fn"} if dtype == "uint8" else None,
         )
     return {name: content.to_bytes() for name, content in memory.items()}

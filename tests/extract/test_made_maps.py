@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.extract.inspect.cli import main
-from mrmae.extract.made_maps import fit_kmeans, is_made, nearest_ids, parse_made
+from mrmae.extract.made_maps import fit_kmeans, is_made, parse_made
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import load_plan
 
@@ -97,15 +97,7 @@ def test_kmeans_is_the_nearest_centroid_of_the_codebook_for_tokens_as_they_are_r
     assert len(np.unique(values(made[0] / "c", "parts.map", 0))) == 5
 
 
-def test_lloyd_ends_where_every_centroid_is_the_mean_of_its_tokens() -> None:
-    generator = torch.Generator().manual_seed(0)
-    middles = 10 * torch.randn(4, 3, generator=generator)
-    tokens = (middles[:, None] + 0.1 * torch.randn(4, 50, 3, generator=generator)).flatten(0, 1)
-    centroids = fit_kmeans(tokens, 4, "here")
-    ids = nearest_ids(tokens, centroids)
-    means = torch.stack([tokens[ids == i].mean(0) for i in range(4)])
-    assert torch.allclose(centroids, means, atol=1e-5) and torch.bincount(ids).tolist() == [50] * 4
-    assert torch.equal(fit_kmeans(tokens, 4, "here"), centroids)
+def test_fewer_different_tokens_than_centroids_are_refused() -> None:
     with pytest.raises(
         ValueError, match="the 200 tokens of the first images are only 2 different ones; expected at least 3"
     ):
@@ -180,6 +172,14 @@ def test_a_computed_map_is_shown_verified_repaired_converted_and_dropped(
     assert (cache / "manifest.json").read_bytes() == manifest and inspect("verify", cache, "--full").exit_code == 0
     assert inspect("drop", cache, "parts", "--yes").exit_code == 0
     assert [file.name for file in (cache / "codebooks").iterdir()] == ["say.npy"]
+    gone = inspect("drop", cache, "clip.pre_tail", "--yes")
+    assert (
+        gone.exit_code == 0
+        and "say.map was computed from clip.pre_tail and stays as it is; without that" in gone.output
+    )
+    assert inspect("verify", cache, "--full").exit_code == 0
+    left = inspect("convert", tmp_path / "float16", tmp_path / "less", "--drop", "clip")
+    assert left.exit_code == 0 and "parts.map was computed from clip.pre_tail and stays" in left.output
 
 
 def test_another_codebook_than_the_plans_is_refused(
@@ -230,8 +230,8 @@ def test_what_cannot_be_a_computed_map_is_said_before_anything_slow(
         ([nobody], "m=kmeans:vit:5", r"vit is not asked for; expected a teacher of this command, no"),
         ([nobody], f"m=text:no:{prompts}", r"no=timm:such_model has no text tower"),
         ([nobody], "no=kmeans:no:5", r"a teacher has that name"),
-        ([nobody], "m=attention:no", r"holds its teacher's attention of each patch already; .*mask\.saliency=no"),
-        ([nobody], "m=norm:no", r"mask\.saliency=norm:no"),
+        ([nobody], "m=attention:no", r"holds its teacher's attention of each patch already; .*mask\.source=no"),
+        ([nobody], "m=norm:no", r"mask\.source=norm:no"),
         ([VIT], "m=kmeans:vit.block_9:5", r"vit\.block_9 is not asked for; it has vit\.pre_tail, vit\.post_ln"),
         ([f"{VIT}?tap=block_1,block_2"], "m=kmeans:vit:5", r"vit has 2 columns; expected one of them by its name; it has vit\.block_1"),
         ([f"{clip}&tap=block_1"], f"m=text:clip:{prompts}", r"clip has no projection"),

@@ -208,3 +208,43 @@ def test_the_same_values_have_the_same_id_in_either_kind_of_file(tmp_path: Path)
     assert one.sha256 == other.sha256 and {k: v.tolist() for k, v in one.values.items()} == {
         k: v.tolist() for k, v in other.values.items()
     }
+
+
+@pytest.mark.parametrize("format", ["zarr", "webdataset"])
+def test_several_numbers_of_a_patch_come_back_bit_for_bit_for_each_view(
+    made: Path, extract: Any, tmp_path: Path, format: str
+) -> None:
+    images, draw = photos(tmp_path / "images", 0, 4), np.random.default_rng(0)
+    told = {key: draw.normal(size=(2, 16, 5)).astype(np.float16) for key in keys_of(images)}
+    np.savez(tmp_path / "latents.npz", allow_pickle=False, **told)
+    rows = pa.table({"key": list(told), "map": [array.astype(np.float32).tolist() for array in told.values()]})
+    pq.write_table(rows, tmp_path / "latents.parquet")
+    for file in ("latents.npz", "latents.parquet"):  # the same values are the same map
+        extract(images, tmp_path / "c", VIT, maps=[f"latents={tmp_path / file}"], views=2, format=format)
+    cache = open_cache(tmp_path / "c")
+    for view in (0, 1):
+        seen = cache.read_column("latents.map", cache.numbers, cache.numbers * 0 + view, ("map",))["map"].numpy()
+        assert seen.dtype == np.float16 and all((x == told[key][view]).all() for key, x in zip(cache.keys, seen))
+    assert inspect("verify", tmp_path / "c", "--full").exit_code == 0
+    assert inspect("pictures", tmp_path / "c", "--out", tmp_path / "sheet.png").exit_code == 0
+    if format == "zarr":
+        array = zarr.open_array(tmp_path / "c" / "views" / "0" / "latents.map.zarr" / "map", mode="r")
+        assert array.metadata.dimension_names == ("sample", "patch", "channel")
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.zeros((2, 16, 4), np.float16), r"'000\.png': has the shape \[2, 16, 4\]; expected \[1, 16, c\]"),
+        (np.zeros((1, 16, 1), np.float16), r"2 to 4096 numbers for each patch of each of --views"),
+        (np.zeros((1, 16, 2), np.int64), r"holds int64; expected floats where a patch has several numbers"),
+        (np.full((1, 16, 2), np.inf), r"holds inf \(32 such values\); expected finite scores"),
+    ],
+)
+def test_numbers_that_cannot_be_stored_are_refused(tmp_path: Path, array: np.ndarray[Any, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_map(f"m={write_npz(tmp_path / 'm.npz', ['000.png'], array)}", grid=4, views=1)
+    two = {"a": np.zeros((1, 16, 2), np.float16), "b": np.zeros((1, 16, 3), np.float16)}
+    np.savez(tmp_path / "two.npz", allow_pickle=False, **two)
+    with pytest.raises(ValueError, match=r"'b' is float16 with 3 dimensions, 3 numbers per patch; 'a' is .* 2 numbers"):
+        read_map(f"m={tmp_path / 'two.npz'}", grid=4, views=1)

@@ -245,7 +245,7 @@ def test_an_image_tower_alone_has_no_texts_and_open_clip_models_are_not_fine_tun
         {k: v.contiguous() for k, v in model.visual.state_dict().items()}, tmp_path / "v.safetensors"
     )
     alone = source.replace(source.partition("@")[2].partition("?")[0], str(tmp_path / "v.safetensors"))
-    with pytest.raises(ValueError, match="hold no text tower"):
+    with pytest.raises(ValueError, match="hold an image tower alone"):
         probe_features(options(alone, images, tmp_path), say=lambda _: None)
     with pytest.raises(ValueError, match="image towers of open_clip are not fine-tuned here"):
         probe_features(options(source, images, tmp_path, probes=("finetune",)), say=lambda _: None)

@@ -82,12 +82,15 @@ def make_batch(info: CacheInfo, b: int = 2, seed: int = 0) -> Batch:
     for name, dtype in info.maps.items():
         bits = 1 << torch.randint(0, 11, (b, l), dtype=torch.int32, generator=draw)
         targets[f"map:{name}"] = {"map": bits if dtype == "uint16" else torch.randn(b, l, generator=draw).half()}
+    for name, width in info.vectors.items():
+        targets[f"map:{name}"] = {"map": torch.randn(b, l, width, generator=draw).half()}
     side = (b, info.size, info.size, info.channels)
     pixels = torch.randint(0, 256, side, dtype=torch.uint8, generator=draw)
     hashes = torch.randint(-(2**62), 2**62, (b,), generator=draw)
     corners = torch.rand(b, 2, 2, 2, generator=draw).sort(dim=2).values * (info.size - 3)
     boxes = GivenBoxes((corners + torch.tensor([[0.0], [3.0]])).flatten(2), (torch.arange(8) * 2).repeat(b, 2, 1))
-    batch = Batch(hashes, pixels, targets, boxes=boxes)
+    labels = (torch.arange(b)[:, None] % 3 == torch.arange(len(info.classes))).to(torch.uint8) if info.classes else None
+    batch = Batch(hashes, pixels, targets, boxes=boxes, labels=labels)
     return replace(batch, partner=make_batch(info, b, seed + 1000)) if seed < 1000 else batch
 
 
@@ -96,8 +99,12 @@ def info_for(name: str) -> CacheInfo:
     recipe = load_recipe(name)
     patch = 16 if "mcmae" in recipe.student.model else 8 if any(t.target == "hog" for t in recipe.terms.values()) else 4
     taps = {term.teacher_tap for term in recipe.terms.values() if term.teacher_tap}
-    if maps := {term.map: "uint16" for term in recipe.terms.values() if term.map}:
+    if maps := {term.map: "uint16" for term in recipe.terms.values() if term.map and term.classes}:
         return replace(make_info(4, patch), maps=maps)
+    if vectors := {term.map: 16 for term in recipe.terms.values() if term.map}:
+        return replace(make_info(4, patch), vectors=vectors)
+    if any(term.target == "labels" for term in recipe.terms.values()):
+        return replace(make_info(4, patch), classes=("a", "b", "c"))
     if any(term.transform in NEEDS_STATISTICS for term in recipe.terms.values()):
         return with_statistics(make_info(4, patch))
     if recipe.mask.source.startswith("map:"):

@@ -1,10 +1,12 @@
 """Baselines are what they say: brute force over every image finds the same costs, and no constant does better."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -15,9 +17,11 @@ from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.stats import compute_stats, shared_energy, write_stats
 from mrmae.train import baselines, rehearsal
 from mrmae.train.log import read_rows
+from mrmae.train.method.distances import LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.ranks import Ranks
+from mrmae.train.report import plan_lines
 from mrmae.train.run import Run, build_run
 from mrmae.train.setup import Setup
 
@@ -104,6 +108,86 @@ def test_pixels_are_measured_against_each_patchs_mean(cache: Cache, tiny_recipe:
         recipe = tiny_recipe("mae", *SHORT, f"terms.pixels.transform={transform}")
         got = baselines.baselines_of(run_of(cache, recipe, tmp_path), keep=False)
         assert got["pixels"] == pytest.approx({"patch_mean": expected.item(), "images": 11}, rel=1e-5)
+
+
+def test_absolute_errors_of_pixels_are_measured_likewise(cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path) -> None:
+    x = torch.cat([cache.read_pixels(cache.numbers, cache.numbers * 0 + v) for v in range(2)]).double()
+    mean, std = (torch.tensor(v).double() for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = ((x / 255 - mean) / std).reshape(-1, 4, 8, 4, 8, 3).transpose(2, 3).reshape(-1, 16, 192)
+    got = baselines.baselines_of(run_of(cache, tiny_recipe("satvision", *SHORT), tmp_path), keep=False)["pixels"]
+    expected = (x - x.mean(-1, keepdim=True)).abs().mean().item()
+    assert got == pytest.approx({"patch_mean": expected, "images": 11}, rel=1e-5)
+
+
+def test_ids_and_numbers_of_maps_have_baselines(
+    make_cache: Callable[..., Path], tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    def ids(key: str, view: int) -> Any:
+        return np.random.default_rng([len(key), view, sum(key.encode())]).integers(0, 3, 16).astype(np.uint16)
+
+    def latents(key: str, view: int) -> Any:
+        return np.random.default_rng([view, sum(key.encode())]).normal(1, 2, (16, 5)).astype(np.float16)
+
+    path = make_cache(tmp_path / "cache", n=7, teachers={}, maps={"ids": ids, "latents": latents})
+    opened = open_cache(path)
+    views = [opened.numbers * 0 + view for view in range(2)]
+    held = {
+        name: torch.cat([opened.read_column(f"{name}.map", opened.numbers, v, ("map",))["map"] for v in views])
+        for name in ("ids", "latents")
+    }
+    recipe = tiny_recipe("meissonic-ids", "optim.batch_size=4", *SHORT[1:], "terms.ids.classes=5")
+    got = baselines.baselines_of(run_of(opened, recipe, tmp_path))["ids"]
+    share = torch.bincount(held["ids"].flatten().long(), minlength=5).double() / held["ids"].numel()
+    entropy = -sum(float(p * p.log()) for p in share if p > 0)
+    assert got == pytest.approx({"zero": math.log(5), "constant": entropy, "images": 7}, rel=1e-6)
+    assert baselines.baselines_of(run_of(opened, recipe, tmp_path), keep=False)["ids"] == got, "from the file"
+    for transform, distance in (("none", "mse"), ("ln0", "2*sl1(1)")):
+        told = (f"terms.latents.transform={transform}", f"terms.latents.distance={distance}")
+        recipe = tiny_recipe("harmon-latents", "optim.batch_size=4", *SHORT[1:], *told)
+        got = baselines.baselines_of(run_of(opened, recipe, tmp_path), keep=False)["latents"]
+        x = held["latents"].double()
+        costs = costs_of_constants(restated(x, x, transform), distance)
+        assert got == pytest.approx(costs | {"images": 7}, rel=1e-4)
+
+
+@pytest.mark.parametrize("distance", ["bce", "asl", "ce"])
+def test_the_best_logits_without_an_image_are_found(distance: str) -> None:
+    shares = torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64)
+    got = baselines.label_costs(shares, distance)
+    y = torch.eye(3, dtype=torch.float64)[torch.tensor([0] * 2 + [1] * 7 + [2])][:, None]
+
+    def cost(z: Tensor) -> Tensor:
+        return LABEL_DISTANCES[distance](z.expand(10, 1, 3), y).mean()
+
+    assert got["zero"] == pytest.approx(cost(torch.zeros(3, dtype=torch.float64)).item())
+    z = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([z], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = cost(z)
+        value.backward()
+        return value
+
+    optimizer.step(closure)  # type: ignore[arg-type]
+    assert got["constant"] == pytest.approx(cost(z).item(), abs=2e-5)
+
+
+def test_labels_and_contrast_are_counted_and_the_plan_says_who_has_none(
+    cache: Cache, tiny_recipe: MakeRecipe, tmp_path: Path
+) -> None:
+    """The cache's folders hold 4, 4 and 3 of 11 images."""
+    run = run_of(cache, tiny_recipe("heuristic", *SHORT), tmp_path)
+    run.baselines = baselines.baselines_of(run, keep=False)
+    best = sum(-p * math.log(p) - (1 - p) * math.log(1 - p) for p in (4 / 11, 4 / 11, 3 / 11)) / 3
+    told = {"zero": math.log(2), "constant": best, "images": 11}
+    assert run.baselines["labels"] == pytest.approx(told, abs=1e-5)
+    assert run.baselines["contrast"] == {"constant": math.log(8), "images": 11}
+    assert baselines.explained_shares({"labels": 0.0}, run.baselines) == {"constant": {"labels": 1.0}}
+    lut = run_of(cache, tiny_recipe("lut", *SHORT), tmp_path)
+    assert any(
+        "baseline context" in line and "none: its target changes with the student" in line for line in plan_lines(lut)
+    )
 
 
 def test_gradients_of_pixels_have_baselines_like_tokens(

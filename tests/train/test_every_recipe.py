@@ -23,7 +23,7 @@ from mrmae.shards.format.spec import key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.stats import compute_stats, write_stats
 from mrmae.train import checkpoint, loop
-from mrmae.train.cost import count_costs, updates_of_law
+from mrmae.train.cost import FLOPS_BESIDE, count_costs, updates_of_law
 from mrmae.train.feed import load_masked
 from mrmae.train.log import read_rows
 from mrmae.train.method.follower import running_statistics
@@ -46,6 +46,7 @@ SHORT = (
 MAPS = {
     "text": lambda key, view: np.random.default_rng(key_hash(key)).normal(size=16).astype(np.float16),
     "ids": lambda key, view: (np.arange(16) % 4).astype(np.uint16),  # told by the place
+    "latents": lambda key, view: np.random.default_rng(key_hash(key) + view).normal(size=(16, 16)).astype(np.float16),
     "parts": lambda key, view: (1 << np.random.default_rng(key_hash(key)).integers(0, 11, 16)).astype(np.uint16),
 }
 CACHES: dict[tuple[int, int, tuple[str, ...]], Path] = {}
@@ -122,7 +123,11 @@ def built(make_cache: Callable[..., Path], path: Path, size: int, n_views: int, 
 
 
 def given(name: str, cache: Path) -> dict[str, Any]:
-    """What the recipe wants beside the cache: two boxes in every other image."""
+    """What the recipe wants beside the cache: two boxes in every other image, or labels."""
+    if any(term.target == "labels" for term in load_recipe(name).terms.values()):
+        rows = [f"{key},class {i % 3}" for i, key in enumerate(open_cache(cache).keys)]
+        (cache.parent / "labels.csv").write_text("\n".join(["key,label", *rows, ""]))
+        return {"labels": cache.parent / "labels.csv"}
     if load_recipe(name).student.boxes is None:
         return {}
     rows = [f"{key},{x},4,{x + 30},40" for key in open_cache(cache).keys[::2] for x in (2, 20)]
@@ -183,7 +188,10 @@ def test_one_rank_is_two_and_bf16_is_finite(
 ) -> None:
     run = run_of(name, cache_of, tiny_recipe, tmp_path)
     costs = count_costs(run)
-    assert costs["forward_flops"] + costs["teacher_flops"] == pytest.approx(2 * products_of(run), rel=1e-9)
+    beside = sum(costs[key] for key in FLOPS_BESIDE)
+    assert costs["forward_flops"] + beside == pytest.approx(2 * products_of(run), rel=1e-9)
+    assert (costs["own_flops"] > 0) == any(t.target in ("self", "ema") for t in run.recipe.terms.values())
+    assert (costs["sampler_flops"] > 0) == (name == "selective-mae") and costs["teacher_flops"] == 0
     assert costs["feature_bytes"] == bytes_read(run, monkeypatch)
     with torch.autocast("cpu", torch.bfloat16):
         loss, parts = run.model(*seen(run, run.numbers[:8]))
@@ -192,6 +200,9 @@ def test_one_rank_is_two_and_bf16_is_finite(
     run.model.fill_constants(torch.float64)
     if running_statistics(run.model):  # a batch norm is a function of the whole batch: over ranks in test_ranks.py
         run.model.eval()
+    if name == "heuristic":  # telling images of a batch apart is, too
+        run.model.terms = tuple(term for term in run.model.terms if term.recipe.target != "views")
+        run.model.heads["contrast"].requires_grad_(False)
     whole, (one, two) = seen(run, run.numbers[:8]), (seen(run, run.numbers[at : at + 4]) for at in (0, 4))
     v = run.recipe.mask.masks_per_image
     halves = zip(one[1].ids_keep.chunk(v), two[1].ids_keep.chunk(v))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from training import train_quietly
+from training import distance_of, restated, train_quietly
 
 from mrmae.extract.inspect.cli import main as inspect_command
 from mrmae.shards import commit
@@ -37,7 +37,12 @@ def rank(key: str, view: int) -> np.ndarray[Any, Any]:
     return (depth(key, view).argsort().argsort() * 4000).astype(np.uint16)
 
 
-MAPS = {"depth": depth, "rank": rank}
+def latents(key: str, view: int) -> np.ndarray[Any, Any]:
+    """Five numbers per patch of a key's view."""
+    return np.random.default_rng([key_hash(key), view, 1]).normal(size=(16, 5)).astype(np.float16)
+
+
+MAPS = {"depth": depth, "rank": rank, "latents": latents}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +111,7 @@ def test_the_plan_and_the_run_say_which_map(cache: Path, tiny_recipe: MakeRecipe
     run = run_of(cache, tmp_path / "out", tiny_recipe("mae", *SHORT, *DEPTH))
     told = "\n".join(plan_lines(run))
     assert "scores, a float16 per patch, for mask.sampler score (mask.source map:depth)" in told
-    assert "map rank: mask.source is another" in told and "0.0 KiB per image" in told
+    assert "map rank: nothing of this recipe names it" in told and "0.0 KiB per image" in told
     assert source_of(run)["cache_ids"]["column map:depth"] == run.cache.ids["depth.map"]
 
 
@@ -170,3 +175,41 @@ def test_a_pinned_run_waits_for_its_map(
     ranked = tiny_recipe("mae", *SHORT, *DEPTH, "mask.source=map:rank", "prepare.columns=[]")
     assert len(run_of(path, tmp_path / "out", ranked).numbers) == 24
     assert commit.missing(path, open_cache(path, allow_partial=True).plan)
+
+
+@pytest.mark.parametrize(("transform", "distance"), [("none", "mse"), ("ln0", "2*sl1(1)"), ("l2", "cosd")])
+def test_numbers_of_a_map_are_predicted_where_they_stand(
+    cache: Path, tiny_recipe: MakeRecipe, tmp_path: Path, transform: str, distance: str
+) -> None:
+    asked = (f"terms.latents.transform={transform}", f"terms.latents.distance={distance}")
+    run = run_of(cache, tmp_path / "out", tiny_recipe("harmon-latents", *SHORT, *asked))
+    batch, masks = load_masked(run, run.numbers, epoch=0)
+    shown = [(hashed % 2) for hashed in batch.samples.tolist()]
+    values = torch.stack([torch.from_numpy(latents(key, v)) for key, v in zip(open_cache(cache).keys, shown)])
+    run.model.double()
+    run.model.fill_constants(torch.float64)
+    loss, _ = run.model(batch, masks)
+    tokens = run.model.taps(batch, masks)["decoder"]
+    goals = torch.stack([v[ids] for v, ids in zip(values.double(), tokens.ids)])
+    told = run.model.heads["latents"](tokens.x)
+    assert told.shape[2] == 5 and "column map:latents" in cache_ids(run)
+    factor, name = (2, distance[2:]) if distance.startswith("2*") else (1, distance)
+    again = factor * distance_of(told, restated(goals, goals, transform), name)
+    assert abs((loss - again).item()) < 1e-10
+    lines = "\n".join(plan_lines(run))
+    assert "5 numbers, float16, per patch, for terms.latents" in lines
+
+
+@pytest.mark.parametrize(
+    ("told", "said"),
+    [
+        (("terms.latents.map=depth",), "predicts numbers and the cache has map 'depth' of float16; a map of several"),
+        (("terms.latents.classes=9", "terms.latents.distance=ce"), "predicts ids and the cache has map 'latents' of 5"),
+        (("mask.law=fixed", "mask.sampler=score", "mask.source=map:latents"), "map:latents: holds 5 numbers per patch"),
+    ],
+)
+def test_a_map_of_another_kind_is_refused(
+    cache: Path, tiny_recipe: MakeRecipe, tmp_path: Path, told: tuple[str, ...], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        run_of(cache, tmp_path / "out", tiny_recipe("harmon-latents", *SHORT, *told))

@@ -67,6 +67,21 @@ def test_online_losses_are_the_cached_ones_within_quantisation(
     assert (tmp_path / "live" / "panels" / "epoch-0001.png").exists()
 
 
+def test_relations_of_teachers_in_the_step_are_the_cached_ones(caches: dict[str, Path], tmp_path: Path) -> None:
+    images, teacher = caches["int8"].parent / "images", "mae=timm:test_vit/random?tap=input_3"
+    how: dict[str, Any] = {"grid": 4, "dtype": "float16", "device": "cpu", "workers": 1, "recipe": ViewRecipe(32)}
+    extract_features(Options([images], tmp_path / "cache", teachers=[teacher], **how), say=lambda _: None)
+    taps = [f"terms.{name}.{key}" for name in ("qk", "vv") for key in ("tap=qkv3", "teacher_tap=qkv_3")]
+    sets = ("student.decoder=null", "optim.lr_per_256=0.1", *taps)
+    cached = _losses(tmp_path / "cache", tmp_path / "cached", "tinymim", sets)
+    live = _losses(tmp_path / "cache", tmp_path / "live", "tinymim", sets, online=True)
+    assert len(live) == 2 and live[0].keys() == {"qk/mae:qkv_3", "vv/mae:qkv_3", "loss"}
+    for a, b in zip(cached, live):
+        assert a == pytest.approx(b, rel=1e-3)
+    with pytest.raises(ValueError, match=r"wants tap qkv_3 of a teacher; the cache has .*\(in the step\).*tap=input_3"):
+        _losses(caches["int8"], tmp_path / "other", "tinymim", sets, online=True, teachers=(teacher,))
+
+
 def test_statistics_of_cached_features_serve_teachers_in_the_step_and_others_are_refused(
     caches: dict[str, Path], make_cache: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -134,7 +149,7 @@ def test_the_plan_counts_operations_bytes_and_memory(caches: dict[str, Path]) ->
     block = 2 * n * (4 * d * d + 2 * d * hidden) + 4 * n * n * d
     patches, head = 2 * 4 * 3 * 8 * 8 * d, 2 * 4 * d * 64
     assert teachers == 0
-    assert cost.student_flops(run, *whole) == len(run.model.student.blocks) * block + patches + head
+    assert cost.student_flops(run.model, *whole) == len(run.model.student.blocks) * block + patches + head
     assert cost.saved_bytes(run, *whole) > 10 * n * d * 4
     facts = cost.cost_facts(run)
     assert "GFLOP per image and step" in facts["operations"] and "features 1.06 kB" in facts["bytes read"]

@@ -109,7 +109,7 @@ def test_bytes_and_operations_count_both_views(cache: Cache, tiny_recipe: MakeRe
     assert count_costs(run)["forward_flops"] == pytest.approx(2 * (encoder + decoder + heads), rel=1e-9)
     lut, plain = (count_costs(run_of(cache, tiny_recipe(name, *SHORT), tmp_path)) for name in ("lut", "mae"))
     whole = l * patch * d + depth * block(l + 1, d, 3.0) + 2 * d * 4096
-    assert lut["teacher_flops"] == pytest.approx(2 * 2 * whole, rel=1e-9) and plain["teacher_flops"] == 0
+    assert lut["own_flops"] == pytest.approx(2 * 2 * whole, rel=1e-9) and plain["own_flops"] == 0
     more = keep_of(lut, plain)
     assert more == pytest.approx(2 * (4 * patch * d + depth * block(5, d, 3.0) + 2 * 4 * d * 4096), rel=1e-9)
 

@@ -162,11 +162,12 @@ def test_two_ranks_equal_one_and_a_run_resumed_with_another_number_equals_both(
         _assert_same_losses(tmp_path / out, alone)
 
 
-def test_batch_norms_see_all_ranks_and_the_copy_follows_alike(
+def test_batch_norms_and_contrast_see_all_ranks_and_the_copy_follows_alike(
     launch: Callable[..., list[int]], tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     followed = "terms.ctx={tap: final, positions: pooled, head: predictor, target: ema, distance: 2-2cos}"
-    more = (followed, "optim.epochs=1", "optim.warmup_epochs=0")
+    told = "terms.told={tap: final, positions: pooled, target: views, views: both, distance: infonce}"
+    more = (followed, told, "prepare.pair=true", "optim.epochs=1", "optim.warmup_epochs=0")
     assert launch(2, tmp_path / "two", more=more) == [0, 0]
     monkeypatch.setattr(runs, "build_model", functools.partial(build_model, dtype=torch.float64))
     train_quietly(tiny_cache, tmp_path / "one", load_recipe("mr-mae", [*QUICK, *more]), log_every=1)

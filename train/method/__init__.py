@@ -1,7 +1,7 @@
 """What is learnt, as pure functions of a recipe, a batch and its masks: no files, no cache."""
 
 from mrmae.train.method.decoders import MaskDecoder
-from mrmae.train.method.distances import DISTANCES, Distance
+from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES, Distance
 from mrmae.train.method.follower import running_statistics
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import (
@@ -21,6 +21,7 @@ from mrmae.train.method.recipe import (
     DecoderRecipe,
     Optim,
     Recipe,
+    TermRecipe,
     as_begun,
     difference,
     from_dict,
@@ -57,6 +58,7 @@ __all__ = [
     "Distance",
     "Draw",
     "GivenBoxes",
+    "LABEL_DISTANCES",
     "LN_EPS",
     "MAP",
     "MaskDecoder",
@@ -74,6 +76,7 @@ __all__ = [
     "TeacherInfo",
     "TeacherStatistics",
     "Term",
+    "TermRecipe",
     "as_begun",
     "as_compared",
     "buckets",

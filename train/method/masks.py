@@ -234,7 +234,11 @@ def saliency_arrays(source: str, info: CacheInfo) -> dict[str, str]:
     Raises ValueError when the cache has no such map, saying what it has and how to add it.
     """
     if source.startswith(MAP):
-        if (name := source.removeprefix(MAP)) not in info.maps:
+        if (name := source.removeprefix(MAP)) in info.vectors:
+            raise ValueError(
+                f"mask.source = {source}: holds {info.vectors[name]} numbers per patch; a map of one was expected; choose another mask.source"
+            )
+        if name not in info.maps:
             raise ValueError(
                 f"mask.source = {source}: the cache has no map {name!r}, it has {', '.join(info.maps) or 'none'}; {ADD_MAP} {name}=FILE, or "
                 "choose another mask.source"

@@ -195,8 +195,8 @@ class Pretrainer(nn.Module):
         info = self.info
         if term.teacher is not None:
             return info.target(term.teacher).width
-        if term.recipe.classes is not None:
-            return term.recipe.classes
+        if term.recipe.map is not None:
+            return term.recipe.classes or info.vectors[term.recipe.map]
         if term.recipe.target == "ema":
             return self.student.embed_dim
         if term.recipe.target == "self":
@@ -205,7 +205,7 @@ class Pretrainer(nn.Module):
             return len(info.classes)
         if term.recipe.target == "none":
             return 1
-        if term.recipe.target == "sources":
+        if term.recipe.target in ("sources", "views"):
             return self.student.embed_dim
         if term.recipe.target == "boxes":
             assert (boxes := self.recipe.student.boxes) is not None

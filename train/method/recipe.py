@@ -39,7 +39,20 @@ Transform = Literal[
     "none", "ln0", "l2", "channel", "phi_s", "position", "position+ln0", "position+phi_s", "norm_pix", "norm_pix_biased"
 ]
 DistanceName = Literal[
-    "mse", "l1", "sl1(1)", "sl1(2)", "2*sl1(1)", "cosd", "2-2cos", "kl(qk)", "kl(vv)", "bce", "asl", "ce", "supcon"
+    "mse",
+    "l1",
+    "sl1(1)",
+    "sl1(2)",
+    "2*sl1(1)",
+    "cosd",
+    "2-2cos",
+    "kl(qk)",
+    "kl(vv)",
+    "bce",
+    "asl",
+    "ce",
+    "supcon",
+    "infonce",
 ]
 OF_LABELS = ("bce", "asl", "ce")  # distances of a head's logits to classes
 OPEN = ("prepare.images", "prepare.views", "prepare.columns")  # where null: decided when a run begins
@@ -204,9 +217,9 @@ class TermRecipe:
     and its target the mean over the teacher's whole grid; `all` is `visible+predicted`; `alive`, what a tap still holds.
     target: `pixels`, their `hog` (targets.py), `self` (the student's own encoder on the predicted patches, without a gradient), `ema` (a copy of the student
     that follows it, on the whole view), the image's `labels` (of CLS or pooled tokens; distances `bce`, `asl` or `ce`), raw pixels of hidden cells of `boxes`,
-    which patches of a mixed sequence are of one image (`sources`, distance `supcon`), or `teachers`: one term for each of `teachers` (none named: all of
-    the cache), which share `weight` equally.
-    With target `map`: ids by patch of the cache's map of that name, of so many classes (distance `ce`), as `map` and `classes` say.
+    which patches of a mixed sequence are of one image (`sources`, distance `supcon`), which of the batch's images another view is of (`views`, distance
+    `infonce`), or `teachers`: one term for each of `teachers` (none named: all of the cache), which share `weight` equally.
+    With target `map`, what the cache's map of the name `map` says of each patch: an id of so many `classes` (distance `ce`), or without classes several numbers.
     teacher_tap: only columns taken there in the teacher, like `block_8`.
     distance: `kl(qk)` and `kl(vv)` compare relations among the term's tokens (relations.py): tap `qkv<i>`, teacher_tap `qkv_<i>`, head none.
     focus: weigh visible positions by the saliency map that `mask.source` names.
@@ -217,7 +230,7 @@ class TermRecipe:
 
     tap: str
     positions: str
-    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels", "map", "boxes", "sources", "none"]
+    target: Literal["pixels", "teachers", "hog", "self", "ema", "labels", "map", "boxes", "sources", "views", "none"]
     head: HeadKind = "linear"
     teachers: tuple[str, ...] = ()
     teacher_tap: str | None = None
@@ -599,7 +612,7 @@ def _position_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]
     yield f"{at}.positions", known, f"some of {', '.join(POSITIONS)}, joined by +, were expected"
     told = f"tap {term.tap} holds {', '.join(place for place in POSITIONS if place in held)}"
     yield f"{at}.positions", set(asked) <= held, f"{told}; these were expected, or another tap"
-    of_patches = term.target in ("teachers", "labels", "ema") or not term.at("cls", "pooled")
+    of_patches = term.target in ("teachers", "labels", "ema", "views") or not term.at("cls", "pooled")
     yield f"{at}.positions", of_patches, f"patches were expected with target {term.target}"
     of_image = term.target != "labels" or set(asked) <= {"cls", "pooled"}
     yield f"{at}.positions", of_image, "cls or pooled was expected with target labels"
@@ -610,25 +623,28 @@ def _position_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]
 
 
 def _target_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
-    given, on_ids = term.target != "teachers", term.target == "map"
+    given, on_map = term.target != "teachers", term.target == "map"
     yield f"{at}.teachers", not (given and term.teachers), f"none was expected with target {term.target}"
     yield f"{at}.teacher_tap", not (given and term.teacher_tap), f"null was expected with target {term.target}"
     yield f"{at}.teachers", len(set(term.teachers)) == len(term.teachers), "no teacher twice"
+    ids, plain = term.classes is not None, ("none", "ln0", "l2")
     transforms = {
         "pixels": ("none", "norm_pix", "norm_pix_biased"),
-        "self": ("none", "ln0", "l2"),
-        "ema": ("none", "ln0", "l2"),
+        "self": plain,
+        "ema": plain,
+        "map": ("none",) if ids else plain,
     }
     fits = term.transform in transforms.get(term.target, ("none",)) if given else "norm_pix" not in term.transform
     names = "none, ln0, l2, channel, phi_s, position, position+ln0 or position+phi_s"
-    told = "pixels: none, norm_pix or norm_pix_biased; hog, labels, map, boxes, sources: none; self and ema: none, ln0 or l2"
+    told = "pixels: none, norm_pix or norm_pix_biased; hog, labels, ids, boxes, sources, views: none; self, ema and numbers of a map: none, ln0 or l2"
     yield f"{at}.transform", fits, f"{told}; teachers: {names}"
     on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
     yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
-    yield f"{at}.map", on_ids == (term.map is not None), "the name of a map was expected with target map, else null"
-    enough = term.classes is not None and 2 <= term.classes <= 2**16
-    told = "2 to 65536 was expected with target map, else null"
-    yield f"{at}.classes", enough if on_ids else term.classes is None, told
+    yield f"{at}.map", on_map == (term.map is not None), "the name of a map was expected with target map, else null"
+    enough = term.classes is None or (on_map and 2 <= term.classes <= 2**16)
+    yield f"{at}.classes", enough, "2 to 65536 was expected of a map of ids, else null"
+    sized = not on_map or ids or term.distance != "ce"
+    yield f"{at}.classes", sized, "2 to 65536, the size of the ids' codebook, was expected with distance ce"
 
 
 def _distance_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
@@ -638,14 +654,18 @@ def _distance_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]
     yield f"{at}.distance", target != "boxes" or distance == "mse", "mse was expected with target boxes"
     contrast = (target == "sources") == (distance == "supcon")
     yield f"{at}.distance", contrast, "target sources and distance supcon were expected together"
-    labels, ids = target == "labels", target == "map"
+    told_apart = (target == "views") == (distance == "infonce")
+    yield f"{at}.distance", told_apart, "target views and distance infonce were expected together"
+    labels, on_map, ids = target == "labels", target == "map", term.classes is not None
     of = f"{'one' if labels else 'none'} of {', '.join(OF_LABELS)} was expected with target {target}"
-    yield f"{at}.distance", ids or labels == (distance in OF_LABELS), of
-    yield f"{at}.distance", not ids or distance == "ce", "ce was expected with target map"
+    yield f"{at}.distance", on_map or labels == (distance in OF_LABELS), of
+    fits = (distance == "ce") if ids else distance not in OF_LABELS
+    of = "ce was expected with classes, of ids" if ids else "one of numbers was expected without classes"
+    yield f"{at}.distance", not on_map or fits, of
 
 
 def _special_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
-    """Of the taps and targets that only go together: boxes, mto, sources."""
+    """Of the taps and targets that only go together: boxes, mto, sources, views."""
     student, tap = recipe.student, term.tap
     yield f"{at}.tap", (tap == "boxes") == (term.target == "boxes"), "tap and target boxes were expected together"
     built = tap != "boxes" or student.boxes is not None
@@ -658,6 +678,9 @@ def _special_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
     yield f"{at}.tap", has_mask_tokens or tap != "mto", told
     mixes = term.target != "sources" or (recipe.mask.sampler == "mix" and term.positions == "visible")
     yield f"{at}.target", mixes, "sampler mix and positions visible were expected with target sources"
+    paired = (term.views, term.of) == ("both", "same") and term.positions in ("cls", "pooled")
+    told = "views both, of same and positions cls or pooled were expected with target views"
+    yield f"{at}.target", paired or term.target != "views", told
 
 
 def _weight_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:

@@ -56,7 +56,8 @@ class CacheInfo:
 
     teachers: by target name (`target_names`): the teacher's own, and with its tap where the cache holds several of it.
     derived: likewise, those that follow from stored ones; only a term that names their tap predicts them.
-    maps: by name, whether they hold `uint16` (ids, bits) or `float16` (scores); the target name of a map is `map:NAME`.
+    maps: by name, whether they hold `uint16` (ids, bits) or `float16` (scores); the target name of a map is `map:NAME`. vectors: the maps that
+    hold several numbers (float16) per patch, and how many.
     channels, unit: bands of its views, and the number in them that counts as 1. blocks: how the cache cuts tokens into blocks, None for
     raster order. n_views: stored views per image. classes: of the images' labels, where a term predicts them.
     """
@@ -69,6 +70,7 @@ class CacheInfo:
     n_views: int = 1
     derived: Mapping[str, TeacherInfo] = field(default_factory=dict)
     maps: Mapping[str, str] = field(default_factory=dict)
+    vectors: Mapping[str, int] = field(default_factory=dict)
     classes: tuple[str, ...] = ()
     unit: int = 255
 
@@ -109,7 +111,7 @@ class Batch:
     """b views and what the teachers said about them, as stored: nothing is dequantised before the loss.
 
     samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
-    scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16.
+    scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16, or [b, l, c], float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
     epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them. boxes: where a term reads them.
     partner: as many other views, each image's partner in its row; None where a recipe pairs nothing.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mrmae.kernels import dispatch, reference
 from mrmae.shards.format import stored_tap
 from mrmae.train.method.boxes import box_targets
+from mrmae.train.method.contrast import view_errors
 from mrmae.train.method.distances import DISTANCES, LABEL_DISTANCES
 from mrmae.train.method.hog import hog_targets
 from mrmae.train.method.masks import Masks, reads_saliency, saliency, saliency_arrays
@@ -66,7 +67,7 @@ def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
         if term.focus:
             saliency_arrays(recipe.mask.source, info)
         if term.map is not None:
-            check_ids(name, term.map, info)
+            check_map(name, term.map, term.classes is not None, info)
         if term.target != "teachers":
             terms.append(Term(name, term, None, term.weight))
             continue
@@ -75,14 +76,18 @@ def bind_terms(recipe: Recipe, info: CacheInfo) -> tuple[Term, ...]:
     return tuple(terms)
 
 
-def check_ids(name: str, map: str, info: CacheInfo) -> None:
-    """Raise ValueError unless the cache has a map of ids of this name."""
-    if info.maps.get(map) != "uint16":
-        what = f"map {map!r} of {info.maps[map]}" if map in info.maps else f"no map {map!r}"
-        raise ValueError(
-            f"term {name}: predicts ids and the cache has {what}; a map of ids (uint16) was expected; {ADD_MAP} {map}=FILE, or "
-            f"name another with --set terms.{name}.map=..."
-        )
+def check_map(name: str, map: str, ids: bool, info: CacheInfo) -> None:
+    """Raise ValueError unless the cache has a map of this name, of ids or of several numbers per patch."""
+    if (info.maps.get(map) == "uint16") if ids else map in info.vectors:
+        return
+    one = f"map {map!r} of {info.maps[map]}" if map in info.maps else f"no map {map!r}"
+    has = f"map {map!r} of {info.vectors[map]} numbers per patch" if map in info.vectors else one
+    told, expected = ("ids", "ids (uint16)") if ids else ("numbers", "several numbers per patch")
+    other = f", or leave out terms.{name}.classes" if ids else f", or for ids give terms.{name}.classes and distance ce"
+    raise ValueError(
+        f"term {name}: predicts {told} and the cache has {has}; a map of {expected} was expected; {ADD_MAP} {map}=FILE, "
+        f"name another with --set terms.{name}.map=...{other}"
+    )
 
 
 def needed_arrays(recipe: Recipe, info: CacheInfo) -> dict[str, set[str]]:
@@ -195,6 +200,9 @@ def score(
     parts = {}
     for term in terms:
         each = []
+        if term.recipe.target == "views":
+            parts[term.name] = view_loss(term, heads[term.name], taps)
+            continue
         for side in term.recipe.sides:
             tokens = tokens_at(taps, [f"{side}{tap}" for tap in term.recipe.taps], term.recipe.positions)
             prediction, view = tokens._replace(x=heads[term.name](tokens.x)), view_of_side(batch, side)
@@ -235,7 +243,7 @@ def errors_of(
     if target == "sources":
         return source_errors(prediction.x, n_patches(view, pixels) // prediction.ids.shape[1])
     if target == "map":
-        return id_errors(prediction, term, view)
+        return map_errors(prediction, term, view, pixels, kernels)
     if target == "labels":
         return label_errors(prediction, term, view)
     if term.recipe.relation:
@@ -295,12 +303,17 @@ def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale,
     """Distance of every prediction to the histograms of oriented gradients of its patch."""
     with torch.no_grad(), torch.autocast(prediction.x.device.type, enabled=False):
         whole = hog_targets(batch.pixels, pixels.patch, dtype=pixels.scale.dtype)
+    return whole_errors(prediction, term, whole, kernels)
+
+
+def whole_errors(prediction: Tokens, term: Term, whole: Float[Tensor, "b l d"], kernels: str) -> Float[Tensor, "v n"]:
+    """Distance of every prediction to the row of its patch among those of the whole grid."""
     distance = DISTANCES[term.recipe.distance]
     errors = dispatch.mimic_loss(
         prediction.x,
         whole,
         prediction.ids,
-        target="none",
+        target=term.recipe.transform,
         distance=distance.kernel,
         beta=distance.beta,
         l=whole.shape[1],
@@ -332,11 +345,20 @@ def label_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, 
     return LABEL_DISTANCES[term.recipe.distance](z, y[:, None])
 
 
-def id_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, "v n"]:
-    """Cross-entropy of every prediction's logits with the id of its patch."""
+def map_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str) -> Float[Tensor, "v n"]:
+    """Distance of every prediction to what a map says of its patch: to its numbers, or the cross-entropy of logits with its id."""
+    if term.recipe.classes is None:
+        return whole_errors(prediction, term, batch.targets[f"{MAP}{term.recipe.map}"]["map"], kernels)
     values, z = batch.targets[f"{MAP}{term.recipe.map}"]["map"], prediction.x.to(reference.wide(prediction.x))
     rows = torch.arange(len(z), device=z.device)[:, None] % len(values)
     return -z.log_softmax(dim=-1).gather(2, values[rows, prediction.ids].long()[..., None])[..., 0]
+
+
+def view_loss(term: Term, head: nn.Module, taps: Mapping[str, Tokens]) -> Float[Tensor, ""]:
+    """How well each image's two views are told from those of the other images; in training, of those on all ranks."""
+    sides = ([f"{side}{tap}" for tap in term.recipe.taps] for side in term.recipe.sides)
+    z, y = (head(tokens_at(taps, names, term.recipe.positions).x)[:, 0] for names in sides)
+    return view_errors(z, y, over_ranks=head.training).mean()
 
 
 def box_loss(prediction: Tokens, batch: Batch, recipe: BoxRecipe) -> Float[Tensor, ""]:

@@ -298,6 +298,10 @@ def test_unknown_models_tags_and_options_give_the_nearest_names():
         build("a=timm:test_vit/random?dept=2")
     with pytest.raises(ValueError, match="img_size= follows from the grid"):
         build("a=timm:test_vit/random?img_size=64")
+    with pytest.raises(
+        ValueError, match=r"cannot be run on an image of 3 channels \(.*4 channels.*\); teachers see three"
+    ):
+        build("a=timm:test_vit/random?in_chans=4")
     with pytest.raises(ValueError, match="timm knows no weights for it; expected one of none"):
         build("a=timm:vit_giant_patch14_224")
 

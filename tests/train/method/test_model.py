@@ -51,6 +51,8 @@ def cost_of_zero(term: Term, patch: int) -> float:
         return math.log(16) + 1.5  # of a mask token that says nothing, all attention on hidden patches
     if term.recipe.target == "sources":
         return math.log(15)  # all others alike
+    if term.recipe.target in ("views", "labels"):
+        return math.log(4 if term.recipe.target == "views" else 2)
     return {"mse": 1.0, "2*sl1(1)": 0.849, "sl1(1)": 0.425, "sl1(2)": 0.247, "cosd": 1.0, "2-2cos": 2.0}[
         term.recipe.distance
     ]

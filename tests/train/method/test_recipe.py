@@ -205,7 +205,7 @@ def test_the_docs_write_down_each_loss_and_show_what_the_yaml_says(name: str) ->
 def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
     assert set(typing.get_args(recipes.SamplerName)) == set(samplers.SAMPLERS)
     assert set(typing.get_args(recipes.HeadKind)) == set(heads.HEADS)
-    assert set(typing.get_args(recipes.DistanceName)) == {*DISTANCES, *LABEL_DISTANCES, "supcon"}
+    assert set(typing.get_args(recipes.DistanceName)) == {*DISTANCES, *LABEL_DISTANCES, "supcon", "infonce"}
     assert set(recipes.OF_LABELS) == set(LABEL_DISTANCES)
 
 
