@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float64
 
+from mrmae.common.tables import IMAGE_COLUMNS, table_rows
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, View, canonical_json
 
-SIDES = ("x0", "y0", "x1", "y1")
-BOXES_FORM = "a .parquet or .csv with the columns key, x0, y0, x1 and y1, in pixels of the upright image, and perhaps label: a row per box"
+SIDES = (("x0", "y0", "x1", "y1"), ("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"))
+LABEL_COLUMNS = ("label", "class", "category")
+BOXES_FORM = (
+    "a .parquet, .csv or .tsv with a row per box: key, x0, y0, x1 and y1 (or x1, y1, x2, y2, or xmin, ymin, xmax, ymax), corners in pixels of the "
+    "upright image, and perhaps label"
+)
 Corners = Float64[np.ndarray[Any, Any], "n 4"]
 
 
@@ -74,58 +78,51 @@ def on_view(corners: Corners, view: View, size: int) -> tuple[Corners, Numbers]:
     return moved[left], left
 
 
-def read_box_file(path: Path) -> BoxFile:
-    """The boxes of a file, every value checked. ValueError, naming file, key and value, for what is no such file, and for a box without an area."""
+def read_box_file(path: Path, where: str = "") -> BoxFile:
+    """The boxes of a file, every value checked. ValueError, naming file, key and value, for what is no such file, and for a box without an area.
+
+    where: how messages name it, without a word as the option --boxes.
+    """
+    where = where or f"--boxes {path}"
     corners, labels = dict[str, list[list[float]]](), dict[str, list[str | None]]()
     try:
-        for key, box, label in box_rows(path):
+        for key, box, label in box_rows(table_rows(path)):
             x0, y0, x1, y1 = box
             if not (np.isfinite(box).all() and 0 <= x0 < x1 and 0 <= y0 < y1):
-                raise ValueError(f"{key!r} has the box {box}; 0 <= x0 < x1 and 0 <= y0 < y1 were expected")
+                raise ValueError(
+                    f"{key!r} has the box {box}; 0 <= x0 < x1 and 0 <= y0 < y1, corners in pixels, were expected"
+                )
             corners.setdefault(key, []).append(box)
             labels.setdefault(key, []).append(label)
     except (OSError, ValueError, TypeError, csv.Error, pa.ArrowException) as error:
         raise ValueError(
-            f"--boxes {path}: cannot be read as boxes ({error}); expected {BOXES_FORM}; correct the file"
+            f"{where}: cannot be read as boxes ({error}); expected {BOXES_FORM}; correct the file"
         ) from None
     if not corners:
-        raise ValueError(f"--boxes {path}: is empty; expected {BOXES_FORM}; correct the file")
+        raise ValueError(f"{where}: is empty; expected {BOXES_FORM}; correct the file")
     return BoxFile(path, {key: np.array(boxes, np.float64) for key, boxes in corners.items()}, labels)
 
 
-def box_rows(path: Path) -> Iterator[tuple[str, list[float], str | None]]:
-    """(key, x0 y0 x1 y1, label) of every row."""
-    if path.suffix == ".csv":
-        with open(path, encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            refuse_lacking_sides(reader.fieldnames or ())
-            yield from map(checked_box, reader)
-    elif path.suffix == ".parquet":
-        with pq.ParquetFile(path, pre_buffer=False) as parquet:
-            names = parquet.schema_arrow.names
-            refuse_lacking_sides(names)
-            for group in range(parquet.num_row_groups):
-                wanted = ["key", *SIDES, *(["label"] if "label" in names else [])]
-                yield from map(
-                    checked_box, parquet.read_row_group(group, columns=wanted, use_threads=False).to_pylist()
-                )
-    else:
-        raise ValueError(f"the name ends in {path.suffix!r}; .parquet or .csv was expected")
+def box_rows(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, list[float], str | None]]:
+    """(key, x0 y0 x1 y1, label) of every row. ValueError unless there are an image and four sides."""
+    if not rows:
+        return
+    there = {str(name).lower(): name for name in rows[0]}
+    key = next((there[name] for name in ("key", *IMAGE_COLUMNS) if name in there), None)
+    sides = next((names for names in SIDES if set(names) <= there.keys()), None)
+    if key is None or sides is None:
+        raise ValueError(f"its columns are {list(rows[0])}; key, x0, y0, x1 and y1 were expected")
+    label = next((there[name] for name in LABEL_COLUMNS if name in there), None)
+    for row in rows:
+        yield checked_box(row[key], [row[there[name]] for name in sides], None if label is None else row[label])
 
 
-def refuse_lacking_sides(names: Sequence[str]) -> None:
-    """ValueError unless there are a key and four sides."""
-    if not {"key", *SIDES} <= set(names):
-        raise ValueError(f"its columns are {list(names)}; key, x0, y0, x1 and y1 were expected")
-
-
-def checked_box(row: Mapping[str, Any]) -> tuple[str, list[float], str | None]:
+def checked_box(key: Any, sides: list[Any], label: Any) -> tuple[str, list[float], str | None]:
     """A row in its own types. ValueError for a key that is no text and a side that is no number."""
-    key, label = row["key"], row.get("label")
     try:
-        box = [float(row[side]) for side in SIDES]
+        box = [float(side) for side in sides]
     except (TypeError, ValueError):
-        raise ValueError(f"{key!r} has the box {[row[side] for side in SIDES]}; four numbers were expected") from None
+        raise ValueError(f"{key!r} has the box {sides}; four numbers were expected") from None
     if not isinstance(key, str) or not key:
         raise ValueError(f"key {key!r} was found; text was expected")
     return key, box, None if label in (None, "") else str(label)

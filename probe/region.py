@@ -11,15 +11,15 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
 from mrmae.common.progress import counted
+from mrmae.common.tables import keys_by_name
+from mrmae.extract.boxes import read_box_file
 from mrmae.probe import report
 from mrmae.probe.data import Split
 from mrmae.probe.heads import probe_head
 from mrmae.probe.job import Outcome, Probing, evenly, headline, model_of
 from mrmae.probe.linear import probe_linear
 from mrmae.probe.mosaics import mosaic, mosaic_boxes, mosaic_labels
-from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_beside
 
-BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 HIDDEN = 512  # of the MLPs that make a bias
 ROI_SIDE = 7
 Boxes = tuple[
@@ -178,34 +178,17 @@ def boxes_of_parts(job: Probing) -> tuple[list[str], list[Boxes], list[str]]:
 
 def read_boxes(job: Probing) -> dict[str, list[tuple[tuple[float, ...], str]]]:
     """(box in pixels of the image, class) by the image's key. ValueError for a table that cannot be read, and for what is no box."""
-    file = job.options.settings.region.boxes
-    where = f"--set region.boxes={file}"
-    rows = read_beside(Path(file), where)
-    image = column_of(rows[0], "", IMAGE_COLUMNS, where, "an image")
-    label = column_of(rows[0], "", ("label", "class", "category"), where, "a class")
-    corners = [column_of(rows[0], "", (name, name.upper(), USUAL[name]), where, name) for name in BOX_COLUMNS]
-    keys = keys_by_name(
-        [str(row[image]) for row in rows],
-        [row.key for part in (job.data.train, job.data.test) for row in part.rows],
-        where,
-    )
-    found = defaultdict(list)
-    for number, (key, row) in enumerate(zip(keys, rows), 1):
-        try:
-            box = tuple(float(row[name]) for name in corners)
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{where}: row {number} has {[row[name] for name in corners]} for a box; expected four numbers x1, y1, x2, y2 in pixels; correct it"
-            ) from None
-        if not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(
-                f"{where}: row {number} has the box {box}; expected x1 < x2 and y1 < y2 (corners, not width and height); correct it"
-            )
-        found[key].append((box, str(row[label])))
+    where = f"--set region.boxes={job.options.settings.region.boxes}"
+    given = read_box_file(Path(job.options.settings.region.boxes), where)
+    if lacking := [name for name, labels in given.labels.items() if None in labels]:
+        raise ValueError(
+            f"{where}: {lacking[0]!r} has a box without a label; a class for every box was expected; correct the file"
+        )
+    found = defaultdict[str, list[tuple[tuple[float, ...], str]]](list)
+    every = [row.key for part in (job.data.train, job.data.test) for row in part.rows]
+    for name, key in zip(given.corners, keys_by_name(list(given.corners), every, where)):
+        found[key] += [(tuple(box), str(label)) for box, label in zip(given.corners[name].tolist(), given.labels[name])]
     return dict(found)
-
-
-USUAL = {"x1": "xmin", "y1": "ymin", "x2": "xmax", "y2": "ymax"}
 
 
 def viewed_boxes(

@@ -12,10 +12,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from mrmae.common.progress import counted
+from mrmae.common.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_beside
 from mrmae.probe import report
 from mrmae.probe.job import Outcome, Probing, headline
 from mrmae.probe.settings import Retrieval
-from mrmae.probe.tables import IMAGE_COLUMNS, column_of, keys_by_name, read_beside
 
 CAPTION_COLUMNS = ("title", "caption", "captions", "text", "TEXT", "sentence")
 QUERY_ROWS = 256  # per chunk of similarities

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mrmae.extract.teachers import Teacher, TeacherRequest, build_teacher, parse_teacher
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import TeacherSpec, column_id, compare_specs
+from mrmae.shards.format import TeacherSpec, column_id, compare_specs, derived_specs
 from mrmae.train.method import Batch, CacheInfo, Draw, Masks, Pretrainer, TeacherInfo, draw_masks, partner_targets
 
 NOT_COMPARED = ("weights", "tag", "precision", "attention_backend")  # where weights come from and how they are computed
@@ -78,7 +78,7 @@ def check_same(cached: TeacherSpec, built: TeacherSpec, cache: Cache) -> None:
 
 
 def online_info(info: CacheInfo, teachers: Mapping[str, Teacher]) -> CacheInfo:
-    """What the student needs to know of teachers in the step: plain floats in, no stored codes."""
+    """What the student needs to know of teachers in the step, and of what follows from them by their tails: plain floats, no stored codes."""
     told = {}
     for name, teacher in teachers.items():
         spec, cached = teacher.spec, info.teachers.get(name, TeacherInfo(teacher.spec.width))
@@ -92,10 +92,11 @@ def online_info(info: CacheInfo, teachers: Mapping[str, Teacher]) -> CacheInfo:
             has_scale=False,
             online=True,
         )
+    tails = {teacher.spec.tail_name: teacher.tail for teacher in teachers.values()}
     derived = {
-        target: replace(about, channel_mean=None, channel_std=None, has_scale=False)
-        for target, about in info.derived.items()
-        if about.source in told
+        f"{spec.name}:{spec.tap}": replace(told[name], width=spec.width, column=column, source=name, tail=teacher.tail)
+        for name, teacher in teachers.items()
+        for column, (spec, _) in derived_specs([teacher.spec], tails.__getitem__).items()
     }
     return replace(info, teachers=told, derived=derived)
 

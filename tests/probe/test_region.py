@@ -141,9 +141,10 @@ def test_boxes_of_a_table_need_no_classes_of_images(colours: None, tmp_path: Pat
     "row, told",
     [
         ("test/0.png,10,10,65,20,red", r"'test/0.png': the box \(10.0, 10.0, 65.0, 20.0\) lies outside the image, which has 64 x 64 pixels"),
-        ("test/0.png,-1,10,20,20,red", "lies outside the image"),
-        ("test/0.png,30,10,20,20,red", r"row 29 has the box \(30.0, 10.0, 20.0, 20.0\); expected x1 < x2 and y1 < y2"),
-        ("test/0.png,a,10,20,20,red", "expected four numbers x1, y1, x2, y2 in pixels"),
+        ("test/0.png,-1,10,20,20,red", r"'test/0.png' has the box \[-1.0, 10.0, 20.0, 20.0\]; 0 <= x0 < x1"),
+        ("test/0.png,30,10,20,20,red", r"'test/0.png' has the box \[30.0, 10.0, 20.0, 20.0\]; 0 <= x0 < x1"),
+        ("test/0.png,a,10,20,20,red", r"has the box \['a', '10', '20', '20'\]; four numbers were expected"),
+        ("test/0.png,10,10,20,20,", "'test/0.png' has a box without a label"),
         ("test/9.png,1,10,20,20,red", "'test/9.png' is no image of DATA"),
         ("test/0.png,10,10,20,20,blue", "class 'blue' is in the test part alone"),
     ],

@@ -39,6 +39,9 @@ def read_beside(path: Path, where: str) -> list[dict[str, Any]]:
 
 
 def table_rows(path: Path) -> list[dict[str, Any]]:
+    """The same, without words: OSError, ValueError or csv.Error for what cannot be read."""
+    if path.suffix.lower() not in (".parquet", ".csv", ".tsv"):
+        raise ValueError(f"the name ends in {path.suffix!r}; .parquet, .csv or .tsv was expected")
     if path.suffix.lower() == ".parquet":
         found: list[dict[str, Any]] = pyarrow.parquet.read_table(path).to_pylist()
         return found
