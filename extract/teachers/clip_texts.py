@@ -15,6 +15,13 @@ from mrmae.extract.teachers.tower import StateDict
 from mrmae.extract.teachers.weights import first_line, fit_weights
 
 TEXTS_AT_ONCE = 64
+NO_TOWER = (
+    "logit_scale",
+    "logit_bias",
+    "input_resolution",
+    "context_length",
+    "vocab_size",
+)  # tensors beside both towers
 TextEncoder = Callable[[Sequence[str]], Float[Tensor, "n d"]]
 
 
@@ -53,7 +60,8 @@ def load_clip(request: TeacherRequest, *, allow_torchscript: bool = False) -> An
 
 def whole_weights(clip: Any, weights: StateDict, request: TeacherRequest) -> StateDict:
     """The tensors under the model's names and shapes, as open_clip's own loader brings them there."""
-    if not any(name.startswith("visual.") for name in weights):
+    towers = {name.startswith("visual.") for name in weights if name not in NO_TOWER}
+    if towers != {True, False}:
         raise ValueError(
             f"{request.where}: its weights hold an image tower alone; texts need those of a whole CLIP; give @FILE with both"
         )

@@ -74,17 +74,13 @@ def build_teacher(
     if precision not in PRECISIONS:
         raise ValueError(f"precision {precision!r} is unknown; expected {', '.join(PRECISIONS)}; correct --precision")
     bands, levels = bands_seen(request, views or encoding_of("png"))
-    if request.library == "python":
-        tower = build_custom(request, grid=grid, allow_code=allow_code)
-    elif request.library == "timm":
-        from mrmae.extract.teachers.timm import build_timm  # each library takes seconds to import
-
-        tower = build_timm(request, grid=grid, allow_torchscript=allow_torchscript)
-    else:
-        from mrmae.extract.teachers.open_clip import build_open_clip
-
-        tower = build_open_clip(request, grid=grid, allow_torchscript=allow_torchscript)
-    found, cls = first_features(request, tower)
+    try:
+        tower = build_tower(request, grid=grid, allow_torchscript=allow_torchscript, allow_code=allow_code)
+        with torch.no_grad():
+            found, cls = tower.features(torch.zeros(1, CHANNELS, *tower.input_size))
+    except RuntimeError as error:
+        raise ValueError(f"{request.where}: cannot be run on an image of {CHANNELS} channels ({first_line(error)}); teachers see three, red, green and blue or "
+                         "the bands that ?bands= names; choose one of three, without ?in_chans=") from None  # fmt: skip
     target = torch.device(device)
     tower.module.to(target)
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
@@ -93,14 +89,17 @@ def build_teacher(
     return Teacher(dataclasses.replace(spec, bands=bands, levels=levels), tower.tail, tower, target)
 
 
-def first_features(request: TeacherRequest, tower: Tower) -> tuple[Tensor, Tensor | None]:
-    """What a tower makes of a black image: shapes. ValueError where it cannot be given three channels."""
-    try:
-        with torch.no_grad():
-            return tower.features(torch.zeros(1, CHANNELS, *tower.input_size))
-    except RuntimeError as error:
-        raise ValueError(f"{request.where}: cannot be run on an image of {CHANNELS} channels ({first_line(error)}); teachers see three, red, green and blue or "
-                         "the bands that ?bands= names; choose one of three, without ?in_chans=") from None  # fmt: skip
+def build_tower(request: TeacherRequest, *, grid: int, allow_torchscript: bool, allow_code: bool) -> Tower:
+    """The model of the library that is asked for, on the CPU."""
+    if request.library == "python":
+        return build_custom(request, grid=grid, allow_code=allow_code)
+    if request.library == "timm":
+        from mrmae.extract.teachers.timm import build_timm  # each library takes seconds to import
+
+        return build_timm(request, grid=grid, allow_torchscript=allow_torchscript)
+    from mrmae.extract.teachers.open_clip import build_open_clip
+
+    return build_open_clip(request, grid=grid, allow_torchscript=allow_torchscript)
 
 
 def bands_seen(

@@ -167,7 +167,7 @@ def test_labels_for_half_the_keys_and_two_where_one_is_asked_are_refused(
     [
         ("positions=visible", "cls or pooled was expected with target labels"),
         ("distance=mse", "one of bce, asl, ce was expected with target labels"),
-        ("transform=ln0", "hog, labels, map, boxes"),
+        ("transform=ln0", "hog, labels, ids, boxes"),
         ("teachers=[clip]", "none was expected with target labels"),
     ],
 )
