@@ -185,6 +185,13 @@ def yardsticks(run: Run, term: Term) -> list[tuple[Yardstick, float]]:
             "prepare": asdict(run.recipe.prepare),
         }
         return [(Yardstick(None, recipe.target, recipe.transform, distance, None, of), 1.0)]
+    return token_yardsticks(run, term, distance, of)
+
+
+def token_yardsticks(run: Run, term: Term, distance: Distance, of: dict[str, Any]) -> list[tuple[Yardstick, float]]:
+    """Those of a teacher's tokens. of: what all yardsticks of the term are of."""
+    assert term.teacher is not None
+    recipe, cache = term.recipe, run.cache
     target, statistics = run.info.target(term.teacher), run.model.statistics[term.name]
     assert isinstance(statistics, TeacherStatistics)
     source = target.source or term.teacher
@@ -313,6 +320,7 @@ def batches_in_turn(run: Run, wanted: Iterable[Yardstick], numbers: Any) -> Iter
 
     def load(view: int, at: int, _: int) -> Loaded:  # epochs 0 to K - 1 show an image's K views
         batch = batches.load_batch(run.cache, chunks[at], epoch=view, needed=stored)
+        batches.refuse_unfit_map(run.cache, chunks[at], batch, run.recipe)
         return batch, draw_of(run.recipe, run.info, view)
 
     todo = ((view, at, 0) for view in range(run.cache.n_views) for at in range(len(chunks)))

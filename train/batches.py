@@ -245,7 +245,7 @@ def load_batch(
 def refuse_unfit_map(cache: Cache, numbers: Numbers, batch: Batch, recipe: Recipe) -> None:
     """ValueError, naming map, image and value, where a map that the recipe reads holds what it cannot use."""
     for name, term in recipe.terms.items():
-        if term.map is not None and term.classes is not None:
+        if term.classes is not None and f"{MAP}{term.map}" in batch.targets:
             held = batch.targets[f"{MAP}{term.map}"]["map"]
             if len(wrong := (held >= term.classes).nonzero()):
                 image, patch = wrong[0].tolist()

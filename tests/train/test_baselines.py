@@ -141,6 +141,12 @@ def test_ids_and_numbers_of_maps_have_baselines(
     entropy = -sum(float(p * p.log()) for p in share if p > 0)
     assert got == pytest.approx({"zero": math.log(5), "constant": entropy, "images": 7}, rel=1e-6)
     assert baselines.baselines_of(run_of(opened, recipe, tmp_path), keep=False)["ids"] == got, "from the file"
+    with pytest.raises(ValueError, match=r"map ids holds 2 at patch .*; for term ids ids below 2 were expected"):
+        baselines.baselines_of(
+            run_of(
+                opened, tiny_recipe("meissonic-ids", "optim.batch_size=4", *SHORT[1:], "terms.ids.classes=2"), tmp_path
+            )
+        )
     for transform, distance in (("none", "mse"), ("ln0", "2*sl1(1)")):
         told = (f"terms.latents.transform={transform}", f"terms.latents.distance={distance}")
         recipe = tiny_recipe("harmon-latents", "optim.batch_size=4", *SHORT[1:], *told)
