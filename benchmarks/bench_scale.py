@@ -46,7 +46,7 @@ def plan(folder: Path, n: int) -> Told:
     listed = time.perf_counter()
     path = folder / "cache"
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
-    keys = [image.key for image in sources]
+    keys = sources.in_order
     found = look(path)
     negotiate(found, Wanted(asked_plan(len(sources)), keys))
     rows = run.hashed_rows(options, sources, found)

@@ -26,7 +26,6 @@ from mrmae.shards.format import (
     Plan,
     TeacherSpec,
     ViewRecipe,
-    canonical_order,
     decode_view,
     draw_view,
     encode_view,
@@ -163,7 +162,7 @@ class Rates:
 def measure_rates(sources: Sources, teachers: Mapping[str, Teacher], options: Options) -> Rates:
     """Each stage alone, on images from the canonical order's beginning. ValueError when none of them can be read."""
     began, pixels = time.perf_counter(), []
-    for i in canonical_order([image.key for image in sources])[:PROBE_IMAGES]:
+    for i in sources.canonical[:PROBE_IMAGES].tolist():
         try:
             pixels.append(one_view(read_image(sources, i), sources[i].key, options))
         except (BadImage, OSError):

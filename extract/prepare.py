@@ -15,6 +15,7 @@ from mrmae.extract.teachers import Features
 from mrmae.shards.format import (
     BadImage,
     Encoding,
+    Numbers,
     Pixels,
     Plan,
     Source,
@@ -38,7 +39,7 @@ class Images:
 
     sources: Sources
     rows: Sequence[Source]
-    order: Sequence[int]
+    order: Sequence[int] | Numbers
     max_pixels: int
 
     def decoded(self, number: int, encoding: Encoding) -> AbstractContextManager[Pixels]:
@@ -46,7 +47,7 @@ class Images:
 
         ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
         """
-        row, position = self.rows[number], self.order[number]
+        row, position = self.rows[number], int(self.order[number])
         if position < 0:
             raise ValueError(f"{row.key}: this image is not among IMAGES and something of it is missing in the cache; expected "
                              "all images that are not committed yet; give their folder too")  # fmt: skip

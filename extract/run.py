@@ -10,7 +10,7 @@ from mrmae.common.files import make_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
-from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Sources, digest_images, list_sources
+from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Digests, Sources, digest_images, list_sources
 from mrmae.extract.options import Options, asked
 from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.prepare import Images, KeptBatches
@@ -18,7 +18,7 @@ from mrmae.extract.report import refuse_too_many_bad, summary
 from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import Source, canonical_order
+from mrmae.shards.format import SourceTable
 from mrmae.shards.plans import DIGESTS, Agreed, Found, Wanted, look, negotiate, refuse_changed_plan, write_agreed
 
 __all__ = ["Options", "extract_features"]
@@ -37,7 +37,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
     suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
     sources = list_sources(options.images, options.include, suffixes).first(options.limit)
-    keys = [image.key for image in sources]
+    keys = sources.in_order
     lead_say: Say = say if options.part.leads else lambda line: None
     teachers = asked_teachers(options, found.plan, keys, lead_say)
     wanted = asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
@@ -81,9 +81,10 @@ def begin(
         found = look(options.cache)  # another command may have planned meanwhile
         wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys, wanted.maps)
         negotiate(found, wanted)
-        there = {row.key for row in found.rows or ()}
-        for given in teachers.maps.values() if options.append else ():
-            given.refuse_lacking([key for key in wanted.keys or () if key not in there])
+        if options.append and teachers.maps:
+            there = {row.key for row in found.rows or ()}
+            for given in teachers.maps.values():
+                given.refuse_lacking([key for key in sources.keys if key not in there])
         say_plan(options, sources, wanted, say)  # not before it is agreed to, and before images are hashed for hours
         agreed = negotiate(found, replace(wanted, rows=hashed_rows(options, sources, found)))
         if options.append:
@@ -98,19 +99,15 @@ def begin(
 
 def say_plan(options: Options, sources: Sources, wanted: Wanted, say: Say) -> None:
     """Say what will be written, and what was odd about the listing of the images."""
-    say(plan_text(options.cache, wanted.plan, labels=len({image.label for image in sources} - {None})))
+    say(plan_text(options.cache, wanted.plan, labels=len(sources.labels.array.drop_null().unique())))
     for note in sources.notes:
         say(note)
 
 
-def hashed_rows(options: Options, sources: Sources, found: Found) -> list[Source]:
+def hashed_rows(options: Options, sources: Sources, found: Found) -> SourceTable:
     """The images in canonical order, with size and sha256; those of the cache that are as long as then are not read again."""
-    order = canonical_order([image.key for image in sources])
-    known = [(row.key, row.bytes, row.sha256) for row in found.rows or () if row.key]
-    if options.append:
-        known = []  # the bytes of what is appended decide, not only their number
-    digests = digest_images(sources, order, known, options.cache / DIGESTS, workers=options.workers)
-    return [Source(key, sources[i].label, size, sha256) for i, (key, size, sha256) in zip(order, digests)]
+    known = () if options.append else found.rows or ()  # the bytes of what is appended decide, not only their number
+    return digest_images(sources, sources.canonical, known, options.cache / DIGESTS, workers=options.workers)
 
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:
@@ -121,6 +118,7 @@ def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agree
 
 def images_of(options: Options, sources: Sources, agreed: Agreed) -> Images:
     """The images of the agreed plan, and where each is among those that are given."""
-    at = {image.key: i for i, image in enumerate(sources)}
-    order = [at.get(row.key, -1) for row in agreed.rows]  # with --append not every image need be given
+    order = Digests(sources).places(
+        SourceTable.of(agreed.rows).columns["key"].array
+    )  # with --append not every image need be given
     return Images(sources, agreed.rows, order, options.max_pixels)

@@ -111,8 +111,7 @@ def open_part(
     spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
     make_folder(spool.parent)
     digests = digest_images(sources, range(len(sources)), [], spool, workers=workers)
-    rows = [Row(key, image.label, size, sha) for image, (key, size, sha) in zip(sources, digests)]
-    return Split(name, rows, functools.partial(read_file, sources), notes=sources.notes)
+    return Split(name, list(digests), functools.partial(read_file, sources), notes=sources.notes)
 
 
 @contextlib.contextmanager

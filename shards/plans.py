@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+import pyarrow.compute as pc
+
 from mrmae.common.files import TEMPORARY, publish
 from mrmae.common.progress import counted
 from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
@@ -17,6 +19,8 @@ from mrmae.shards.format import (
     Appended,
     Plan,
     Source,
+    SourceTable,
+    Values,
     canonical_sources,
     compare_specs,
     dataset_id,
@@ -98,7 +102,7 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
     if found.plan is None:
         return begun(found, wanted)
     old, where = found.plan, str(found.path / "plan.json")
-    keys = wanted.keys if wanted.rows is None else [row.key for row in wanted.rows if row.key]
+    keys = wanted.keys if wanted.rows is None else keys_of(wanted.rows)
     if keys is None:
         plan = extended(old, wanted, where)
         return Agreed(plan, (), 0, steps_to(old, plan), old)
@@ -108,7 +112,7 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
     if there is None or wanted.rows is None:
         return Agreed(plan, there or (), len(new), steps_to(old, plan, samples=lost), old)
     refuse_other_rows(found.path, old, wanted, there)
-    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new], wanted.maps)
+    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new] if new else (), wanted.maps)
     return Agreed(plan, rows, len(new), steps_to(old, plan, samples=lost or bool(new)), old)
 
 
@@ -210,6 +214,8 @@ def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, k
     """
     assert found.plan
     path = found.path
+    if same_images(there, wanted, keys):
+        return set()
     then = {row.key: row.sha256 for row in there if row.key}
     now = {key: then.get(key) for key in keys} | {row.key: row.sha256 for row in wanted.rows or ()}
     gone, new = [key for key in then if key not in now], [key for key in keys if key not in then]
@@ -235,6 +241,26 @@ def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, k
     return set(new)
 
 
+def same_images(there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> bool:
+    """Whether the wanted images are seen at a glance to be those of the cache, in their order; where they are hashed, by that."""
+    if wanted.rows is not None:
+        return same_columns(there, wanted.rows, "key", "sha256")
+    return isinstance(keys, Values) and isinstance(there, SourceTable) and keys == there.columns["key"]
+
+
+def same_columns(one: Sequence[Source], other: Sequence[Source], *names: str) -> bool:
+    """Whether two tables have the same columns of these names; not known, False, where they are no tables."""
+    if not isinstance(one, SourceTable) or not isinstance(other, SourceTable):
+        return False
+    return all(one.columns[name] == other.columns[name] for name in names)
+
+
+def keys_of(rows: Sequence[Source]) -> Sequence[str]:
+    """The keys of the rows that hold an image."""
+    keys = SourceTable.of(rows).columns["key"]
+    return Values(pc.filter(keys.array, pc.not_equal(keys.array, "")), "key")
+
+
 def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> None:
     """ValueError where the plan's ids are not those of its images."""
     if not made_of(plan, there):
@@ -245,6 +271,8 @@ def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> N
 def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[Source]) -> None:
     """ValueError where the plan's ids are not those of its images, or `wanted` has other labels or ids for the same images."""
     refuse_altered_samples(path, plan, there)
+    if same_columns(there, wanted.rows or (), "key", "label"):
+        return
     then = {row.key: row.label for row in there if row.key}  # no id is made of labels
     if other := [row for row in wanted.rows or () if row.key and then.get(row.key, row.label) != row.label]:
         key, label = other[0].key, other[0].label

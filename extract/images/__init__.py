@@ -2,7 +2,7 @@
 
 from mrmae.extract.images.bands import decoded_as
 from mrmae.extract.images.decode import MAX_PIXELS, decoded
-from mrmae.extract.images.digest import digest_images
+from mrmae.extract.images.digest import Digests, digest_images
 from mrmae.extract.images.list import BAND_SUFFIXES, SUFFIXES, Sources, Unreadable, list_sources, matches, read_image
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Unreadable",
     "decoded",
     "decoded_as",
+    "Digests",
     "digest_images",
     "list_sources",
     "matches",

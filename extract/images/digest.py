@@ -1,64 +1,132 @@
 """The data set's fingerprint: byte length and sha256 of every encoded image, one pass that a second start continues."""
 
 import hashlib
+import itertools
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import RawIOBase
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from mrmae.common.files import explained, publish, remove
 from mrmae.common.progress import Progress
-from mrmae.extract.images.list import Sources, Stamp, Unreadable, read_image
+from mrmae.extract.images.list import UNKNOWN, Sources, Unreadable, read_image
+from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, Source, SourceTable, Values, signed_hashes
 
-Row = tuple[str, int, str]  # key, bytes, sha256 in hex
-Line = tuple[str, int, str, int, int]  # a row, and the time and place of the image that it was computed of
+# Key, bytes and sha256 (hex) of an image, and the time and place of the image that they were computed of.
+Line = tuple[str, int, str, int, int]
 CHUNK = 256  # images per round of the pool: bounds what is in memory
 LONGEST_LINE = 1 << 16  # characters; a path has 4096 bytes at most
 
 
 def digest_images(
-    sources: Sources, order: Sequence[int], known_rows: Iterable[Row], memory: Path, *, workers: int
-) -> list[Row]:
-    """(key, bytes, sha256) of the images in `order`; one that is not there, or may not be read, counts as empty.
+    sources: Sources, order: Sequence[int] | Numbers, known_rows: Sequence[Source], memory: Path, *, workers: int
+) -> SourceTable:
+    """The images in `order`, with size and sha256; one that is not there, or may not be read, counts as empty.
 
     known_rows: from before; images whose key and byte length still agree are not read again. memory: a file that keeps
     every row with the time and place of its image; where size, time and place are the same, the image is not read again.
     OSError, naming it, for an image that cannot be read for another reason; what was computed is in `memory`.
     """
-    images, remembered = sources.images, dict(remember(memory))
-    known = {row[0]: row for row in known_rows}
-    for i in order:
-        if (line := remembered.get(images[i].key)) and stamp_of(line) == sources.stamp(i):
-            known[images[i].key] = line[:3]
-    wanted = [i for i in order if not same_size(known.get(images[i].key), images[i].size_bytes)]
-    if not wanted:
-        return [known[images[i].key] for i in order]
+    digests, order = Digests(sources), np.asarray(order, np.int64)
+    digests.learn_rows(known_rows)
+    if digests.known[order].all():
+        return digests.table(order)
+    clean = all([digests.learn_lines(lines).all() for lines in remember(memory)])
+    if len(wanted := order[~digests.known[order]]):
+        hash_images(digests, wanted, memory, workers)
+    if not clean:
+        tidy(memory, sources)
+    return digests.table(order)
+
+
+class Digests:
+    """Size and sha256 of the images of `sources`, by their place there, where they are `known`."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources, n = sources, len(sources)
+        self.sizes, self.sha256, self.known = np.zeros(n, np.int64), np.zeros((n, 32), np.uint8), np.zeros(n, bool)
+        self.remembered = np.zeros(n, bool)  # by a line of the memory
+
+    def learn_rows(self, rows: Sequence[Source]) -> None:
+        """What a cache says of its images, where they are still as long; changed bytes are noticed when they are decoded."""
+        if not len(rows):
+            return
+        columns = SourceTable.of(rows).columns
+        at, sizes = self.places(columns["key"].array), columns["bytes"].numpy()
+        good = (at >= 0) & (sizes == self.sources.stamps(at)[:, 0])
+        self.sizes[at[good]], self.sha256[at[good]], self.known[at[good]] = (
+            sizes[good],
+            columns["sha256"].numpy()[good],
+            True,
+        )
+
+    def learn_lines(self, lines: Sequence[Line | None]) -> Array:
+        """What lines of the memory say of images that have not changed since; which lines are worth keeping: these, once, and those of
+        other images."""
+        rows = np.flatnonzero([line is not None for line in lines])
+        told = [line for line in lines if line is not None]
+        at = self.places(pa.array([line[0] for line in told], pa.large_string()))
+        stamps = np.array([(line[1], *line[3:]) for line in told], np.int64).reshape(-1, 3)
+        good = (at >= 0) & (stamps == self.sources.stamps(at)).all(axis=1)
+        sha256 = np.frombuffer(b"".join(bytes.fromhex(line[2]) for line in told), np.uint8).reshape(-1, 32)
+        self.sizes[at[good]], self.sha256[at[good]], self.known[at[good]] = stamps[good, 0], sha256[good], True
+        first = np.zeros(len(told), bool)
+        first[np.flatnonzero(good)[np.unique(at[good], return_index=True)[1]]] = True
+        keep = np.zeros(len(lines), bool)
+        keep[rows] = (at < 0) | first & ~self.remembered[at]
+        self.remembered[at[good]] = True
+        return keep
+
+    def places(self, keys: pa.Array) -> Numbers:
+        """Where in `sources` these keys are, -1 where they are not."""
+        order, hashes = self.sources.canonical, self.sources.hashes.view(np.uint64)
+        if keys.equals(self.sources.in_order.array):
+            return order
+        wanted = signed_hashes(Values(keys, "key")).view(np.uint64)
+        at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(order) - 1)]
+        same = pc.equal(self.sources.keys.array.take(pa.array(at)), keys).to_numpy(zero_copy_only=False)
+        return np.where(same, at, -1)
+
+    def table(self, order: Numbers) -> SourceTable:
+        """The images in this order."""
+        sha256 = pa.Array.from_buffers(pa.binary(32), len(order), [None, pa.py_buffer(self.sha256[order])])
+        at, sources = pa.array(order), self.sources
+        columns = {"key": sources.keys.array.take(at), "label": sources.labels.array.take(at),
+                   "bytes": pa.array(self.sizes[order]), "sha256": sha256}  # fmt: skip
+        return SourceTable({name: Values(array, name) for name, array in columns.items()})
+
+
+def hash_images(digests: Digests, wanted: Numbers, memory: Path, workers: int) -> None:
+    """Read and hash these images, noting each in the memory as soon as it is known."""
+    sources = digests.sources
     with (
         Progress("hashing", len(wanted)) as progress,
         ThreadPoolExecutor(workers) as pool,
         open(memory, "ab", buffering=0) as out,
     ):
         for start in range(0, len(wanted), CHUNK):
-            part = wanted[start : start + CHUNK]
-            for i, row in zip(part, pool.map(lambda i: digest(sources, i), part)):
-                known[row[0]] = row
-                if (stamp := sources.stamp(i)) is not None:
-                    remembered[row[0]] = (*row, *stamp[1:])
-                    note(out, remembered[row[0]], memory)
+            part = wanted[start : start + CHUNK].tolist()
+            stamps = sources.stamps(np.array(part)).tolist()
+            for i, data, (size, *place) in zip(part, pool.map(lambda i: digest(sources, i), part), stamps):
+                digests.sizes[i], digests.sha256[i] = data[0], np.frombuffer(data[1], np.uint8)
+                if size != UNKNOWN:
+                    note(out, (sources.keys[i], data[0], data[1].hex(), *place), memory)
                 progress.add()
-    tidy(memory, remembered)
-    return [known[images[i].key] for i in order]
 
 
-def digest(sources: Sources, i: int) -> Row:
-    """Key, byte length and sha256 of one encoded image."""
+def digest(sources: Sources, i: int) -> tuple[int, bytes]:
+    """Byte length and sha256 of one encoded image."""
     try:
         data = read_image(sources, i)
     except Unreadable:
         data = b""
-    return sources.images[i].key, len(data), hashlib.sha256(data).hexdigest()
+    return len(data), hashlib.sha256(data).digest()
 
 
 def note(out: RawIOBase, line: Line, memory: Path) -> None:
@@ -75,35 +143,37 @@ def in_text(line: Line) -> bytes:
     return b"\n%08x %s" % (zlib.crc32(text), text)
 
 
-def same_size(row: Row | None, size_bytes: int | None) -> bool:
-    """True when the image was digested before and is still as long; changed bytes are noticed when it is decoded."""
-    return row is not None and size_bytes is not None and row[1] == size_bytes
-
-
-def stamp_of(line: Line) -> Stamp:
-    """Size, time and place of the image when its line was computed."""
-    return line[1], *line[3:]
-
-
-def remember(memory: Path) -> Iterator[tuple[str, Line]]:
-    """The lines of the memory by key, later ones last; one that a kill cut off, or that is no such line, is left out."""
+def remember(memory: Path) -> Iterator[list[Line | None]]:
+    """The lines of the memory, many at a time; None for one that a kill cut off, or that is no such line."""
     if memory.is_symlink() or not memory.is_file():
         remove(memory)  # a link, a pipe: nothing that was written here
         return
     with open(memory, encoding="utf-8", errors="replace") as file:
-        for text in iter(lambda: file.readline(LONGEST_LINE), ""):
-            try:
-                checksum, _, line = text.strip().partition(" ")
-                key, *rest = json.loads(line)
-                whole = int(checksum, 16) == zlib.crc32(line.encode())
-            except (ValueError, TypeError, RecursionError):
-                continue
-            if whole and isinstance(key, str) and [type(value) for value in rest] == [int, str, int, int]:
-                yield key, (key, *rest)
+        texts = filter(str.strip, iter(lambda: file.readline(LONGEST_LINE), ""))
+        while lines := [line_of(text) for text in itertools.islice(texts, ROWS_AT_ONCE)]:
+            yield lines
 
 
-def tidy(memory: Path, remembered: Mapping[str, Line]) -> None:
-    """Write the memory anew where a kill, damage or images that changed left more in it than one line per image."""
-    size = sum(len(in_text(line)) for line in remembered.values())
-    if memory.stat().st_size != size:
-        publish(memory, b"".join(in_text(line) for line in remembered.values()), replace=True)
+def line_of(text: str) -> Line | None:
+    """The line of a memory that a text is."""
+    try:
+        checksum, _, line = text.strip().partition(" ")
+        key, *rest = json.loads(line)
+        whole = int(checksum, 16) == zlib.crc32(line.encode()) and len(bytes.fromhex(rest[1])) == 32
+    except (ValueError, TypeError, IndexError, RecursionError):
+        return None
+    good = whole and isinstance(key, str) and [type(value) for value in rest] == [int, str, int, int]
+    return (key, *rest) if good else None
+
+
+def tidy(memory: Path, sources: Sources) -> None:
+    """Write the memory anew without what a kill, damage or images that changed left in it beside a line per image."""
+
+    def lines() -> Iterable[bytes]:
+        digests = Digests(sources)
+        for several in remember(memory):
+            for line, kept in zip(several, digests.learn_lines(several)):
+                if line is not None and kept:
+                    yield in_text(line)
+
+    publish(memory, lines(), replace=True)

@@ -3,9 +3,11 @@
 Nothing is decoded and nothing is extracted to disk here: a tar is indexed once, then its members are read by offset.
 """
 
+import array
 import dataclasses
 import errno
 import fnmatch
+import functools
 import os
 import stat
 import time
@@ -13,11 +15,14 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from braceexpand import braceexpand
 
 from mrmae.common.progress import counted
 from mrmae.extract.images.tars import cls_texts, file_member, is_tar, read_headers, read_range
-from mrmae.shards.format import canonical_order
+from mrmae.shards.format import ROWS_AT_ONCE, Numbers, Values, signed_hashes
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
@@ -49,9 +54,7 @@ class ImagePlace:
 
 
 ListedImage = tuple[SourceImage, ImagePlace]
-Stamp = tuple[
-    int, int, int
-]  # size, time and offset (-1: a whole file) of an image; as long as they stay, so do its bytes
+UNKNOWN = -(2**63)  # a size, time or offset that there is none of
 
 
 class Unreadable(OSError):
@@ -102,61 +105,124 @@ class LeftOut:
         return notes
 
 
+class Listed:
+    """Images as they are found, gathered into columns: a million objects take a gigabyte."""
+
+    def __init__(self) -> None:
+        self.texts: dict[str, list[pa.Array]] = {"key": [], "label": []}
+        self.rows: list[tuple[str, str | None]] = []  # not in the columns yet
+        self.numbers = array.array("q")  # size, time, offset and root of each, one image behind the other
+        self.roots: dict[str, int] = {}
+
+    def add(self, image: SourceImage, place: ImagePlace) -> None:
+        """One more. Of a whole file the path without its key is kept."""
+        self.rows.append((image.key, image.label))
+        root = place.path if place.offset is not None else place.path.removesuffix(image.key)
+        at = self.roots.setdefault(root, len(self.roots))
+        told = (image.size_bytes, place.mtime_ns, place.offset)
+        self.numbers.extend([*(UNKNOWN if value is None else value for value in told), at])
+        if len(self.rows) == ROWS_AT_ONCE:
+            self.gather()
+
+    def gather(self) -> None:
+        """Make columns of the rows."""
+        for name, values in zip(self.texts, zip(*self.rows)):
+            self.texts[name].append(pa.array(values, pa.large_string()))
+        self.rows.clear()
+
+    def columns(self) -> tuple[dict[str, Values], Numbers, list[str]]:
+        """Keys and labels, numbers [images, 4], both sorted by key, and the roots. ValueError where a key occurs twice."""
+        self.gather()
+        keys = pa.concat_arrays(self.texts["key"])
+        order, numbers = pc.array_sort_indices(keys), np.frombuffer(self.numbers, np.int64).reshape(-1, 4)
+        texts = {name: pa.concat_arrays(self.texts.pop(name)).take(order) for name in ("key", "label")}
+        found = {name: Values(texts[name], name) for name in texts}
+        numbers, roots = numbers[order.to_numpy()], list(self.roots)
+        twice = np.flatnonzero(pc.equal(texts["key"][1:], texts["key"][:-1]).to_numpy(zero_copy_only=False))
+        if len(twice):
+            first, key = int(twice[0]), found["key"][int(twice[0])]
+            one, other = (
+                roots[at] + key * (offset == UNKNOWN) for *_, offset, at in numbers[first : first + 2].tolist()
+            )
+            raise ValueError(f"{key!r}: two images have this key, in {one} and {other}; keys must be unique "
+                             "(a key is the path below the root); give one common parent folder, or rename")  # fmt: skip
+        return found, numbers, roots
+
+
 class Sources:
     """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread.
 
-    notes: what a person should hear about the listing.
+    keys, labels: of every image. notes: what a person should hear about the listing.
     """
 
-    def __init__(self, found: Iterable[ListedImage], notes: Sequence[str] = ()) -> None:
-        self.notes = tuple(notes)
-        ordered = sorted(found, key=lambda pair: pair[0].key)
-        self.images = [image for image, _ in ordered]
-        self._places = [place for _, place in ordered]
+    def __init__(
+        self, columns: Mapping[str, Values], numbers: Numbers, roots: Sequence[str], notes: Sequence[str] = ()
+    ) -> None:
+        self.keys, self.labels, self.notes = columns["key"], columns["label"], tuple(notes)
+        self._numbers, self._roots = numbers, roots
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.keys)
 
     def __getitem__(self, i: int) -> SourceImage:
-        return self.images[i]
+        size_bytes = int(self._numbers[i, 0])
+        return SourceImage(self.keys[i], self.labels[i], None if size_bytes == UNKNOWN else size_bytes)
 
     def __iter__(self) -> Iterator[SourceImage]:
-        return iter(self.images)
+        for key, label, size in zip(self.keys, self.labels, self._numbers[:, 0]):
+            yield SourceImage(key, label, None if size == UNKNOWN else int(size))
+
+    def stamps(self, at: Numbers) -> Numbers:
+        """Size, time of the last change and offset (-1: a whole file) of these images when they were listed, [n, 3]; of one that could
+        not be looked at, size and time are UNKNOWN. As long as they stay, so do its bytes."""
+        stamps = self._numbers[at, :3]
+        stamps[stamps[:, 2] == UNKNOWN, 2] = -1
+        return stamps
+
+    @functools.cached_property
+    def hashes(self) -> Numbers:
+        """Hash of every key, as signed 64-bit integers."""
+        return signed_hashes(self.keys)
+
+    @functools.cached_property
+    def canonical(self) -> Numbers:
+        """Positions of the images in canonical order. Images with one hash are sorted by key already."""
+        return np.argsort(self.hashes.view(np.uint64), kind="stable")
+
+    @functools.cached_property
+    def in_order(self) -> Values:
+        """The keys in canonical order."""
+        return Values(self.keys.array.take(pa.array(self.canonical)), "key")
 
     def first(self, n: int) -> "Sources":
         """The first `n` images in canonical order, a random sample; all of them where n is 0 or there are no more."""
         if not 0 < n < len(self):
             return self
-        found = [(self.images[i], self._places[i]) for i in canonical_order([image.key for image in self])[:n]]
-        return Sources(
-            found,
-            [
-                *self.notes,
-                f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample",
-            ],
-        )
+        note = f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample"
+        at = np.sort(self.canonical[:n])
+        texts = {"key": self.keys, "label": self.labels}
+        columns = {name: Values(values.array.take(pa.array(at)), name) for name, values in texts.items()}
+        return Sources(columns, self._numbers[at], self._roots, [*self.notes, note])
+
+    def place(self, i: int) -> ImagePlace:
+        """Where image i lies."""
+        _, mtime_ns, offset, root = self._numbers[i].tolist()
+        path = self._roots[root] + self.keys[i] * (offset == UNKNOWN)
+        return ImagePlace(path, None if offset == UNKNOWN else offset, None if mtime_ns == UNKNOWN else mtime_ns)
 
     def where(self, i: int) -> str:
         """A person's name for the place of image i: its file, or its tar and member."""
-        place = self._places[i]
-        return place.path if place.offset is None else f"{place.path}: {self.images[i].key}"
-
-    def stamp(self, i: int) -> Stamp | None:
-        """Size, time of the last change and offset of image i when it was listed; None where it could not be looked at."""
-        place, size_bytes = self._places[i], self.images[i].size_bytes
-        if size_bytes is None or place.mtime_ns is None:
-            return None
-        return size_bytes, place.mtime_ns, -1 if place.offset is None else place.offset
+        place = self.place(i)
+        return place.path if place.offset is None else f"{place.path}: {self.keys[i]}"
 
     def read(self, i: int) -> bytes:
         """Encoded bytes of image i. OSError where the file is gone, no regular file any more or shorter than when it was listed."""
-        place, image = self._places[i], self.images[i]
+        place, size_bytes = self.place(i), int(self._numbers[i, 0])
         # A descriptor per read: no shared file position, no limit on the number of tars, and the object can be pickled.
         with open(place.path, "rb", buffering=0, opener=open_regular) as file:
             if place.offset is None:
                 return file.readall()
-            assert image.size_bytes is not None
-            return read_range(file.fileno(), place.offset, image.size_bytes, where=self.where(i))
+            return read_range(file.fileno(), place.offset, size_bytes, where=self.where(i))
 
 
 def read_image(sources: Sources, i: int) -> bytes:
@@ -198,22 +264,26 @@ def list_sources(
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
     """
-    left_out = LeftOut()
-    found = [image for root in expand(images) for image in list_one(root, left_out, suffixes)]
-    if not found:
+    left_out, listed, n, sample, kinds = LeftOut(), Listed(), 0, "", Counter[str]()
+    for root in expand(images):
+        for image, place in list_one(root, left_out, suffixes):
+            n, sample = n + 1, sample or image.key
+            if matches(image.key, include):
+                listed.add(image, place)
+                if image.key.lower().endswith(FRAMES):
+                    kinds[PurePosixPath(image.key).suffix.lower()] += 1
+    if not n:
         there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
             f"{joined(images)}: no images found; expected files ending in {' '.join(suffixes)}; check the path{there}"
         )
-    chosen = [pair for pair in found if matches(pair[0].key, include)]
-    if not chosen:
+    if not listed.roots:
         raise ValueError(
-            f"--include {' '.join(include)}: matches none of the {counted(len(found), 'image')}; "
-            f"keys look like {found[0][0].key!r}; correct the pattern"
+            f"--include {' '.join(include)}: matches none of the {counted(n, 'image')}; "
+            f"keys look like {sample!r}; correct the pattern"
         )
-    refuse_duplicates(chosen)
-    frames = notes_on_frames(chosen) if suffixes == SUFFIXES else []  # where bands are kept, pages are bands
-    return Sources(chosen, [*left_out.notes(), *frames])
+    frames = notes_on_frames(kinds) if suffixes == SUFFIXES else []  # where bands are kept, pages are bands
+    return Sources(*listed.columns(), [*left_out.notes(), *frames])
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -228,9 +298,9 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
     return paths
 
 
-def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[ListedImage]:
+def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterable[ListedImage]:
     if root.is_dir():
-        return list(walk(root, left_out, suffixes))
+        return walk(root, left_out, suffixes)
     if kind := special_kind(root.stat().st_mode):
         raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
     with open(root, "rb") as file:
@@ -240,7 +310,7 @@ def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[L
             raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
     if head and is_tar(root):
         return index_tar(root, left_out, suffixes)
-    return list(read_list(root))
+    return read_list(root)
 
 
 def matches(key: str, include: Sequence[str]) -> bool:
@@ -272,9 +342,8 @@ def open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def notes_on_frames(found: Sequence[ListedImage]) -> list[str]:
-    """That only first frames are taken, where there may be more."""
-    kinds = Counter(PurePosixPath(image.key).suffix.lower() for image, _ in found)
+def notes_on_frames(kinds: Counter[str]) -> list[str]:
+    """That only first frames are taken, where there may be more. kinds: images by suffix."""
     several = [f"{kinds[suffix]} {suffix}" for suffix in FRAMES if kinds[suffix]]
     return [f"of files with several frames or pages the first is taken ({', '.join(several)})"] if several else []
 
@@ -287,17 +356,6 @@ def some(names: Sequence[str]) -> str:
 
 def parent_label(key: str) -> str | None:
     return PurePosixPath(key).parent.name or None
-
-
-def refuse_duplicates(found: Sequence[ListedImage]) -> None:
-    seen: dict[str, ImagePlace] = {}
-    for image, place in found:
-        first = seen.setdefault(image.key, place)
-        if first is not place:
-            raise ValueError(
-                f"{image.key!r}: two images have this key, in {first.path} and {place.path}; keys must be unique "
-                "(a key is the path below the root); give one common parent folder, or rename"
-            )
 
 
 def checked_key(key: str, where: object) -> str:

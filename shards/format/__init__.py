@@ -40,6 +40,7 @@ from mrmae.shards.format.quantiser import (
 )
 from mrmae.shards.format.samples import (
     NO_IMAGE,
+    ROWS_AT_ONCE,
     SAMPLES,
     SampleTable,
     Source,
@@ -128,6 +129,7 @@ __all__ = [
     "Plan",
     "Quantiser",
     "QuantiserFields",
+    "ROWS_AT_ONCE",
     "SAMPLES",
     "SAMPLES_AT_ONCE",
     "Source",

@@ -90,7 +90,9 @@ class Values(Sequence[Any]):
         return Values(self.array.slice(0, n), self.name, self.file)
 
     def numpy(self) -> Array:
-        """Numbers, or truth (null: False), as an array; of numbers that are mapped without a copy, and writable without a trace."""
+        """Numbers, or truth (null: False), as an array, without a copy of numbers; of sha256 the bytes, [rows, 32]."""
+        if self.name == "sha256":
+            return np.frombuffer(self.array.buffers()[1], np.uint8).reshape(-1, 32)[self.array.offset :][: len(self)]
         if pa.types.is_boolean(self.array.type):
             return np.asarray(pc.fill_null(self.array, False).to_numpy(zero_copy_only=False))
         return np.asarray(self.array.to_numpy())

@@ -67,7 +67,7 @@ def test_one_read_error_is_not_an_empty_image(
     sources = list_sources([photos(tmp_path / "images", 0, 3)])
     expected = digest_images(sources, range(3), [], tmp_path / "a", workers=2)
     failing(monkeypatch, "001.png", code, 2)
-    assert digest_images(sources, range(3), [], tmp_path / "b", workers=2) == expected and expected[1][1] > 0
+    assert digest_images(sources, range(3), [], tmp_path / "b", workers=2) == expected and expected[1].bytes > 0
 
 
 def test_an_error_that_stays_stops_the_command_and_keeps_what_was_hashed(
@@ -108,7 +108,7 @@ def test_what_is_not_there_or_not_allowed_is_a_fact(tmp_path: Path, reads: Count
     (images / "loop.png").symlink_to("loop.png")
     sources = list_sources([images])
     rows = digest_images(sources, range(3), [], tmp_path / "memory", workers=1)
-    assert [(key, size > 0) for key, size, _ in rows] == [("000.png", True), ("gone.png", False), ("loop.png", False)]
+    assert [(row.key, row.bytes > 0) for row in rows] == [("000.png", True), ("gone.png", False), ("loop.png", False)]
     assert reads == {"000.png": 1, "gone.png": 1, "loop.png": 1}, "a fact is not asked for twice"
 
 
@@ -146,7 +146,7 @@ def test_a_cache_that_remembers_no_times_reads_once_and_remembers(
 def test_a_remembered_hash_that_damage_changed_is_computed_again(tmp_path: Path, reads: Counter[str]) -> None:
     sources, memory = list_sources([photos(tmp_path / "images", 0, 4)]), tmp_path / "m"
     expected = digest_images(sources, range(4), [], memory, workers=1)
-    sha256 = expected[2][2]
+    sha256 = expected[2].sha256
     memory.write_text(memory.read_text().replace(sha256, sha256[::-1]))
     reads.clear()
     assert digest_images(sources, range(4), [], memory, workers=1) == expected and reads == {"002.png": 1}
