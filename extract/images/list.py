@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +36,7 @@ WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SourceImage:
+class SourceImage(NamedTuple):
     """One image. key: path below the root (or the tar member's name), POSIX separators, with extension."""
 
     key: str
@@ -44,8 +44,7 @@ class SourceImage:
     size_bytes: int | None
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class ImagePlace:
+class ImagePlace(NamedTuple):
     """Where an image's bytes are: a whole file (offset None), or a part of a tar."""
 
     path: str
@@ -119,8 +118,8 @@ class Listed:
         self.rows.append((image.key, image.label))
         root = place.path if place.offset is not None else place.path.removesuffix(image.key)
         at = self.roots.setdefault(root, len(self.roots))
-        told = (image.size_bytes, place.mtime_ns, place.offset)
-        self.numbers.extend([*(UNKNOWN if value is None else value for value in told), at])
+        for value in (image.size_bytes, place.mtime_ns, place.offset, at):
+            self.numbers.append(UNKNOWN if value is None else value)
         if len(self.rows) == ROWS_AT_ONCE:
             self.gather()
 
@@ -319,6 +318,8 @@ def matches(key: str, include: Sequence[str]) -> bool:
 
 def visible(key: str) -> bool:
     """False for hidden files and folders (.DS_Store, ._photo.jpg, .git/…) and macOS's resource copies."""
+    if not key.startswith(".") and "/." not in key and "__MACOSX" not in key:
+        return True
     hidden = (part.startswith(".") and part not in (".", "..") for part in key.split("/"))
     return not any(hidden) and "__MACOSX" not in key.split("/")
 
@@ -355,7 +356,12 @@ def some(names: Sequence[str]) -> str:
 
 
 def parent_label(key: str) -> str | None:
-    return PurePosixPath(key).parent.name or None
+    return name_of_folder(key.rpartition("/")[0])
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def name_of_folder(folder: str) -> str | None:
+    return PurePosixPath(folder).name or None
 
 
 def checked_key(key: str, where: object) -> str:
@@ -461,6 +467,7 @@ def index_tar(path: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[
     mtime_ns = path.stat().st_mtime_ns
     members = read_headers(path)
     found, texts = [], {}
+    labels = [name for name in members if name.lower().endswith(".cls")]
     with open(path, "rb", buffering=0) as file:
         for name in members:
             if not (is_image(name, suffixes) and visible(name)):
@@ -469,11 +476,12 @@ def index_tar(path: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[
             if data.special:
                 left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
                 continue
-            texts[name] = cls_texts(members, name, file.fileno(), path)
+            texts[name] = cls_texts(members, name, file.fileno(), path) if labels else {}
             label = next(iter(texts[name].values()), None) or parent_label(name)
             image = SourceImage(checked_key(name, path), label, data.size_bytes)
             found.append((image, ImagePlace(str(path), data.offset, mtime_ns)))
-    left_out.note_labels([name for name in members if name.lower().endswith(".cls") and visible(name)], texts)
+    if labels:
+        left_out.note_labels([name for name in labels if visible(name)], texts)
     return found
 
 

@@ -1,17 +1,16 @@
 """A plain tar as an index of members: names, offsets and sizes. Nothing is ever extracted to disk."""
 
-import dataclasses
 import os
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 TAR_BLOCK_BYTES = 512
 LABEL_BYTES = 4096
 ABSURD = (OverflowError, MemoryError)  # what tarfile raises of a header that tells an absurd size
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class TarHeader:
+class TarHeader(NamedTuple):
     """What is kept of a tar header (tarfile's own objects are ten times larger).
 
     special: what it is where that is no regular file. link: name of the member it leads to.
@@ -33,6 +32,9 @@ def is_tar(path: Path) -> bool:
 
 def read_headers(path: Path) -> dict[str, TarHeader]:
     """Name -> member. ValueError where the tar is cut, also exactly between two members, or holds a name twice."""
+    if plain := plain_headers(path):
+        refuse_cut(path, plain[1])
+        return plain[0]
     members: dict[str, TarHeader] = {}
     n_bytes = path.stat().st_size
     try:
@@ -51,6 +53,30 @@ def read_headers(path: Path) -> dict[str, TarHeader]:
             f"{path}: is not a whole tar ({str(error) or 'a header of absurd size'}); copy it again, or repack it"
         ) from None
     return members
+
+
+def plain_headers(path: Path) -> tuple[dict[str, TarHeader], int] | None:
+    """Name -> member and where the last one ends, of a tar of nothing but regular files with short names, each once; of any other None.
+
+    A fourth of tarfile's time, which for ten million images is five minutes at every start.
+    """
+    members: dict[str, TarHeader] = {}
+    with open(path, "rb", buffering=0) as file:
+        descriptor, n_bytes, at = file.fileno(), os.fstat(file.fileno()).st_size, 0
+        while len(block := os.pread(descriptor, TAR_BLOCK_BYTES, at)) == TAR_BLOCK_BYTES and block[0]:
+            name = block[:100].partition(b"\0")[0].decode("utf-8", "surrogateescape").removeprefix("./")
+            try:
+                size, checksum = int(block[124:135], 8), int(block[148:154], 8)
+            except ValueError:
+                return None
+            start = at + TAR_BLOCK_BYTES
+            at = start + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
+            regular = block[156] in b"0\0" and block[257:262] == b"ustar" and not block[345] and not name.endswith("/")
+            whole = size >= 0 and at <= n_bytes and checksum == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+            if not (regular and whole) or name in members:
+                return None
+            members[name] = TarHeader(start, size, None, None)
+    return members, at
 
 
 def special_member(info: tarfile.TarInfo) -> str | None:

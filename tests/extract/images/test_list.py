@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from mrmae.extract.images import tars
 from mrmae.extract.images.list import Unreadable, list_sources, read_image
 
 
@@ -300,3 +301,23 @@ def test_the_data_sets_list_completely(name, train, test, real_file):
     assert len(sources) == train and len(list_sources([path])) == train + test
     assert len({image.label for image in sources}) == 10
     assert sources.read(0)[:2] == b"\xff\xd8"
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "name", ["n/b.jpg", "./c.jpg", "ü.jpg", "d" * 90 + "/" + "e" * 90 + ".jpg", "folder", "link.jpg"]
+)
+def test_headers_read_at_a_glance_are_those_that_tarfile_reads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: int, name: str
+) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w", format=format) as tar:
+        for member, size in (("a.jpg", 700), (name, 0 if name in ("folder", "link.jpg") else 512), ("z.jpg", 0)):
+            info = tarfile.TarInfo(member)
+            info.size = size
+            info.type = {"folder": tarfile.DIRTYPE, "link.jpg": tarfile.SYMTYPE}.get(member, tarfile.REGTYPE)
+            info.linkname = "a.jpg" * (member == "link.jpg")
+            tar.addfile(info, io.BytesIO(bytes(size)))
+    plain, found = tars.plain_headers(tmp_path / "x.tar"), tars.read_headers(tmp_path / "x.tar")
+    assert (plain is not None) == (name in ("n/b.jpg", "./c.jpg") or name == "ü.jpg" and format != tarfile.PAX_FORMAT)
+    monkeypatch.setattr(tars, "plain_headers", lambda path: None)
+    assert tars.read_headers(tmp_path / "x.tar") == found
