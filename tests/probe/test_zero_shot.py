@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from mrmae.extract.run import Options, extract_features
+from mrmae.probe.compare import compare_sources
 from mrmae.probe.data import open_data
 from mrmae.probe.job import ProbeOptions
 from mrmae.probe.retrieval import by_key, captions_beside, grouped, inverted, list_captions, places
@@ -111,6 +112,20 @@ def test_a_tiny_clip_is_scored_as_its_own_functions_would(clip: tuple[Any, str],
         [np.mean(np.array(ranks) < k) for k in (1, 3)]
     )
     assert nn["measures"][0]["channels"] == 32, "other probes read the image tower's tokens"
+
+
+@pytest.mark.soak
+def test_two_activations_of_one_file_are_told_apart_on_the_same_images(
+    clip: tuple[Any, str], images: Path, tmp_path: Path
+) -> None:
+    ours = clip[1].replace(NAME, NAME.removesuffix("-quickgelu"))  # a name that says nothing of the activation
+    other = ours.replace("activation=quickgelu", "activation=gelu")
+    found = compare_sources([ours, other], options("", images, tmp_path))["probes"]["zero-shot"]
+    assert [row["source"] for row in found["rows"]] == [ours, other] and found["rows"][0]["id"] != found["rows"][1][
+        "id"
+    ]
+    (pair,) = found["differences"]
+    assert pair["interval"][0] <= pair["difference"] <= pair["interval"][1]
 
 
 def test_a_column_of_projected_tokens_meets_the_texts_of_the_model_that_made_it(
