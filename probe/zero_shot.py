@@ -66,7 +66,12 @@ def prompts_from(settings: ZeroShot, classes: Sequence[str]) -> dict[str, list[s
         raise ValueError(
             f"{where}: there is no such file; expected templates, one per line, or a .yaml or .json of prompts by class; correct the path"
         )
-    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{where}: is not UTF-8 text ({error.reason} at byte {error.start}); it was expected; save it as UTF-8"
+        ) from None
     if path.suffix.lower() not in (".yaml", ".yml", ".json"):
         return filled([line.strip() for line in text.splitlines() if line.strip()], classes, where)
     try:

@@ -195,6 +195,12 @@ def test_prompts_that_cannot_be_are_refused(tmp_path: Path, name: str | None, te
         prompts_from(ZeroShot(prompts=str(path)), ["big_dog", "cat"])
 
 
+def test_prompts_in_another_encoding_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_bytes("ein Foto einer Straße: {}".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"p.txt: is not UTF-8 text \(invalid .* at byte 19\)"):
+        prompts_from(ZeroShot(prompts=str(tmp_path / "p.txt")), ["a"])
+
+
 def test_prompts_by_class(tmp_path: Path) -> None:
     (tmp_path / "p.yaml").write_text("cat: ['a {}', 'small {}']\nbig_dog: a {}\nother: x\n")
     assert prompts_from(ZeroShot(prompts=str(tmp_path / "p.yaml")), ["big_dog", "cat"]) == {
