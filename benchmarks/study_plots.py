@@ -10,6 +10,7 @@ from study_arms import ARMS
 
 Row = dict[str, Any]
 COLOURS = {"mae": "#000000", "mr-mae": "#0072b2", "mimic-only": "#d55e00", "mimic-masked": "#009e73"}  # Okabe-Ito
+DRAWN = ("knn", "linear")  # probes side by side
 
 
 def draw(results: Path, docs: Path = study_report.DOCS) -> None:
@@ -71,10 +72,11 @@ def draw_curves(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
 
 def draw_arms(path: Path, rows: Sequence[Row]) -> None:
     """Every other arm minus `mr-mae` of the same seed."""
-    usual = study_report.chosen(rows, ["mr-mae-s0"], "knn")
+    usual = {probe: study_report.chosen(rows, ["mr-mae-s0"], probe) for probe in DRAWN}
     arms = {arm["name"]: ([arm["name"]], ["mr-mae-s0"]) for arm in ARMS if arm["part"] in ("2", "3", "4")}
-    if usual:
-        draw_differences(path, rows, arms, f"arm − mr-mae ({float(usual[0]['accuracy']):.3f} in 10-NN)")
+    if all(usual.values()):
+        titles = {probe: f"arm − mr-mae ({float(found[0]['accuracy']):.3f})" for probe, found in usual.items()}
+        draw_differences(path, rows, arms, titles)
 
 
 def draw_choices(path: Path, rows: Sequence[Row]) -> None:
@@ -85,12 +87,12 @@ def draw_choices(path: Path, rows: Sequence[Row]) -> None:
         if arm["against"] not in ("", label) and arm["part"] != "tested":
             pair = (study_report.of_all_seeds(name) for name in (label, arm["against"]))
             arms[f"{label} − {arm['against']}"] = tuple([one["name"] for one in side] for side in pair)
-    draw_differences(path, rows, arms, "validation tiles")
+    draw_differences(path, rows, arms, dict.fromkeys(DRAWN, "validation tiles"))
 
 
-def draw_differences(path: Path, rows: Sequence[Row], arms: Mapping[str, Any], title: str) -> None:
-    """Differences in points of pairs of arms, best first by 10-NN; paired intervals, full where they leave 0 out."""
-    found: dict[str, dict[str, tuple[float, float, float]]] = {"knn": {}, "linear": {}}
+def draw_differences(path: Path, rows: Sequence[Row], arms: Mapping[str, Any], titles: Mapping[str, str]) -> None:
+    """Differences in points of pairs of arms, best first by 10-NN; paired intervals, full where they leave 0 out. titles: by probe."""
+    found: dict[str, dict[str, tuple[float, float, float]]] = {probe: {} for probe in DRAWN}
     for probe, points in found.items():
         for label, sides in arms.items():
             ours, theirs = (study_report.chosen(rows, names, probe) for names in sides)
@@ -108,7 +110,7 @@ def draw_differences(path: Path, rows: Sequence[Row], arms: Mapping[str, Any], t
             axis.errorbar(mean, y, xerr=[[mean - low], [high - mean]], fmt="o", color=colour, ms=5, capsize=2,
                           markerfacecolor=colour if clear else "white")  # fmt: skip
         axis.axvline(0, color="#999999", lw=0.8)
-        axis.set(xlabel="points", title=f"{study_report.PROBES[probe]}: {title}")
+        axis.set(xlabel="points", title=f"{study_report.PROBES[probe]}: {titles[probe]}")
         axis.title.set_fontsize(10)
     axes[0].set_yticks(range(len(names)), names)
     finish(figure, path)
@@ -118,7 +120,7 @@ def draw_cost(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
     """Accuracy on the validation tiles over the CPU seconds of pre-training, the mean over seeds, of all that had both teachers and one schedule."""
     figure, axes = pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
     parts = {"targets": "#000000", "others": "#d55e00", "decoder": "#0072b2", "blocks": "#009e73"}
-    for axis, probe in zip(axes, ("knn", "linear")):
+    for axis, probe in zip(axes, DRAWN):
         for label in dict.fromkeys(study_report.without_seed(arm["name"]) for arm in ARMS if arm["part"] in parts):
             arms = study_report.of_all_seeds(label)
             done = study_report.chosen(rows, [arm["name"] for arm in arms], probe)

@@ -114,6 +114,7 @@ def test_the_plot_of_arms_has_the_best_first_with_paired_intervals(
     monkeypatch.setattr(plots, "finish", lambda figure, path: figures.append(figure))
     plots.draw_arms(tmp_path / "arms.png", rows)
     axis = figures[0].axes[0]
+    assert figures[0].axes[1].get_title() == "linear: arm − mr-mae (0.500)", "its own accuracy, not that of 10-NN"
     assert [label.get_text() for label in axis.get_yticklabels()] == ["weight-10", "views-2", "weight-3"], "upwards"
     points = {
         round(float(line.get_xdata()[0]), 1): line.get_markerfacecolor()
