@@ -43,12 +43,14 @@ def human_bytes(n: float) -> str:
 class Progress:
     """Counts `total` things called `unit`; use it as a context manager, call `add` as they are done.
 
-    What is left, and how fast it goes, is rich's own estimate, on a terminal and off it.
+    What is left, and how fast it goes, is rich's own estimate, on a terminal and off it. quiet: nothing is shown.
     """
 
-    def __init__(self, what: str, total: int, unit: str = "images", *, console: Console | None = None) -> None:
+    def __init__(
+        self, what: str, total: int, unit: str = "images", *, console: Console | None = None, quiet: bool = False
+    ) -> None:
         self.what, self.unit, self.bytes = what, unit, 0
-        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True)
+        self.console = console or Console(stderr=True, highlight=False, soft_wrap=True, quiet=quiet)
         columns = (TextColumn(what), BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"))
         self._bar = Bar(*columns, console=self.console, speed_estimate_period=RATE_WINDOW_SECONDS,
                         disable=not self.console.is_terminal)  # fmt: skip

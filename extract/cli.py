@@ -106,6 +106,19 @@ torchscript_option = click.option(
     show_default=False,
     help="Do exactly part I of N (from 0); without: whatever is left, and finish.",
 )
+@click.option(
+    "--engine",
+    default="processes",
+    type=click.Choice(["processes", "ray"]),
+    help="Who does the shards: this process and every other one that runs the same command, or a pool of Ray actors (mrmae[ray]).",
+)
+@click.option(
+    "--ray-workers", default=0, type=click.IntRange(0), help="Actors; 0: one per GPU, or per node without any."
+)
+@click.option("--ray-cpus", default=1.0, type=click.FloatRange(0), help="CPUs that Ray reserves for an actor.")
+@click.option("--ray-gpus", default=-1.0, type=float, help="GPUs of an actor, also a part of one; -1: 1 where there are any.")  # fmt: skip
+@click.option("--ray-address", default="", metavar="HOST:PORT", show_default=False,
+              help="A running cluster; without it RAY_ADDRESS, else one on this machine while the command runs.")  # fmt: skip
 @click.option("--append", is_flag=True, help="Append the IMAGES that are new to CACHE; what it holds stays as it is.")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
 @click.option("--min-snr", default=20.0, type=float, metavar="DB",
@@ -122,7 +135,7 @@ torchscript_option = click.option(
               help="List the teachers whose names match, with what each gives for --grid, and do nothing else.")  # fmt: skip
 @click.option("--traceback", is_flag=True, help="Show where an error came from.")
 def main(
-    images: tuple[str, ...], cache: Path | None, dry_run: bool, list_teachers: str | None, traceback: bool, **options: Any
+    images: tuple[str, ...], cache: Path | None, dry_run: bool, list_teachers: str | None, traceback: bool, engine: str, **options: Any
 ) -> None:  # fmt: skip
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.
 
@@ -136,6 +149,7 @@ def main(
         raise click.UsageError(
             "Missing argument 'IMAGES... CACHE': images to read, and the folder of the cache to write."
         )
+    pool = {name: options.pop(f"ray_{name}") for name in ("workers", "cpus", "gpus", "address")}
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed", "encoding")}
     try:
         from mrmae.common.device import keep_memory
@@ -144,7 +158,12 @@ def main(
 
         keep_memory(options["device"])
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
-        extract_features(chosen, dry_run=dry_run, say=click.echo)
+        if engine == "ray" and not dry_run:
+            from mrmae.extract.ray_engine import Pool, extract_on_ray
+
+            extract_on_ray(chosen, Pool(**pool), say=click.echo)
+        else:
+            extract_features(chosen, dry_run=dry_run, say=click.echo)
     except (ValueError, OSError) as error:
         if traceback:
             raise

@@ -8,9 +8,10 @@ import dataclasses
 import functools
 import itertools
 import os
+import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,14 +95,34 @@ class ExtractJob:
 # --- which shards, and their batches
 
 
-def extract_missing(job: ExtractJob, kept: KeptBatches) -> None:
+def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] | None = None) -> None:
     """Compute, write and commit every shard of this process's part that is not committed yet.
 
-    kept: what calibration has seen; emptied. Shards that another process has claimed come last: it may have done them by then.
+    kept: what calibration has seen; emptied. shards: only these, and no line of progress. Shards that another process has claimed come last: it may have done them by
+    then. Where a batch is too much for the device's memory, what is left goes on with half of it, said aloud.
     """
     todo = unfinished(job)
+    todo = {shard: todo[shard] for shard in todo if shards is None or shard in shards}
     while todo:
-        todo = wait_for_writers(job.path, job.plan, extract_claimed(job, todo, kept))
+        try:
+            others = extract_claimed(job, todo, kept, quiet=shards is not None)
+        except torch.OutOfMemoryError:
+            if job.options.batch_size == 1:
+                raise
+            job, kept = halved(job), {}
+            todo = {shard: units for shard, units in unfinished(job).items() if shard in todo}
+            continue
+        todo = wait_for_writers(job.path, job.plan, others)
+
+
+def halved(job: ExtractJob) -> ExtractJob:
+    """The same with half the batch, which is said on stderr."""
+    size = job.options.batch_size // 2
+    text = f"{job.path}: --batch-size {job.options.batch_size} is too much for the memory of {job.options.device}; going on with {size}"
+    print(text, file=sys.stderr, flush=True)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return dataclasses.replace(job, options=dataclasses.replace(job.options, batch_size=size))
 
 
 def unfinished(job: ExtractJob) -> dict[int, Units]:
@@ -151,14 +172,16 @@ def source_column(spec: TeacherSpec) -> str:
     return str(spec.model_options["source"])
 
 
-def extract_claimed(job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatches) -> dict[int, Units]:
+def extract_claimed(
+    job: ExtractJob, todo: Mapping[int, Units], kept: KeptBatches, *, quiet: bool = False
+) -> dict[int, Units]:
     """The shards among `todo` that another process had claimed; all others are committed. One is written while the next is computed."""
     what = "extracting" + (f" part {job.options.part}" if job.options.part.of > 1 else "")
     total = sum(view_count(job, shard, units) for shard, units in todo.items())
     mine = ClaimedShards(job.path, job.plan, todo)
     with (
         contextlib.closing(mine),
-        Progress(what, total, "views" if job.plan.n_views > 1 else "images") as progress,
+        Progress(what, total, "views" if job.plan.n_views > 1 else "images", quiet=quiet) as progress,
         ThreadPoolExecutor(1, "write") as writer,
         contextlib.closing(batches_decoded_ahead(job, claimed_batches(job, mine, progress), kept)) as stream,
     ):  # fmt: skip

@@ -33,35 +33,50 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     Raises ValueError and OSError for what a user can mend; what was committed before stays valid.
     """
     began, options = time.monotonic(), options.resolved()
-    found = look(options.cache, images=dry_run)
-    negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
-    suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
-    sources = list_sources(options.images, options.include, suffixes).first(options.limit)
-    keys = sources.in_order
     lead_say: Say = say if options.part.leads else lambda line: None
-    teachers = asked_teachers(options, found.plan, keys, lead_say)
-    wanted = asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
+    sources, teachers, wanted = what_is_asked(options, lead_say)
     if dry_run:
-        negotiate(found, wanted)
+        negotiate(look(options.cache), wanted)
         say_plan(options, sources, wanted, lead_say)
         lead_say(cost_of_choices(wanted.plan))
         lead_say(estimate_text(measure_rates(sources, teachers.built, options), teachers.specs, options, len(sources)))
         return {}
     with contextlib.ExitStack() as held:
         job, kept = begin(options, sources, teachers, wanted, lead_say, held)
-        finished = (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
+        finished = is_finished(job)
         extract_missing(job, kept)
         if options.shards or not options.part.leads:
             say(f"{job.path}: part {options.part} is committed" + (
                 "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
             return {}
-        wait_for_shards(job.path, job.plan)
-        with take_the_plan(job.path):
-            refuse_changed_plan(job.path, job.plan)
-            refuse_too_many_bad(job)
-            manifest = commits.finalise(job.path, job.plan)
+        manifest = finish(job)
     say(summary(job, manifest, time.monotonic() - began, nothing_done=finished))
     return manifest
+
+
+def what_is_asked(options: Options, say: Say) -> tuple[Sources, Teachers, Wanted]:
+    """The images, the teachers and the plan that resolved options ask for; refused before anything slow where no command could go on."""
+    found = look(options.cache, images=False)
+    negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
+    suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
+    sources = list_sources(options.images, options.include, suffixes).first(options.limit)
+    keys = sources.in_order
+    teachers = asked_teachers(options, found.plan, keys, say)
+    return sources, teachers, asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
+
+
+def is_finished(job: ExtractJob) -> bool:
+    """Whether there is nothing to do, not even a manifest to write."""
+    return (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
+
+
+def finish(job: ExtractJob) -> dict[str, Any]:
+    """The manifest, once every shard is committed, by whomever."""
+    wait_for_shards(job.path, job.plan)
+    with take_the_plan(job.path):
+        refuse_changed_plan(job.path, job.plan)
+        refuse_too_many_bad(job)
+        return commits.finalise(job.path, job.plan)
 
 
 def begin(

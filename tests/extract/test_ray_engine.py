@@ -1,0 +1,305 @@
+"""The Ray engine: its driver against a stand-in for Ray that fails as told, and once against Ray itself."""
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from mrmae.extract import ray_engine
+from mrmae.extract.options import Options
+from mrmae.extract.ray_engine import DEATHS, TRIES, Driver, Pool, connected, extract_on_ray, sized
+from mrmae.extract.run import extract_features
+from mrmae.extract.teachers import Teacher
+from mrmae.shards.format.spec import ViewRecipe
+
+VIT = "vit=timm:test_vit/random"
+Does = Callable[[int, str, int | None], Any]  # (number of the actor, method, shard) -> result; raises what goes wrong
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    """All files but the commit records, which tell the time."""
+    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+
+
+class Dead(Exception):
+    pass
+
+
+class Task(Exception):
+    def __init__(self, cause: Exception) -> None:
+        self.cause = cause
+
+
+class StandIn:
+    """As much of Ray as the driver uses: calls are done one after another, when they are waited for."""
+
+    exceptions = SimpleNamespace(RayActorError=Dead, RayTaskError=Task)
+
+    def __init__(self, does: Does, room: int = 100) -> None:
+        self.does, self.room, self.started, self.killed = does, room, 0, []
+
+    def remote(self, of: type) -> Any:
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *_: self.actor()))
+
+    def actor(self) -> Any:
+        number = self.started
+        self.started += 1
+
+        class Actor:
+            def __getattr__(self, method: str) -> Any:
+                return SimpleNamespace(remote=lambda shard=None: (number, method, shard, object()))
+
+        return Actor()
+
+    def wait(self, calls: list[Any], num_returns: int, timeout: float) -> tuple[list[Any], list[Any]]:
+        done = [call for call in calls if call[0] < self.room][:num_returns]
+        return done, []
+
+    def get(self, call: Any) -> Any:
+        number, method, shard, _ = call
+        if method in ("__ray_ready__", "leave"):
+            return None
+        try:
+            return self.does(number, method, shard)
+        except Dead:
+            raise
+        except Exception as error:
+            raise Task(error) from None
+
+    def kill(self, actor: Any) -> None:
+        self.killed.append(actor)
+
+    def nodes(self) -> list[Any]:
+        return [{"Alive": True}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": 2.0}
+
+
+def driven(ray: StandIn, tmp_path: Path, said: list[str] | None = None) -> dict[str, Any]:
+    driver = Driver(ray, Options(images=[], cache=tmp_path), Pool(3, 1, 0), (said if said is not None else []).append)
+    with contextlib.closing(driver):
+        return driver.run()
+
+
+def plain(method: str, done: list[int], shard: int | None, n: int = 9) -> Any:
+    if method == "begin":
+        return ["the plan"], {number: 10 for number in range(n)}
+    if method == "finish":
+        assert sorted(done) == list(range(n)), "nothing is finished before all is committed"
+        return "the summary", {"n_valid": n}
+    assert shard is not None and method == "extract"
+    done.append(shard)
+    return None
+
+
+def test_every_shard_is_done_once_and_one_actor_finishes(tmp_path: Path) -> None:
+    done, said = [], []
+    ray = StandIn(lambda _, method, shard: plain(method, done, shard))
+    assert (
+        driven(ray, tmp_path, said) == {"n_valid": 9} and done == list(range(9)) and said == ["the plan", "the summary"]
+    )
+    assert len(ray.killed) == ray.started == 3
+
+
+def test_actors_that_die_are_replaced_and_their_shards_done_again(tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def does(number: int, method: str, shard: int | None) -> Any:
+        if number < 7 and (method == "extract" or number == 1):
+            raise Dead(f"actor {number} was killed")
+        return plain(method, done, shard)
+
+    ray = StandIn(does)
+    assert driven(ray, tmp_path) and sorted(done) == list(range(9)) and ray.started == 10
+
+
+def test_a_shard_that_always_fails_is_told_while_the_others_go_on(tmp_path: Path) -> None:
+    done: list[int] = []
+    tried: list[int] = []
+
+    def does(_: int, method: str, shard: int | None) -> Any:
+        if shard in (2, 5):
+            tried.append(shard)
+            if shard == 2 or len(tried) < 3:
+                raise RuntimeError(f"no such stripe in shard {shard}")
+        return plain(method, done, shard)
+
+    with pytest.raises(ValueError, match=r"1 shard could not be done; all others are committed; the same command tries again:\n"
+                                         r"  shard 2: RuntimeError: no such stripe in shard 2"):  # fmt: skip
+        driven(StandIn(does), tmp_path)
+    assert tried.count(2) == TRIES and sorted(done) == [0, 1, 3, 4, 5, 6, 7, 8]
+
+
+def test_what_a_user_can_mend_ends_the_command(tmp_path: Path) -> None:
+    def does(_: int, method: str, shard: int | None) -> Any:
+        raise ValueError("--grid 7: the cache has 4")
+
+    with pytest.raises(ValueError, match="^--grid 7: the cache has 4$"):
+        driven(StandIn(does), tmp_path)
+
+
+@pytest.mark.parametrize("method", ["begin", "extract"])
+def test_actors_do_not_die_for_ever(tmp_path: Path, method: str) -> None:
+    done: list[int] = []
+
+    def does(_: int, asked: str, shard: int | None) -> Any:
+        if asked == method and shard in (None, 4):
+            raise Dead("out of memory")
+        return plain(asked, done, shard)
+
+    told = {"begin": f"{DEATHS} of Ray's actors in a row died before they began; the last: out of memory",
+            "extract": f"shard 4: its actors died {DEATHS} times; the last: out of memory"}  # fmt: skip
+    with pytest.raises(ValueError, match=told[method]):
+        driven(StandIn(does), tmp_path)
+
+
+def test_who_joins_late_takes_part_and_nobody_waits_for_him(tmp_path: Path) -> None:
+    done: list[int] = []
+    by: list[int] = []
+
+    def does(number: int, method: str, shard: int | None) -> Any:
+        if shard == 3:
+            ray.room = 2  # the third seat is never filled
+        if method == "extract":
+            by.append(number)
+        return plain(method, done, shard)
+
+    ray = StandIn(does, room=1)
+    assert driven(ray, tmp_path) and set(by) == {0, 1} and len(ray.killed) == 3
+
+
+def test_a_cluster_without_room_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "GRACE_SECONDS", -1.0)
+    with pytest.raises(
+        ValueError,
+        match=r"no actor was started for .*; the cluster has CPU 2, GPU 0, and an actor asks for CPU 1, GPU 0; change",
+    ):
+        driven(StandIn(lambda *_: None, room=0), tmp_path)
+
+
+def test_a_pool_has_an_actor_per_gpu_or_per_node(tmp_path: Path) -> None:
+    def cluster(gpus: float, nodes: int) -> Any:
+        return SimpleNamespace(cluster_resources=lambda: {"GPU": gpus}, nodes=lambda: [{"Alive": True}] * nodes)
+
+    assert sized(cluster(0, 3), Pool(), "auto") == Pool(3, 1.0, 0.0)
+    assert sized(cluster(8, 2), Pool(), "auto") == Pool(8, 1.0, 1.0)
+    assert sized(cluster(8, 2), Pool(gpus=0.5), "cuda") == Pool(16, 1.0, 0.5)
+    assert sized(cluster(8, 2), Pool(), "cpu") == Pool(2, 1.0, 0.0)
+    assert sized(cluster(8, 2), Pool(workers=3), "auto") == Pool(3, 1.0, 1.0)
+
+
+def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = Options(images=[tmp_path], cache=tmp_path / "c")
+    with pytest.raises(ValueError, match="--shards 0/2: --engine ray deals out all shards itself"):
+        extract_on_ray(Options(images=[tmp_path], cache=tmp_path / "c", shards="0/2"), Pool())
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ValueError, match=r"Ray cannot be imported .*pip install 'mrmae\[ray\]'"):
+        extract_on_ray(options, Pool())
+
+
+def test_half_a_batch_where_memory_does_not_suffice(
+    photo_folder: Path,
+    tmp_path: Path,
+    extract: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In every engine: it goes on with what fits, and gives up at one image."""
+    forward, most = Teacher.forward, [2]
+
+    def small(self: Teacher, views: torch.Tensor) -> Any:
+        if len(views) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, views)
+
+    extract(photo_folder, tmp_path / "a", VIT, batch_size=2, shard_samples=8)
+    extract(photo_folder, tmp_path / "b", VIT, batch_size=2, shard_samples=8, shards="2/3")  # planned and calibrated
+    monkeypatch.setattr(Teacher, "forward", small)
+    extract(photo_folder, tmp_path / "b", VIT, batch_size=8, shard_samples=8)
+    assert "--batch-size 8 is too much for the memory of cpu; going on with 4" in capsys.readouterr().err
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    extract(photo_folder, tmp_path / "c", VIT, batch_size=2, shard_samples=8, shards="2/3")
+    most[0] = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        extract(photo_folder, tmp_path / "c", VIT, batch_size=8, shard_samples=8)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A cluster of this machine, of three CPUs as it believes."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'mrmae[ray]'")
+    with connected(Pool(3)) as ray:
+        yield ray
+
+
+def kill_one(ray: Any, killed: list[int]) -> None:
+    """SIGKILL for an actor that is at work, one that has not been."""
+    from ray.util.state import list_actors
+
+    for actor in list_actors(filters=[("state", "=", "ALIVE"), ("class_name", "=", "ShardWorker")]):
+        if actor.pid and actor.pid not in killed:
+            killed.append(actor.pid)
+            return os.kill(actor.pid, signal.SIGKILL)
+
+
+def options_of(images: Path, cache: Path) -> Options:
+    return Options(images=[images], cache=cache, recipe=ViewRecipe(32), grid=4, batch_size=4, device="cpu", workers=1, views=2,
+                   teachers=(VIT,), shard_samples=4)  # fmt: skip
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("workers, kills", [(1, 0), (3, 0), (2, 20)])
+def test_any_pool_makes_the_same_bytes_whoever_is_killed(
+    cluster: Any, photo_folder: Path, tmp_path: Path, workers: int, kills: int
+) -> None:
+    extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
+    killed: list[int] = []
+    while True:
+        with contextlib.ExitStack() as stack:
+            stop = kill_now_and_then(cluster, killed, kills)
+            stack.callback(stop)
+            manifest = extract_on_ray(
+                options_of(photo_folder, tmp_path / "b"), Pool(workers, gpus=0), say=lambda _: None
+            )
+        if len(killed) >= kills:
+            break
+        shutil.rmtree(tmp_path / "b")
+    assert manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+def kill_now_and_then(ray: Any, killed: list[int], kills: int) -> Callable[[], None]:
+    """Kills an actor every few seconds in a thread, until it is told to stop or has killed as many."""
+    ended = threading.Event()
+
+    def kill() -> None:
+        while len(killed) < kills and not ended.wait(4.0):
+            kill_one(ray, killed)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+
+    def stop() -> None:
+        ended.set()
+        thread.join(60)
+
+    return stop
+
+
+def test_ray_itself_makes_the_bytes_that_one_process_makes(cluster: Any, photo_folder: Path, tmp_path: Path) -> None:
+    extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
+    said: list[str] = []
+    manifest = extract_on_ray(options_of(photo_folder, tmp_path / "b"), Pool(2, gpus=0), say=said.append)
+    assert manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
+    extract_on_ray(options_of(photo_folder, tmp_path / "b"), Pool(1, gpus=0), say=said.append)
+    assert "nothing was left to do" in said[-1]
