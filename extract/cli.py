@@ -159,9 +159,9 @@ def main(
         keep_memory(options["device"])
         chosen = Options(images=images, cache=cache, recipe=ViewRecipe(**recipe), **options)
         if engine == "ray" and not dry_run:
-            from mrmae.extract.ray_engine import Pool, extract_on_ray
+            from mrmae.extract.ray_engine import RayPool, extract_on_ray
 
-            extract_on_ray(chosen, Pool(**pool), say=click.echo)
+            extract_on_ray(chosen, RayPool(**pool), say=click.echo)
         else:
             extract_features(chosen, dry_run=dry_run, say=click.echo)
     except (ValueError, OSError) as error:

@@ -11,7 +11,7 @@ import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +20,19 @@ from mrmae.common.progress import Progress, counted, human_time
 from mrmae.extract.options import Options
 from mrmae.extract.pipeline import ExtractJob, extract_missing, unfinished, view_count
 from mrmae.extract.report import summary
-from mrmae.extract.run import begin, finish, is_finished, what_is_asked
+from mrmae.extract.run import Say, begin, finish_cache, is_finished, what_is_asked
 from mrmae.extract.workers import GRACE_SECONDS, LONGEST_SECONDS, SAY_AFTER_SECONDS, ProcessPart
 
-TRIES = 3  # of a shard, by actors that lived to say what went wrong
+SHARD_TRIES = 3  # of a shard, by actors that lived to say what went wrong
 DEATHS = 10  # of actors at one shard, or in a row before one of them began
-POLL_SECONDS = 1.0
+TURN_SECONDS = 1.0
 LEAVE_SECONDS = 10.0
-SHOWN = 3
+SHOWN_SHARDS = 3
 OBJECT_STORE_BYTES = 100 * 2**20  # of a cluster of our own: nothing passes through it
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Pool:
+class RayPool:
     """How many actors, and what Ray reserves for each.
 
     workers: 0 is one per GPU of the cluster, or one per node where there is none. gpus: may be a fraction; -1 is 1 where the cluster
@@ -73,7 +72,7 @@ class ShardWorker:
     def finish(self) -> tuple[str, dict[str, Any]]:
         """(the summary, the manifest), once every shard is committed."""
         assert self.job is not None, "begin comes first"
-        manifest = finish(self.job)
+        manifest = finish_cache(self.job)
         return summary(self.job, manifest, time.monotonic() - self.since, nothing_done=self.complete), manifest
 
     def leave(self) -> None:
@@ -81,7 +80,7 @@ class ShardWorker:
         self.held.close()
 
 
-def extract_on_ray(options: Options, pool: Pool, *, say: Say = print) -> dict[str, Any]:
+def extract_on_ray(options: Options, pool: RayPool, *, say: Say = print) -> dict[str, Any]:
     """The manifest of the finished cache; the same options again resume, with this engine or without.
 
     Raises ValueError for what a user can mend, and where shards failed: all others are committed then.
@@ -97,7 +96,7 @@ def extract_on_ray(options: Options, pool: Pool, *, say: Say = print) -> dict[st
 
 
 @contextlib.contextmanager
-def connected(pool: Pool) -> Iterator[Any]:
+def connected(pool: RayPool) -> Iterator[Any]:
     """The module ray, connected to a cluster. ValueError where it is not installed, or nobody answers."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_worker_niceness", "0")  # of a cluster of our own: its actors are the command
@@ -123,7 +122,7 @@ def connected(pool: Pool) -> Iterator[Any]:
         ray.shutdown()
 
 
-def sized(ray: Any, pool: Pool, device: str) -> Pool:
+def sized(ray: Any, pool: RayPool, device: str) -> RayPool:
     """The pool with its numbers chosen for this cluster."""
     there = float(ray.cluster_resources().get("GPU", 0))
     gpus = pool.gpus if pool.gpus >= 0 else float(there > 0 and not device.startswith("cpu"))
@@ -144,7 +143,7 @@ class Seat:
 class Driver:
     """Deals out shards to actors as they come and go."""
 
-    def __init__(self, ray: Any, options: Options, pool: Pool, say: Say) -> None:
+    def __init__(self, ray: Any, options: Options, pool: RayPool, say: Say) -> None:
         self.ray, self.pool, self.say = ray, pool, say
         self.options = options
         self.actors: Any = ray.remote(ShardWorker).options(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0)
@@ -198,7 +197,7 @@ class Driver:
 
     def turn(self) -> None:
         """Take what the next actor has done, if any is done soon, and give out what is left."""
-        done, _ = self.ray.wait(list(self.seats), num_returns=1, timeout=POLL_SECONDS)
+        done, _ = self.ray.wait(list(self.seats), num_returns=1, timeout=TURN_SECONDS)
         for reference in done:
             seat = self.seats.pop(reference)
             try:
@@ -239,7 +238,7 @@ class Driver:
         self.idle.append(seat)
         self.tries[seat.shard] += 1
         self.errors[seat.shard] = f"{type(error).__name__}: {error}"
-        self.again(seat.shard, self.tries[seat.shard] < TRIES)
+        self.again(seat.shard, self.tries[seat.shard] < SHARD_TRIES)
 
     def bury(self, seat: Seat, error: Exception) -> None:
         """An actor is dead: another takes its seat, and its shard is done again."""
@@ -259,8 +258,8 @@ class Driver:
     def refuse_failed(self) -> None:
         """ValueError, with their errors, where shards could not be done."""
         if self.failed:
-            told = "\n".join(f"  shard {shard}: {self.errors[shard]}" for shard in sorted(self.failed)[:SHOWN])
-            more = f"\n  ... and {len(self.failed) - SHOWN} more" * (len(self.failed) > SHOWN)
+            told = "\n".join(f"  shard {shard}: {self.errors[shard]}" for shard in sorted(self.failed)[:SHOWN_SHARDS])
+            more = f"\n  ... and {len(self.failed) - SHOWN_SHARDS} more" * (len(self.failed) > SHOWN_SHARDS)
             raise ValueError(f"{self.cache}: {counted(len(self.failed), 'shard')} could not be done; all others are committed; the "
                              f"same command tries again:\n{told}{more}")  # fmt: skip
 
@@ -278,5 +277,5 @@ class Driver:
         if waited > GRACE_SECONDS:
             raise ValueError(f"--engine ray: no actor was started for {human_time(waited)}; {text}; change --ray-cpus or "
                              "--ray-gpus, or start more nodes")  # fmt: skip
-        if SAY_AFTER_SECONDS < waited <= SAY_AFTER_SECONDS + POLL_SECONDS:
+        if SAY_AFTER_SECONDS < waited <= SAY_AFTER_SECONDS + TURN_SECONDS:
             self.say(f"waiting for Ray to start an actor: {text}")

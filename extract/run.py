@@ -49,7 +49,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
             say(f"{job.path}: part {options.part} is committed" + (
                 "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
             return {}
-        manifest = finish(job)
+        manifest = finish_cache(job)
     say(summary(job, manifest, time.monotonic() - began, nothing_done=finished))
     return manifest
 
@@ -70,7 +70,7 @@ def is_finished(job: ExtractJob) -> bool:
     return (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
 
 
-def finish(job: ExtractJob) -> dict[str, Any]:
+def finish_cache(job: ExtractJob) -> dict[str, Any]:
     """The manifest, once every shard is committed, by whomever."""
     wait_for_shards(job.path, job.plan)
     with take_the_plan(job.path):

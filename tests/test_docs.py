@@ -41,6 +41,8 @@ NOT_RUN = {
     "make demo": "minutes; its steps are these commands",
     "make test": "this suite",
     "pip install 'mrmae[bands]'": "changes what is installed; this suite has all extras but wandb",
+    "pip install 'mrmae[ray]'": "changes what is installed; this suite has all extras but wandb",
+    "extract-features photos photos.cache --engine ray --ray-workers 8 --ray-gpus 1": "needs 8 GPUs; test_ray_engine.py runs a pool without",
     "extract-features scenes scenes.cache --encoding npy:14xuint16 --crop-scale 1 1 "
     "--teacher 'dino=timm:vit_base_patch16_224.dino?bands=4,3,2&levels=0,3000'": "test_bands.py extracts files of 14 bands",
     "extract-features photos own.cache --teacher 'own=python:mymodels:pathology_encoder?depth=12' --allow-code": "test_custom.py makes such a module",

@@ -16,7 +16,7 @@ import torch
 
 from mrmae.extract import ray_engine
 from mrmae.extract.options import Options
-from mrmae.extract.ray_engine import DEATHS, TRIES, Driver, Pool, connected, extract_on_ray, sized
+from mrmae.extract.ray_engine import DEATHS, SHARD_TRIES, Driver, RayPool, connected, extract_on_ray, sized
 from mrmae.extract.run import extract_features
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.format.spec import ViewRecipe
@@ -87,7 +87,9 @@ class StandIn:
 
 
 def driven(ray: StandIn, tmp_path: Path, said: list[str] | None = None) -> dict[str, Any]:
-    driver = Driver(ray, Options(images=[], cache=tmp_path), Pool(3, 1, 0), (said if said is not None else []).append)
+    driver = Driver(
+        ray, Options(images=[], cache=tmp_path), RayPool(3, 1, 0), (said if said is not None else []).append
+    )
     with contextlib.closing(driver):
         return driver.run()
 
@@ -138,7 +140,7 @@ def test_a_shard_that_always_fails_is_told_while_the_others_go_on(tmp_path: Path
     with pytest.raises(ValueError, match=r"1 shard could not be done; all others are committed; the same command tries again:\n"
                                          r"  shard 2: RuntimeError: no such stripe in shard 2"):  # fmt: skip
         driven(StandIn(does), tmp_path)
-    assert tried.count(2) == TRIES and sorted(done) == [0, 1, 3, 4, 5, 6, 7, 8]
+    assert tried.count(2) == SHARD_TRIES and sorted(done) == [0, 1, 3, 4, 5, 6, 7, 8]
 
 
 def test_what_a_user_can_mend_ends_the_command(tmp_path: Path) -> None:
@@ -192,20 +194,20 @@ def test_a_pool_has_an_actor_per_gpu_or_per_node(tmp_path: Path) -> None:
     def cluster(gpus: float, nodes: int) -> Any:
         return SimpleNamespace(cluster_resources=lambda: {"GPU": gpus}, nodes=lambda: [{"Alive": True}] * nodes)
 
-    assert sized(cluster(0, 3), Pool(), "auto") == Pool(3, 1.0, 0.0)
-    assert sized(cluster(8, 2), Pool(), "auto") == Pool(8, 1.0, 1.0)
-    assert sized(cluster(8, 2), Pool(gpus=0.5), "cuda") == Pool(16, 1.0, 0.5)
-    assert sized(cluster(8, 2), Pool(), "cpu") == Pool(2, 1.0, 0.0)
-    assert sized(cluster(8, 2), Pool(workers=3), "auto") == Pool(3, 1.0, 1.0)
+    assert sized(cluster(0, 3), RayPool(), "auto") == RayPool(3, 1.0, 0.0)
+    assert sized(cluster(8, 2), RayPool(), "auto") == RayPool(8, 1.0, 1.0)
+    assert sized(cluster(8, 2), RayPool(gpus=0.5), "cuda") == RayPool(16, 1.0, 0.5)
+    assert sized(cluster(8, 2), RayPool(), "cpu") == RayPool(2, 1.0, 0.0)
+    assert sized(cluster(8, 2), RayPool(workers=3), "auto") == RayPool(3, 1.0, 1.0)
 
 
 def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(images=[tmp_path], cache=tmp_path / "c")
     with pytest.raises(ValueError, match="--shards 0/2: --engine ray deals out all shards itself"):
-        extract_on_ray(Options(images=[tmp_path], cache=tmp_path / "c", shards="0/2"), Pool())
+        extract_on_ray(Options(images=[tmp_path], cache=tmp_path / "c", shards="0/2"), RayPool())
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ValueError, match=r"Ray cannot be imported .*pip install 'mrmae\[ray\]'"):
-        extract_on_ray(options, Pool())
+        extract_on_ray(options, RayPool())
 
 
 def test_half_a_batch_where_memory_does_not_suffice(
@@ -239,7 +241,7 @@ def test_half_a_batch_where_memory_does_not_suffice(
 def cluster() -> Iterator[Any]:
     """A cluster of this machine, of three CPUs as it believes."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'mrmae[ray]'")
-    with connected(Pool(3)) as ray:
+    with connected(RayPool(3)) as ray:
         yield ray
 
 
@@ -270,7 +272,7 @@ def test_any_pool_makes_the_same_bytes_whoever_is_killed(
             stop = kill_now_and_then(cluster, killed, kills)
             stack.callback(stop)
             manifest = extract_on_ray(
-                options_of(photo_folder, tmp_path / "b"), Pool(workers, gpus=0), say=lambda _: None
+                options_of(photo_folder, tmp_path / "b"), RayPool(workers, gpus=0), say=lambda _: None
             )
         if len(killed) >= kills:
             break
@@ -299,7 +301,7 @@ def kill_now_and_then(ray: Any, killed: list[int], kills: int) -> Callable[[], N
 def test_ray_itself_makes_the_bytes_that_one_process_makes(cluster: Any, photo_folder: Path, tmp_path: Path) -> None:
     extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
     said: list[str] = []
-    manifest = extract_on_ray(options_of(photo_folder, tmp_path / "b"), Pool(2, gpus=0), say=said.append)
+    manifest = extract_on_ray(options_of(photo_folder, tmp_path / "b"), RayPool(2, gpus=0), say=said.append)
     assert manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
-    extract_on_ray(options_of(photo_folder, tmp_path / "b"), Pool(1, gpus=0), say=said.append)
+    extract_on_ray(options_of(photo_folder, tmp_path / "b"), RayPool(1, gpus=0), say=said.append)
     assert "nothing was left to do" in said[-1]
