@@ -17,6 +17,7 @@ from mrmae.common.progress import counted, human_time
 from mrmae.common.versions import versions
 from mrmae.train import optim
 from mrmae.train.baselines import no_baseline
+from mrmae.train.elsewhere import EXPORTS
 from mrmae.train.method import MAP, MaskedConvViT, Optim, partner_targets, reads_saliency, to_dict
 from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
@@ -306,6 +307,11 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
             f"report    {run.out / 'report.html'}",
             f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
             f"student   {how_to_load(run)}",
+            *(
+                [f"exports   {', '.join(str(run.out / EXPORTS[kind][0]) for kind in run.setup.export)}"]
+                if run.setup.export
+                else []
+            ),
         ]
         return [*lines, *([warning] if warning else [])]
     return [f"{stopped_words(run, summary['stopped'])}, saved; to continue:", f"    {command}"]

@@ -350,6 +350,26 @@ def test_mobilenet_with_real_weights_equals_a_plain_forward(tap, width, real_fil
     assert_near(teacher.forward(views(224)).tokens, expected.flatten(2).transpose(1, 2))
 
 
+@pytest.mark.soak
+def test_a_trained_dinov2_at_another_grid_equals_a_plain_forward_and_looks_at_few_patches(real_file):
+    file = real_file("weights/dinov2s_saliency_finetuned_fp16.safetensors")
+    teacher = build(f"dino=timm:vit_small_patch14_dinov2@{file}", grid=14, view_size=224)
+    plain = timm.create_model("vit_small_patch14_dinov2", num_classes=0).eval()
+    plain.load_state_dict({k: v.float() for k, v in safetensors.torch.load_file(file).items()}, strict=False)
+    plain.set_input_size(img_size=(196, 196))
+    noise = views(224)
+    smooth = F.avg_pool2d(noise.permute(0, 3, 1, 2).float(), 31, 1, 15).permute(0, 2, 3, 1).mul(2).clip(0, 255).byte()
+    image = normalise(smooth, teacher.spec)
+    found = teacher.forward(smooth)
+    assert_near(found.tokens, output_of(plain, plain.blocks, image)[:, 1:])
+    plain.blocks[-1].attn.fused_attn = False
+    matrix = output_of(plain, plain.blocks[-1].attn.attn_drop, image)
+    assert_near(196 * found.attention, 196 * matrix.mean(1)[:, 0, 1:])
+    share = found.attention / found.attention.sum(1, keepdim=True)
+    assert share.sort(descending=True).values[:, :49].sum(1).min() > 0.3, "uniform: 0.25"
+    assert found.tokens.square().mean((0, 1)).sqrt().max() > 5 * found.tokens.square().mean((0, 1)).sqrt().median()
+
+
 def test_a_conversion_that_fails_on_other_weights_names_the_tensor_or_the_reason(tmp_path, monkeypatch):
     def failing(weights, model):
         raise RuntimeError("shape '[1, 14]' is invalid\nand a page more")
