@@ -1,11 +1,14 @@
 """What a data set's size alone costs, on hollow data (hollow.py): real metadata, no pixels.
 
-    python benchmarks/bench_scale.py --samples 1300000 --folder /tmp     # minutes; 1.4 KB of disk a sample
+    python benchmarks/bench_scale.py --samples 1300000 --folder /tmp               # minutes; 1.4 KB of disk a sample
+    python benchmarks/bench_scale.py --samples 13000000 --folder /tmp --listed     # 0.2 KB of disk a sample
+    python benchmarks/bench_scale.py --samples 100000000 --folder /tmp --open      # the rank's side alone
 
 Each step in a process of its own, which is then thrown away: wall seconds, processor seconds, and the most memory beyond what was resident after
 imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000; their hashes are known (`.digests`), so that
-`plan` and `resume` are all that a command does before its first shard but building teachers, hashing and calibrating. Memory-mapped pages of
-files count as memory while they are resident. Appended to results/scale.csv.
+`plan` and `resume` are all that a command does before its first shard but building teachers, hashing and calibrating. With --listed there are no tars:
+images are columns already, as listing makes them, and hashes a table. With --open the table and the manifest are written as finalising would, from
+columns on disk, and ranks open them. Memory-mapped pages of files count as memory while they are resident. Appended to results/scale.csv.
 """
 
 import json
@@ -22,12 +25,21 @@ from typing import Any
 
 import click
 import numpy as np
-from hollow import WINDOW, asked_plan, write_digests, write_shards, write_tars
+from hollow import (
+    WINDOW,
+    asked_plan,
+    known_rows,
+    listed_images,
+    write_digests,
+    write_finished,
+    write_shards,
+    write_tars,
+)
 from measure import ROOT, machine, memory_mark, memory_peak, status_bytes
 from rows import append
 
 from mrmae.extract import run
-from mrmae.extract.images import list_sources
+from mrmae.extract.images import digest_images, list_sources
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import commit_path, load_plan, units
@@ -42,14 +54,16 @@ Told = dict[str, Any]
 def plan(folder: Path, n: int) -> Told:
     """List the images, order them, agree on a plan, write it."""
     began = time.perf_counter()
-    sources = list_sources(sorted(folder.glob("images/*.tar")))
+    tars = sorted(folder.glob("images/*.tar"))
+    sources = list_sources(tars) if tars else listed_images(n)
     listed = time.perf_counter()
     path = folder / "cache"
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
     keys = sources.in_order
     found = look(path)
     negotiate(found, Wanted(asked_plan(len(sources)), keys))
-    rows = run.hashed_rows(options, sources, found)
+    known = found.rows or (() if tars else known_rows(sources))
+    rows = digest_images(sources, sources.canonical, known, path / DIGESTS, workers=1)
     agreed = negotiate(found, Wanted(asked_plan(len(sources)), keys, rows))
     write_agreed(path, agreed)
     images = run.images_of(options, sources, agreed)
@@ -109,11 +123,16 @@ def measured(step: str, folder: Path, n: int) -> Told:
     return {"wall_s": wall, "cpu_s": cpu, "peak_mb": peak / 1e6, "imports_mb": (mark or 0) / 1e6, "rss_mb": status_bytes("VmRSS") / 1e6, **told}  # fmt: skip
 
 
-def prepared(step: str, folder: Path, n: int) -> None:
+def prepared(step: str, folder: Path, n: int, kind: str) -> None:
     """What has to lie there before a step."""
     path = folder / "cache"
-    if step == "plan":
+    if kind == "open":
+        if step == "open":
+            write_finished(path, n)
+    elif step == "plan":
         path.mkdir(exist_ok=True)
+        if kind == "listed":
+            return
         write_digests(path / DIGESTS, write_tars(folder / "images", n), n)
     elif step == "finalise":
         write_shards(path)
@@ -124,9 +143,21 @@ def prepared(step: str, folder: Path, n: int) -> None:
                 commit_path(path, *unit).unlink()
 
 
-def in_a_process(step: str, folder: Path, n: int, what: str) -> Told:
+def in_a_process(step: str, folder: Path, n: int, kind: str, what: str) -> Told:
     """`measured` or `prepared` in a process of its own."""
-    call = [sys.executable, __file__, "--samples", str(n), "--folder", str(folder), "--step", step, "--what", what]
+    call = [
+        sys.executable,
+        __file__,
+        "--samples",
+        str(n),
+        "--folder",
+        str(folder),
+        f"--{kind}",
+        "--step",
+        step,
+        "--what",
+        what,
+    ]
     done = subprocess.run(call, capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit {done.returncode}"])[-1]}
@@ -136,24 +167,27 @@ def in_a_process(step: str, folder: Path, n: int, what: str) -> Told:
 @click.command()
 @click.option("--samples", "n", default=1_300_000, type=click.IntRange(100_000))
 @click.option("--folder", default=tempfile.gettempdir(), type=click.Path(path_type=Path))
+@click.option("--tars", "kind", flag_value="tars", default=True, help="All of it, from tars.")
+@click.option("--listed", "kind", flag_value="listed", help="All but listing.")
+@click.option("--open", "kind", flag_value="open", help="Opening and the first batch.")
 @click.option("--step", type=click.Choice([*STEPS]), hidden=True)
 @click.option("--what", type=click.Choice(["measure", "prepare"]), hidden=True)
 @click.option("--keep", is_flag=True, help="Leave the data there.")
 @click.option("--out", default=ROOT / "results" / "scale.csv", type=click.Path(path_type=Path))
-def main(n: int, folder: Path, step: str | None, what: str | None, keep: bool, out: Path) -> None:
+def main(n: int, folder: Path, kind: str, step: str | None, what: str | None, keep: bool, out: Path) -> None:
     """Print and append a row per step."""
     if step:
-        told = measured(step, folder, n) if what == "measure" else prepared(step, folder, n) or {}
+        told = measured(step, folder, n) if what == "measure" else prepared(step, folder, n, kind) or {}
         click.echo(json.dumps(told))
         return
     work = folder / f"scale-{n}"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     about = machine("cpu")
-    for name in STEPS:
-        before = in_a_process(name, work, n, "prepare")
-        row = before if "error" in before else in_a_process(name, work, n, "measure")
-        row = {"samples": n, "step": name, **row, "load": os.getloadavg()[0], **{k: about[k] for k in ("device", "commit", "date")}}  # fmt: skip
+    for name in ("open", "first batch") if kind == "open" else STEPS:
+        before = in_a_process(name, work, n, kind, "prepare")
+        row = before if "error" in before else in_a_process(name, work, n, kind, "measure")
+        row = {"samples": n, "step": name, "from": kind, **row, "load": os.getloadavg()[0], **{k: about[k] for k in ("device", "commit", "date")}}  # fmt: skip
         click.echo("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
         append(out, [row])
         if "error" in row:

@@ -3,32 +3,44 @@
 Files of shards are sparse, of the sizes that their records tell; only the shards that an epoch begins with hold data.
 """
 
+import dataclasses
 import json
 import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from synthetic import codes, pixel_row
 
+from mrmae.common.files import publish
+from mrmae.extract.images import Sources
 from mrmae.shards import commit
 from mrmae.shards.format import (
     PIXELS,
     Array,
+    Numbers,
     Plan,
     Quantiser,
     Source,
+    SourceTable,
     TeacherSpec,
     Unit,
+    Values,
     ViewRecipe,
     canonical_json,
     commit_path,
+    content_id,
     load_plan,
     plan,
     read_samples,
+    samples,
+    signed_hashes,
     units,
 )
-from mrmae.shards.order import epoch_order
+from mrmae.shards.manifest import manifest_body
+from mrmae.shards.order import EpochOrder
 from mrmae.shards.store import unit_files
 
 SHARD = 3400  # samples: what 512 MB of int8 tokens of a ViT-B hold
@@ -94,6 +106,41 @@ def write_digests(file: Path, tars: list[Path], n: int) -> None:
                 out.write(b"\n%08x %s" % (zlib.crc32(text), text))
 
 
+def keys_of(numbers: Numbers) -> Values:
+    """Names like ImageNet's, all of one length, made by numpy."""
+    text = np.frombuffer(b"n00000000/n00000000_000000000.JPEG", np.uint8)
+    rows = np.tile(text, (len(numbers), 1))
+    for first, digits, value in ((1, 8, numbers % CLASSES), (11, 8, numbers % CLASSES), (20, 9, numbers)):
+        for i in range(digits):
+            rows[:, first + digits - 1 - i] += (value // 10**i % 10).astype(np.uint8)
+    offsets = np.arange(0, rows.size + 1, len(text), np.int64)
+    return Values(
+        pa.Array.from_buffers(pa.large_string(), len(numbers), [None, pa.py_buffer(offsets), pa.py_buffer(rows)]), "key"
+    )
+
+
+def listed_images(n: int) -> Sources:
+    """n images as listing gives them, of one block each in one tar."""
+    keys, at = keys_of(np.arange(n)), np.arange(n)
+    numbers = np.stack([np.full(n, BLOCK), np.zeros(n, np.int64), (2 * at + 1) * BLOCK, np.zeros(n, np.int64)], axis=1)
+    return Sources(
+        {"key": keys, "label": Values(pc.utf8_slice_codeunits(keys.array, 0, 9), "label")}, numbers, ["images.tar"]
+    )
+
+
+def known_rows(sources: Sources) -> SourceTable:
+    """Size and hash of all of them."""
+    n = len(sources)
+    sha256 = pa.Array.from_buffers(pa.binary(32), n, [None, pa.py_buffer(bytes.fromhex(EMPTY_SHA256) * n)])
+    columns = {
+        "key": sources.keys.array,
+        "label": sources.labels.array,
+        "bytes": pa.array(np.full(n, BLOCK)),
+        "sha256": sha256,
+    }
+    return SourceTable({name: Values(array, name) for name, array in columns.items()})
+
+
 def write_shards(path: Path) -> None:
     """Calibrate, and commit all shards of a planned cache."""
     spec = teacher()
@@ -101,7 +148,7 @@ def write_shards(path: Path) -> None:
     made = plan.freeze_quantisers(path, load_plan(path), given)
     commit.create_columns(path, made)
     keys = read_samples(path, made.numbers)["key"]
-    order = epoch_order(made.n_samples, SHARD, seed=0, epoch=0)
+    order = EpochOrder(made.n_samples, SHARD, seed=0, epoch=0)
     whole = set(np.unique(order[: WINDOW * SHARD] // SHARD).tolist())
     for unit in units(made):
         if unit[2] in whole:
@@ -148,3 +195,45 @@ def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
     file = commit_path(path, *unit)
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(canonical_json(record) + b"\n")
+
+
+def write_finished(path: Path, n: int) -> None:
+    """A finished cache of samples without labels whose keys are in no order, column by column through files: for sizes that no memory holds."""
+    columns = path.parent / "columns"
+    columns.mkdir()
+    kinds = {"offsets": ((n + 1,), np.int64), "text": ((n, 34), np.uint8), "hash": ((n,), np.int64), "bytes": ((n,), np.int64), "sha256": ((n, 32), np.uint8),
+             "height": ((n,), np.int32), "width": ((n,), np.int32)}  # fmt: skip
+    held: dict[str, Any] = {
+        k: np.lib.format.open_memmap(columns / k, "w+", dtype, shape) for k, (shape, dtype) in kinds.items()
+    }
+    for start in range(0, n, 1 << 20):
+        rows = slice(start, min(start + (1 << 20), n))
+        keys = keys_of(np.arange(rows.start, rows.stop))
+        held["text"][rows] = np.frombuffer(keys.array.buffers()[2], np.uint8).reshape(-1, 34)
+        held["hash"][rows] = signed_hashes(keys)
+        held["offsets"][rows.start : rows.stop + 1] = np.arange(rows.start, rows.stop + 1) * 34
+    held["bytes"][:], held["height"][:], held["width"][:] = 110_000, 375, 500
+    text = pa.Array.from_buffers(
+        pa.large_string(), n, [None, pa.py_buffer(held["offsets"]), pa.py_buffer(held["text"])]
+    )
+    sha256 = pa.Array.from_buffers(pa.binary(32), n, [None, pa.py_buffer(held["sha256"])])
+    table: dict[str, Any] = {
+        "key": text,
+        "sha256": sha256,
+        **{name: pa.array(held[name]) for name in ("hash", "bytes", "height", "width")},
+    }
+    table |= {name: pa.nulls(n, pa.large_string()) for name in ("label", "reason")} | {
+        "valid": pa.array(np.ones(n, bool))
+    }
+    samples.write_samples(path, table)
+    made = dataclasses.replace(asked_plan(n), dataset_id=f"sha256:{0:064d}")
+    (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
+    write_shards(path)
+    made, kept = load_plan(path), ("count", "valid", "record_id", "files")
+    records = {
+        unit: {name: record[name] for name in kept}
+        for unit in units(made)
+        if (record := commit.valid_record(path, made, *unit))
+    }
+    body = manifest_body(path, made, records, read_samples(path))
+    publish(path / "manifest.json", plan.readable_json({**body, "manifest_id": content_id(body)}))
