@@ -151,7 +151,8 @@ class Cache:
         plan = self.plan.without([name for name in every if name not in kept])
         plan = dataclasses.replace(plan, appended=plan.appended[: parts - 1], n_views=n_views)
         table = {name: values.head(plan.n_rows) for name, values in self.table.items()}
-        readable = self.readable[: plan.n_rows] & (np.arange(plan.n_rows) < rows)
+        readable = self.readable[: plan.n_rows].copy()
+        readable[rows:] = False
         cache = Cache(self.path, plan, self.manifest, table, readable, self.threads)
         cache.complete, cache.whole = self.complete, self.whole and len(cache) == len(self)
         return cache
@@ -415,6 +416,7 @@ def open_cache(
     views: int | None = None,
     images: int | None = None,
     threads: int | None = None,
+    files: bool = True,
 ) -> Cache:
     """The cache at `path`, after checking that every file is there and of its size.
 
@@ -424,6 +426,7 @@ def open_cache(
     allow_partial: also open an unfinished cache, with the samples that are committed in all that is asked for and in the pixels;
     what is not asked for may then lack samples.
     threads: for reading; default: as many as there are cores, at most 8; at a URL 16, which mostly wait.
+    files: False where another process on this machine looks whether a finished cache's files are there; what is read is verified in any case.
     Raises ValueError with all problems at once, or with how far an unfinished cache is; Unreachable where a URL does not
     answer.
     """
@@ -431,7 +434,8 @@ def open_cache(
     if isinstance(path, Url):
         refresh(path)
         threads = threads or REMOTE_THREADS
-    refuse_foreign_entries(path)
+    if files:
+        refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
     table = read_samples(path, plan.numbers)
     if not exists(path / "manifest.json"):
@@ -446,7 +450,7 @@ def open_cache(
         cache.complete = complete
         return cache
     manifest = read_manifest(path)
-    refuse_problems(path, plan, manifest, table)
+    refuse_problems(path, plan, manifest, table, files=files)
     return Cache(path, plan, manifest, table, table["valid"].numpy(), threads)
 
 

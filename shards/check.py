@@ -102,9 +102,10 @@ class Described:
 # --- when a cache is opened: nothing is read but the plan, the manifest and the samples
 
 
-def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTable) -> None:
-    """ValueError that lists everything wrong with names, sizes and ids."""
-    found = [*map(str, opening_problems(path, plan, manifest, table))]
+def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTable, *, files: bool = True) -> None:
+    """ValueError that lists everything wrong with ids and, unless `files` is False, with names and sizes of files."""
+    found = [*map(str, wrong_ids(plan, manifest, table))]
+    found += map(str, wrong_files(path, plan, manifest)) if files else ()
     if found:
         more = [f"... and {len(found) - SHOWN_AT_OPENING} more"] if len(found) > SHOWN_AT_OPENING else []
         todo = ("upload these files again from the folder it was extracted to" if isinstance(path, Url) else
@@ -113,12 +114,16 @@ def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTab
                          + "\n  ".join(found[:SHOWN_AT_OPENING] + more))  # fmt: skip
 
 
-def opening_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
-    """What can be wrong without a look into shards and records."""
+def wrong_ids(plan: Plan, manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
+    """What can be wrong with plan, manifest and samples."""
     ids = {column["name"]: column["id"] for column in manifest["columns"]}
     if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
         yield Problem("plan.json", "its ids are not those of manifest.json")
     yield from other_samples(manifest, table, ("hash", "valid"))  # the others where they are read
+
+
+def wrong_files(path: Path, plan: Plan, manifest: Manifest) -> Iterator[Problem]:
+    """What can be wrong with files without a look into them."""
     yield from strange_names(path, plan, manifest)
     for file, n_bytes in promised_sizes(path, plan, manifest):
         try:

@@ -111,7 +111,7 @@ def build_run(
     cache_path: Path, out: Path, recipe: Recipe, ranks: Ranks, setup: Setup, cadence: Cadence = CADENCE
 ) -> Run:
     """A run at its beginning; nothing is written. Raises ValueError where cache, recipe, batch and device do not fit."""
-    whole = open_needed(cache_path, recipe, setup)
+    whole = open_needed(cache_path, recipe, setup, files=ranks.local == 0)
     cache = whole.narrowed(recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images)
     numbers, held_out = batches.split_off(cache, setup.hold_out)
     told: list[str] = []
@@ -229,8 +229,8 @@ def unread(whole: Cache, cache: Cache, read: Collection[str]) -> dict[str, str]:
     }
     if cache.n_views < whole.n_views:
         found["views"] = f"the run keeps to the first {cache.n_views} of {whole.n_views} (prepare.views)"
-    if len(cache.numbers) < len(whole.numbers):
-        found["images"] = f"the run keeps to {len(cache.numbers):,} of {len(whole.numbers):,} (prepare.images)"
+    if cache.readable.sum() < whole.readable.sum():
+        found["images"] = f"the run keeps to {cache.readable.sum():,} of {whole.readable.sum():,} (prepare.images)"
     return found
 
 

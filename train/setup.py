@@ -86,17 +86,23 @@ class Cadence:
 SETUP, CADENCE = Setup(), Cadence()  # what is not said
 
 
-def open_needed(path: Path, recipe: Recipe, setup: Setup) -> Cache:
+def open_needed(path: Path, recipe: Recipe, setup: Setup, *, files: bool = True) -> Cache:
     """The cache; with allow_partial an unfinished one too, with the samples that are committed in all that the recipe reads.
 
-    One that is being extended is finished for a run whose columns, views and images it has (`prepare`).
+    One that is being extended is finished for a run whose columns, views and images it has (`prepare`). files: as of `open_cache`.
     """
     known, views, images = recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images
     threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
     maps = map_columns(recipe)
     asked = None if known is None else [*known, *maps]
     cache = open_cache(
-        path, allow_partial=setup.allow_partial, columns=asked, views=views, images=images, threads=threads
+        path,
+        allow_partial=setup.allow_partial,
+        columns=asked,
+        views=views,
+        images=images,
+        threads=threads,
+        files=files,
     )
     if cache.unfinished is None:
         return cache
