@@ -1,6 +1,7 @@
 """How long work says how far it is: a bar on a terminal, a line every ten seconds elsewhere; rate, bytes, ETA."""
 
 import math
+import threading
 from types import TracebackType
 from typing import Self
 
@@ -56,7 +57,7 @@ class Progress:
                         disable=not self.console.is_terminal)  # fmt: skip
         self._bar.add_task("", total=total)
         (self._task,) = self._bar.tasks
-        self._already = 0
+        self._already, self._counting = 0, threading.Lock()
         self._said = self._bar.get_time()
 
     def __enter__(self) -> Self:
@@ -71,15 +72,16 @@ class Progress:
             self.console.print(f"{self.what} {self.line()}")
 
     def add(self, n: int = 1, *, already: int = 0, bytes: int = 0) -> None:
-        """`n` more are done, `bytes` more were written. already: were found done, and say nothing of how fast it goes."""
-        self.bytes += bytes
-        self._already += already
-        self._task.completed += already
-        self._bar.update(self._task.id, advance=n)
-        self._bar.update(self._task.id, description=self.rates().lstrip())
-        if self._bar.disable and self._bar.get_time() - self._said >= PLAIN_LINE_SECONDS:
-            self._said = self._bar.get_time()
-            self.console.print(f"{self.what} {self.line()}")
+        """`n` more are done, `bytes` more were written, said by any thread. already: were found done, and say nothing of how fast it goes."""
+        with self._counting:
+            self.bytes += bytes
+            self._already += already
+            self._task.completed += already
+            self._bar.update(self._task.id, advance=n)
+            self._bar.update(self._task.id, description=self.rates().lstrip())
+            if self._bar.disable and self._bar.get_time() - self._said >= PLAIN_LINE_SECONDS:
+                self._said = self._bar.get_time()
+                self.console.print(f"{self.what} {self.line()}")
 
     def left(self) -> float:
         """How many things are left to do."""

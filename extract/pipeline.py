@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import PixelRow, Shards
 
+WRITERS = 4  # threads that write a shard, each a column or the pixels of a view: sha256 is 1.2 GB/s a thread
 TIMED_BATCHES = 10  # after the first one, which warms up
 
 
@@ -343,33 +344,46 @@ def add_codes(job: ExtractJob, column: str, features: Features, where: str, into
 
 
 def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str], Gathered], progress: Progress) -> None:
-    """Write and commit one shard: pixels first, so that a column never stands without its views.
+    """Write and commit one shard: pixels first, so that a column never stands without its views, and last what is computed from columns.
 
-    Raises HopelessQuality for a column that is too coarse, once all others are committed.
+    Several units at a time: each is hashed by a thread of its own. Raises HopelessQuality for a column that is too coarse, once all others
+    are committed.
     """
     hopeless: list[HopelessQuality] = []
-    for (view, column), found in sorted(gathered.items(), key=lambda item: (turn(job.plan, item[0][1]), item[0])):
-        about: dict[str, Any] = {"seconds": dict(found.seconds), **circumstances(job)}
-        if column == PIXELS:
-            commits.store_pixels(job.path, job.plan, view, shard, found.rows, about)
-            progress.add(0, bytes=sum(len(row.stored or b"") for row in found.rows))
-            continue
-        if job.plan.teacher(column).made:
-            if commits.valid_record(job.path, job.plan, view, source_column(job.plan.teacher(column)), shard) is None:
-                continue  # too coarse: the command ends with that
-            began = time.monotonic()
-            found.arrays["map"] = made_map(job, view, column, shard, found.valid)
-            about["seconds"] = {"forward": time.monotonic() - began}
-        arrays = whole_shard(found, job.plan.layout(column).arrays())
-        if found.measured:
-            about["quality"] = summarise(found.measured)
-            if too_coarse(about["quality"]["snr_db"], job.options):
-                hopeless.append(HopelessQuality(hopeless_text(job, view, column, shard, about["quality"]["snr_db"])))
-                continue
-        commits.store_column(job.path, job.plan, view, column, shard, arrays, found.valid, about)
-        progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
+    with ThreadPoolExecutor(min(WRITERS, job.options.workers), "unit") as pool:
+        for now in range(3):
+            units = sorted(unit for unit in gathered if turn(job.plan, unit[1]) == now)
+            written = [pool.submit(commit_unit, job, shard, *unit, gathered[unit], progress) for unit in units]
+            wait(written)
+            for one in written:
+                try:
+                    one.result()
+                except HopelessQuality as error:
+                    hopeless.append(error)
     if hopeless:
         raise hopeless[0]
+
+
+def commit_unit(job: ExtractJob, shard: int, view: int, column: str, found: Gathered, progress: Progress) -> None:
+    """Write and commit a shard of one column or of the pixels. HopelessQuality, and nothing is written, where it is too coarse."""
+    about: dict[str, Any] = {"seconds": dict(found.seconds), **circumstances(job)}
+    if column == PIXELS:
+        commits.store_pixels(job.path, job.plan, view, shard, found.rows, about)
+        progress.add(0, bytes=sum(len(row.stored or b"") for row in found.rows))
+        return
+    if job.plan.teacher(column).made:
+        if commits.valid_record(job.path, job.plan, view, source_column(job.plan.teacher(column)), shard) is None:
+            return  # too coarse: the command ends with that
+        began = time.monotonic()
+        found.arrays["map"] = made_map(job, view, column, shard, found.valid)
+        about["seconds"] = {"forward": time.monotonic() - began}
+    arrays = whole_shard(found, job.plan.layout(column).arrays())
+    if found.measured:
+        about["quality"] = summarise(found.measured)
+        if too_coarse(about["quality"]["snr_db"], job.options):
+            raise HopelessQuality(hopeless_text(job, view, column, shard, about["quality"]["snr_db"]))
+    commits.store_column(job.path, job.plan, view, column, shard, arrays, found.valid, about)
+    progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
 
 
 def turn(plan: Plan, column: str) -> int:
