@@ -20,6 +20,7 @@ from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, Source, SourceTabl
 
 # Key, bytes and sha256 (hex) of an image, and the time and place of the image that they were computed of.
 Line = tuple[str, int, str, int, int]
+PLACED_AT_ONCE = 1 << 20  # rows of a cache
 CHUNK = 256  # images per round of the pool: bounds what is in memory
 LONGEST_LINE = 1 << 16  # characters; a path has 4096 bytes at most
 
@@ -55,16 +56,15 @@ class Digests:
 
     def learn_rows(self, rows: Sequence[Source]) -> None:
         """What a cache says of its images, where they are still as long; changed bytes are noticed when they are decoded."""
-        if not len(rows):
-            return
-        columns = SourceTable.of(rows).columns
-        at, sizes = self.places(columns["key"].array), columns["bytes"].numpy()
-        good = (at >= 0) & (sizes == self.sources.stamps(at)[:, 0])
-        self.sizes[at[good]], self.sha256[at[good]], self.known[at[good]] = (
-            sizes[good],
-            columns["sha256"].numpy()[good],
-            True,
-        )
+        for start in range(0, len(rows), PLACED_AT_ONCE):
+            columns = SourceTable.of(rows[start : start + PLACED_AT_ONCE]).columns
+            at, sizes = self.places(columns["key"].array, start), columns["bytes"].numpy()
+            good = (at >= 0) & (sizes == self.sources.stamps(at)[:, 0])
+            self.sizes[at[good]], self.sha256[at[good]], self.known[at[good]] = (
+                sizes[good],
+                columns["sha256"].numpy()[good],
+                True,
+            )
 
     def learn_lines(self, lines: Sequence[Line | None]) -> Array:
         """What lines of the memory say of images that have not changed since; which lines are worth keeping: these, once, and those of
@@ -83,11 +83,11 @@ class Digests:
         self.remembered[at[good]] = True
         return keep
 
-    def places(self, keys: pa.Array) -> Numbers:
-        """Where in `sources` these keys are, -1 where they are not."""
+    def places(self, keys: pa.Array, first: int = 0) -> Numbers:
+        """Where in `sources` these keys are, -1 where they are not. first: which in canonical order the first of them may be."""
         order, hashes = self.sources.canonical, self.sources.hashes.view(np.uint64)
-        if keys.equals(self.sources.in_order.array):
-            return order
+        if keys.equals(self.sources.in_order.array.slice(first, len(keys))):
+            return order[first : first + len(keys)]
         wanted = signed_hashes(Values(keys, "key")).view(np.uint64)
         at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(order) - 1)]
         same = pc.equal(self.sources.keys.array.take(pa.array(at)), keys).to_numpy(zero_copy_only=False)
@@ -97,7 +97,8 @@ class Digests:
         """The images in this order."""
         sha256 = pa.Array.from_buffers(pa.binary(32), len(order), [None, pa.py_buffer(self.sha256[order])])
         at, sources = pa.array(order), self.sources
-        columns = {"key": sources.keys.array.take(at), "label": sources.labels.array.take(at),
+        keys = sources.in_order.array if order is sources.canonical else sources.keys.array.take(at)
+        columns = {"key": keys, "label": sources.labels.array.take(at),
                    "bytes": pa.array(self.sizes[order]), "sha256": sha256}  # fmt: skip
         return SourceTable({name: Values(array, name) for name, array in columns.items()})
 

@@ -19,6 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of samples, views, shards, patches
 
 FORMAT_VERSION = 3
+HASHED_AT_ONCE = 1 << 16  # keys
 
 LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
 LARGEST_GRID = 1024  # patches per side
@@ -243,11 +244,15 @@ def key_hash(key: str) -> int:
 
 def signed_hashes(keys: Sequence[str]) -> Numbers:
     """The keys' hashes reinterpreted as int64, the only 64-bit integer torch computes with."""
-    try:
-        words = b"".join(hashlib.sha256(key.encode()).digest()[:8] for key in keys)
-    except UnicodeEncodeError:
-        words = b"".join(key_hash(key).to_bytes(8, "little") for key in keys)  # names the one
-    return np.frombuffer(bytearray(words), "<i8")
+    found = np.empty(len(keys), "<i8")
+    for start in range(0, len(keys), HASHED_AT_ONCE):
+        part = keys[start : start + HASHED_AT_ONCE]
+        try:
+            words = b"".join([hashlib.sha256(key.encode()).digest()[:8] for key in part])
+        except UnicodeEncodeError:
+            words = b"".join([key_hash(key).to_bytes(8, "little") for key in part])  # names the one
+        found[start : start + len(part)] = np.frombuffer(words, "<i8")
+    return found
 
 
 def canonical_order(keys: Sequence[str]) -> list[int]:
