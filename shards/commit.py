@@ -224,8 +224,8 @@ def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
 def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
     """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
     bad = record.get("bad", {"": ""})
-    return (set(bad) <= set(map(str, numbers)) and record["valid"] == len(numbers) - len(bad)
-            and all(len(record.get(name, ())) == len(numbers) and all(0 <= n < 2**31 for n in record[name])
+    return ((not bad or set(bad) <= set(map(str, numbers))) and record["valid"] == len(numbers) - len(bad)
+            and all(len(record.get(name, ())) == len(numbers) and 0 <= min(record[name]) and max(record[name]) < 2**31
                     for name in ("heights", "widths")))  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import os
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ def plain_headers(path: Path) -> tuple[dict[str, TarHeader], int] | None:
             start = at + TAR_BLOCK_BYTES
             at = start + -(-size // TAR_BLOCK_BYTES) * TAR_BLOCK_BYTES
             regular = block[156] in b"0\0" and block[257:262] == b"ustar" and not block[345] and not name.endswith("/")
-            whole = size >= 0 and at <= n_bytes and checksum == sum(block) - sum(block[148:156]) + 8 * ord(" ")
+            total = checksum + sum(block[148:156]) - 8 * ord(" ")
+            whole = size >= 0 and at <= n_bytes and zlib.adler32(block) & 0xFFFF == (1 + total) % 65521  # the sum, in C
             if not (regular and whole) or name in members:
                 return None
             members[name] = TarHeader(start, size, None, None)
