@@ -231,12 +231,13 @@ def against_table(
     labels = dict.fromkeys([*first, *(without_seed(arm["name"]) for arm in ARMS if arm["part"] == part)])
     lines = []
     for label in labels:
-        arms = of_all_seeds(label)
-        names, others = [arm["name"] for arm in arms], [arm["name"] for arm in of_all_seeds(arms[0]["against"])]
+        arms, usual = of_all_seeds(label), next(arm for arm in ARMS if arm["part"] == part)["against"]
+        other = usual if label in first else arms[0]["against"]
+        names, others = [arm["name"] for arm in arms], [arm["name"] for arm in of_all_seeds(other)]
         found = [(chosen(rows, names, probe), chosen(rows, others, probe)) for probe in probes]
         if not found[0][0]:
             continue
-        against = arms[0]["against"] if arms[0]["against"] != label and found[0][1] else ""
+        against = other if other != label and found[0][1] else ""
         cells = [text for ours, theirs in found for text in (cell(ours), difference(ours, theirs) if against else "")]
         spent = [cpu_of(cost, name) for name in names if cpu_of(cost, name)]
         lines.append([label, str(len(found[0][0])), *cells, against, f"{np.mean(spent):.0f} s" if spent else NONE])
@@ -292,7 +293,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "others": functools.partial(against_table, "others"),
     "decoder": functools.partial(against_table, "decoder", first=["both-position"]),
     "blocks": functools.partial(against_table, "blocks"),
-    "optimiser": functools.partial(against_table, "optimiser"),
+    "optimiser": functools.partial(against_table, "optimiser", first=["both-position"]),
     "tested": functools.partial(against_table, "tested", probes=("knn", "linear", "attentive")),
     "clothing": clothing_table,
     "cost": cost_table,
