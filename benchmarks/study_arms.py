@@ -124,10 +124,15 @@ def tested(of: str, against: str) -> Arm:
     return arm(f"{of}-test", "tested", "", source=f"WORK/{of}", cache="both-k1", **how)
 
 
-def optimiser(name: str, blr: str, seed: int = 0) -> Arm:
-    """`mr-mae` on centred targets with another optimiser, or AdamW at another rate than the study's."""
-    options = f"{CENTRED} --set optim.name={name} --blr {blr}"
-    return chosen(f"{name}-{blr}-s{seed}", "optimiser", options=options, seed=seed, against="both-position")
+def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -> Arm:
+    """`mr-mae` on centred targets (or others) with another optimiser, or AdamW at another rate than the study's."""
+    options = f"--set terms.mimic.transform={transform} --set optim.name={name} --blr {blr}"
+    label, against = (
+        (f"{name}-{blr}", "both-position")
+        if transform == "position"
+        else (f"{name}-{blr}-{transform}", f"{name}-{blr}")
+    )
+    return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
 
 CENTRED = "--set terms.mimic.transform=position"
@@ -150,6 +155,7 @@ CHOICES: list[Arm] = [
     *(decoder(*how) for how in ((8, "self", 48), (2, "self", 48), (4, "self", 16), (2, "cross", 16), (1, "self", 32), (1, "cross", 48))),
     *(decoder(1, "self", 16, seed, width=32) for seed in range(3)),
     *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
+    *(optimiser("adamw", "12e-3", seed, "ln0") for seed in range(3)),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
