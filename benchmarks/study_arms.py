@@ -12,6 +12,8 @@ Arm = dict[str, Any]
 TEACHER = "cnn=timm:mobilenetv2_100@DATA/../weights/mobilenetv2_100_imagenet1k.safetensors?pad_type=same&mean=0.5&std=0.5&interpolation=bilinear&input_size={size}&tap=stage_4"
 # Galileo-nano, a self-supervised ViT for satellite images: 8 x 8 tokens of 64 px, 128 channels, no CLS.
 GALILEO = "gal=timm:vit_tiny_patch16_224@DATA/../weights/galileo_nano_s2rgb_p8.safetensors?embed_dim=128&depth=4&num_heads=8&patch_size=8&class_token=False&global_pool=&fc_norm=False&mean=-0.306276,-0.177525,-0.160025&std=1.589351,1.328435,1.334842"
+# A DINOv2-S fine-tuned for saliency: a ViT with CLS, and hence attention, at 196 px.
+DINO = "--teacher dino=timm:vit_small_patch14_dinov2@DATA/../weights/dinov2s_saliency_finetuned_fp16.safetensors"
 BOTH = f"--teacher {GALILEO} --teacher {TEACHER.format(size=128)}"
 PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": "DATA/clothing-small.tar"}
 
@@ -35,6 +37,7 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "eurosat-fp16": ("eurosat", 1, "--dtype float16", ""),
     "eurosat-blocks": ("eurosat", 1, "--token-layout blocks", ""),
     "clothing-k1": ("clothing", 1, "", ""),
+    "clothing-dino": ("clothing", 1, DINO, ""),
     "both-k1": ("eurosat", 1, BOTH, ""),
     "both-k4": ("eurosat", 4, BOTH, "both-k1"),
     "both-blocks": ("eurosat", 1, f"{BOTH} --token-layout blocks", ""),
@@ -135,6 +138,12 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
 
+def attended(name: str, recipe: str = "mr-mae", options: str = "", seed: int = 0) -> Arm:
+    """A student of a teacher with attention, on photographs."""
+    how: dict[str, Any] = {"cache": "clothing-dino", "epochs": 8, "seed": seed, "against": "attention-none"}
+    return arm(f"attention-{name}-s{seed}", "attention", recipe, options, **how)
+
+
 CENTRED = "--set terms.mimic.transform=position"
 TRANSFORMS = ("none", "channel", "position+ln0", "position+phi_s")
 CHOICES: list[Arm] = [
@@ -187,6 +196,9 @@ ARMS: list[Arm] = [
     arm("weight-0.3", "4", "mr-mae", "--set terms.mimic.weight=0.3"),
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
     *CHOICES,
+    attended("none"),
+    attended("sampled", "mr-mae-focused"),
+    attended("weighed", options="--set terms.mimic.focus=true"),
 ]
 
 
