@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "decoder": functools.partial(against_table, "decoder", first=["both-position"]),
     "blocks": functools.partial(against_table, "blocks"),
     "optimiser": functools.partial(against_table, "optimiser", first=["both-position"]),
+    "attention": functools.partial(against_table, "attention"),
     "tested": functools.partial(against_table, "tested", probes=("knn", "linear", "attentive")),
     "clothing": clothing_table,
     "cost": cost_table,
