@@ -84,7 +84,7 @@ def draw_choices(path: Path, rows: Sequence[Row]) -> None:
     arms = {}
     for arm in ARMS:
         label = study_report.without_seed(arm["name"])
-        if arm["against"] not in ("", label) and arm["part"] != "tested":
+        if arm["against"] not in ("", label) and arm["test"] == study_arms.VALIDATION:
             pair = (study_report.of_all_seeds(name) for name in (label, arm["against"]))
             arms[f"{label} − {arm['against']}"] = tuple([one["name"] for one in side] for side in pair)
     draw_differences(path, rows, arms, dict.fromkeys(DRAWN, "validation tiles"))
