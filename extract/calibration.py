@@ -16,6 +16,7 @@ from mrmae.extract.pipeline import (
     ExtractJob,
     batches_decoded_ahead,
     behind_tail,
+    halved,
     planned_batches,
     source_column,
     source_tokens,
@@ -46,7 +47,7 @@ def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
     """The job with every column's quantiser (of a computed map, its codebook) frozen in its plan, and the batches that calibration has seen.
 
     The first 256 readable samples in canonical order, view 0: a random part of the data set. They are neither decoded nor
-    shown to the teachers again afterwards.
+    shown to the teachers again afterwards. Where a batch is too much for the device's memory, the job has half of it.
     """
     pending = {column: t for column, t in job.teachers.items() if column not in job.plan.quantisers}
     given = [t.column for t in job.plan.columns if t.is_map and not t.made and t.column not in job.plan.quantisers]
@@ -56,7 +57,12 @@ def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
     fitted = {source_column(spec) for spec in made if spec.made == "kmeans"}
     to_see = {column: t for column, t in pending.items() if job.options.dtype != "float16" or column in fitted}
     to_see |= {column: job.teachers[column] for column in fitted - set(pending) if stored_sample(job, column) is None}
-    kept = calibration_batches(dataclasses.replace(job, teachers=to_see)) if to_see else {}
+    try:
+        kept = calibration_batches(dataclasses.replace(job, teachers=to_see)) if to_see else {}
+    except torch.OutOfMemoryError:
+        if job.options.batch_size == 1:
+            raise
+        return calibrated(halved(job))
     found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) if column in to_see else
              Quantiser(job.options.dtype) for column in pending}  # fmt: skip
     quantisers = {**job.plan.quantisers, **found, **dict.fromkeys(given, NOT_QUANTISED)}

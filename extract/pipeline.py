@@ -96,8 +96,8 @@ class ExtractJob:
 # --- which shards, and their batches
 
 
-def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] | None = None) -> None:
-    """Compute, write and commit every shard of this process's part that is not committed yet.
+def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] | None = None) -> ExtractJob:
+    """Compute, write and commit every shard of this process's part that is not committed yet; the job with the batch that sufficed.
 
     kept: what calibration has seen; emptied. shards: only these, and no line of progress. Shards that another process has claimed come last: it may have done them by
     then. Where a batch is too much for the device's memory, what is left goes on with half of it, said aloud.
@@ -114,6 +114,7 @@ def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] 
             todo = {shard: units for shard, units in unfinished(job).items() if shard in todo}
             continue
         todo = wait_for_writers(job.path, job.plan, others)
+    return job
 
 
 def halved(job: ExtractJob) -> ExtractJob:

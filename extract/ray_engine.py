@@ -67,7 +67,7 @@ class ShardWorker:
     def extract(self, shard: int) -> None:
         """Compute, write and commit what a shard lacks."""
         assert self.job is not None, "begin comes first"
-        extract_missing(self.job, {}, shards=[shard])
+        self.job = extract_missing(self.job, {}, shards=[shard])
 
     def finish(self) -> tuple[str, dict[str, Any]]:
         """(the summary, the manifest), once every shard is committed."""
@@ -126,8 +126,14 @@ def sized(ray: Any, pool: RayPool, device: str) -> RayPool:
     """The pool with its numbers chosen for this cluster."""
     there = float(ray.cluster_resources().get("GPU", 0))
     gpus = pool.gpus if pool.gpus >= 0 else float(there > 0 and not device.startswith("cpu"))
-    nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return dataclasses.replace(pool, gpus=gpus, workers=pool.workers or max(1, int(there / gpus) if gpus else nodes))
+    return dataclasses.replace(
+        pool, gpus=gpus, workers=pool.workers or max(1, int(there / gpus) if gpus else living_nodes(ray))
+    )
+
+
+def living_nodes(ray: Any) -> int:
+    """How many nodes the cluster has; those that left it are listed, too."""
+    return sum(bool(node["Alive"]) for node in ray.nodes())
 
 
 @dataclasses.dataclass
@@ -164,7 +170,7 @@ class Driver:
             self.start(Seat())
         while self.views is None:
             self.turn()
-        many = f"{counted(self.pool.workers, 'actor')} on {counted(len(self.ray.nodes()), 'node')}"
+        many = f"{counted(self.pool.workers, 'actor')} on {counted(living_nodes(self.ray), 'node')}"
         with Progress(f"extracting, {many}", sum(self.views.values()), "views") as self.progress:
             while self.left or any(seat.method == "extract" for seat in self.seats.values()):
                 self.turn()

@@ -15,7 +15,17 @@ import torch
 
 from mrmae.extract import ray_engine
 from mrmae.extract.options import Options
-from mrmae.extract.ray_engine import DEATHS, SHARD_TRIES, Driver, RayPool, connected, extract_on_ray, sized
+from mrmae.extract.ray_engine import (
+    DEATHS,
+    SHARD_TRIES,
+    Driver,
+    RayPool,
+    ShardWorker,
+    connected,
+    extract_on_ray,
+    living_nodes,
+    sized,
+)
 from mrmae.extract.run import extract_features
 from mrmae.extract.teachers import Teacher
 from mrmae.shards.format.spec import ViewRecipe
@@ -198,6 +208,7 @@ def test_a_pool_has_an_actor_per_gpu_or_per_node(tmp_path: Path) -> None:
     assert sized(cluster(8, 2), RayPool(gpus=0.5), "cuda") == RayPool(16, 1.0, 0.5)
     assert sized(cluster(8, 2), RayPool(), "cpu") == RayPool(2, 1.0, 0.0)
     assert sized(cluster(8, 2), RayPool(workers=3), "auto") == RayPool(3, 1.0, 1.0)
+    assert living_nodes(SimpleNamespace(nodes=lambda: [{"Alive": True}, {"Alive": False}])) == 1
 
 
 def test_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,11 +240,34 @@ def test_half_a_batch_where_memory_does_not_suffice(
     monkeypatch.setattr(Teacher, "forward", small)
     extract(photo_folder, tmp_path / "b", VIT, batch_size=8, shard_samples=8)
     assert "--batch-size 8 is too much for the memory of cpu; going on with 4" in capsys.readouterr().err
-    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    extract(photo_folder, tmp_path / "new", VIT, batch_size=8, shard_samples=8)  # halved while it calibrates
+    assert "going on with 2" in capsys.readouterr().err
+    assert contents(tmp_path / "a") == contents(tmp_path / "b") == contents(tmp_path / "new")
     extract(photo_folder, tmp_path / "c", VIT, batch_size=2, shard_samples=8, shards="2/3")
     most[0] = 0
     with pytest.raises(torch.OutOfMemoryError):
         extract(photo_folder, tmp_path / "c", VIT, batch_size=8, shard_samples=8)
+
+
+def test_an_actor_keeps_the_batch_that_sufficed(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    worker = ShardWorker(options_of(photo_folder, tmp_path / "cache"), str(tmp_path))
+    _, todo = worker.begin()
+    forward = Teacher.forward
+
+    def small(self: Teacher, views: torch.Tensor) -> Any:
+        if len(views) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, views)
+
+    monkeypatch.setattr(Teacher, "forward", small)
+    for shard in todo:
+        worker.extract(shard)
+    assert len(todo) > 1 and capsys.readouterr().err.count("is too much for the memory") == 2  # 4, then 2
+    assert worker.finish()[1]["n_valid"] > 0
+    worker.leave()
 
 
 @pytest.fixture
