@@ -53,7 +53,9 @@ def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, not
         quality, teacher = column["quality"], column["teacher"]
         if teacher["library"] == "map":
             spec = job.plan.teacher(column["name"])
-            lines.append(f"  {spec.column}: {spec.model} per patch, {made_in_words(spec) if spec.made else 'as given'}")
+            many = f"{spec.width} " * (spec.width > 1)
+            how = made_in_words(spec) if spec.made else "as given"
+            lines.append(f"  {spec.column}: {many}{spec.model} per patch, {how}")
             continue
         weights = ", RANDOM weights: these features know nothing" if teacher["weights"] == "random" else ""
         made = ", requantised from another column by inspect-cache convert" if column["quantiser"].get("source") else ""

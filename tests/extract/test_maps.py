@@ -219,8 +219,11 @@ def test_several_numbers_of_a_patch_come_back_bit_for_bit_for_each_view(
     np.savez(tmp_path / "latents.npz", allow_pickle=False, **told)
     rows = pa.table({"key": list(told), "map": [array.astype(np.float32).tolist() for array in told.values()]})
     pq.write_table(rows, tmp_path / "latents.parquet")
+    said: list[str] = []
     for file in ("latents.npz", "latents.parquet"):  # the same values are the same map
-        extract(images, tmp_path / "c", VIT, maps=[f"latents={tmp_path / file}"], views=2, format=format)
+        given = [f"latents={tmp_path / file}"]
+        extract(images, tmp_path / "c", VIT, maps=given, views=2, format=format, say=said.append)
+    assert f"latents.map: {told['000.png'].shape[2]} float16 per patch, as given" in said[-1]
     cache = open_cache(tmp_path / "c")
     for view in (0, 1):
         seen = cache.read_column("latents.map", cache.numbers, cache.numbers * 0 + view, ("map",))["map"].numpy()
