@@ -204,11 +204,12 @@ class Driver:
     def turn(self) -> None:
         """Take what the next actor has done, if any is done soon, and give out what is left."""
         done, _ = self.ray.wait(list(self.seats), num_returns=1, timeout=TURN_SECONDS)
+        deaths = (self.ray.exceptions.RayActorError, self.ray.exceptions.OutOfMemoryError)  # the latter: killed by Ray
         for reference in done:
             seat = self.seats.pop(reference)
             try:
                 result = self.ray.get(reference)
-            except self.ray.exceptions.RayActorError as error:
+            except deaths as error:
                 self.bury(seat, error)
             except self.ray.exceptions.RayTaskError as error:
                 self.note(seat, error.cause if isinstance(error.cause, Exception) else error)

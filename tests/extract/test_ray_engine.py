@@ -44,6 +44,10 @@ class Dead(Exception):
     pass
 
 
+class Evicted(Exception):
+    """Of an actor that Ray killed where a node's memory ran out: no kind of the other."""
+
+
 class Task(Exception):
     def __init__(self, cause: Exception) -> None:
         self.cause = cause
@@ -52,7 +56,7 @@ class Task(Exception):
 class StandIn:
     """As much of Ray as the driver uses: calls are done one after another, when they are waited for."""
 
-    exceptions = SimpleNamespace(RayActorError=Dead, RayTaskError=Task)
+    exceptions = SimpleNamespace(RayActorError=Dead, OutOfMemoryError=Evicted, RayTaskError=Task)
 
     def __init__(self, does: Does, room: int = 100) -> None:
         self.does, self.room, self.started, self.killed = does, room, 0, []
@@ -80,7 +84,7 @@ class StandIn:
             return None
         try:
             return self.does(number, method, shard)
-        except Dead:
+        except (Dead, Evicted):
             raise
         except Exception as error:
             raise Task(error) from None
@@ -128,7 +132,7 @@ def test_actors_that_die_are_replaced_and_their_shards_done_again(tmp_path: Path
 
     def does(number: int, method: str, shard: int | None) -> Any:
         if number < 7 and (method == "extract" or number == 1):
-            raise Dead(f"actor {number} was killed")
+            raise (Dead, Evicted)[number % 2](f"actor {number} was killed")
         return plain(method, done, shard)
 
     ray = StandIn(does)
