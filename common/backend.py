@@ -1,4 +1,4 @@
-"""Where a cache's files are read: folders of this machine, and object stores (s3://, gs://, az://) through obstore.
+"""Where caches and images are read: folders of this machine, and object stores (s3://, gs://, az://) through obstore.
 
 A Url is the name of an object and reads nothing: what reads asks here, and gets the same of both. obstore asks again where a
 connection is lost, and joins neighbouring ranges. Credentials come from the environment (AWS_..., GOOGLE_..., AZURE_...) and
@@ -8,13 +8,14 @@ appear in no message. Nothing is written to a URL.
 import contextlib
 import errno
 import functools
+import hashlib
 import os
 import re
 import stat
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -33,8 +34,15 @@ class Unreachable(Exception):
     """A URL that cannot be read now: connection lost, access refused, no credentials. Says what to do."""
 
 
+class About(NamedTuple):
+    """Size of an object, and a number that stands for what is in it: another one as soon as it was written again."""
+
+    size_bytes: int
+    version: int
+
+
 class Url(PurePosixPath):
-    """The name of an object, or of a cache's folder, at a URL."""
+    """The name of an object, or of a folder, at a URL."""
 
     def __str__(self) -> str:
         return re.sub(rf"^({'|'.join(SCHEMES)}):/", r"\1://", super().__str__())
@@ -59,17 +67,17 @@ def expect_utf8(path: str | os.PathLike[str], what: str) -> None:
                          "records; expected a path in UTF-8; rename that file or folder, or make a link to it")  from None  # fmt: skip
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
-    """The path of a cache: local, or a Url. ValueError for a URL with a user, password or query, and where it is not UTF-8.
+def locate(path: str | os.PathLike[str], what: str = "CACHE") -> Path:
+    """The path of a cache or of images: local, or a Url. what: as a message calls it. ValueError for a URL with a user, password or query, and where it is not UTF-8.
 
     A Url is called a Path here: it has a Path's names, and to read is the backend's.
     """
     text = os.fspath(path)
-    expect_utf8(text, "CACHE")
+    expect_utf8(text, what)
     found = re.match(rf"({'|'.join(SCHEMES)}):/+([^/]*)(.*)", text, re.DOTALL)
     if not found:
         if unknown := re.match(r"([a-z][a-z0-9+.-]+)://", text):
-            raise ValueError(f"{unknown[0]}...: caches are read from local folders and {', '.join(SCHEMES)} URLs; "
+            raise ValueError(f"{unknown[0]}...: {what} can be a local path or a URL of {', '.join(SCHEMES)}; "
                              "copy this one to either")  # fmt: skip
         return Path(path)
     scheme, bucket, key = found.groups()
@@ -133,9 +141,7 @@ class Bucket:
             import obstore
             from obstore.store import from_url
         except ImportError:
-            raise ValueError(
-                f"{root}: caches at URLs are read with obstore, which is not installed; {INSTALL}"
-            ) from None
+            raise ValueError(f"{root}: URLs are read with obstore, which is not installed; {INSTALL}") from None
         self.root, self.obstore = root, obstore
         self._listings: dict[str, dict[str, int]] = {}
         options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
@@ -146,6 +152,25 @@ class Bucket:
         starts, ends = [a for a, _ in places], [a + n for a, n in places]
         parts = self.ask(key, lambda: self.obstore.get_ranges(self.store, key, starts=starts, ends=ends))
         return [memoryview(part) for part in parts]
+
+    def get(self, key: str, place: Place | None = None) -> tuple[bytes, About]:
+        """An object, or the bytes at a place of it, shorter where it ends; and what it is at that moment."""
+        options = {} if place is None else {"options": {"range": (place[0], sum(place))}}
+
+        def got() -> tuple[bytes, About]:
+            answer = self.obstore.get(self.store, key, **options)
+            return bytes(answer.bytes()), about(answer.meta)
+
+        return self.ask(key, got)
+
+    def about(self, key: str) -> About:
+        """What an object is now. FileNotFoundError."""
+        return self.ask(key, lambda: about(self.obstore.head(self.store, key)))
+
+    def below(self, folder: str) -> list[tuple[str, About]]:
+        """Every object below a folder, with its name in the bucket."""
+        return self.ask(folder, lambda: [(o["path"], about(o)) for page in self.obstore.list(self.store, folder) for o in page
+                                         if o["path"] != folder])  # fmt: skip
 
     def size(self, key: str) -> int:
         """Bytes of an object."""
@@ -187,6 +212,12 @@ class Bucket:
         return FileNotFoundError(errno.ENOENT, "no such object", f"{self.root}/{key}")
 
 
+def about(meta: Any) -> About:
+    """Size and version of an object, by its ETag (which some stores quote in one answer and not in another), else by its time."""
+    told = (meta["e_tag"] or "").strip('"') or str(meta["last_modified"])
+    return About(meta["size"], int.from_bytes(hashlib.sha256(told.encode()).digest()[:6]))
+
+
 @functools.lru_cache
 def bucket_of(root: str) -> Bucket:
     """The bucket at `scheme://bucket`, one per process."""
@@ -212,7 +243,9 @@ def advice(said: str) -> str:
         return "the credentials in the environment may not read this; correct them, then run the same command again"
     if "status code: 404" in said:
         return "is the URL right? correct it"
-    return "check the network, the endpoint and the URL, then run the same command again, or copy the cache to a local folder"
+    if "invalid path" in said:
+        return "names of objects without empty parts, . and .. were expected; rename it, or give a prefix that it is not below"
+    return "check the network, the endpoint and the URL, then run the same command again, or copy it to a local folder"
 
 
 def plain_http_endpoint() -> bool:

@@ -96,7 +96,7 @@ torchscript_option = click.option(
     "--workers",
     default=0,
     type=click.IntRange(0),
-    help="Decoding threads; 0: one per core. Together they hold at most 4 GB of images: more wait.",
+    help="Decoding threads; 0: one per core, four where IMAGES are URLs. Together they hold at most 4 GB of images: more wait.",
 )
 @click.option("--shard-samples", default=0, type=click.IntRange(0), help="Images per shard; 0: chosen by size.")
 @click.option(
@@ -139,7 +139,8 @@ def main(
 ) -> None:  # fmt: skip
     """Run frozen teachers over IMAGES once and write views and per-patch features to CACHE.
 
-    IMAGES: a folder, tar files (plain or webdataset, {000..009} patterns), or a text file of paths.
+    IMAGES: a folder, tar files (plain or webdataset, {000..009} patterns), or a text file of paths; or at s3://, gs:// and az://
+    a prefix with images below it or such tars, or a text file of URLs.
     The same command again continues where it stopped, and shares the work with every other one that runs, on any machine: each
     takes the next shard that nobody has claimed. --shards does exactly one part; the same command without it finishes.
     """
@@ -149,6 +150,8 @@ def main(
         raise click.UsageError(
             "Missing argument 'IMAGES... CACHE': images to read, and the folder of the cache to write."
         )
+    from mrmae.common.backend import Unreachable
+
     pool = {name: options.pop(f"ray_{name}") for name in ("workers", "cpus", "gpus", "address")}
     recipe = {name: options.pop(name) for name in ("size", "crop_scale", "flip", "seed", "encoding")}
     try:
@@ -164,7 +167,7 @@ def main(
             extract_on_ray(chosen, RayPool(**pool), say=click.echo)
         else:
             extract_features(chosen, dry_run=dry_run, say=click.echo)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, Unreachable) as error:
         if traceback:
             raise
         raise click.ClickException(in_one_line(error)) from None

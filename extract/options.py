@@ -17,6 +17,8 @@ from mrmae.shards.plans import Wanted
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
         "max_pixels", "limit")  # fmt: skip
 
+WAITING_WORKERS = 4  # decoding threads per core where images come from a URL: most of them wait for it
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -67,6 +69,7 @@ class Options:
         if rule := self.block_rule():
             rule.rows(self.grid**2)
         rank, ranks = local_rank()
+        far = any("://" in os.fspath(image) for image in self.images)
         device = resolve_device(self.device, rank)
         kind = device.type
         return dataclasses.replace(
@@ -77,7 +80,7 @@ class Options:
             device=str(device),
             precision=("fp16" if kind == "cuda" else "fp32") if self.precision == "auto" else self.precision,
             batch_size=self.batch_size or (64 if kind == "cuda" else 8),
-            workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks),
+            workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks) * (WAITING_WORKERS if far else 1),
         )
 
     def block_rule(self) -> BlockRule | None:

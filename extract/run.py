@@ -10,7 +10,7 @@ from mrmae.common.files import make_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
-from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Digests, Sources, digest_images, list_sources
+from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Digests, KeptIndices, Sources, digest_images, list_sources
 from mrmae.extract.options import Options, asked
 from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.prepare import Images, KeptBatches
@@ -19,7 +19,7 @@ from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.format import SourceTable
-from mrmae.shards.plans import DIGESTS, Agreed, Found, Wanted, look, negotiate, refuse_changed_plan, write_agreed
+from mrmae.shards.plans import DIGESTS, TARS, Agreed, Found, Wanted, look, negotiate, refuse_changed_plan, write_agreed
 
 __all__ = ["Options", "extract_features"]
 
@@ -34,7 +34,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     """
     began, options = time.monotonic(), options.resolved()
     lead_say: Say = say if options.part.leads else lambda line: None
-    sources, teachers, wanted = what_is_asked(options, lead_say)
+    sources, teachers, wanted = what_is_asked(options, lead_say, dry_run=dry_run)
     if dry_run:
         negotiate(look(options.cache), wanted)
         say_plan(options, sources, wanted, lead_say)
@@ -54,12 +54,18 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     return manifest
 
 
-def what_is_asked(options: Options, say: Say) -> tuple[Sources, Teachers, Wanted]:
+def kept_indices(options: Options) -> KeptIndices:
+    """Where what is in tars at URLs is kept, and the lock that lets one process at a time read them."""
+    return KeptIndices(options.cache / TARS, lambda: take_the_plan(options.cache))
+
+
+def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple[Sources, Teachers, Wanted]:
     """The images, the teachers and the plan that resolved options ask for; refused before anything slow where no command could go on."""
     found = look(options.cache, images=False)
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
     suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
-    sources = list_sources(options.images, options.include, suffixes).first(options.limit)
+    kept = kept_indices(options) if not dry_run or (options.cache / TARS).is_dir() else None
+    sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
     keys = sources.in_order
     teachers = asked_teachers(options, found.plan, keys, say)
     return sources, teachers, asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
@@ -122,7 +128,8 @@ def say_plan(options: Options, sources: Sources, wanted: Wanted, say: Say) -> No
 def hashed_rows(options: Options, sources: Sources, found: Found) -> SourceTable:
     """The images in canonical order, with size and sha256; those of the cache that are as long as then are not read again."""
     known = () if options.append else found.rows or ()  # the bytes of what is appended decide, not only their number
-    return digest_images(sources, sources.canonical, known, options.cache / DIGESTS, workers=options.workers)
+    return digest_images(sources, sources.canonical, known, options.cache / DIGESTS, workers=options.workers,
+                         kept=kept_indices(options))  # fmt: skip
 
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:

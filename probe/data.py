@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mrmae.common.backend import exists, locate
 from mrmae.common.files import make_folder
-from mrmae.extract.images import Sources, decoded, digest_images, list_sources, matches
+from mrmae.extract.images import KeptIndices, Sources, decoded, digest_images, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import FILTERS, BadImage, Pixels, canonical_sources, content_id, dataset_id, read_sources
 from mrmae.shards.format import Source as Row
@@ -103,14 +103,15 @@ def open_part(
 ) -> Split:
     if exists(locate(path) / "plan.json"):
         return cache_part(name, path, include, partial)
+    kept = KeptIndices(home / "digests" / "tars")
     try:
-        sources = list_sources([path], include)
+        sources = list_sources([path], include, kept=kept)
     except ValueError as error:
         option = f" (the {name} part; choose it with --{name}-include 'PATTERN', or give two paths)"
         raise ValueError(f"DATA: {error}{option if include else ''}") from None
     spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
     make_folder(spool.parent)
-    digests = digest_images(sources, range(len(sources)), [], spool, workers=workers)
+    digests = digest_images(sources, range(len(sources)), [], spool, workers=workers, kept=kept)
     return Split(name, list(digests), functools.partial(read_file, sources), notes=sources.notes)
 
 

@@ -38,6 +38,7 @@ from mrmae.shards.format import (
 from mrmae.shards.store import read_index, refuse_foreign_entries
 
 DIGESTS = ".digests"  # which images were hashed when: what extract-features begins with
+TARS = ".tars"  # a folder, likewise: what is in tars at URLs
 EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
 Step = Literal["remove manifest.json", "write samples.arrow", "begin plan.json", "replace plan.json"]
 
@@ -330,7 +331,7 @@ def others(path: Path) -> list[str]:
     """Names of what lies in a folder without a plan and is no beginning of a cache."""
     if not path.exists():
         return []
-    ours = {DIGESTS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
+    ours = {DIGESTS, TARS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
     return sorted(file.name for file in path.iterdir() if file.name not in ours and not is_samples(file))
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 
 class Proxy:
-    """A TCP proxy on 127.0.0.1. cuts: how many of the next answers are cut in their middle. requests, answer_bytes: so far."""
+    """A TCP proxy on 127.0.0.1. cuts: how many of the next answers are cut in their middle. refusals: how many are
+    a 503 instead. requests, answer_bytes: so far."""
 
     def __init__(self, port: int) -> None:
-        self.to, self.cuts, self.requests, self.answer_bytes = port, 0, 0, 0
+        self.to, self.cuts, self.refusals, self.requests, self.answer_bytes = port, 0, 0, 0, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
         threading.Thread(target=self.serve, daemon=True).start()
@@ -31,6 +32,10 @@ class Proxy:
             while data := one.recv(1 << 16):
                 if not answers:
                     self.requests += data.count(b" HTTP/1.1\r\n")
+                elif self.refusals > 0 and data.startswith(b"HTTP/1.1 "):
+                    self.refusals -= 1
+                    other.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    break
                 elif self.cuts > 0:
                     self.cuts -= 1
                     other.sendall(data[: len(data) // 2])
@@ -78,13 +83,13 @@ class S3:
         assert answer.status < 300, (method, name, answer.status, content)
         return content
 
-    def upload(self, folder: Path, bucket: str) -> str:
-        """The URL of a copy of a cache."""
+    def upload(self, folder: Path, bucket: str, below: str = "some/photos.cache") -> str:
+        """The URL of a copy of a folder."""
         self.ask("PUT", bucket)
         for file in folder.rglob("*"):
             if file.is_file():
-                self.ask("PUT", f"{bucket}/some/photos.cache/{file.relative_to(folder).as_posix()}", file.read_bytes())
-        return f"s3://{bucket}/some/photos.cache"
+                self.ask("PUT", f"{bucket}/{below}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+        return f"s3://{bucket}/{below}"
 
     def stop(self) -> None:
         self.proxy.listener.close()

@@ -15,7 +15,9 @@ import pyarrow.compute as pc
 
 from mrmae.common.files import explained, publish, remove
 from mrmae.common.progress import Progress
-from mrmae.extract.images.list import UNKNOWN, Sources, Unreadable, read_image
+from mrmae.extract.images.list import UNKNOWN, Sources, read_image
+from mrmae.extract.images.objects import THREADS, KeptIndices, hashed_members
+from mrmae.extract.images.patience import Unreadable
 from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, Source, SourceTable, Values, signed_hashes
 
 # Key, bytes and sha256 (hex) of an image, and the time and place of the image that they were computed of.
@@ -26,18 +28,23 @@ LONGEST_LINE = 1 << 16  # characters; a path has 4096 bytes at most
 
 
 def digest_images(
-    sources: Sources, order: Sequence[int] | Numbers, known_rows: Sequence[Source], memory: Path, *, workers: int
-) -> SourceTable:
+    sources: Sources, order: Sequence[int] | Numbers, known_rows: Sequence[Source], memory: Path, *, workers: int,
+    kept: KeptIndices | None = None,
+) -> SourceTable:  # fmt: skip
     """The images in `order`, with size and sha256; one that is not there, or may not be read, counts as empty.
 
     known_rows: from before; images whose key and byte length still agree are not read again. memory: a file that keeps
     every row with the time and place of its image; where size, time and place are the same, the image is not read again.
+    kept: what was learnt of tars at URLs while they were listed.
     OSError, naming it, for an image that cannot be read for another reason; what was computed is in `memory`.
     """
     digests, order = Digests(sources), np.asarray(order, np.int64)
     digests.learn_rows(known_rows)
     if digests.known[order].all():
         return digests.table(order)
+    if kept is not None and sources.far:
+        for members in hashed_members(kept):
+            digests.learn_lines(members)
     clean = all([digests.learn_lines(lines).all() for lines in remember(memory)])
     if len(wanted := order[~digests.known[order]]):
         hash_images(digests, wanted, memory, workers)
@@ -108,7 +115,7 @@ def hash_images(digests: Digests, wanted: Numbers, memory: Path, workers: int) -
     sources = digests.sources
     with (
         Progress("hashing", len(wanted)) as progress,
-        ThreadPoolExecutor(workers) as pool,
+        ThreadPoolExecutor(max(workers, THREADS) if sources.far else workers) as pool,
         open(memory, "ab", buffering=0) as out,
     ):
         for start in range(0, len(wanted), CHUNK):

@@ -10,19 +10,30 @@ import fnmatch
 import functools
 import os
 import stat
-import time
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from braceexpand import braceexpand
 
+from mrmae.common.backend import About, Url, locate
 from mrmae.common.progress import counted
-from mrmae.extract.images.tars import cls_texts, file_member, is_tar, read_headers, read_range
+from mrmae.extract.images.objects import (
+    KeptIndices,
+    index_of,
+    is_url,
+    objects_below,
+    objects_named,
+    read_object,
+    read_tars,
+)
+from mrmae.extract.images.patience import FACTS, Unreadable, patiently
+from mrmae.extract.images.tars import TarHeader, cls_texts, file_member, is_tar, read_headers, read_range
 from mrmae.shards.format import ROWS_AT_ONCE, Numbers, Values, signed_hashes
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
@@ -30,9 +41,6 @@ SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif",
 BAND_SUFFIXES = (*SUFFIXES, ".npy")  # where views keep a file's bands
 FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
 NAMES_SHOWN = 3  # names in a note
-# What an image that cannot be read is; any other error is the disk's or the network's, and may pass.
-FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
-WAITS_SECONDS = (0.2, 1.0)  # before an image is read for the second and for the third time
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -45,19 +53,18 @@ class SourceImage(NamedTuple):
 
 
 class ImagePlace(NamedTuple):
-    """Where an image's bytes are: a whole file (offset None), or a part of a tar."""
+    """Where an image's bytes are: a whole file or object (offset None), or a part of a tar.
+
+    mtime_ns: of the file or the tar, when it was listed; at a URL the version of the object.
+    """
 
     path: str
     offset: int | None
-    mtime_ns: int | None = None  # of the file or the tar, when it was listed
+    mtime_ns: int | None = None
 
 
 ListedImage = tuple[SourceImage, ImagePlace]
 UNKNOWN = -(2**63)  # a size, time or offset that there is none of
-
-
-class Unreadable(OSError):
-    """An image that is not there, that this user may not read, or that is no regular file."""
 
 
 @dataclasses.dataclass
@@ -74,6 +81,10 @@ class LeftOut:
     unlabelled: list[str] = dataclasses.field(default_factory=list)
     unclear: list[str] = dataclasses.field(default_factory=list)
     shared: list[str] = dataclasses.field(default_factory=list)
+
+    def note_other(self, name: str) -> None:
+        """Count a file that is no image."""
+        self.suffixes[PurePosixPath(name).suffix.lower() or name] += 1
 
     def note_labels(self, labels: Sequence[str], texts: Mapping[str, Mapping[str, str]]) -> None:
         """Keep what is odd about a tar's `.cls` members. texts: by image, those that fit its name, the taken one first."""
@@ -214,9 +225,19 @@ class Sources:
         place = self.place(i)
         return place.path if place.offset is None else f"{place.path}: {self.keys[i]}"
 
+    @functools.cached_property
+    def far(self) -> bool:
+        """Whether some are at URLs: who reads these waits most of the time."""
+        return any(map(is_url, self._roots))
+
     def read(self, i: int) -> bytes:
-        """Encoded bytes of image i. OSError where the file is gone, no regular file any more or shorter than when it was listed."""
+        """Encoded bytes of image i. OSError where the file is gone, no regular file any more or shorter than when it was listed.
+
+        Of an object also where it has changed; Unreachable where its store does not answer.
+        """
         place, size_bytes = self.place(i), int(self._numbers[i, 0])
+        if is_url(place.path):
+            return read_object(place.path, About(size_bytes, place.mtime_ns or 0), place.offset)
         # A descriptor per read: no shared file position, no limit on the number of tars, and the object can be pickled.
         with open(place.path, "rb", buffering=0, opener=open_regular) as file:
             if place.offset is None:
@@ -225,52 +246,37 @@ class Sources:
 
 
 def read_image(sources: Sources, i: int) -> bytes:
-    """Encoded bytes of image i, read again where the disk or the network stumbled.
-
-    Raises Unreadable where it is not there or may not be read; OSError, naming it, for an error that stays.
-    """
-    for wait in (*WAITS_SECONDS, None):
-        try:
-            return sources.read(i)
-        except Unreadable:
-            raise
-        except OSError as error:
-            if error.errno in FACTS:
-                raise Unreadable(*error.args, error.filename) from None
-            if wait is None:
-                raise could_not_read(sources.where(i), error) from error
-            time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
-
-
-def could_not_read(where: str, error: OSError) -> OSError:
-    """The same kind of error, saying which image could not be read and what to do."""
-    return type(error)(error.errno, f"{where}: could not be read, {1 + len(WAITS_SECONDS)} times: {error.strerror or error}; everything done so "
-                       "far is kept; check the disk or the network, then run the same command again")  # fmt: skip
+    """Encoded bytes of image i, read again where the disk or the network stumbled. Raises as `patiently`."""
+    return patiently(lambda: sources.read(i), lambda: sources.where(i))
 
 
 def list_sources(
-    images: Sequence[str | os.PathLike[str]], include: Sequence[str] = (), suffixes: tuple[str, ...] = SUFFIXES
-) -> Sources:
-    """Every image of the given folders, tars, brace patterns and lists, sorted by key.
+    images: Sequence[str | os.PathLike[str]], include: Sequence[str] = (), suffixes: tuple[str, ...] = SUFFIXES,
+    kept: KeptIndices | None = None,
+) -> Sources:  # fmt: skip
+    """Every image of the given folders, tars, brace patterns, lists and URLs, sorted by key.
 
     images: a folder (searched recursively), a `.tar` (plain or webdataset: the label of `a.b.jpg` is in
-    `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, or a text file with one path per line
-    (relative to the text file).
+    `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, a text file with one path or one URL per line
+    (paths relative to the text file), or the URL of a prefix, a `.tar` or a pattern.
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
     suffixes: what images are called.
+    kept: where the indices of tars at URLs are kept, which all have to be read for that; None: nowhere.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
-    Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged.
+    Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged;
+    OSError or Unreachable for what cannot be read.
     """
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="mrmae-") as folder:
+            return list_sources(images, include, suffixes, KeptIndices(Path(folder)))
     left_out, listed, n, sample, kinds = LeftOut(), Listed(), 0, "", Counter[str]()
-    for root in expand(images):
-        for image, place in list_one(root, left_out, suffixes):
-            n, sample = n + 1, sample or image.key
-            if matches(image.key, include):
-                listed.add(image, place)
-                if image.key.lower().endswith(FRAMES):
-                    kinds[PurePosixPath(image.key).suffix.lower()] += 1
+    for image, place in list_all(expand(images), left_out, suffixes, kept):
+        n, sample = n + 1, sample or image.key
+        if matches(image.key, include):
+            listed.add(image, place)
+            if image.key.lower().endswith(FRAMES):
+                kinds[PurePosixPath(image.key).suffix.lower()] += 1
     if not n:
         there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
@@ -286,18 +292,36 @@ def list_sources(
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
-    """The paths themselves, brace patterns expanded. An existing path is never taken for a pattern."""
+    """The paths and URLs themselves, brace patterns expanded. An existing path is never taken for a pattern."""
     paths: list[Path] = []
     for image in images:
         text = os.fspath(image)
-        paths += [Path(text)] if os.path.exists(text) else [Path(p) for p in braceexpand(text)]
+        paths += [Path(text)] if os.path.exists(text) else [locate(p, "IMAGES") for p in braceexpand(text)]
     for path in paths:
-        if not path.exists():
+        if not isinstance(path, Url) and not path.exists():
             raise ValueError(f"{path}: does not exist; expected a folder, a .tar or a text file of paths; check IMAGES")
     return paths
 
 
+def list_all(
+    paths: Sequence[Path], left_out: LeftOut, suffixes: tuple[str, ...], kept: KeptIndices
+) -> Iterator[ListedImage]:
+    """The images of all paths; tars at URLs are read side by side."""
+    tars = read_tars([path for path in paths if is_far_tar(path)], kept, lambda name: wanted(name, suffixes))
+    for path in paths:
+        if is_far_tar(path):
+            yield from index_far_tar(path, tars[path], left_out, suffixes, kept)
+        else:
+            yield from list_one(path, left_out, suffixes)
+
+
+def is_far_tar(path: PurePath) -> TypeGuard[Url]:
+    return isinstance(path, Url) and path.suffix.lower() == ".tar"
+
+
 def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterable[ListedImage]:
+    if isinstance(root, Url):
+        return list_prefix(root, left_out, suffixes)
     if root.is_dir():
         return walk(root, left_out, suffixes)
     if kind := special_kind(root.stat().st_mode):
@@ -322,6 +346,11 @@ def visible(key: str) -> bool:
         return True
     hidden = (part.startswith(".") and part not in (".", "..") for part in key.split("/"))
     return not any(hidden) and "__MACOSX" not in key.split("/")
+
+
+def wanted(key: str, suffixes: tuple[str, ...]) -> bool:
+    """Whether a member of a tar is taken for an image."""
+    return is_image(key, suffixes) and visible(key)
 
 
 def is_image(key: str, suffixes: tuple[str, ...]) -> bool:
@@ -396,7 +425,7 @@ def walk(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterator[L
                     if inside not in ancestors:
                         stack.append((entry.path, key + "/", ancestors | {inside}))
                 elif not is_image(entry.name, suffixes):
-                    left_out.suffixes[PurePosixPath(entry.name).suffix.lower() or entry.name] += 1
+                    left_out.note_other(entry.name)
                 elif (status := status_of(entry)) and (kind := special_kind(status.st_mode)):
                     left_out.special.append(f"{key} ({kind})")
                 else:
@@ -427,11 +456,30 @@ def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
         return None
 
 
+# --- prefixes
+
+
+def list_prefix(root: Url, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterator[ListedImage]:
+    """Images below a prefix, as `walk` finds them below a folder."""
+    for url, about in objects_below(root):
+        key = url.removeprefix(str(root)).lstrip("/")
+        if not visible(key):
+            continue
+        if is_image(key, suffixes):
+            yield far_image(key, url, about)
+        else:
+            left_out.note_other(PurePosixPath(key).name)
+
+
+def far_image(key: str, url: str, about: About) -> ListedImage:
+    return SourceImage(key, parent_label(key), about.size_bytes), ImagePlace(url, None, about.version)
+
+
 # --- lists
 
 
 def read_list(path: Path) -> Iterator[ListedImage]:
-    """Images named in a text file. Keys are relative to the file's folder, or to the images' common folder outside it."""
+    """Images named in a text file. Keys are relative to the file's folder, or to the images' common folder outside it or at URLs."""
     try:
         lines = [line.strip("\r\n") for line in path.read_text(encoding="utf-8").splitlines()]
     except UnicodeDecodeError:
@@ -439,6 +487,10 @@ def read_list(path: Path) -> Iterator[ListedImage]:
             f"{path}: is neither a folder, a tar nor a UTF-8 text file of paths; to use one image, give its folder "
             "and --include"
         ) from None
+    if any("://" in line for line in lines):
+        for name, url, about in objects_named(path, [line for line in lines if line.strip()]):
+            yield far_image(name, url, about)
+        return
     base = os.path.abspath(path.parent)
     files = [os.path.normpath(os.path.join(base, line)) for line in lines if line.strip()]
     missing = [file for file in files if not os.path.isfile(file)]
@@ -464,22 +516,42 @@ def index_tar(path: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
     """
-    mtime_ns = path.stat().st_mtime_ns
-    members = read_headers(path)
+    mtime_ns, members = path.stat().st_mtime_ns, read_headers(path)
+    with open(path, "rb", buffering=0) as file:
+        read = functools.partial(read_range, file.fileno(), where=str(path))
+        found = images_of_tar(path, members, left_out, suffixes, read)
+    return [(image, ImagePlace(str(path), offset, mtime_ns)) for image, offset in found]
+
+
+def index_far_tar(
+    path: Url, about: About, left_out: LeftOut, suffixes: tuple[str, ...], kept: KeptIndices
+) -> list[ListedImage]:
+    """The same of a tar at a URL that read_tars has read."""
+    members = index_of(path, about, kept, lambda name: wanted(name, suffixes))
+
+    def read(offset: int, size_bytes: int) -> bytes:
+        return read_object(str(path), About(size_bytes, about.version), offset)
+
+    found = images_of_tar(path, members, left_out, suffixes, read)
+    return [(image, ImagePlace(str(path), offset, about.version)) for image, offset in found]
+
+
+def images_of_tar(
+    path: PurePath, members: dict[str, TarHeader], left_out: LeftOut, suffixes: tuple[str, ...], read: Callable[[int, int], bytes]
+) -> list[tuple[SourceImage, int]]:  # fmt: skip
+    """The images among the members of a tar, and where their bytes begin. read: the bytes at (offset, bytes)."""
     found, texts = [], {}
     labels = [name for name in members if name.lower().endswith(".cls")]
-    with open(path, "rb", buffering=0) as file:
-        for name in members:
-            if not (is_image(name, suffixes) and visible(name)):
-                continue
-            data = file_member(members, name, path)
-            if data.special:
-                left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
-                continue
-            texts[name] = cls_texts(members, name, file.fileno(), path) if labels else {}
-            label = next(iter(texts[name].values()), None) or parent_label(name)
-            image = SourceImage(checked_key(name, path), label, data.size_bytes)
-            found.append((image, ImagePlace(str(path), data.offset, mtime_ns)))
+    for name in members:
+        if not wanted(name, suffixes):
+            continue
+        data = file_member(members, name, path)
+        if data.special:
+            left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
+            continue
+        texts[name] = cls_texts(members, name, path, read) if labels else {}
+        label = next(iter(texts[name].values()), None) or parent_label(name)
+        found.append((SourceImage(checked_key(name, path), label, data.size_bytes), data.offset))
     if labels:
         left_out.note_labels([name for name in labels if visible(name)], texts)
     return found

@@ -3,8 +3,9 @@
 import os
 import tarfile
 import zlib
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Callable
+from pathlib import Path, PurePath
+from typing import IO, NamedTuple
 
 TAR_BLOCK_BYTES = 512
 LABEL_BYTES = 4096
@@ -14,13 +15,16 @@ ABSURD = (OverflowError, MemoryError)  # what tarfile raises of a header that te
 class TarHeader(NamedTuple):
     """What is kept of a tar header (tarfile's own objects are ten times larger).
 
-    special: what it is where that is no regular file. link: name of the member it leads to.
+    special: what it is where that is no regular file. link: name of the member it leads to. text, sha256: of a label and of an
+    image, where these were read together with the headers.
     """
 
     offset: int
     size_bytes: int
     special: str | None
     link: str | None
+    text: str | None = None
+    sha256: str | None = None
 
 
 def is_tar(path: Path) -> bool:
@@ -34,21 +38,30 @@ def is_tar(path: Path) -> bool:
 def read_headers(path: Path) -> dict[str, TarHeader]:
     """Name -> member. ValueError where the tar is cut, also exactly between two members, or holds a name twice."""
     if plain := plain_headers(path):
-        refuse_cut(path, plain[1])
+        with open(path, "rb") as file:
+            refuse_cut(file, plain[1], path)
         return plain[0]
+    with open(path, "rb") as file:
+        return any_headers(file, path.stat().st_size, path)
+
+
+def any_headers(
+    file: IO[bytes], n_bytes: int, path: PurePath, looked_at: Callable[[str, TarHeader], TarHeader] = lambda _, member: member
+) -> dict[str, TarHeader]:  # fmt: skip
+    """The same of any tar, wherever it is. looked_at: what is kept of a member, which may read `file` for that."""
     members: dict[str, TarHeader] = {}
-    n_bytes = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
             while (info := tar.next()) is not None:
                 name = info.name.removeprefix("./")
                 if name in members and not info.isdir():
                     raise ValueError(f"{path}: holds {name!r} twice; keys must be unique; repack the tar")
-                members[name] = TarHeader(info.offset_data, info.size, special_member(info), link_of(info))
                 if tar.offset > n_bytes:
                     raise tarfile.ReadError(f"{name!r} reaches behind the end")
+                member = TarHeader(info.offset_data, info.size, special_member(info), link_of(info))
+                members[name] = looked_at(name, member)
                 tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header: gigabytes for ImageNet
-            refuse_cut(path, tar.offset)
+            refuse_cut(file, tar.offset, path)
     except (tarfile.TarError, *ABSURD) as error:
         raise ValueError(
             f"{path}: is not a whole tar ({str(error) or 'a header of absurd size'}); copy it again, or repack it"
@@ -96,7 +109,7 @@ def link_of(info: tarfile.TarInfo) -> str | None:
     return os.path.normpath(os.path.join(os.path.dirname(info.name), info.linkname)) if info.issym() else None
 
 
-def file_member(members: dict[str, TarHeader], name: str, path: Path) -> TarHeader:
+def file_member(members: dict[str, TarHeader], name: str, path: PurePath) -> TarHeader:
     """The member that holds the bytes of `name` (links lead to another one)."""
     member: TarHeader | None = members[name]
     for _ in range(8):
@@ -115,8 +128,13 @@ def cls_names(members: dict[str, TarHeader], name: str) -> list[str]:
     return [stem + ".cls" for stem in stems if stem + ".cls" in members]
 
 
-def cls_texts(members: dict[str, TarHeader], name: str, descriptor: int, path: Path) -> dict[str, str]:
-    """Texts of the `.cls` members of an image, by their names, the longest first; empty ones are left out."""
+def cls_texts(
+    members: dict[str, TarHeader], name: str, path: PurePath, read: Callable[[int, int], bytes]
+) -> dict[str, str]:
+    """Texts of the `.cls` members of an image, by their names, the longest first; empty ones are left out.
+
+    read: the bytes at (offset, bytes) of the tar.
+    """
     texts = {}
     for cls in cls_names(members, name):
         member = file_member(members, cls, path)
@@ -126,26 +144,25 @@ def cls_texts(members: dict[str, TarHeader], name: str, descriptor: int, path: P
             raise ValueError(
                 f"{path}: {cls!r} has {member.size_bytes} bytes; a label of at most {LABEL_BYTES} was expected; repack the tar"
             )
-        texts[cls] = (
-            read_range(descriptor, member.offset, member.size_bytes, where=cls).decode("utf-8", "replace").strip()
-        )
+        if (text := member.text) is None:
+            text = read(member.offset, member.size_bytes).decode("utf-8", "replace").strip()
+        texts[cls] = text
     return {cls: text for cls, text in texts.items() if text}
 
 
-def refuse_cut(path: Path, end_bytes: int) -> None:
+def refuse_cut(file: IO[bytes], end_bytes: int, path: PurePath) -> None:
     """ValueError unless the last member, which ended at `end_bytes`, is followed by zero blocks and nothing else."""
-    with open(path, "rb") as file:
-        file.seek(end_bytes)
-        block = file.read(TAR_BLOCK_BYTES)
-        if len(block) < TAR_BLOCK_BYTES:
-            raise ValueError(f"{path}: has no end mark, so it may be cut after a member; copy it again, or repack it")
-        while block:
-            if block.strip(b"\0"):
-                raise ValueError(
-                    f"{path}: a damaged header or another tar follows the last member, near byte {end_bytes}; "
-                    "copy it again, or repack it as one tar"
-                )
-            block = file.read(1 << 20)
+    file.seek(end_bytes)
+    block = file.read(TAR_BLOCK_BYTES)
+    if len(block) < TAR_BLOCK_BYTES:
+        raise ValueError(f"{path}: has no end mark, so it may be cut after a member; copy it again, or repack it")
+    while block:
+        if block.strip(b"\0"):
+            raise ValueError(
+                f"{path}: a damaged header or another tar follows the last member, near byte {end_bytes}; "
+                "copy it again, or repack it as one tar"
+            )
+        block = file.read(1 << 20)
 
 
 def read_range(descriptor: int, offset: int, size_bytes: int, *, where: str) -> bytes:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mrmae.extract import run
-from mrmae.extract.images import list as listing
+from mrmae.extract.images import patience
 from mrmae.extract.images.digest import digest_images, note
 from mrmae.extract.images.list import Sources, list_sources
 from mrmae.shards.cache import open_cache
@@ -43,7 +43,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         return real(sources, i)
 
     monkeypatch.setattr(Sources, "read", read)
-    monkeypatch.setattr(listing, "WAITS_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(patience, "WAITS_SECONDS", (0.0, 0.0))
     return counts
 
 

@@ -1,0 +1,247 @@
+"""Images in object stores: what lies below a prefix, the objects that a list names, tars by ranges.
+
+A tar's index is in its headers, all over it; so all of it passes once, its images are hashed on the way, and what was learnt is kept.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, cast
+
+from mrmae.common.backend import About, Bucket, Url, bucket_of, locate
+from mrmae.common.files import publish
+from mrmae.common.progress import Progress
+from mrmae.extract.images.patience import Unreadable, patiently
+from mrmae.extract.images.tars import LABEL_BYTES, TarHeader, any_headers
+
+THREADS = 16  # requests under way at once where nothing is decoded; each waits for the network most of its time
+PIECE_BYTES = 8 << 20  # of a tar per request
+NO_UTF8 = re.compile(
+    "[\ud800-\udfff]"
+)  # bytes of a name that are not, as Python shows them; the listing refuses such images
+Found = tuple[str, About]  # URL, size and version of an object
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptIndices:
+    """Where the indices of tars are kept, a file each. alone: held while tars are read, so that processes do not all read them."""
+
+    folder: Path
+    alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+
+
+def bucket_and_key(url: str) -> tuple[Bucket, str]:
+    """Who answers for an object, and its name there; of names that a Url would tidy, too."""
+    scheme, _, rest = url.partition("://")
+    bucket, _, key = rest.partition("/")
+    return bucket_of(f"{scheme}://{bucket}"), key
+
+
+def is_url(path: str) -> bool:
+    return "://" in path
+
+
+def read_object(url: str, wanted: About, offset: int | None = None) -> bytes:
+    """An object, or as many bytes of it as are wanted, from `offset`. OSError where it is not what it was when it was listed."""
+    if offset is not None and not wanted.size_bytes:
+        return b""
+    bucket, key = bucket_and_key(url)
+    data, now = bucket.get(key, None if offset is None else (offset, wanted.size_bytes))
+    if len(data) != wanted.size_bytes or (offset is not None and now.version != wanted.version):
+        raise OSError(errno.EIO, f"the object has changed since it was listed (it has {now.size_bytes} bytes now, of which {len(data)} "
+                      f"came, and {wanted.size_bytes} were expected)", url)  # fmt: skip
+    return data
+
+
+# --- prefixes and lists
+
+
+def objects_below(root: Url) -> Iterator[Found]:
+    """Every object below a prefix, without the empty ones that stand for folders. ValueError where there is none."""
+    found = root.bucket.below(root.key)
+    if not found:
+        if about_if_there(str(root)) is None:
+            raise ValueError(f"{root}: there is no such object, and none below {root}/; expected a .tar or a prefix; check IMAGES")  # fmt: skip
+        raise ValueError(f"{root}: is one object; expected a plain .tar, or a prefix with images below it; a list of URLs is read from a "
+                         "local text file")  # fmt: skip
+    for key, about in found:
+        if about.size_bytes or "." in key.rpartition("/")[2]:
+            yield f"{root.bucket.root}/{key}", about
+
+
+def objects_named(path: Path, lines: Sequence[str]) -> Iterator[tuple[str, str, About]]:
+    """(key, URL, about) of the objects that the lines of the list `path` name; keys are relative to their common folder.
+
+    ValueError for lines that are no URLs of one kind of store, and for objects that are not there.
+    """
+    if local := [line for line in lines if "://" not in line]:
+        raise ValueError(f"{path}: {len(local)} of {len(lines)} lines are no URLs, first {local[0]!r}; expected URLs alone, or paths "
+                         "alone; make a list of each and give both")  # fmt: skip
+    urls = [str(locate(line, "IMAGES")) for line in lines]
+    schemes, names = {url.partition("://")[0] for url in urls}, [url.partition("://")[2] for url in urls]
+    if len(schemes) > 1:
+        raise ValueError(
+            f"{path}: has URLs of {' and '.join(sorted(schemes))}; expected one kind; make a list of each and give both"
+        )
+    with Progress("looking at objects", len(urls)) as progress, ThreadPoolExecutor(THREADS) as pool:
+        abouts = []
+        for about in pool.map(about_if_there, urls):
+            abouts.append(about)
+            progress.add()
+    missing = [url for url, about in zip(urls, abouts) if about is None]
+    if missing:
+        raise ValueError(
+            f"{path}: {len(missing)} of {len(urls)} listed objects do not exist, first {missing[0]}; correct the list"
+        )
+    base = os.path.commonpath([os.path.dirname(name) for name in names])
+    for name, url, found in zip(names, urls, abouts):
+        assert found is not None
+        yield name[len(base) :].lstrip("/"), url, found
+
+
+def about_if_there(url: str) -> About | None:
+    bucket, key = bucket_and_key(url)
+    try:
+        return patiently(lambda: bucket.about(key), lambda: url)
+    except Unreadable:
+        return None
+
+
+# --- tars
+
+
+class ObjectFile:
+    """An object as tarfile reads one, forwards, in pieces. passed: called after each."""
+
+    def __init__(self, url: Url, about: About, passed: Callable[[], None]) -> None:
+        self.url, self.about, self.passed = url, about, passed
+        self._at = self._start = 0
+        self._piece = b""
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, at: int) -> int:
+        self._at = at
+        return at
+
+    def read(self, n: int) -> bytes:
+        """n bytes, fewer where the object ends."""
+        parts = []
+        while n > 0 and self._at < self.about.size_bytes:
+            if not self._start <= self._at < self._start + len(self._piece):
+                self._fetch()
+            part = self._piece[self._at - self._start :][:n]
+            parts.append(part)
+            self._at, n = self._at + len(part), n - len(part)
+        return b"".join(parts)
+
+    def _fetch(self) -> None:
+        start, piece = self._at, About(min(PIECE_BYTES, self.about.size_bytes - self._at), self.about.version)
+        self._piece = b""  # not two at once
+        self._piece = patiently(lambda: read_object(str(self.url), piece, start), lambda: str(self.url))
+        self._start = start
+        self.passed()
+
+
+def read_tars(urls: Sequence[Url], kept: KeptIndices, hashed: Callable[[str], bool]) -> dict[Url, About]:
+    """What each tar is now, once the index of every one lies in `kept`. hashed: of which members the sha256 is wanted, by name."""
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = list(pool.map(lambda url: about_if_there(str(url)), urls))
+        if gone := [url for url, about in zip(urls, found) if about is None]:
+            raise ValueError(
+                f"{gone[0]}: does not exist ({len(gone)} of {len(urls)} tars at URLs do not); check IMAGES"
+            )
+        abouts = {url: about for url, about in zip(urls, found) if about is not None}
+
+        def missing() -> list[Url]:
+            return [url for url in abouts if not index_file(url, abouts[url], kept).is_file()]
+
+        if missing():
+            with kept.alone():
+                todo = missing()  # another process may have read some meanwhile
+                pieces = sum(-(-abouts[url].size_bytes // PIECE_BYTES) for url in todo)
+                with Progress("reading tars", pieces, "x 8 MB") as progress:
+                    try:
+                        list(pool.map(lambda url: keep_index(url, abouts[url], kept, hashed, progress.add), todo))
+                    finally:
+                        pool.shutdown(cancel_futures=True)
+    return abouts
+
+
+def keep_index(
+    url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], bool], passed: Callable[[], None]
+) -> None:
+    """Read a tar once and write its index. ValueError as read_headers; OSError or Unreachable where it cannot be read."""
+    file = ObjectFile(url, about, passed)
+
+    def looked_at(name: str, member: TarHeader) -> TarHeader:
+        """With the text of a label, or the hash of an image."""
+        if member.special:
+            return member
+        file.seek(member.offset)
+        if name.lower().endswith(".cls") and member.size_bytes <= LABEL_BYTES:
+            return member._replace(text=file.read(member.size_bytes).decode("utf-8", "replace").strip())
+        if not hashed(name):
+            return member
+        digest, left = hashlib.sha256(), member.size_bytes
+        while left > 0:
+            digest.update(file.read(min(left, PIECE_BYTES)))
+            left -= PIECE_BYTES
+        return member._replace(sha256=digest.hexdigest())
+
+    members = any_headers(cast(IO[bytes], file), about.size_bytes, url, looked_at)
+    text = json.dumps([about.version, [[name, *member] for name, member in members.items()]]).encode()
+    publish(index_file(url, about, kept), b"%08x %s" % (zlib.crc32(text), text), replace=True)
+
+
+def index_of(url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], bool]) -> dict[str, TarHeader]:
+    """The index of a tar that read_tars has read, which is read again where what was kept is damaged."""
+    file = index_file(url, about, kept)
+    if (found := kept_index(file)) is None:
+        keep_index(url, about, kept, hashed, lambda: None)
+        found = kept_index(file)
+    assert found is not None
+    return found[1]
+
+
+def hashed_members(kept: KeptIndices) -> Iterator[list[tuple[str, int, str, int, int]]]:
+    """(key, bytes, sha256, version of the tar, offset in it) of what was hashed, tar by tar."""
+    for file in sorted(kept.folder.glob("*.json")):
+        version, members = kept_index(file) or (0, {})
+        yield [(name, m.size_bytes, m.sha256, version, m.offset) for name, m in members.items()
+               if m.sha256 and not NO_UTF8.search(name)]  # fmt: skip
+
+
+def kept_index(file: Path) -> tuple[int, dict[str, TarHeader]] | None:
+    """Version and members of a tar as they were kept; None where that is damaged."""
+    try:
+        checksum, _, text = file.read_bytes().partition(b" ")
+        if int(checksum, 16) != zlib.crc32(text):
+            return None
+        version, rows = json.loads(text)
+        return int(version), {
+            str(name): TarHeader(int(offset), int(size), *map(text_or_none, rest)) for name, offset, size, *rest in rows
+        }
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+
+
+def text_or_none(value: object) -> str | None:
+    if isinstance(value, str) or value is None:
+        return value
+    raise TypeError(value)
+
+
+def index_file(url: Url, about: About, kept: KeptIndices) -> Path:
+    """Where the index of this version of a tar is kept."""
+    told = "\n".join([str(url), *map(str, about)])
+    return kept.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
