@@ -57,7 +57,7 @@ def main(
 
     SOURCE: OUT of train-mrmae, OUT/student, a checkpoint, timm:NAME[@FILE][?key=value],
     open_clip:NAME[/TAG][@FILE][?key=value], CACHE#TEACHER[.TAP], `pixels`, or
-    untrained:SOURCE. DATA: a folder or tar with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views).
+    untrained:SOURCE. DATA: a folder or tar (also at s3://, gs://, az://) with train/CLASS and test/CLASS, a train and a test path, or a cache (its stored views).
     Features are computed once and kept; results are in OUT/results (JSON) and OUT/results.md. A comparison has a row per source,
     pixels alone and untrained weights beside them, and paired intervals of their differences.
     """

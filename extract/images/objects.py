@@ -27,7 +27,7 @@ PIECE_BYTES = 8 << 20  # of a tar per request
 NO_UTF8 = re.compile(
     "[\ud800-\udfff]"
 )  # bytes of a name that are not, as Python shows them; the listing refuses such images
-Found = tuple[str, About]  # URL, size and version of an object
+FoundObject = tuple[str, About]  # URL, size and version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def read_object(url: str, wanted: About, offset: int | None = None) -> bytes:
 # --- prefixes and lists
 
 
-def objects_below(root: Url) -> Iterator[Found]:
+def objects_below(root: Url) -> Iterator[FoundObject]:
     """Every object below a prefix, without the empty ones that stand for folders. ValueError where there is none."""
     found = root.bucket.below(root.key)
     if not found:
@@ -170,11 +170,25 @@ def read_tars(urls: Sequence[Url], kept: KeptIndices, hashed: Callable[[str], bo
                 todo = missing()  # another process may have read some meanwhile
                 pieces = sum(-(-abouts[url].size_bytes // PIECE_BYTES) for url in todo)
                 with Progress("reading tars", pieces, "x 8 MB") as progress:
+                    passed = Passed(progress)
                     try:
-                        list(pool.map(lambda url: keep_index(url, abouts[url], kept, hashed, progress.add), todo))
-                    finally:
+                        list(pool.map(lambda url: keep_index(url, abouts[url], kept, hashed, passed), todo))
+                    finally:  # one cannot be read, or the command is stopped: the others need not go on to their ends
+                        passed.stopped = True
                         pool.shutdown(cancel_futures=True)
     return abouts
+
+
+class Passed:
+    """Counts pieces; raises InterruptedError at the next one once it is `stopped`."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.stopped = progress, False
+
+    def __call__(self) -> None:
+        if self.stopped:
+            raise InterruptedError("reading was stopped")
+        self.progress.add()
 
 
 def keep_index(

@@ -11,14 +11,14 @@ from mrmae.common.backend import Unreachable
 FACTS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)
 WAITS_SECONDS = (0.2, 1.0)  # before something is read for the second and for the third time
 
-Answer = TypeVar("Answer")
+WhatIsRead = TypeVar("WhatIsRead")
 
 
 class Unreadable(OSError):
     """An image that is not there, that this user may not read, or that is no regular file."""
 
 
-def patiently(read: Callable[[], Answer], where: Callable[[], str]) -> Answer:
+def patiently(read: Callable[[], WhatIsRead], where: Callable[[], str]) -> WhatIsRead:
     """What `read` gives, tried again where the disk or the network stumbled.
 
     Raises Unreadable for what is not there or may not be read; for an error that stays OSError, naming it, or Unreachable.

@@ -140,8 +140,10 @@ def test_a_store_that_stumbles_changes_nothing_and_one_that_stays_away_is_named(
     setattr(s3.proxy, trouble, 6)
     assert content(far) == expected
     setattr(s3.proxy, trouble, 10**9)
+    before = s3.proxy.requests
     with pytest.raises(Unreachable, match=r"s3://many-photos/tars/photos-0\.tar: cannot be read: .*same command again"):
         read_image(far, 0)
+    assert s3.proxy.requests - before == 15, "3 times 5"
     said = CliRunner().invoke(main, [f"{url}/tars/photos-0.tar", "/nonexistent/c", "--dry-run"])
     assert said.exit_code == 1 and "photos-0.tar: cannot be read" in said.output, said.output
     setattr(s3.proxy, trouble, 0)
