@@ -107,7 +107,7 @@ def compare_sources(
 
     options.source is not looked at. Results of each source are kept as probe-features keeps them; the comparison is OUT/comparisons/ID.json,
     .md and .html (OUT: options.out, else `probes` here). In it, per probe: `rows` (source, kind: given, pixels or untrained, accuracy, interval,
-    headline) and `differences` (a, b, difference, interval), `n_train`, `n_test`. Raises ValueError like probe_features.
+    headline), `called`: what `accuracy` is, else the headline says it, and `differences` (a, b, difference, interval), `n_train`, `n_test`. Raises ValueError like probe_features.
     """
     if unknown := [probe for probe in options.probes if probe not in (*PAIRED, *SIDE_BY_SIDE)]:
         raise ValueError(f"--probe {unknown[0]}: gives no number that could be compared; expected {', '.join(PAIRED)} (paired), "
@@ -167,6 +167,7 @@ def table_of(rows: Sequence[Compared], seed: int) -> dict[str, Any]:
     ]
     return {
         **about,
+        "called": "accuracy" if all(row.right is not None for row in rows) else "value",
         "rows": [{"source": row.source, "kind": row.kind, **{name: row.result[name] for name in
                   ("accuracy", "interval", "headline", "id", "notes")}} for row in rows],
         "differences": [paired_difference(a, b, seed) for a, b in pairs],
@@ -203,7 +204,7 @@ def keep(
 
 
 def markdown_of(found: Mapping[str, Any]) -> list[str]:
-    """A comparison as tables: accuracies, then paired differences."""
+    """A comparison as tables: accuracies, or what else a probe gives, then paired differences."""
     lines = [f"# {report.cell(found['data'])}: {counted(len(found['sources']), 'source')} compared"]
     for probe, table in found["probes"].items():
         names = short_names([row["source"] for row in table["rows"]])
@@ -212,7 +213,7 @@ def markdown_of(found: Mapping[str, Any]) -> list[str]:
             lines += ["", f"## {probe}", "", *report.measures_table(named)]
             continue
         lines += ["", f"## {probe}: {table['n_train']} train images, {table['n_test']} test images of {table['n_classes']} classes", "",
-                  "| source | accuracy | 95 % interval | |", "| --- | ---: | --- | --- |"]  # fmt: skip
+                  f"| source | {table['called']} | 95 % interval | |", "| --- | ---: | --- | --- |"]  # fmt: skip
         lines += [f"| {report.cell(names[row['source']])} | {row['accuracy']:.3f} | {report.span(row)} | {report.cell(row['headline'])} |"
                   for row in table["rows"]]  # fmt: skip
         if not table["differences"]:

@@ -39,12 +39,12 @@ def compared(table: Mapping[str, Any]) -> Iterator[Html]:
         )
         return
     yield page.intervals(
-        "Accuracy on the test images, 95 % intervals",
+        f"{table['called'].capitalize()} on the test images, 95 % intervals",
         {names[row["source"]]: in_percent(row, "accuracy") for row in rows},
         x="%",
     )
     yield page.table(
-        ["source", "accuracy, % [95 %]", "how", ""],
+        ["source", f"{table['called']}, % [95 %]", "how", ""],
         [
             [
                 names[row["source"]],

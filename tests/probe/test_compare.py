@@ -88,6 +88,7 @@ def test_segmentations_stand_side_by_side(images: Path, tmp_path: Path) -> None:
     assert found["probes"]["segment"]["differences"] == []
     assert all(0 <= row["accuracy"] <= 1 for row in found["probes"]["segment"]["rows"])
     assert not any("paired" in line for line in said)
+    assert "| source | value | 95 % interval | |" in said and not any("accuracy" in line for line in said)
 
 
 def test_sixteen_by_sixteen_pixels_are_the_view_itself(images: Path, tmp_path: Path) -> None:

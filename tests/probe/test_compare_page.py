@@ -23,7 +23,7 @@ def comparison(name: str) -> dict[str, Any]:
 
     table = {"n_train": 1000, "n_test": 200, "n_classes": 10,
              "rows": [row(name, "given", 0.81), row("runs/b", "given", 0.79), row("pixels", "pixels", 0.43)],
-             "differences": [pair(name, "runs/b", 0.02), pair(name, "pixels", 0.38), pair("pixels", name, -0.38)]}  # fmt: skip
+             "called": "accuracy", "differences": [pair(name, "runs/b", 0.02), pair(name, "pixels", 0.38), pair("pixels", name, -0.38)]}  # fmt: skip
     return {"data": "photos.tar", "sources": [name, "runs/b"], "seed": 3, "probes": {"knn": table}}
 
 
