@@ -1,5 +1,6 @@
 """Images at URLs are those of a local folder or tar, byte for byte; what is read once is not read again; stores that stumble."""
 
+import hashlib
 import io
 import tarfile
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from click.testing import CliRunner
 from PIL import Image
 
 from mrmae.common import backend
-from mrmae.common.backend import Unreachable
+from mrmae.common.backend import About, Unreachable, Url
 from mrmae.extract.cli import main
-from mrmae.extract.images import patience
+from mrmae.extract.images import objects, patience
 from mrmae.extract.images.digest import digest_images
 from mrmae.extract.images.list import Sources, list_sources, read_image
 from mrmae.extract.images.objects import KeptIndices
 from mrmae.extract.images.patience import Unreadable
+from mrmae.extract.images.tars import read_headers
 from mrmae.shards.plans import DIGESTS, TARS
 
 N = 6
@@ -216,3 +218,27 @@ def test_no_credentials_stop_the_command_and_record_nothing(
     said = CliRunner().invoke(main, words)
     assert said.exit_code == 1 and "s3://many-photos/photos: cannot be read" in said.output, said.output
     assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said.output and not (tmp_path / "c/plan.json").exists()
+
+
+@pytest.mark.parametrize("piece_bytes", [100, 511, 512, 1536, 10_240, 1 << 20])
+def test_pieces_of_any_size_give_one_index(
+    tars: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+) -> None:
+    """Members and headers that end just where a piece does, or lie across several."""
+    tar, asked = tars / "photos-0.tar", list[int]()
+
+    def read(url: str, wanted: About, offset: int) -> bytes:
+        asked.append(wanted.size_bytes)
+        return tar.read_bytes()[offset : offset + wanted.size_bytes]
+
+    monkeypatch.setattr(objects, "PIECE_BYTES", piece_bytes)
+    monkeypatch.setattr(objects, "read_object", read)
+    url, about, kept = Url("s3://bucket/x.tar"), About(tar.stat().st_size, 1), KeptIndices(tmp_path / "kept")
+    found = objects.index_of(url, about, kept, lambda name: name.endswith(".png"))
+    plain = read_headers(tar)
+    assert {name: member[:4] for name, member in found.items()} == {name: member[:4] for name, member in plain.items()}
+    for name, member in found.items():
+        data = tar.read_bytes()[member.offset : member.offset + member.size_bytes]
+        assert member.sha256 == (hashlib.sha256(data).hexdigest() if name.endswith(".png") else None)
+        assert member.text == (data.decode() if name.endswith(".cls") else None)
+    assert sum(asked) < about.size_bytes + 20 * piece_bytes, "hardly anything is read twice"
