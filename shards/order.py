@@ -42,6 +42,8 @@ class EpochOrder:
 
     def __getitem__(self, which: slice) -> Numbers:
         start, stop, step = which.indices(len(self))
+        if step < 1:
+            return self[:][which]
         if self.window == 0 or start >= stop:
             return self.numbers[start:stop:step]
         first, last = (int(np.searchsorted(self.ends, at, "right")) for at in (start, stop - 1))

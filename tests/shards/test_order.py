@@ -47,6 +47,7 @@ def test_a_part_of_an_order_is_computed_alone() -> None:
         assert np.array_equal(
             EpochOrder(numbers, 10, seed=2, epoch=1, window=3)[start : start + 40], whole[start : start + 40]
         )
+    assert order[40:3:-7].tolist() == whole[40:3:-7].tolist() and order[3:40:7].tolist() == whole[3:40:7].tolist()
     assert len(order[5:5]) == 0 and np.array_equal(words(50, 1, 2, 1)[9:], words(41, 1, 2, 1, 9))
 
 
