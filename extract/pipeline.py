@@ -58,7 +58,7 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import PixelRow, Shards
 
-WRITERS = 4  # threads that write a shard, each a column or the pixels of a view: sha256 is 1.2 GB/s a thread
+WRITERS = 4  # threads that write a shard, each a column or the pixels of a view: benchmarks/bench_write.py
 TIMED_BATCHES = 10  # after the first one, which warms up
 
 

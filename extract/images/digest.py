@@ -168,7 +168,8 @@ def line_of(text: str) -> Line | None:
         checksum, _, line = text.strip().partition(" ")
         key, *rest = json.loads(line)
         whole = int(checksum, 16) == zlib.crc32(line.encode()) and len(bytes.fromhex(rest[1])) == 32
-    except (ValueError, TypeError, IndexError, RecursionError):
+        np.array([rest[0], *rest[2:]], np.int64)
+    except (ValueError, TypeError, IndexError, RecursionError, OverflowError):
         return None
     good = whole and isinstance(key, str) and [type(value) for value in rest] == [int, str, int, int]
     return (key, *rest) if good else None

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -193,11 +194,12 @@ def test_a_damaged_memory_costs_reading_again_and_nothing_else(tmp_path: Path, r
         whole[:-5],
         b'{"a": 1}\nnull\n' + whole[:-5] + b"\xff\n[[[[",
         whole[:-5] + b"\n[1,2,3,4,5]\n" + b"[" * 99999,
+        whole[:-5] + b"\n%08x %s" % (zlib.crc32(far := b'["a", 9223372036854775808, "%s", 1, 1]' % (b"0" * 64)), far),
     ):
         memory.write_bytes(damage)
         assert digest_images(sources, range(4), [], memory, workers=1) == expected
         assert memory.read_bytes() == whole, "one line per image again"
-    assert reads == {"003.png": 3}
+    assert reads == {"003.png": 4}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(b"mine")
     memory.unlink()
