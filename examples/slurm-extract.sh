@@ -15,11 +15,12 @@
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 
-stopping=
-trap 'stopping=1; kill -TERM "$job" 2>/dev/null' USR1 TERM
+stopping= job=
+trap 'stopping=1; [ -z "$job" ] || kill -TERM "$job" 2>/dev/null' USR1 TERM
 
 srun extract-features "$@" &
 job=$!
+[ -z "$stopping" ] || kill -TERM "$job" 2>/dev/null   # a signal that came before this line
 wait "$job"; status=$?
 while kill -0 "$job" 2>/dev/null; do wait "$job"; status=$?; done   # the first wait ends when the trap has run
 

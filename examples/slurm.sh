@@ -13,12 +13,12 @@
 #SBATCH --signal=B:USR1@120
 set -uo pipefail
 
-stopping=
+stopping= job=
 # B: sends USR1 to this script, which hands it to srun, srun to torchrun, and torchrun to every rank: hence --signals-to-handle.
 # Without it USR1 would end torchrun at once. torchrun waits 30 s for its ranks (newer ones: --shutdown-timeout): one update and one
 # checkpoint must fit. Checkpoints are written every ten minutes besides (--save-minutes).
-trap 'stopping=1; kill -USR1 "$job" 2>/dev/null' USR1
-trap 'stopping=1; kill -TERM "$job" 2>/dev/null' TERM
+trap 'stopping=USR1; [ -z "$job" ] || kill -USR1 "$job" 2>/dev/null' USR1
+trap 'stopping=TERM; [ -z "$job" ] || kill -TERM "$job" 2>/dev/null' TERM
 
 master=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$((30000 + SLURM_JOB_ID % 10000))                                # another one for every job: two may share a node
@@ -27,6 +27,7 @@ srun torchrun --nnodes "$SLURM_NNODES" --nproc-per-node "${SLURM_GPUS_ON_NODE:-8
     --signals-to-handle SIGTERM,SIGINT,SIGUSR1 \
     -m mrmae.train.cli "$@" &
 job=$!
+[ -z "$stopping" ] || kill -s "$stopping" "$job" 2>/dev/null          # a signal that came before this line
 wait "$job"; status=$?
 while kill -0 "$job" 2>/dev/null; do wait "$job"; status=$?; done   # the first wait ends when the trap has run
 
