@@ -93,9 +93,9 @@ def target(transform: str, teachers: str = "both", seed: int = 0) -> Arm:
     return chosen(f"{name}-s{seed}", "targets", options=options, seed=seed, against=f"{teachers}-ln0")
 
 
-def pair(name: str, recipe: str = "mr-mae", **others: Any) -> list[Arm]:
+def pair(name: str, recipe: str = "mr-mae", seed: int = 0, **others: Any) -> list[Arm]:
     """The usual and centred targets under another recipe, number of views or length."""
-    return [chosen(f"{name}-{transform}", "others", recipe, f"--set terms.mimic.transform={transform}", against=f"{name}-ln0", **others)
+    return [chosen(f"{name}-{transform}-s{seed}", "others", recipe, f"--set terms.mimic.transform={transform}", against=f"{name}-ln0", seed=seed, **others)
             for transform in ("ln0", "position")]  # fmt: skip
 
 
@@ -138,6 +138,15 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
 
+def fast(of: Arm) -> Arm:
+    """The same arm at three times the study's rate, which is the better one; so is what it is compared with."""
+    against = {"both-position": "adamw-12e-3", "both-ln0": "adamw-12e-3-ln0"}.get(
+        of["against"], f"fast-{of['against']}"
+    )
+    others = {"name": f"fast-{of['name']}", "part": f"fast {of['part']}", "options": f"{of['options']} --blr 12e-3"}
+    return of | others | {"against": against}
+
+
 def attended(name: str, recipe: str = "mr-mae", options: str = "", seed: int = 0) -> Arm:
     """A student of a teacher with attention, on photographs."""
     how: dict[str, Any] = {"cache": "clothing-dino", "epochs": 8, "seed": seed, "against": "attention-none"}
@@ -171,6 +180,19 @@ CHOICES: list[Arm] = [
 ]  # fmt: skip
 
 
+SEEDS = range(3)
+FAST: list[Arm] = [fast(arm) for arm in (
+    *(decoder(*how, seed) for seed in SEEDS for how in ((4, "self", 48), (2, "self", 16), (1, "self", 16), (1, "cross", 16))),
+    *(blocks(1, seed) for seed in SEEDS),
+    *(each for seed in SEEDS for each in (pair("views-4", cache="both-k4", seed=seed)[1], blocks(4, seed))),
+    *(target(transform, seed=seed) for seed in SEEDS for transform in ("none", "channel", "position+ln0")),
+    *(each for recipe in ("mimic-only", "mimic-masked") for seed in SEEDS for each in pair(recipe, recipe, seed=seed)),
+    *(target("position+phi_s", seed=seed) for seed in SEEDS),
+    *(decoder(*how, 0) for how in ((4, "cross", 48), (2, "cross", 16), (4, "self", 16), (2, "self", 48))),
+    *(target(transform, teachers, seed) for teachers in ("gal", "cnn") for seed in SEEDS for transform in ("ln0", "position")),
+)]  # fmt: skip
+
+
 # In the order of their worth: whatever has run when time is up can be reported.
 ARMS: list[Arm] = [
     *part_1(0),
@@ -196,6 +218,7 @@ ARMS: list[Arm] = [
     arm("weight-0.3", "4", "mr-mae", "--set terms.mimic.weight=0.3"),
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
     *CHOICES,
+    *FAST,
     attended("none"),
     attended("sampled", "mr-mae-focused"),
     attended("weighed", options="--set terms.mimic.focus=true"),
