@@ -142,7 +142,9 @@ def boxes_of_parts(job: Probing) -> tuple[list[str], list[Boxes], list[str]]:
         names = sorted({label for rows in listed.values() for _, label in rows})
     for number, part in enumerate((job.data.train, job.data.test)):
         if settings.boxes:
-            some, image, boxes, labels, cut = viewed_boxes(part, listed, side, names, settings.images)
+            some, image, boxes, labels, cut = viewed_boxes(
+                part, listed, side, names, settings.images, f"--set region.boxes={settings.boxes}"
+            )
             pixels = torch.stack([torch.from_numpy(part.pixels(i, side, interpolation)) for i in some])
             notes += [
                 f"{counted(cut, 'box', 'boxes')} of the {part.name} part lie outside the view's centred square by their middle and are left out"
@@ -197,10 +199,11 @@ def viewed_boxes(
     side: int,
     names: Sequence[str],
     most: int,
+    where: str,
 ) -> tuple[list[int], Int64[Tensor, "m"], Float[Tensor, "m 4"], Int64[Tensor, "m"], int]:
     """Images of a part that have boxes, and their boxes in pixels of the evaluation view; how many have their middle outside of it.
 
-    Boxes are cut at the view's edge. ValueError for a box outside its image.
+    Boxes are cut at the view's edge. where: how messages name the boxes. ValueError for a box outside its image.
     """
     some: list[int] = []
     image: list[int] = []
@@ -210,7 +213,7 @@ def viewed_boxes(
     have = [i for i, row in enumerate(part.rows) if listed.get(row.key)]
     if not have:
         raise ValueError(
-            f"--probe region: no image of the {part.name} part has a box; expected some; correct the boxes or the parts"
+            f"{where}: no image of the {part.name} part has a box; expected some; correct the boxes or the parts"
         )
     for i in (have[at] for at in evenly(len(have), most)):
         with part.image(i) as picture:
@@ -218,7 +221,7 @@ def viewed_boxes(
         own = []
         for box, label in listed[part.rows[i].key]:
             if box[0] < 0 or box[1] < 0 or box[2] > width or box[3] > height:
-                raise ValueError(f"{part.rows[i].key!r}: the box {tuple(round(v, 1) for v in box)} lies outside the image, which has {width} x {height} pixels; expected "
+                raise ValueError(f"{where}: {part.rows[i].key!r}: the box {tuple(round(v, 1) for v in box)} lies outside the image, which has {width} x {height} pixels; expected "
                                  "0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height, in pixels of the image as a viewer shows it; correct it")  # fmt: skip
             inside = in_view(box, width, height, side)
             if inside is None:

@@ -119,8 +119,8 @@ def line(result: Mapping[str, Any]) -> str:
 
 
 def markdown(results: Sequence[Mapping[str, Any]]) -> str:
-    """A table of headlines, then every row of every result, for documents."""
-    head = ["| source | probe | headline | accuracy | 95 % interval | train / test / classes | seed |",
+    """A table of headlines, then every row of every result, for documents. A score is what its headline names, else an accuracy."""
+    head = ["| source | probe | headline | score | 95 % interval | train / test / classes | seed |",
             "| --- | --- | --- | --- | --- | --- | --- |"]  # fmt: skip
     rows = [f"| {cell(r['source'])} | {r['probe']} | {cell(r['headline'])} | {r['accuracy']:.3f} | {span(r)} | "
             f"{r['n_train']} / {r['n_test']} / {r['n_classes']} | {r['seed']} |"
@@ -135,7 +135,7 @@ def detail(result: Mapping[str, Any]) -> list[str]:
     text += [f"- {note}" for note in result["notes"]]
     text += [f"- settings: `{json.dumps(result['settings'])}`", f"- id: `{result['id']}`", ""]
     if result["rows"]:
-        text += ["| | accuracy | 95 % interval |", "| --- | --- | --- |"]
+        text += ["| | score | 95 % interval |", "| --- | --- | --- |"]
         text += [f"| {cell(r['name'])} | {r['accuracy']:.3f} | {span(r)} |" for r in result["rows"]]
         text.append("")
     if measures := result.get("measures"):

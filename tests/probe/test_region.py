@@ -140,7 +140,7 @@ def test_boxes_of_a_table_need_no_classes_of_images(colours: None, tmp_path: Pat
 @pytest.mark.parametrize(
     "row, told",
     [
-        ("test/0.png,10,10,65,20,red", r"'test/0.png': the box \(10.0, 10.0, 65.0, 20.0\) lies outside the image, which has 64 x 64 pixels"),
+        ("test/0.png,10,10,65,20,red", r"region.boxes=.*boxes.csv: 'test/0.png': the box \(10.0, 10.0, 65.0, 20.0\) lies outside the image, which has 64 x 64 pixels"),
         ("test/0.png,-1,10,20,20,red", r"'test/0.png' has the box \[-1.0, 10.0, 20.0, 20.0\]; 0 <= x0 < x1"),
         ("test/0.png,30,10,20,20,red", r"'test/0.png' has the box \[30.0, 10.0, 20.0, 20.0\]; 0 <= x0 < x1"),
         ("test/0.png,a,10,20,20,red", r"has the box \['a', '10', '20', '20'\]; four numbers were expected"),
