@@ -301,7 +301,7 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 
 def losers(rows: list[dict[str, Any]]) -> list[str]:
-    """Where Triton is slower than the compiled reference: `AUTO` in kernels/dispatch.py must not pick it."""
+    """Where Triton is slower than the compiled reference, which `--kernels auto` then takes."""
     speed = {(r["kernel"], r["mode"], r["shape"], r["provider"]): r["p50_ms"] for r in rows}
     found = []
     for (*case, provider), ms in speed.items():

@@ -1,40 +1,60 @@
 """The only door to the kernels: checks the arguments and picks Triton or plain PyTorch.
 
-`kernels="auto"` takes Triton for CUDA tensors where triton is installed and `AUTO` says so, plain PyTorch otherwise; "triton" and
-"torch" force one. `debug=True` also checks the range of ids on CUDA, which stalls the device.
+`kernels` is "triton" or "torch", which force one; what `choose.py` found on this device, a choice by kernel's name, where what Triton
+cannot take goes to plain PyTorch; or "auto": nothing was measured, plain PyTorch. `debug=True` also checks the range of ids on CUDA,
+which stalls the device.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
+from typing import ParamSpec
 
 import torch
 from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from mrmae.kernels import check, mimic, pixels, reference
+from mrmae.kernels.calls import Calls, call_as_plain
 
-# What "auto" takes on CUDA. A kernel that loses to the compiled reference in benchmarks/results/kernels.csv becomes "torch".
-AUTO = {"gather_patches": "torch", "embed_tokens": "torch", "pixel_loss": "torch", "mimic_loss": "torch"}
 TARGETS = ("none", "ln0", "l2", "channel", "position", "position+ln0")
 KINDS_OF_DISTANCE = ("mse", "sl1", "cosd")
 TRITON_INSTALLED = find_spec("triton") is not None
+Kernels = str | Mapping[str, str] | Calls
+P = ParamSpec("P")
 
 
-def use_triton(where: str, kernels: str, *tensors: Tensor | None) -> bool:
+def noted(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """The function; given `Calls` as its `kernels` it describes the call there and computes in plain PyTorch."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if isinstance(calls := kwargs.get("kernels"), Calls):
+            calls.append(call_as_plain(function.__name__, args, kwargs))
+            kwargs["kernels"] = "torch"
+        return function(*args, **kwargs)
+
+    return call
+
+
+def use_triton(where: str, kernels: Kernels, *tensors: Tensor | None) -> bool:
     """True when the call goes to Triton; ValueError when Triton was forced and cannot take these tensors."""
-    if kernels not in ("auto", "triton", "torch"):
-        check.refuse(where, f"kernels = {kernels!r}", "'auto', 'triton' or 'torch'", "check the spelling")
+    assert not isinstance(kernels, Calls)  # `noted` has taken them
+    wanted = kernels if isinstance(kernels, str) else kernels.get(where, "torch")
+    if wanted not in ("auto", "triton", "torch"):
+        check.refuse(where, f"kernels = {wanted!r}", "'auto', 'triton' or 'torch'", "check the spelling")
     given = [x for x in tensors if x is not None]
     on_cuda = given[0].device.type == "cuda"
     float64 = any(x.dtype == torch.float64 for x in given)
-    if kernels == "triton" and not (on_cuda and TRITON_INSTALLED and not float64):
+    able = on_cuda and TRITON_INSTALLED and not float64
+    if kernels == "triton" and not able:
         wrong = "the tensors are float64" if float64 else f"the tensors are on {given[0].device}"
         wrong = wrong if TRITON_INSTALLED else "triton is not installed"
         check.refuse(where, f"kernels = 'triton' but {wrong}", "CUDA tensors of at most 32 bits", "use kernels='auto'")
-    return kernels == "triton" or (
-        kernels == "auto" and on_cuda and TRITON_INSTALLED and not float64 and AUTO[where] == "triton"
-    )
+    return wanted == "triton" and able
 
 
+@noted
 def gather_patches(
     image: Shaped[Tensor, "b ..."],
     ids_keep: Int64[Tensor, "v k"],
@@ -44,7 +64,7 @@ def gather_patches(
     shift: Float[Tensor, " c"],
     channels_last: bool,
     dtype: torch.dtype = torch.float32,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     debug: bool = False,
 ) -> Float[Tensor, "v k P"]:
     """`image * scale + shift` of the patches at `ids_keep`, each flattened (c, p, q), in `dtype`.
@@ -64,13 +84,14 @@ def gather_patches(
     return reference.gather_patches(view, ids_keep, scale, shift, patch=patch, dtype=dtype)
 
 
+@noted
 def embed_tokens(
     tokens: Float[Tensor, "v k d"],
     position: Float[Tensor, "l d"],
     cls_row: Float[Tensor, " d"],
     ids_keep: Int64[Tensor, "v k"],
     *,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     debug: bool = False,
 ) -> Float[Tensor, "v k+1 d"]:
     """[cls_row | tokens + position[ids_keep]], in the wider dtype of tokens and position.
@@ -93,6 +114,7 @@ def embed_tokens(
     return reference.embed_tokens(tokens, position, cls_row, ids_keep)
 
 
+@noted
 def pixel_loss(
     image: Shaped[Tensor, "b ..."],
     pred: Float[Tensor, "v m P"],
@@ -104,7 +126,7 @@ def pixel_loss(
     channels_last: bool,
     norm_pix: bool = True,
     biased: bool = False,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     debug: bool = False,
 ) -> Float[Tensor, "v m"]:
     """Mean squared error of each predicted patch, fp32; MAE's loss is its mean.
@@ -130,6 +152,7 @@ def pixel_loss(
     return reference.pixel_loss(view, pred, ids_predict, scale, shift, patch=patch, norm_pix=norm_pix, biased=biased)
 
 
+@noted
 def mimic_loss(
     student: Float[Tensor, "v n d"],
     codes: Shaped[Tensor, "b l d"],
@@ -145,7 +168,7 @@ def mimic_loss(
     beta: float = 1.0,
     gathered: bool = False,
     l: int | None = None,
-    kernels: str = "auto",
+    kernels: Kernels = "auto",
     debug: bool = False,
 ) -> Float[Tensor, "v n"]:
     """Distance of every student token to the teacher token of its patch, fp32, mean over channels.

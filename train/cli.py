@@ -97,7 +97,10 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
 @click.option("--device", default="auto", help="auto, cpu, cuda or cuda:N.")
 @click.option("--compile", is_flag=True, help="torch.compile the forward pass.")
 @click.option(
-    "--kernels", type=click.Choice(["auto", "triton", "torch"]), default="auto", help="Who computes the losses."
+    "--kernels",
+    type=click.Choice(["auto", "triton", "torch"]),
+    default="auto",
+    help="Who computes the losses; auto tries Triton on the GPU and takes the faster one that is right.",
 )
 @click.option("--workers", type=click.IntRange(1), help="Reading and decoding threads. [default: cores - 1, at most 8]")
 @click.option("--accum", type=click.IntRange(1), default=1, help="Micro-batches per update: same result, less memory.")

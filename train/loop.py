@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from mrmae.train.elsewhere import EXPORTS
 from mrmae.train.export import export_student
 from mrmae.train.feed import Feed, feed_of
 from mrmae.train.held_out import held_out_loss, probe_student
+from mrmae.train.kernel_choice import settle_kernels
 from mrmae.train.log import Readback, RunLog, Sums, read_rows, warn
 from mrmae.train.method import Recipe, running_statistics
 from mrmae.train.online import with_targets
@@ -105,6 +106,7 @@ def train(
         run = begin_or_resume(locate(cache_path), Path(out), recipe, ranks, setup, cadence, warn=told)
         stack.enter_context(run.lock or contextlib.nullcontext())
         check_converges(run)
+        settle_kernels(run, warn=told)
         run.baselines = baselines_of(run, console=talk)
         command = setup.command or f'train("{cache_path}", "{out}", recipe)'
         log = stack.enter_context(begin_log(run, command, talk)) if ranks.rank == 0 else None
@@ -121,11 +123,17 @@ def train(
 
 def begin_log(run: Run, command: str, console: Console) -> RunLog:
     """The run's log, after the files that say what OUT is, and the plan, aloud."""
-    report.write_run_files(run, command=command, how={"compile": run.setup.compile, "ranks": run.ranks.size})
+    report.write_run_files(run, command=command, how=start_facts(run))
     for line in report.plan_lines(run):
         console.print(line, markup=False)
     board, wandb = run.cadence.tensorboard, run.cadence.wandb
     return RunLog(run.out, step=run.step, total=run.total, console=console, tensorboard=board, wandb=wandb)
+
+
+def start_facts(run: Run) -> dict[str, Any]:
+    """What run.json notes of a start beside the run's setup."""
+    chosen = None if run.choice is None else asdict(run.choice)
+    return {"compile": run.setup.compile, "ranks": run.ranks.size, "kernels_chosen": chosen}
 
 
 def check_converges(run: Run) -> None:

@@ -12,6 +12,7 @@ from mrmae.train.baselines import baselines_of
 from mrmae.train.batches import Share
 from mrmae.train.checkpoint import newest_readable
 from mrmae.train.feed import feed_of
+from mrmae.train.kernel_choice import settle_kernels
 from mrmae.train.loop import TIMED_UPDATES, Loop, forward_of, step
 from mrmae.train.method import Recipe
 from mrmae.train.ranks import Ranks, StopRequest
@@ -32,6 +33,7 @@ def dry_run(
     expect_utf8(out, "OUT")
     state = newest_readable(Path(out) / "checkpoints")
     run = continued(state, locate(cache_path), Path(out), recipe, Ranks(), setup, cadence)
+    settle_kernels(run, warn=run.notes.append, keep=False)
     run.baselines = baselines_of(run, limit=BASELINE_IMAGES, keep=False)
     return [*report.plan_lines(run, cost.cost_facts(run)), *more_views(run), *dry_time(run), f"OUT {run.out}"]
 

@@ -18,6 +18,7 @@ from mrmae.common.versions import versions
 from mrmae.train import optim
 from mrmae.train.baselines import no_baseline
 from mrmae.train.elsewhere import EXPORTS
+from mrmae.train.kernel_choice import choice_words
 from mrmae.train.method import MAP, MaskedConvViT, Optim, partner_targets, reads_saliency, to_dict
 from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
@@ -145,6 +146,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule):.3g} = {o.lr_per_256:g} x {batches_words(o)}{scale_words(o)},"
         f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
         "device": f"{run.device}, {run.precision}",
+        **({"kernels": choice_words(run.choice)} if run.choice is not None and run.device.type == "cuda" else {}),
         **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},
         **{f"baseline {term.name}": f"none: {why}" for term in run.model.terms if (why := no_baseline(term.recipe))},
         **(costs or {}),

@@ -11,6 +11,7 @@ import torch
 from mrmae.common.versions import versions
 from mrmae.train import checkpoint
 from mrmae.train.foreign import init_from
+from mrmae.train.kernel_choice import choice_of_state, state_of_choice
 from mrmae.train.log import Sums
 from mrmae.train.method import Recipe, as_begun, difference, from_dict, to_dict
 from mrmae.train.ranks import Ranks, agree_on
@@ -171,6 +172,7 @@ def save(run: Run) -> Path:
         "recipe": to_dict(run.recipe),
         "cache": cache_ids(run),
         "hold_out": run.setup.hold_out,
+        "kernels": state_of_choice(run.choice),
         "versions": versions(),
     }
     return checkpoint.save_checkpoint(run.out / "checkpoints", state, step=run.step, keep=run.cadence.keep)
@@ -185,3 +187,4 @@ def restore_run(run: Run, state: checkpoint.State) -> None:
     run.resumed = sorted({*state.get("resumed", []), *([run.update] if run.update else [])})
     run.skipped_in_a_row = torch.tensor(float(state["skipped_in_a_row"]), device=run.device)
     run.diverged = state["diverged"]
+    run.choice = choice_of_state(state.get("kernels"), run.device)

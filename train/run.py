@@ -13,6 +13,7 @@ from mrmae.common.device import resolve_device, resolve_precision
 from mrmae.common.progress import counted
 from mrmae.extract.boxes import BoxFile
 from mrmae.extract.teachers import Teacher
+from mrmae.kernels.choose import Choice
 from mrmae.shards.cache import Cache
 from mrmae.shards.format import Numbers, TeacherSpec
 from mrmae.train import batches, checkpoint, online, optim
@@ -47,7 +48,7 @@ class Run:
     their features are read. sums, interval: of the epoch's updates so far, and of those since the last log row. epoch_seconds:
     what the epoch took until it was last saved. resumed: after which of the epoch's updates the run was continued. skipped_in_a_row: updates up to this one that were not finite, on the device. diverged: at which
     update there were too many of them, and why; such a run does not go on. labels, boxes: where a term asks for them. baselines: per term what predictions that never see an
-    image cost (baselines.py). pairs: where partners are other images.
+    image cost (baselines.py). pairs: where partners are other images. choice: who computes the kernels, once that is settled (kernel_choice.py).
     """
 
     out: Path
@@ -81,6 +82,7 @@ class Run:
     baselines: dict[str, dict[str, float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     pairs: Pairs | None = None
+    choice: Choice | None = None
     lock: IO[bytes] | None = None
 
     @property

@@ -15,7 +15,7 @@ from mrmae.train.method import CacheInfo, Optim, Recipe, counts, map_columns, ne
 class Setup:
     """Where and how a run computes: what is not part of its recipe.
 
-    device: auto, cpu, cuda or cuda:N. kernels: auto, triton or torch. compile: torch.compile the forward pass. accum:
+    device: auto, cpu, cuda or cuda:N. kernels: auto (measured on the device), triton or torch. compile: torch.compile the forward pass. accum:
     micro-batches per update in each process. workers: reading and decoding threads, None chooses.
     hold_out: share of the images not trained on; their loss is logged every epoch.
     online: run the teachers in the step instead of reading their features; `teachers`, as for extract-features, says which

@@ -200,21 +200,22 @@ dispatch.pixel_loss(image, patches, ids, patch=8, scale=one, shift=one, channels
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_auto_takes_triton_for_cuda_tensors_where_the_table_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_choice_takes_triton_for_cuda_tensors_where_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake CUDA tensors: no device is needed to decide."""
     with FakeTensorMode():
         cuda, double = torch.empty(1, device="cuda"), torch.empty(1, device="cuda", dtype=torch.float64)
         cpu = torch.empty(1)
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
-    monkeypatch.setitem(dispatch.AUTO, "pixel_loss", "triton")
-    assert dispatch.use_triton("pixel_loss", "auto", cuda) and dispatch.use_triton("pixel_loss", "triton", cuda)
+    chosen = {"pixel_loss": "triton", "mimic_loss": "torch"}
+    assert dispatch.use_triton("pixel_loss", chosen, cuda) and dispatch.use_triton("pixel_loss", "triton", cuda)
     assert not dispatch.use_triton("pixel_loss", "torch", cuda)
-    assert not dispatch.use_triton("pixel_loss", "auto", cpu)
-    assert not dispatch.use_triton("pixel_loss", "auto", cuda, double)
-    monkeypatch.setitem(dispatch.AUTO, "pixel_loss", "torch")
-    assert not dispatch.use_triton("pixel_loss", "auto", cuda) and dispatch.use_triton("pixel_loss", "triton", cuda)
+    assert not dispatch.use_triton("pixel_loss", "auto", cuda), "nothing was measured"
+    assert not dispatch.use_triton("pixel_loss", chosen, cpu)
+    assert not dispatch.use_triton("pixel_loss", chosen, cuda, double)
+    assert not dispatch.use_triton("mimic_loss", chosen, cuda) and dispatch.use_triton("mimic_loss", "triton", cuda)
+    assert not dispatch.use_triton("embed_tokens", chosen, cuda), "nothing is said of it"
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", False)
-    assert not dispatch.use_triton("mimic_loss", "auto", cuda)
+    assert not dispatch.use_triton("pixel_loss", chosen, cuda)
     with pytest.raises(ValueError, match="kernels = 'triton' but triton is not installed; CUDA tensors"):
         dispatch.use_triton("pixel_loss", "triton", cuda)
 

@@ -197,7 +197,7 @@ def encode_mcmae(
     scale: Float[Tensor, " c"],
     shift: Float[Tensor, " c"],
     keep_blocks: Iterable[int] = (),
-    kernels: str = "auto",
+    kernels: dispatch.Kernels = "auto",
 ) -> tuple[Float[Tensor, "v k d"], dict[int, Float[Tensor, "v k d"]]]:
     """`final` (with the stage fusion) of the visible patches, and the raw outputs of `keep_blocks`, counted from 1; 0 is their input.
 

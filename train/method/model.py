@@ -48,7 +48,7 @@ USUAL_STUDENTS = ("test_vit", "vit_tiny_patch16_224", "vit_small_patch16_224", "
 
 
 def build_model(
-    recipe: Recipe, info: CacheInfo, *, kernels: str = "auto", dtype: torch.dtype = torch.float32
+    recipe: Recipe, info: CacheInfo, *, kernels: dispatch.Kernels = "auto", dtype: torch.dtype = torch.float32
 ) -> "Pretrainer":
     """The model of `recipe` on a cache, on the CPU, with initial weights that depend on the recipe's seed only.
 
@@ -73,7 +73,7 @@ class Pretrainer(nn.Module):
     shift: Tensor
     path_keys: Tensor
 
-    def __init__(self, recipe: Recipe, info: CacheInfo, kernels: str = "auto") -> None:
+    def __init__(self, recipe: Recipe, info: CacheInfo, kernels: dispatch.Kernels = "auto") -> None:
         super().__init__()
         assert info.patch  # a grid that does not cut the view is refused before anything counts its patches
         check_channels(recipe, info)

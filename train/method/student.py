@@ -214,7 +214,7 @@ def encode_vit(
     keep_qkv: Collection[int] = (),
     prune: PruneRecipe | None = None,
     paths: Float[Tensor, "v depth 2"] | None = None,
-    kernels: str = "auto",
+    kernels: dispatch.Kernels = "auto",
 ) -> Encoded:
     """[CLS | visible] (visible without CLS) through the encoder: `final`, the raw outputs of `keep_blocks` and what `keep_qkv` make of their input.
 

@@ -190,7 +190,7 @@ def score(
     *,
     pixels: PixelScale,
     source: str,
-    kernels: str,
+    kernels: dispatch.Kernels,
     boxes: BoxRecipe | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
     """The weighted sum of all terms, and each term's own value, unweighted and detached.
@@ -229,7 +229,7 @@ def errors_of(
     told: Batch,
     latent: Tokens | None,
     pixels: PixelScale,
-    kernels: str,
+    kernels: dispatch.Kernels,
 ) -> Float[Tensor, "v m"]:
     """The error of each prediction about `view`. told: the view whose target it is; latent: what an encoder in the step says."""
     target = term.recipe.target
@@ -275,7 +275,7 @@ def weighted_mean(errors: Float[Tensor, "v m"], weight: Float[Tensor, "v m"] | N
 
 
 def pixel_errors(
-    prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str
+    prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: dispatch.Kernels
 ) -> Float[Tensor, "b m"]:
     """Mean squared or absolute error of every predicted patch against its (normalised) pixels."""
     if term.recipe.distance == "l1":
@@ -299,14 +299,18 @@ def pixel_errors(
     )
 
 
-def hog_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str) -> Float[Tensor, "b m"]:
+def hog_errors(
+    prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: dispatch.Kernels
+) -> Float[Tensor, "b m"]:
     """Distance of every prediction to the histograms of oriented gradients of its patch."""
     with torch.no_grad(), torch.autocast(prediction.x.device.type, enabled=False):
         whole = hog_targets(batch.pixels, pixels.patch, dtype=pixels.scale.dtype)
     return whole_errors(prediction, term, whole, kernels)
 
 
-def whole_errors(prediction: Tokens, term: Term, whole: Float[Tensor, "b l d"], kernels: str) -> Float[Tensor, "v n"]:
+def whole_errors(
+    prediction: Tokens, term: Term, whole: Float[Tensor, "b l d"], kernels: dispatch.Kernels
+) -> Float[Tensor, "v n"]:
     """Distance of every prediction to the row of its patch among those of the whole grid."""
     distance = DISTANCES[term.recipe.distance]
     errors = dispatch.mimic_loss(
@@ -322,7 +326,7 @@ def whole_errors(prediction: Tokens, term: Term, whole: Float[Tensor, "b l d"], 
     return errors * distance.factor
 
 
-def latent_errors(prediction: Tokens, term: Term, target: Tokens, kernels: str) -> Float[Tensor, "v n"]:
+def latent_errors(prediction: Tokens, term: Term, target: Tokens, kernels: dispatch.Kernels) -> Float[Tensor, "v n"]:
     """Distance of every prediction to the token of an encoder in the step, gathered at the same places."""
     distance, x = DISTANCES[term.recipe.distance], prediction.x
     return distance.factor * dispatch.mimic_loss(
@@ -345,7 +349,9 @@ def label_errors(prediction: Tokens, term: Term, batch: Batch) -> Float[Tensor, 
     return LABEL_DISTANCES[term.recipe.distance](z, y[:, None])
 
 
-def map_errors(prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: str) -> Float[Tensor, "v n"]:
+def map_errors(
+    prediction: Tokens, term: Term, batch: Batch, pixels: PixelScale, kernels: dispatch.Kernels
+) -> Float[Tensor, "v n"]:
     """Distance of every prediction to what a map says of its patch: to its numbers, or the cross-entropy of logits with its id."""
     if term.recipe.classes is None:
         return whole_errors(prediction, term, batch.targets[f"{MAP}{term.recipe.map}"]["map"], kernels)
@@ -370,7 +376,7 @@ def box_loss(prediction: Tokens, batch: Batch, recipe: BoxRecipe) -> Float[Tenso
 
 
 def mimic_errors(
-    prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: PixelScale, kernels: str
+    prediction: Tokens, term: Term, statistics: nn.Module, batch: Batch, pixels: PixelScale, kernels: dispatch.Kernels
 ) -> Float[Tensor, "b n"]:
     """Distance of every prediction to its teacher token, one token each: CLS and pooled, where it holds them, then patches."""
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
