@@ -1,23 +1,14 @@
 #!/usr/bin/env bash
-# Everything wanted from one NVIDIA GPU, in one call under ten minutes: the device tests, every kernel at 64, 256 and 1024
-# images, whole steps with and without them. Rows are appended to benchmarks/results/{kernels,train}.csv; short tables come last.
-#   benchmarks/gpu.sh            PYTHON=path/to/python benchmarks/gpu.sh
+# Everything wanted from one NVIDIA GPU, in one call under ten minutes: the device tests, images/s with and without the loader, extraction
+# with two ViT-B, every kernel, whole steps eager and compiled, a grid of decoders, and the table of targets (gpu.py says more).
+# Where there is no GPU it runs all of it with small shapes on the CPU, to see that it runs.
+#   benchmarks/gpu.sh            PYTHON=path/to/python benchmarks/gpu.sh [--small] [--only PIECE] [--results FOLDER]
 set -euo pipefail
-cd "$(dirname "$0")/.."
-python=${PYTHON:-python}
-
-"$python" - <<'PROBE'
-import sys
-import torch
-if not torch.cuda.is_available():
-    sys.exit("benchmarks/gpu.sh: torch sees no CUDA device; an NVIDIA GPU was expected; on CPU run benchmarks/bench_kernels.py")
-print(torch.cuda.get_device_name(), "torch", torch.__version__)
-PROBE
-
-# The benchmark runs even if a test fails: a wrong kernel's rows show its error. The status of the tests is the script's.
-status=0
-timeout 170 "$python" -m pytest -m gpu tests/kernels -q || status=$?
-echo "device tests: $([ "$status" = 0 ] && echo passed || echo "FAILED ($status)")"
-timeout 210 "$python" benchmarks/bench_train.py --device cuda --rounds 3 || status=$?
-timeout 210 "$python" benchmarks/bench_kernels.py --device cuda --budget-s 0.2 || status=$?
-exit "$status"
+here=$(cd "$(dirname "$0")" && pwd)
+if [ -z "${PYTHON:-}" ] && [ -x "$here/../.venv/bin/python" ]; then PYTHON=$here/../.venv/bin/python; fi
+python=${PYTHON:-python3}
+"$python" -c 'import mrmae.train.cli' || {
+  echo "benchmarks/gpu.sh: $python cannot import mrmae; give PYTHON=path/to/python, or install it first: pip install -e '.[dev]'" >&2
+  exit 2
+}
+exec "$python" "$here/gpu.py" "$@"
