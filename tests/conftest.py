@@ -39,6 +39,14 @@ TEACHERS: Mapping[str, Mapping[str, Any]] = {
 BROKEN = b"not an image at all"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unsynced() -> Iterator[None]:
+    """No test cuts the power: what is written need not reach the disk before the test goes on. Commands in processes of their own do sync."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
 def write_synthetic_cache(
     path: Path, n: int = 24, size: int = 32, grid: int = 4, n_views: int = 2,
     teachers: Mapping[str, Mapping[str, Any]] = TEACHERS, shard_samples: int = 8, labels: bool = True,
