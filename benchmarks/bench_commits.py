@@ -7,7 +7,7 @@
 A process of each checkout, by its own interpreter and its own benchmarks, on the same core with one thread, does the same pass in turns,
 the first of a round now the one, now the other; the clock is processor time. `random` and `epoch`: every token and scale of the cache
 of bench_cache.py, in its orders; `extract`: images of the shared tar through MobileNetV2, from the listing to the manifest, without
-building the teacher. Ratios are new / old time of one round. Appended to results/commits.csv.
+building the teacher; `memory`: the most that a process has resident during one extraction of four views, MB in place of seconds. Ratios are new / old time of one round. Appended to results/commits.csv.
 """
 
 import json
@@ -24,7 +24,7 @@ import torch
 from measure import ROOT, machine
 from rows import append
 
-KINDS = ("random", "epoch", "extract")
+KINDS = ("random", "epoch", "extract", "memory")
 WORKER = """
 import json, os, sys, time
 from pathlib import Path
@@ -37,7 +37,7 @@ torch.set_num_threads(1)
 import bench_cache, bench_extract, mrmae.shards.cache, readers
 from mrmae.extract.run import extract_features
 assert Path(mrmae.shards.cache.__file__).resolve().is_relative_to(root), mrmae.shards.cache.__file__
-if kind == "extract":
+if kind in ("extract", "memory"):
     keep = getattr(bench_extract, "keep_memory", None)  # what the command does to the allocator
     keep("cpu") if keep else bench_extract.be_a_batch_job("cpu")
     folder = bench_extract.images_of(data / "data/clothing-small.tar", images, work / "images")
@@ -47,6 +47,10 @@ if kind == "extract":
         with bench_extract.timed_building() as building:
             took = bench_extract.spent(lambda: extract_features(options, say=lambda _: None))
         return took[1] - building[0][1]
+    if kind == "memory":
+        def turn(i):
+            extract_features(bench_extract.Options([folder], work / "cache", teachers=(text,), device="cpu", views=4), say=lambda _: None)
+            return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1e3
 else:
     path = bench_cache.write_cache(work / "cache", [bench_cache.teacher()], n=samples, size=28, grid=bench_cache.GRID)
     reader = readers.ours(path, 1)
@@ -99,7 +103,7 @@ def one_kind(kind: str, old: Path, new: Path, data: Path, images: int, samples: 
     low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
     return {"what": kind, "old_s": statistics.median(times[0]), "new_s": statistics.median(times[1]),
             "ratio": statistics.median(ratios), "ratio_p25": low, "ratio_p75": high, "rounds": rounds,
-            "samples": images if kind == "extract" else samples}  # fmt: skip
+            "samples": images if kind in ("extract", "memory") else samples}  # fmt: skip
 
 
 def commit_of(checkout: Path) -> str:

@@ -121,7 +121,8 @@ def calibration_batches(job: ExtractJob) -> KeptBatches:
     readable, reason, todo = 0, "", unfinished(job)
     # Decoded with all the views that this process extracts, so that no image is decoded twice.
     every = planned_batches(job, {shard: [*todo.get(shard, []), (0, "")] for shard in range(job.plan.n_shards)})
-    wanted = itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, every)
+    first = (batch for batch in every if 0 in batch.turn.shown)
+    wanted = itertools.takewhile(lambda _: readable < CALIBRATION_SAMPLES, first)
     with Progress("calibrating", min(CALIBRATION_SAMPLES, job.plan.n_images)) as progress:
         for batch in batches_decoded_ahead(job, wanted, {}):
             kept[batch.planned.place] = batch

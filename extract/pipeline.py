@@ -33,6 +33,7 @@ from mrmae.extract.prepare import (
     Prepared,
     PreparedBatch,
     StoredRows,
+    Turn,
     prepared_batches,
     stored_rows,
 )
@@ -188,11 +189,14 @@ def extract_claimed(
         contextlib.closing(batches_decoded_ahead(job, claimed_batches(job, mine, progress), kept)) as stream,
     ):  # fmt: skip
         writing: Future[None] | None = None
-        for shard, batches in itertools.groupby(timed(job, stream, progress), key=lambda batch: batch.planned.shard):
-            write = extract_shard(job, shard, mine.units[shard], batches, progress)
+        turns = itertools.groupby(
+            timed(job, stream, progress), key=lambda batch: (batch.planned.shard, batch.planned.turn)
+        )
+        for (shard, now), batches in turns:
+            write = extract_shard(job, shard, now.units, batches, progress)
             if writing is not None:
                 writing.result()
-            writing = writer.submit(mine.released_after, shard, write)
+            writing = writer.submit(mine.released_after, shard, write) if now.last else writer.submit(write)
         if writing is not None:
             writing.result()
     return mine.others
@@ -206,11 +210,29 @@ def claimed_batches(job: ExtractJob, mine: ClaimedShards, progress: Progress) ->
 
 
 def planned_batches(job: ExtractJob, todo: Mapping[int, Units]) -> Iterator[PlannedBatch]:
-    """The batches of the shards to do, cut at fixed offsets inside each shard."""
+    """The batches of the shards to do, turn by turn, cut at fixed offsets inside each shard."""
     for shard, units in todo.items():
-        views, numbers = tuple(sorted({view for view, _ in units})), job.plan.ranges[shard]
-        for at in range(0, len(numbers) if views else 0, job.options.batch_size):
-            yield PlannedBatch(shard, numbers[at : at + job.options.batch_size], views)
+        numbers = job.plan.ranges[shard]
+        for now in turns_of(units):
+            for at in range(0, len(numbers), job.options.batch_size):
+                yield PlannedBatch(shard, numbers[at : at + job.options.batch_size], now)
+
+
+def turns_of(units: Units) -> list[Turn]:
+    """A shard's turns: the pixels of all views, so that images are decoded once, with the columns of one view; then the columns of each other view.
+
+    So no more than two views' columns are in memory: one is computed, one is written.
+    """
+    pixels = tuple(unit for unit in units if unit[1] == PIXELS)
+    columns: dict[int, list[tuple[int, str]]] = defaultdict(list)
+    for unit in sorted(set(units) - set(pixels)):
+        columns[unit[0]].append(unit)
+    first, others = tuple(sorted(columns)[:1]), sorted(columns)[1:]
+    stored, alone = {view for view, _ in pixels}, {view for view, _ in pixels} - set(columns)
+    begun = (*pixels, *(unit for view in first for unit in columns[view]))
+    turns = [Turn(begun, tuple(sorted({*first, *stored})), first, tuple(sorted({*first, *alone})), not others)]
+    turns += [Turn(tuple(columns[view]), (view,), (view,), (view,), view == others[-1]) for view in others]
+    return turns if units else []
 
 
 def view_count(job: ExtractJob, shard: int, units: Units) -> int:
@@ -234,7 +256,7 @@ def timed(job: ExtractJob, stream: Iterable[PreparedBatch], progress: Progress) 
         yield batch
         if batch.features or done > TIMED_BATCHES:
             continue
-        done, views = done + 1, views + len(batch.samples) * len(batch.planned.views)
+        done, views = done + 1, views + len(batch.samples) * len(batch.planned.turn.ends)
         if done == 1:
             began, views = time.monotonic(), 0
         elif done == 1 + TIMED_BATCHES and job.options.part.leads:
@@ -271,7 +293,7 @@ class Gathered:
 def extract_shard(
     job: ExtractJob, shard: int, units: Units, batches: Iterable[PreparedBatch], progress: Progress
 ) -> Callable[[], None]:
-    """Compute all `units` that a shard lacks; what comes back writes and commits them, while the next shard may be computed.
+    """Compute `units` of a shard; what comes back writes and commits them, while the next may be computed.
 
     The unit of work: whoever shares an extraction among processes or machines calls this, and the bytes are the same.
     """
@@ -286,15 +308,15 @@ def extract_shard(
                 into.valid += [sample.rows[view].stored is not None for sample in batch.samples]
             else:
                 add_features(job, view, column, batch, into)
-        known = bool(batch.features) and 0 in batch.planned.views
-        progress.add(len(batch.samples) * (len(batch.planned.views) - known), already=len(batch.samples) * known)
+        known, n = bool(batch.features) and 0 in batch.planned.turn.shown, len(batch.samples)
+        progress.add(n * (len(batch.planned.turn.ends) - known), already=n * known)
     return lambda: commit_shard(job, shard, gathered, progress)
 
 
 def add_pixels(view: int, batch: PreparedBatch, into: Gathered) -> None:
     """Add one batch to a view's pixels, with the seconds of the pool's threads and those of waiting for them."""
     into.rows += [sample.rows[view] for sample in batch.samples]
-    into.seconds["decode"] += sum(sample.seconds for sample in batch.samples) / len(batch.planned.views)
+    into.seconds["decode"] += sum(sample.seconds for sample in batch.samples) / len(batch.planned.turn.views)
     into.seconds["decode_wait"] += batch.waited
 
 
@@ -353,7 +375,7 @@ def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str],
     hopeless: list[HopelessQuality] = []
     with ThreadPoolExecutor(min(WRITERS, job.options.workers), "unit") as pool:
         for now in range(3):
-            units = sorted(unit for unit in gathered if turn(job.plan, unit[1]) == now)
+            units = sorted(unit for unit in gathered if write_order(job.plan, unit[1]) == now)
             written = [pool.submit(commit_unit, job, shard, *unit, gathered[unit], progress) for unit in units]
             wait(written)
             for one in written:
@@ -387,7 +409,7 @@ def commit_unit(job: ExtractJob, shard: int, view: int, column: str, found: Gath
     progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
 
 
-def turn(plan: Plan, column: str) -> int:
+def write_order(plan: Plan, column: str) -> int:
     """When a column of a shard is written: the views first, what is computed from other columns last."""
     return 0 if column == PIXELS else 2 if plan.teacher(column).made else 1
 

@@ -66,10 +66,18 @@ class Images:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
-    """One sample's views as stored (`rows`) and as pixels; a bad image has rows with a reason and no pixels.
+class StoredViews:
+    """One sample's views as they are stored; a bad image's have a reason and no bytes. seconds: that a thread spent on them."""
 
-    seconds: that a thread spent on it.
+    rows: Mapping[int, PixelRow]
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """One sample's views as stored (`rows`), and those that teachers see as pixels; a bad image has no pixels.
+
+    seconds: that threads spent on it.
     """
 
     number: int
@@ -79,12 +87,27 @@ class Prepared:
 
 
 @dataclasses.dataclass(frozen=True)
+class Turn:
+    """What of a shard is computed and written together: `units`, (view, column) each.
+
+    views: that their images are wanted of, as stored; shown: those of them that teachers see; ends: those that nothing is left to be done for
+    afterwards. last: whether that is so for all.
+    """
+
+    units: tuple[tuple[int, str], ...]
+    views: tuple[int, ...]
+    shown: tuple[int, ...]
+    ends: tuple[int, ...]
+    last: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """A fixed part of a shard. views: the views that something is still to be done for."""
+    """A fixed part of a shard, for one of its turns."""
 
     shard: int
     numbers: range
-    views: tuple[int, ...]
+    turn: Turn
 
     @property
     def place(self) -> tuple[int, int]:
@@ -107,13 +130,10 @@ KeptBatches = dict[tuple[int, int], PreparedBatch]  # by place: what calibration
 BegunBatch = tuple[PlannedBatch, PreparedBatch | Sequence[Future[Prepared]]]
 
 
-def prepare_sample(
+def store_views(
     images: Images, recipe: ViewRecipe, number: int, views: Sequence[int], stored: StoredRows
-) -> Prepared:
-    """The sample's views: those in `stored` as they are, the others drawn, rendered and encoded.
-
-    Pixels are always those of the stored view, decoded: what the student will see is what the teachers see.
-    """
+) -> StoredViews:
+    """The sample's views as they are stored: those in `stored` as they are, the others drawn, rendered and encoded."""
     began = time.perf_counter()
     rows = {view: stored[view][number] for view in views if view in stored}
     if len(rows) < len(views):
@@ -127,12 +147,19 @@ def prepare_sample(
         except BadImage as error:
             for view in set(views) - set(rows):
                 rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
+    return StoredViews(rows, time.perf_counter() - began)
+
+
+def show_views(number: int, views: "Future[StoredViews]", shown: Sequence[int], recipe: ViewRecipe) -> Prepared:
+    """The sample with the pixels of some views: always those of the stored view, decoded, so that teachers see what the student will see."""
+    found = views.result()
+    began = time.perf_counter()
     pixels = {
         view: decode_view(row.stored, recipe.stored, recipe.size)
-        for view, row in rows.items()
-        if row.stored is not None
+        for view, row in found.rows.items()
+        if view in shown and row.stored is not None
     }
-    return Prepared(number, rows, pixels, time.perf_counter() - began)
+    return Prepared(number, found.rows, pixels, found.seconds + time.perf_counter() - began)
 
 
 def prepared_batches(
@@ -168,18 +195,32 @@ def begun_batches(
     pool: ThreadPoolExecutor, images: Images, recipe: ViewRecipe, batches: Iterable[PlannedBatch],
     stored: Callable[[int], StoredRows], kept: KeptBatches,
 ) -> Iterator[BegunBatch]:  # fmt: skip
-    """Every batch, handed to the pool as it is asked for."""
-    shard, known = -1, StoredRows()
+    """Every batch, handed to the pool as it is asked for. An image is decoded once for all turns of its shard: views stay as they are stored."""
+    shard, known, made = -1, StoredRows(), dict[int, Future[StoredViews]]()
     for batch in batches:
-        if (there := kept.pop(batch.place, None)) is not None:
+        if batch.shard != shard:
+            shard, known, made = batch.shard, stored(batch.shard), {}
+        there = kept.pop(batch.place, None)
+        if there is not None and {*batch.turn.shown} <= {*there.planned.turn.shown}:
+            made |= {sample.number: settled(StoredViews(sample.rows, 0.0)) for sample in there.samples}
             yield batch, there
             continue
-        if batch.shard != shard:
-            shard, known = batch.shard, stored(batch.shard)
+        ready = {} if {*batch.turn.views} <= known.keys() else made
+        for number in batch.numbers:
+            if number not in ready:
+                ready[number] = pool.submit(store_views, images, recipe, number, batch.turn.views, known)
+        # after those of the whole batch, so that no thread waits for another one's
         yield (
             batch,
-            [pool.submit(prepare_sample, images, recipe, number, batch.views, known) for number in batch.numbers],
+            [pool.submit(show_views, number, ready[number], batch.turn.shown, recipe) for number in batch.numbers],
         )
+
+
+def settled(views: StoredViews) -> "Future[StoredViews]":
+    """A future that has ended."""
+    future = Future[StoredViews]()
+    future.set_result(views)
+    return future
 
 
 def finished(batch: PlannedBatch, samples: PreparedBatch | Sequence[Future[Prepared]]) -> PreparedBatch:

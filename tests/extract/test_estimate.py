@@ -34,7 +34,11 @@ def test_an_extraction_says_after_ten_batches_how_long_all_that_are_left_take(mo
     job: Any = SimpleNamespace(options=SimpleNamespace(part=ProcessPart(1, 3)))
     progress: Any = SimpleNamespace(say=said.append, left=lambda: 600.0)
     batches: list[Any] = [
-        SimpleNamespace(samples=[0] * 4, planned=SimpleNamespace(views=(0, 1)), features={"vit": 1} if i < 2 else {})
+        SimpleNamespace(
+            samples=[0] * 4,
+            planned=SimpleNamespace(turn=SimpleNamespace(ends=(0, 1))),
+            features={"vit": 1} if i < 2 else {},
+        )
         for i in range(16)
     ]
     for i, _ in enumerate(pipeline.timed(job, batches, progress)):

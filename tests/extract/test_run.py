@@ -347,3 +347,39 @@ def test_a_stop_before_anything_was_written_says_so(tmp_path: Path, monkeypatch:
 
 def killed(*_: Any, **__: Any) -> None:
     raise KeyboardInterrupt
+
+
+def test_columns_are_computed_a_view_at_a_time_and_an_image_is_decoded_once(
+    extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, turns, decoded = engine.extract_shard, list[tuple[int, list[tuple[int, str]]]](), list[int]()
+    of_image = Images.decoded
+    monkeypatch.setattr(engine, "extract_shard", lambda job, shard, units, *rest: [turns.append((shard, [*units])), real(job, shard, units, *rest)][1])  # fmt: skip
+    monkeypatch.setattr(Images, "decoded", lambda self, number, *how: [decoded.append(number), of_image(self, number, *how)][1])  # fmt: skip
+    extract(photo_folder, tmp_path / "c", VIT, CNN, views=3, shard_samples=8)
+    both = ["cnn.last", "vit.pre_tail"]
+    first = [*((view, "pixels") for view in range(3)), *((0, column) for column in both)]
+    assert turns == [(shard, [*units]) for shard in range(3) for units in
+                     (first, [(1, column) for column in both], [(2, column) for column in both])]  # fmt: skip
+    assert sorted(decoded) == [*range(len(decoded))], "once each"
+    turns.clear()
+    extract(photo_folder, tmp_path / "c", VIT, CNN, views=4, shard_samples=8)
+    assert turns == [(shard, [(3, "pixels"), *((3, column) for column in both)]) for shard in range(3)]
+
+
+@pytest.mark.parametrize(
+    "units, turns",
+    [
+        ([], []),
+        ([(0, "pixels")], [([(0, "pixels")], (0,), (), (0,))]),
+        ([(0, "a"), (0, "pixels"), (1, "pixels")], [([(0, "pixels"), (1, "pixels"), (0, "a")], (0, 1), (0,), (0, 1))]),
+        ([(1, "a"), (2, "b"), (2, "a")], [([(1, "a")], (1,), (1,), (1,)), ([(2, "a"), (2, "b")], (2,), (2,), (2,))]),
+        ([(1, "a"), (0, "pixels")], [([(0, "pixels"), (1, "a")], (0, 1), (1,), (0, 1))]),
+        ([(0, "a"), (1, "a"), (1, "pixels")], [([(1, "pixels"), (0, "a")], (0, 1), (0,), (0,)), ([(1, "a")], (1,), (1,), (1,))]),
+    ],
+)  # fmt: skip
+def test_turns_of_a_shard(units: list[tuple[int, str]], turns: list[Any]) -> None:
+    found = engine.turns_of(units)
+    assert [([*t.units], t.views, t.shown, t.ends) for t in found] == turns
+    assert [t.last for t in found] == [False] * (len(turns) - 1) + [True] * bool(turns)
+    assert sorted(view for t in found for view in t.ends) == sorted({view for view, _ in units})
