@@ -10,7 +10,7 @@ from mrmae.common.suggest import Command
 
 # As extract/teachers, shards/format and shards/store have them (tested), which take seconds to import: --help need not wait.
 TEACHERS_BY_DEFAULT = ("clip=open_clip:ViT-B-16-quickgelu/openai", "dino=timm:vit_base_patch16_224.dino")
-DTYPE_NAMES = ("int8", "fp8", "float16")
+DTYPE_NAMES = ("int8", "fp8", "float16", "pq4", "pq", "pq16")
 FORMAT_NAMES = ("zarr", "webdataset")
 # What show-features takes too.
 device_option = click.option("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
@@ -79,7 +79,8 @@ torchscript_option = click.option(
     help="How views are stored. jpeg95, png: RGB as viewers show it. png16: 16-bit gray. npy:14xuint16: a file's 14 bands (TIFF, .npy, PNG) "
     "of uint8, uint16, float16 or float32. All but jpeg95 keep every bit.",
 )
-@click.option("--dtype", default="int8", type=click.Choice(list(DTYPE_NAMES)), help="How features are stored.")
+@click.option("--dtype", default="int8", type=click.Choice(list(DTYPE_NAMES)),
+              help="How features are stored. pq: product codes, a byte for 8 channels (pq4: for 4, pq16: for 16).")  # fmt: skip
 @click.option("--format", default="zarr", type=click.Choice(list(FORMAT_NAMES)),
               help="Features as zarr v3 arrays, or as webdataset tars beside the views'.")  # fmt: skip
 @click.option(
@@ -121,8 +122,8 @@ torchscript_option = click.option(
               help="A running cluster; without it RAY_ADDRESS, else one on this machine while the command runs.")  # fmt: skip
 @click.option("--append", is_flag=True, help="Append the IMAGES that are new to CACHE; what it holds stays as it is.")
 @click.option("--max-bad", default=-1, type=click.IntRange(-1), help="Unreadable images tolerated; -1: max(3, 0.1 %).")
-@click.option("--min-snr", default=20.0, type=float, metavar="DB",
-              help="Stop at a shard whose int8 or fp8 codes keep less than this of a teacher; float16 is not measured by it.")  # fmt: skip
+@click.option("--min-snr", default=None, type=float, metavar="DB",
+              help="Stop at a shard whose codes keep less than this of a teacher; 20 without it, 2 of product codes; float16 is not measured by it.")  # fmt: skip
 @max_pixels_option
 @torchscript_option
 @click.option(

@@ -51,7 +51,7 @@ def sample_bytes(teacher: TeacherSpec, dtype: str, format: str, blocks: int = 1)
     if teacher.is_map:
         return 2 * l * teacher.width + STORAGES[format].OVERHEAD_BYTES
     stored = DTYPES[dtype]
-    parts = [l * teacher.width * stored.bytes, 2 * l]
+    parts = [l * stored.token_bytes(teacher.width), 2 * l]
     parts += [2 * l] * stored.scaled + [2 * teacher.width] * teacher.has_cls + [2 * l] * teacher.has_attention
     chunks = len(parts) + (blocks - 1) * (1 + stored.scaled)
     return sum(parts) + STORAGES[format].OVERHEAD_BYTES * chunks

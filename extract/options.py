@@ -48,7 +48,7 @@ class Options:
     workers: int = 0
     shard_samples: int = 0
     max_bad: int = -1
-    min_snr: float = 20.0
+    min_snr: float | None = None
     max_pixels: int = MAX_PIXELS
     allow_torchscript: bool = False
     allow_code: bool = False
@@ -82,6 +82,11 @@ class Options:
             batch_size=self.batch_size or (64 if kind == "cuda" else 8),
             workers=self.workers or max(1, len(os.sched_getaffinity(0)) // ranks) * (WAITING_WORKERS if far else 1),
         )
+
+    @property
+    def least_snr(self) -> float:
+        """dB that a shard's codes must keep of a teacher."""
+        return DTYPES[self.dtype].least_snr if self.min_snr is None else self.min_snr
 
     def block_rule(self) -> BlockRule | None:
         """How tokens are cut into blocks; None for raster order."""
@@ -122,8 +127,8 @@ def asked(
     if there is not None:  # before columns of another grid come into a plan
         compare_specs(there.grid, (options.grid, options.grid), str(options.cache / "plan.json"), field="grid")
     columns = (() if there is None else there.columns) if teachers is None else tuple(teachers)
-    n, token_bytes = len(keys or [""]), options.grid**2 * DTYPES[options.dtype].bytes
-    usual = default_shard_samples(n, token_bytes * max((teacher.width for teacher in columns), default=1))
+    n, l, stored = len(keys or [""]), options.grid**2, DTYPES[options.dtype]
+    usual = default_shard_samples(n, l * max((stored.token_bytes(t.width) for t in columns), default=stored.bytes))
     plan = Plan(
         dataset_id="",
         n_samples=n,

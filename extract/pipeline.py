@@ -162,7 +162,7 @@ def refuse_other_map(job: ExtractJob, column: str, shard: int) -> None:
 def refuse_other_source(job: ExtractJob, column: str) -> None:
     """ValueError for a computed map whose teacher's column is another one by now: what is missing would not go with what is there."""
     quantiser = job.plan.quantisers.get(column)
-    if quantiser is not None and quantiser.codebook is not None:
+    if quantiser is not None and quantiser.codebook is not None and job.plan.teacher(column).made:
         source, of = source_column(job.plan.teacher(column)), quantiser.codebook["of"]
         if job.plan.ids.get(source) != of:
             raise ValueError(f"{job.path}: {column} was computed from column {of[:19]}, and {source} is {str(job.plan.ids.get(source))[:19]}; "
@@ -461,13 +461,13 @@ def whole_shard(found: Gathered, stored: Mapping[str, tuple[tuple[int, ...], str
 
 def too_coarse(snr_db: float, options: Options) -> bool:
     """Whether codes lose more of a shard than --min-snr allows; -300 dB says that there was no signal to lose."""
-    return options.dtype != "float16" and -300 < snr_db < options.min_snr
+    return options.dtype != "float16" and -300 < snr_db < options.least_snr
 
 
 def hopeless_text(job: ExtractJob, view: int, column: str, shard: int, snr_db: float) -> str:
     """Which shard is too coarse, and what can be done."""
     return (f"{job.path}: {column}, view {view}, shard {shard}: {job.options.dtype} keeps an SNR of {snr_db:.1f} dB; at least "
-            f"{job.options.min_snr:g} were expected (--min-snr); use --dtype float16 with a new folder, leave this teacher out, "
+            f"{job.options.least_snr:g} were expected (--min-snr); use --dtype float16 with a new folder, leave this teacher out, "
             "or take it as it is with a lower --min-snr (what is committed stays, the same command goes on from there)")  # fmt: skip
 
 

@@ -7,7 +7,7 @@ input is fp64. A batch of ids may be a multiple of the batch of images (several 
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 NORM_PIX_EPS = 1e-6  # MAE's norm_pix_loss
@@ -148,6 +148,26 @@ def dequantised_rows(
     if channel_std is not None:
         value = value * channel_std.to(work)
     return value if channel_mean is None else value + channel_mean.to(work)
+
+
+def decoded_rows(
+    codes: UInt8[Tensor, "b l m"],
+    ids: Int64[Tensor, "v n"] | None,
+    entries: Float[Tensor, "256 r"],
+    group: Int64[Tensor, " r"],
+    basis: Float[Tensor, "r d"],
+    mean: Float[Tensor, " d"],
+    *,
+    n_rows: int,
+    work: torch.dtype,
+) -> Float[Tensor, "v n d"]:
+    """`mean + entries[codes[group[k]], k] @ basis` at `ids`: product codes; without ids, `codes` are already gathered."""
+    if ids is not None or n_rows != codes.shape[0]:
+        rows = rows_of(n_rows, codes.shape[0], codes.device)
+        codes = codes[(rows, ids) if ids is not None else (rows[:, 0],)]
+    at = codes[..., group].long().flatten(0, 1)
+    components = entries.to(work).gather(0, at).view(*codes.shape[:2], len(group))
+    return components @ basis.to(work) + mean.to(work)
 
 
 def unit(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:

@@ -40,6 +40,7 @@ from mrmae.shards.format import (
     parsed,
     pixels_of,
     plain,
+    product_path,
     read_samples,
     shown,
     units,
@@ -442,12 +443,15 @@ def tail_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
 
 
 def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The file of every tail and codebook that the manifest tells of, and what it tells; of a codebook, the plan tells the sha256."""
+    """The file of every tail and codebook that the manifest tells of, and what it tells; of a codebook, the plan tells the sha256 (of product codes also the size)."""
     told = {column["name"]: column["tail"] for column in manifest["columns"]} if manifest else {}
     for teacher in plan.columns:
+        quantiser = plan.quantisers.get(teacher.column)
+        codebook = {} if quantiser is None or quantiser.codebook is None else quantiser.codebook
+        if quantiser is not None and quantiser.stored.product:
+            yield product_path(path, teacher.column), codebook
+            codebook = {}
         if tail := told.get(teacher.column):
-            quantiser = plan.quantisers.get(teacher.column)
-            codebook = {} if quantiser is None or quantiser.codebook is None else quantiser.codebook
             yield kept_path(path, teacher), {**tail, "sha256": codebook.get("sha256", tail["sha256"])}
 
 

@@ -32,8 +32,10 @@ from mrmae.shards.format import (
     in_blocks,
     kept_path,
     pixels_of,
+    product_path,
     read_codebook,
     read_json,
+    read_product,
     read_samples,
     read_tail,
     readable_json,
@@ -337,6 +339,8 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
         )
         if not teacher.is_map:
             read_tail(path, teacher.tail_name)  # where no manifest tells what it was, it is a tail at least
+            if quantiser is not None and quantiser.stored.product and quantiser.codebook is not None:
+                read_product(product_path(path, teacher.column), quantiser.codebook["sha256"])
         elif quantiser is not None and quantiser.codebook is not None and file.exists():
             read_codebook(path, teacher.name, quantiser.codebook["sha256"])
         if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:

@@ -18,6 +18,7 @@ from mrmae.shards.format import (
     codebook_path,
     commit_path,
     load_plan,
+    product_path,
     read_samples,
     readable_json,
     tail_name,
@@ -88,7 +89,7 @@ def orphaned_words(plan: Plan, gone: Container[str]) -> list[str]:
 
 def files_of_column(path: Path, column: str) -> list[Path]:
     """Every file that goes with a column: records first (a half-removed shard must not look committed), shards, moments, and
-    the tail (of a map, the codebook) where it is the teacher's last column.
+    the codebook of product codes, and the tail (of a map, the codebook) where it is the teacher's last column.
 
     column: of the plan, or what a killed drop has left. ValueError where there is no such column, and where something of the
     cache is a link.
@@ -108,6 +109,7 @@ def files_of_column(path: Path, column: str) -> list[Path]:
     moments = stats_path(path, column)
     more = [
         moments,
+        product_path(path, column),
         *sorted(moments.parent.glob(f"{column}.*.safetensors")),
         *([tail_path(path, tail)] if last else []),
         *([codebook_path(path, teacher)] if last and tail == teacher else []),

@@ -54,6 +54,7 @@ def cache_info(cache: Cache) -> CacheInfo:
             has_attention=column.spec.has_attention,
             column=name,
             has_scale=column.quantiser.stored.scaled,
+            codebook=column.quantiser.product.tensors() if column.quantiser.stored.product else {},
         )
     derived = derived_targets(cache, teachers)
     maps = {column.spec.name: str(column.layout.map) for column in cache.maps.values() if column.spec.width == 1}

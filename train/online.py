@@ -91,6 +91,7 @@ def online_info(info: CacheInfo, teachers: Mapping[str, Teacher]) -> CacheInfo:
             column=spec.column,
             has_scale=False,
             online=True,
+            codebook={},
         )
     tails = {teacher.spec.tail_name: teacher.tail for teacher in teachers.values()}
     derived = {

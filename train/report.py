@@ -294,7 +294,7 @@ def feature_bytes(run: Run) -> int:
         column = run.cache.columns[run.info.teachers[teacher].column]
         width = column.spec.width
         for n in (rows, l) if both else (rows,):
-            sizes = {"tokens": n * width * column.quantiser.stored.bytes, "scale": 2 * n, "cls": 2 * width}
+            sizes = {"tokens": n * column.quantiser.stored.token_bytes(width), "scale": 2 * n, "cls": 2 * width}
             total += sum(sizes.get(name, 2 * l) for name in run.needed[teacher])
     return total
 

@@ -14,7 +14,7 @@ from mrmae.extract.teachers import Features, Teacher, TeacherRequest, build_teac
 from mrmae.shards.cache import Cache, Column
 from mrmae.shards.format import NOT_HASHED, Numbers, TeacherSpec, compare_specs, plain
 
-COSINE = {"float16": 0.9999, "int8": 0.9998, "fp8": 0.999}
+COSINE = {"float16": 0.9999, "int8": 0.9998, "fp8": 0.999, **dict.fromkeys(("pq4", "pq", "pq16"), 0.9999)}
 FAITHFUL_SNR_DB = (
     40.0  # above it a column must reach its cosine; below it (fp8: always), the SNR it had when it was written
 )

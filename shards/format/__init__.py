@@ -21,6 +21,7 @@ from mrmae.shards.format.plan import (
     tar_path,
     units,
 )
+from mrmae.shards.format.product import product_path, read_product
 from mrmae.shards.format.quantiser import (
     CALIBRATION_SAMPLES,
     DTYPES,
@@ -173,9 +174,11 @@ __all__ = [
     "parsed",
     "pixels_of",
     "plain",
+    "product_path",
     "quality",
     "quantise",
     "read_json",
+    "read_product",
     "read_samples",
     "read_sources",
     "read_tail",

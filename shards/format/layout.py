@@ -36,7 +36,7 @@ class Layout:
             return {"map": ((self.l, self.d) if self.d > 1 else (self.l,), self.map)}
         tokens = DTYPES[self.dtype]
         stored = {
-            "tokens": ((self.l, self.d), tokens.array),
+            "tokens": ((self.l, tokens.codes(self.d)), tokens.array),
             "scale": ((self.l,), "float16") if tokens.scaled else None,
             "cls": ((self.d,), "float16") if self.has_cls else None,
             "attention": ((self.l,), "float16") if self.has_attention else None,

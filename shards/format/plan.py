@@ -17,6 +17,7 @@ from mrmae.common.errors import shortened
 from mrmae.common.files import publish
 from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
+from mrmae.shards.format.product import product_path
 from mrmae.shards.format.quantiser import DTYPES, NOT_QUANTISED, Quantiser
 from mrmae.shards.format.samples import Source, SourceTable, dataset_id, grown_dataset_id, read_samples
 from mrmae.shards.format.shape import expect_kind, read_json
@@ -47,6 +48,7 @@ VALUE = {  # by dtype, in a column's attributes
     "int8": "channel_mean + channel_std * scale[sample, patch] * tokens[sample, patch, channel]",
     "fp8": "channel_mean + channel_std * scale[sample, patch] * e4m3fn(tokens[sample, patch, channel])",
     "float16": "tokens[sample, patch, channel]",
+    "product": "mean + entries[tokens[sample, patch, group], component] @ basis, of codebooks/<teacher>.<tap>.safetensors",
     "map": "map[sample, patch]",
     "vectors": "map[sample, patch, channel]",
 }
@@ -79,11 +81,18 @@ class Part:
     maps: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
+def is_of_map(quantiser: Quantiser, *, made: bool) -> bool:
+    """Whether this stands in a quantiser's place for a map; made: for a computed one."""
+    expected = NOT_QUANTISED.to_json() | ({"codebook": quantiser.codebook} if made else {})
+    return quantiser.to_json() == expected and (not made or set(quantiser.codebook or ()) == {"sha256", "of"})
+
+
 class CodebookFields(TypedDict):
-    """Of a computed map: its codebook's file, and the column it is computed from."""
+    """Of a computed map: its codebook's file, and the column it is computed from; of product codes their codebook's file."""
 
     sha256: str
-    of: str
+    of: NotRequired[str]
+    bytes: NotRequired[int]
 
 
 class QuantiserFields(TypedDict):
@@ -190,8 +199,7 @@ class Plan:
         widths = {teacher.column: teacher.width for teacher in self.columns}
         maps = {teacher.column: bool(teacher.made) for teacher in self.columns if teacher.is_map}
         for name, quantiser in self.quantisers.items():
-            as_it_is = dataclasses.replace(quantiser, codebook=None).to_json() == NOT_QUANTISED.to_json()
-            if name in maps and as_it_is and maps[name] == (quantiser.codebook is not None):
+            if name in maps and is_of_map(quantiser, made=maps[name]):
                 continue
             if name not in widths:
                 raise ValueError(f"plan: a quantiser is of {name!r}, which is no column; expected the plan's columns")
@@ -377,11 +385,22 @@ def load_plan(path: Path) -> Plan:
         raise ValueError(
             f"{file}: format version {shown(version)}; this mrmae reads {FORMAT_VERSION}; extract the cache anew"
         )
-    return Plan.from_json(fields, str(file))
+    return with_codebooks(Plan.from_json(fields, str(file)), path)
+
+
+def with_codebooks(plan: Plan, path: Path) -> Plan:
+    """The plan, whose product codes are decoded by the codebooks in the cache at `path`, read when they are first used."""
+    if not any(quantiser.stored.product for quantiser in plan.quantisers.values()):
+        return plan
+    found = {
+        name: dataclasses.replace(quantiser, file=product_path(path, name)) if quantiser.stored.product else quantiser
+        for name, quantiser in plan.quantisers.items()
+    }
+    return dataclasses.replace(plan, quantisers=found)
 
 
 def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser]) -> Plan:
-    """The plan with its columns' quantisers, on disk too. ValueError when others were frozen before."""
+    """The plan with its columns' quantisers, on disk too, codebooks of product codes first. ValueError when others were frozen before."""
     frozen = dataclasses.replace(plan, quantisers=dict(quantisers))
     if set(quantisers) != {teacher.column for teacher in plan.columns}:
         raise ValueError(f"{path}: quantisers for {sorted(quantisers)}; expected one for every column of the plan")
@@ -394,8 +413,11 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
         raise ValueError(
             f"{path}: a quantiser is of {others.pop()}; the cache has {plan.dtype}; its columns share one dtype"
         )
+    for name, quantiser in quantisers.items():
+        if quantiser.stored.product and name not in before:
+            publish(product_path(path, name), quantiser.codebook_bytes(), replace=True)
     publish(path / "plan.json", readable_json(frozen.to_json()), replace=True)
-    return frozen
+    return with_codebooks(frozen, path)
 
 
 def read_sources(path: Path) -> SourceTable:
@@ -431,6 +453,7 @@ def column_attributes(plan: Plan, view: int, column: str) -> dict[str, Any]:
     layout = {} if plan.token_layout is None else {"token_layout": plain(plan.token_layout)}
     teacher = plan.teacher(column)
     kind = ("vectors" if teacher.width > 1 else "map") if teacher.is_map else plan.dtype
+    kind = "product" if kind == plan.dtype and DTYPES[plan.dtype].product else kind
     return {
         **layout,
         "format_version": FORMAT_VERSION,

@@ -1,18 +1,30 @@
 """Stored dtypes: quantisation, dequantisation (the definition kernels are tested against), what it costs, and calibration.
 
 int8, fp8: value = channel_mean + channel_std * (scale[token] * code). Without standardisation mean and std are 0 and 1. fp8 codes
-are E4M3 numbers (finite, no infinities), kept as their bytes.
+are E4M3 numbers (finite, no infinities), kept as their bytes. pq: a byte for several channels, decoded by a codebook (product.py).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float16, Shaped
 from torch import Tensor
+
+from mrmae.common.backend import read_bytes
+from mrmae.shards.format.product import (
+    UNWRITTEN,
+    ProductCodebook,
+    fit_product,
+    product_codes,
+    product_values,
+    read_product,
+)
 
 SENTINEL = -128  # int8 code of a token that was never written; float arrays use NaN
 FP16_MAX = 65504.0
@@ -28,7 +40,8 @@ TRIAL_SAMPLES = 64  # of these: enough to tell which of two quantisers loses les
 class Stored:
     """How a dtype lies in an array of numpy's dtype `array`. scaled: one float16 scale per token brings the largest code to `top`.
 
-    unwritten: what an element that was never written reads as; refused: codes that are no value.
+    unwritten: what an element that was never written reads as; refused: codes that are no value. least_snr: dB below which a shard
+    is not worth keeping, unless somebody says so. channels: for how many of a token's a code stands, more than one by a codebook.
     """
 
     array: str
@@ -37,12 +50,30 @@ class Stored:
     top: float
     unwritten: float
     refused: tuple[int, ...] = ()
+    least_snr: float = 20.0
+    channels: int = 1
+
+    def codes(self, width: int) -> int:
+        """Codes of a token of so many channels."""
+        return -(-width // self.channels)
+
+    def token_bytes(self, width: int) -> int:
+        """Bytes of a token's codes."""
+        return self.codes(width) * self.bytes
+
+    @property
+    def product(self) -> bool:
+        """Whether a codebook decodes them."""
+        return self.channels > 1
 
 
 DTYPES = {
     "int8": Stored("int8", 1, True, 127.0, SENTINEL, (SENTINEL,)),
     "fp8": Stored("uint8", 1, True, 448.0, 0xFF, (0x7F, 0xFF)),  # both are NaN in E4M3
-    "float16": Stored("float16", 2, False, FP16_MAX, math.nan),
+    "float16": Stored("float16", 2, False, FP16_MAX, math.nan, least_snr=-math.inf),
+    "pq4": Stored("uint8", 1, False, FP16_MAX, UNWRITTEN, (UNWRITTEN,), 2.0, channels=4),
+    "pq": Stored("uint8", 1, False, FP16_MAX, UNWRITTEN, (UNWRITTEN,), 2.0, channels=8),
+    "pq16": Stored("uint8", 1, False, FP16_MAX, UNWRITTEN, (UNWRITTEN,), 2.0, channels=16),
 }
 
 
@@ -51,7 +82,8 @@ class Quantiser:
     """How a column's tokens are stored. channel_mean, channel_std: float32 [d], None without standardisation.
 
     source: id of the column whose stored values were quantised again; None where the teacher's own were.
-    codebook: of a computed map, `sha256` of its codebook's file and `of`, the id of the column it is computed from.
+    codebook: of a computed map, `sha256` of its codebook's file and `of`, the id of the column it is computed from; of product codes
+    `sha256` and `bytes` of theirs. fitted: that codebook, where it was just made; file: else where it lies.
     """
 
     dtype: str
@@ -59,7 +91,9 @@ class Quantiser:
     channel_std: Channels | None = None
     standardised: bool = False
     source: str | None = None
-    codebook: Mapping[str, str] | None = None
+    codebook: Mapping[str, Any] | None = None
+    fitted: ProductCodebook | None = None
+    file: Path | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -73,6 +107,23 @@ class Quantiser:
             or len(parts) == 1
         ):
             raise ValueError("quantiser: expected finite means and deviations of all channels, or neither")
+        if self.stored.product and set(self.codebook or ()) != {"sha256", "bytes"}:
+            raise ValueError(
+                f"quantiser: {self.dtype} with codebook {self.codebook}; expected sha256 and bytes of its file"
+            )
+
+    @property
+    def product(self) -> ProductCodebook:
+        """The codebook of product codes, read where it was not just made. ValueError where its file is missing or damaged."""
+        if self.fitted is not None:
+            return self.fitted
+        assert self.file is not None and self.codebook is not None, "load_plan says where it lies"
+        return read_product(self.file, self.codebook["sha256"])
+
+    def codebook_bytes(self) -> bytes:
+        """The file of the codebook of product codes, as it is where it lies: another version might write the same in other bytes."""
+        product = self.product
+        return product.to_bytes() if self.fitted is not None or self.file is None else read_bytes(self.file)
 
     @property
     def width(self) -> int | None:
@@ -95,10 +146,12 @@ class Quantiser:
     @staticmethod
     def from_json(fields: Mapping[str, Any]) -> "Quantiser":
         """The quantiser that `to_json` described."""
-        arrays = {k: fields[k] if fields[k] is None else np.array(fields[k], np.float32)
-                  for k in ("channel_mean", "channel_std")}  # fmt: skip
-        return Quantiser(fields["dtype"], standardised=fields["standardised"], source=fields.get("source"),
-                         codebook=fields.get("codebook"), **arrays)  # fmt: skip
+        mean, std = (
+            fields[k] if fields[k] is None else np.array(fields[k], np.float32) for k in ("channel_mean", "channel_std")
+        )
+        return Quantiser(
+            fields["dtype"], mean, std, fields["standardised"], fields.get("source"), fields.get("codebook")
+        )
 
 
 NOT_QUANTISED = Quantiser("float16")  # what a map has in a quantiser's place: its values are stored as they are
@@ -114,7 +167,7 @@ def parts_of(features: Float[Tensor, "n l d"]) -> Sequence[Float[Tensor, "_ l d"
 def quantise(
     tokens: Float[Tensor, "b l d"], q: Quantiser
 ) -> tuple[Shaped[Tensor, "b l d"], Float16[Tensor, "b l"] | None]:
-    """Codes (int8 within ±127, uint8 bytes of E4M3 within ±448, or float16) and per-token scale (float16; None for float16 codes).
+    """Codes (int8 within ±127, uint8 bytes of E4M3 within ±448, float16, or uint8 product codes) and per-token scale (float16; None without).
 
     The codes are computed from the scale as stored, so that its rounding costs nothing.
     Raises ValueError for NaN, infinities, and values that float16 cannot hold.
@@ -130,9 +183,9 @@ def quantise_part(
     tokens: Float[Tensor, "b l d"], q: Quantiser
 ) -> tuple[Shaped[Tensor, "b l d"], Float16[Tensor, "b l"] | None]:
     """`quantise` of a few samples."""
-    if q.dtype == "float16":
+    if q.dtype == "float16" or q.stored.product:
         refuse_overflow(largest(tokens), tokens, "a token value")
-        return tokens.to(torch.float16), None
+        return (product_codes(tokens, q.product) if q.stored.product else tokens.to(torch.float16)), None
     centred = tokens.float()
     if q.channel_mean is not None and q.channel_std is not None:
         centred = (centred - on(q.channel_mean, tokens)).div_(on(q.channel_std, tokens))
@@ -168,6 +221,8 @@ def values_of(
     """`dequantise` of codes among which there is no sentinel."""
     if q.dtype == "float16":
         return codes.float()
+    if q.stored.product:
+        return product_values(codes, q.product)
     assert scale is not None, "these codes need their scale"
     values = (codes.view(torch.float8_e4m3fn) if q.dtype == "fp8" else codes).float().mul_(scale.float()[..., None])
     if q.channel_mean is not None and q.channel_std is not None:
@@ -228,19 +283,15 @@ def quality(
 
 def measure(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
     """What `quality` needs of one batch; on any device, brought to the host once."""
-    parts = [measure_part(*part, q) for part in zip(parts_of(tokens), parts_of(codes), scale_parts(scale, tokens))]
+    rows = max(len(parts_of(tokens)[0]), 1)
+    scales = itertools.repeat(None) if scale is None else torch.split(scale, rows)
+    parts = [measure_part(*part, q) for part in zip(parts_of(tokens), torch.split(codes, rows), scales)]
     return Measured(
         sum=torch.stack([part.sum for part in parts]).sum(dim=0).cpu(),
         wide=torch.cat([part.wide for part in parts]).cpu(),
         close=torch.cat([part.close for part in parts]).cpu(),
         error=torch.cat([part.error for part in parts]).cpu(),
     )
-
-
-def scale_parts(scale: Tensor | None, tokens: Float[Tensor, "b l d"]) -> Sequence[Tensor | None]:
-    """A scale (or None) for every one of `parts_of(tokens)`."""
-    parts = parts_of(tokens)
-    return [None] * len(parts) if scale is None else torch.split(scale, max(len(parts[0]), 1))
 
 
 def measure_part(tokens: Float[Tensor, "b l d"], codes: Tensor, scale: Tensor | None, q: Quantiser) -> Measured:
@@ -303,7 +354,7 @@ def added_quality(first: Mapping[str, float], second: Mapping[str, float]) -> di
 
 
 def calibrate(*batches: Float[Tensor, "_ l d"], dtype: str = "int8") -> Quantiser:
-    """The quantiser with these features' channel moments, or without any: which has the higher SNR on the first of them.
+    """The quantiser with these features' channel moments, or without any: which has the higher SNR on the first of them. Of product codes, their codebook.
 
     batches: float32, the first samples in canonical order. Raises ValueError for NaN or infinities.
     """
@@ -311,6 +362,9 @@ def calibrate(*batches: Float[Tensor, "_ l d"], dtype: str = "int8") -> Quantise
         refuse_nonfinite(features, "calibration")
     if dtype == "float16":
         return Quantiser(dtype)
+    if DTYPES[dtype].product:
+        made = fit_product(batches, DTYPES[dtype].codes(batches[0].shape[-1]))
+        return Quantiser(dtype, codebook=made.told(), fitted=made)
     parts = [part for features in batches for part in parts_of(features)]
     mean, std = channel_moments(parts)
     # A channel that is dead in the sample may live later: give it an average channel's step.

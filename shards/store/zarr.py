@@ -98,11 +98,16 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
             filters=None,
             compressors=Crc32cCodec(),
             dimension_names=[
-                STORED.get(d, d) if blocks > 1 else d for d in (*DIMENSIONS[name], "channel")[: 1 + len(shape)]
+                STORED.get(d, d) if blocks > 1 else d for d in (*dimensions(layout, name), "channel")[: 1 + len(shape)]
             ],
-            attributes={"encoding": "e4m3fn"} if dtype == "uint8" else None,
+            attributes={"encoding": "e4m3fn"} if name == "tokens" and layout.dtype == "fp8" else None,
         )
     return {name: content.to_bytes() for name, content in memory.items()}
+
+
+def dimensions(layout: Layout, name: str) -> tuple[str, ...]:
+    """What an array's dimensions are called."""
+    return ("sample", "patch", "code") if name == "tokens" and DTYPES[layout.dtype].product else DIMENSIONS[name]
 
 
 def unwritten(layout: Layout, name: str, dtype: str) -> float:

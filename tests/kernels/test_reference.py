@@ -58,6 +58,22 @@ def test_pixel_loss_and_its_gradient_equal_maes_masked_mean() -> None:
     torch.testing.assert_close(*(torch.autograd.grad(x, whole)[0] for x in (ours, stock)), rtol=1e-12, atol=1e-18)
 
 
+def test_decoded_rows_are_a_sum_over_components_of_the_rows_asked_for() -> None:
+    draw, (b, l, m, r, d) = torch.Generator().manual_seed(0), (2, 6, 3, 7, 5)
+    codes = torch.randint(0, 255, (b, l, m), generator=draw).to(torch.uint8)
+    entries, basis = torch.randn(256, r, dtype=torch.float64), torch.randn(r, d, dtype=torch.float64)
+    mean, group = torch.randn(d, dtype=torch.float64), torch.tensor([0, 1, 1, 2, 2, 2, 2])
+    ids, how = torch.tensor([[0, 5], [1, 2], [3, 4], [0, 1]]), {"work": torch.float64}
+    found = reference.decoded_rows(codes, ids, entries, group, basis, mean, n_rows=4, **how)
+    for row, slot in ((0, 1), (3, 0), (2, 1)):
+        code = codes[row % b, ids[row, slot]].long()
+        truth = mean + sum(entries[code[group[k]], k] * basis[k] for k in range(r))
+        torch.testing.assert_close(found[row, slot], truth, rtol=1e-12, atol=1e-12)
+    rows = (torch.arange(4) % b)[:, None]
+    gathered = reference.decoded_rows(codes[rows, ids], None, entries, group, basis, mean, n_rows=4, **how)
+    torch.testing.assert_close(gathered, found, rtol=0, atol=0)
+
+
 def test_a_permuted_prediction_layer_gives_the_same_loss() -> None:
     """Rows of MAE's prediction head permuted from (p, q, c) to (c, p, q): weight and bias."""
     image, ids = images(), some_ids(7)

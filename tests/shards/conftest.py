@@ -16,7 +16,9 @@ def make_small(make_cache: Callable[..., Path]) -> Callable[..., Path]:
     return functools.partial(make_cache, **SMALL)
 
 
-@pytest.fixture(scope="session", params=[("zarr", "int8"), ("webdataset", "int8"), ("zarr", "fp8")], ids="-".join)
+@pytest.fixture(
+    scope="session", params=[("zarr", "int8"), ("webdataset", "int8"), ("zarr", "fp8"), ("zarr", "pq4")], ids="-".join
+)
 def every_kind(
     make_small: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Path:

@@ -15,6 +15,7 @@ from mrmae.common import files as write
 from mrmae.shards import check, convert
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.plan import load_plan
+from mrmae.shards.format.product import ProductCodebook, read_product
 from mrmae.shards.format.quantiser import Quantiser, measure, quantise, summarise
 from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.stats import compute_stats, read_stats, write_stats
@@ -57,6 +58,21 @@ def test_there_and_back_again_is_the_same_cache(source: Path, make_cache: Make, 
     assert read_stats(open_cache(tars), "a.pre_tail").id == read_stats(open_cache(source), "a.pre_tail").id
 
 
+def test_product_codes_keep_their_codebook_where_only_the_format_changes(
+    make_cache: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, also where this version would write the same numbers in other bytes."""
+    source = make_cache(tmp_path / "c", dtype="pq4", **{**SMALL, "n_views": 1})
+    monkeypatch.setattr(ProductCodebook, "to_bytes", lambda self: b"other")
+    tars = converted(source, tmp_path / "tars", format="webdataset")
+    assert check.find_problems(tars, full=True) == []
+    assert contents(converted(tars, tmp_path / "back", format="zarr")) == contents(source)
+    shutil.rmtree(source)
+    read_product.cache_clear()
+    back = open_cache(tmp_path / "back")
+    assert back.read_tokens("a.pre_tail", [0], [0]).isfinite().all(), "of its own codebook"
+
+
 def test_token_blocks_stay_blocks(make_cache: Make, tmp_path: Path) -> None:
     how: dict[str, Any] = {**SMALL, "grid": 4, "blocks": 4}
     source = make_cache(tmp_path / "c", **how)
@@ -83,7 +99,7 @@ def test_a_dropped_teacher_leaves_everything_else_as_it_was(source: Path, tmp_pa
         converted(source, tmp_path / "x", drop=["c"])
 
 
-@pytest.mark.parametrize("dtype", ["float16", "fp8"])
+@pytest.mark.parametrize("dtype", ["float16", "fp8", "pq4"])
 @pytest.mark.parametrize("format", ["zarr", "webdataset"])
 def test_requantised_columns_say_what_they_are_made_of(
     source: Path, make_cache: Make, tmp_path: Path, dtype: str, format: str
@@ -97,7 +113,7 @@ def test_requantised_columns_say_what_they_are_made_of(
         old, new = (cache.read_tokens(name, numbers, views) for cache in (before, after))
         codes, scale = quantise(old, column.quantiser)
         assert torch.equal(after.read_column(name, numbers, views)["tokens"], codes)
-        assert (new - old).norm() < (0.03 if dtype == "fp8" else 3e-4) * old.norm()
+        assert (new - old).norm() < {"float16": 3e-4, "fp8": 0.03, "pq4": 0.6}[dtype] * old.norm()
         kept = set(column.layout.arrays()) - {"tokens", "scale"}
         for array in kept:
             a, b = (cache.read_column(name, numbers, views, (array,))[array] for cache in (before, after))
@@ -132,11 +148,11 @@ class Stopped(BaseException):
     """Stands for a kill: nothing may catch it."""
 
 
-@pytest.mark.parametrize("at", [2, 9])
+@pytest.mark.parametrize("at, dtype", [(2, "fp8"), (9, "fp8"), (3, "pq4"), (9, "pq4")])
 def test_a_stop_at_any_write_is_continued_to_the_same_cache(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: int, dtype: str
 ) -> None:
-    whole = contents(converted(source, tmp_path / "whole", format="webdataset", dtype="fp8"))
+    whole = contents(converted(source, tmp_path / "whole", format="webdataset", dtype=dtype))
     real, calls = write.link_exclusively, iter(range(1000))
 
     def stopping(temporary: Path, target: Path) -> None:
@@ -147,11 +163,11 @@ def test_a_stop_at_any_write_is_continued_to_the_same_cache(
     with monkeypatch.context() as patch:
         patch.setattr(write, "link_exclusively", stopping)
         with pytest.raises(Stopped):
-            converted(source, tmp_path / "c", format="webdataset", dtype="fp8")
-    if at > 2:  # the plan is the second file
+            converted(source, tmp_path / "c", format="webdataset", dtype=dtype)
+    if at > 3:  # the plan is written before
         monkeypatch.setattr(convert, "calibrate", None)  # frozen in the plan already
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "c").glob("commits/*/*/*.json")}
-    assert contents(converted(source, tmp_path / "c", format="webdataset", dtype="fp8")) == whole
+    assert contents(converted(source, tmp_path / "c", format="webdataset", dtype=dtype)) == whole
     assert all(file.stat().st_mtime_ns == before for file, before in times.items()), "what was committed stays"
 
 

@@ -175,13 +175,13 @@ def test_a_cache_of_tars_trains_to_the_same_bits(make_cache: Callable[..., Path]
     assert losses[0] == losses[1] and len(losses[0]) == 4 * UPDATES
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "float16"])
+@pytest.mark.parametrize("dtype", ["fp8", "float16", "pq4"])
 def test_other_dtypes_train_to_nearly_the_same_losses(
     make_cache: Callable[..., Path], tmp_path: Path, whole: Path, dtype: str
 ) -> None:
     _train(make_cache(tmp_path / "cache", dtype=dtype), tmp_path / "out", quick())
     for (_, _, ours), (_, _, int8) in zip(_epoch_losses(tmp_path / "out"), _epoch_losses(whole)):
-        assert ours == pytest.approx(int8, rel=0.02) and ours != int8
+        assert ours == pytest.approx(int8, rel=0.05 if dtype == "pq4" else 0.02) and ours != int8
 
 
 @pytest.mark.parametrize("name, step", [("SIGTERM", 8), ("SIGUSR1", 5), ("SIGINT", 0)])

@@ -18,7 +18,7 @@ from mrmae.train.method.model import build_model
 from mrmae.train.method.phi_s import hadamard, phi_s
 from mrmae.train.method.recipe import Recipe
 from mrmae.train.method.samplers import draw_masks
-from mrmae.train.method.targets import Batch, CacheInfo, TeacherStatistics
+from mrmae.train.method.targets import Batch, CacheInfo, TeacherInfo, TeacherStatistics
 from mrmae.train.method.terms import needed_arrays
 
 MakeRecipe = Callable[..., Recipe]
@@ -28,10 +28,31 @@ PHI = ["terms.mimic.teachers=[a]", "terms.mimic.transform=phi_s", "terms.pixels=
 @pytest.fixture(scope="module")
 def cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
     """A cache whose moments are stored, as `inspect-cache stats` stores them."""
-    opened = open_cache(make_cache(tmp_path_factory.mktemp("statistics") / "cache"))
+    return with_moments(make_cache(tmp_path_factory.mktemp("statistics") / "cache"))
+
+
+@pytest.fixture(scope="module")
+def product_cache(make_cache: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    """The same in product codes."""
+    return with_moments(make_cache(tmp_path_factory.mktemp("statistics") / "product", dtype="pq4"))
+
+
+def with_moments(path: Path) -> Cache:
+    opened = open_cache(path)
     for column in opened.columns:
         write_stats(opened, column, compute_stats(opened, column))
     return opened
+
+
+def exact_values(a: TeacherInfo, raw: dict[str, Tensor]) -> Tensor:
+    """What stored tokens stand for, in float64, by the formulas of docs/format.md."""
+    if a.codebook:
+        book = {name: tensor if name == "group" else tensor.double() for name, tensor in a.codebook.items()}
+        codes = raw["tokens"].long()
+        parts = [book["entries"][codes[..., g], k, None] * book["basis"][k] for k, g in enumerate(book["group"])]
+        return book["mean"] + torch.stack(parts).sum(0)
+    value = raw["tokens"].double() * raw["scale"].double()[..., None]
+    return value if a.channel_std is None else value * a.channel_std.double() + a.channel_mean.double()
 
 
 def all_tokens(cache: Cache, column: str) -> Tensor:
@@ -105,22 +126,28 @@ def on_cache(cache: Cache, recipe: Recipe) -> tuple[CacheInfo, Batch]:
     return info, load_batch(cache, cache.numbers[:4], epoch=0, needed=needed_arrays(recipe, info))
 
 
+CASES = (
+    ("mse", "phi_s", "visible"),
+    ("sl1(1)", "phi_s", "visible"),
+    ("mse", "channel", "visible"),
+    ("mse", "position", "visible"),
+    ("cosd", "position", "cls"),
+    ("sl1(1)", "position", "cls+visible"),
+    ("mse", "position+ln0", "cls+visible"),
+    ("mse", "position+phi_s", "cls+visible"),
+    ("mse", "none", "visible"),
+    ("mse", "ln0", "cls+visible"),
+)
+
+
 @pytest.mark.parametrize(
-    ("distance", "transform", "positions"),
-    [
-        ("mse", "phi_s", "visible"),
-        ("sl1(1)", "phi_s", "visible"),
-        ("mse", "channel", "visible"),
-        ("mse", "position", "visible"),
-        ("cosd", "position", "cls"),
-        ("sl1(1)", "position", "cls+visible"),
-        ("mse", "position+ln0", "cls+visible"),
-        ("mse", "position+phi_s", "cls+visible"),
-    ],
+    ("kind", "distance", "transform", "positions"),
+    [("cache", *case) for case in CASES[:8]] + [("product_cache", *case) for case in CASES[2:] if case[0] == "mse"],
 )
 def test_the_term_equals_its_restatement(
-    cache: Cache, tiny_recipe: MakeRecipe, distance: str, transform: str, positions: str
+    kind: str, tiny_recipe: MakeRecipe, distance: str, transform: str, positions: str, request: pytest.FixtureRequest
 ) -> None:
+    cache: Cache = request.getfixturevalue(kind)
     what = (f"terms.mimic.distance={distance}", f"terms.mimic.transform={transform}")
     recipe = tiny_recipe("mr-mae", *PHI, *what, f"terms.mimic.positions={positions}")
     info, batch = on_cache(cache, recipe)
@@ -131,10 +158,8 @@ def test_the_term_equals_its_restatement(
         views = [cache.read_cls("a.pre_tail", cache.numbers, cache.numbers * 0 + v) for v in range(cache.n_views)]
         goals.append(restated(torch.cat(views)[:, None].double(), raw["cls"][:, None].double(), transform))
     if "visible" in positions:
-        value = raw["tokens"].double() * raw["scale"].double()[..., None]
-        if a.channel_std is not None:
-            value = value * a.channel_std.double() + a.channel_mean.double()
-        goal = restated(all_tokens(cache, "a.pre_tail").unflatten(0, (-1, info.n_patches)), value, transform)
+        everything = all_tokens(cache, "a.pre_tail").unflatten(0, (-1, info.n_patches))
+        goal = restated(everything, exact_values(a, raw), transform)
         goals.append(torch.stack([image[ids] for image, ids in zip(goal, masks.ids_keep)]))
     told = model.encode(batch.pixels, masks.ids_keep)[0]
     told = model.heads["mimic/a"](told[:, :1] if positions == "cls" else told[:, positions == "visible" :])

@@ -25,7 +25,8 @@ Rows = Literal["grid", "visible"]
 class TeacherInfo:
     """One cached column: `value = channel_mean + channel_std * (scale[token] * code)`, missing parts being 0 and 1.
 
-    column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns.
+    column: its name in the cache, `<teacher>.<tap>`. has_scale: False for float columns and product codes.
+    codebook: of product codes, which mean something else: its tensors by name (shards/format/product.py).
     source, tail: where nothing is stored of this tap, the target whose stored tokens are read, and what makes of them this one's
     (shards/format/tail.py); channel_mean and channel_std are the source's then.
     stats: exact moments of the values (shards/stats.py), for the transforms that need them. online: whether the teacher runs in
@@ -43,6 +44,7 @@ class TeacherInfo:
     tail: Any = None
     stats: Any = None
     online: bool = False
+    codebook: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tap(self) -> str:
@@ -110,7 +112,7 @@ class GivenBoxes(NamedTuple):
 class Batch:
     """b views and what the teachers said about them, as stored: nothing is dequantised before the loss.
 
-    samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, or uint8 bytes of E4M3) with
+    samples: hash of each sample's key. targets: per teacher the arrays a recipe needs: tokens [b, l, d] (int8, float, uint8 bytes of E4M3, or product codes [b, l, m]) with
     scale [b, l], cls [b, d], attention [b, l], norm [b, l]; of a map, as `map:NAME`, its map [b, l], int32 or float16, or [b, l, c], float16.
     rows: `visible` where tokens and scale hold only the rows at `ids_keep`, [v, n_keep, ...], gathered before the copy or read alone.
     epoch: in which it is trained on. labels: 1 for every class of an image, where a term predicts them. boxes: where a term reads them.
@@ -168,6 +170,10 @@ class TeacherStatistics(nn.Module):
         norm = next((tail[name] for name in ("layer_norm.weight", "rms_norm.weight") if name in tail), None)
         stored = info.width if norm is None else len(norm)
         constants = {name: constant(info, name, (stored,)) for name in ("channel_mean", "channel_std")}
+        self.has_codebook = bool(info.codebook)
+        for name, held in info.codebook.items():
+            kept = held.to(dtype) if held.is_floating_point() else held
+            self.register_buffer(f"codebook_{name}", kept, persistent=False)
         mean, std, phi = transform_constants(info.stats, transform)
         for name, tensor in (constants | {"stat_mean": mean, "stat_std": std}).items():
             self.register_buffer(name, None if tensor is None else tensor.to(dtype), persistent=False)
@@ -178,6 +184,21 @@ class TeacherStatistics(nn.Module):
     def tail(self) -> dict[str, Any]:
         """What makes this tap of stored tokens; empty where it is stored itself."""
         return {name: getattr(self, f"tail_{i}") for i, name in enumerate(self.tail_names)} | self.epsilons
+
+    @property
+    def codebook(self) -> dict[str, Tensor]:
+        """What product codes mean; empty where they are none."""
+        names = ("entries", "group", "basis", "mean") if self.has_codebook else ()
+        return {name: getattr(self, f"codebook_{name}") for name in names}
+
+    @property
+    def decodes(self) -> bool:
+        """Whether tokens are more than their codes, scale, mean and deviation: the kernels then get values."""
+        return self.has_codebook or bool(self.tail_names) or self.phi is not None
+
+    def codes(self, tokens: Shaped[Tensor, "b l m"]) -> Shaped[Tensor, "b l m"]:
+        """Stored tokens as the codes that kernels take: a cache keeps E4M3 numbers as bytes."""
+        return tokens.view(torch.float8_e4m3fn) if tokens.dtype == torch.uint8 and not self.has_codebook else tokens
 
     @property
     def heads(self) -> int:
@@ -201,8 +222,11 @@ class TeacherStatistics(nn.Module):
         mean, std: of the codes' channels. positions: where the tokens stand in the grid. In fp32 (fp64 where `like` is).
         """
         work = reference.wide(like, codes)
-        values = reference.dequantised_rows(codes, ids, scale, mean, std, n_rows=like.shape[0], work=work)
         with torch.autocast(like.device.type, enabled=False):
+            if self.has_codebook:
+                values = reference.decoded_rows(codes, ids, **self.codebook, n_rows=like.shape[0], work=work)
+            else:
+                values = reference.dequantised_rows(codes, ids, scale, mean, std, n_rows=like.shape[0], work=work)
             if self.tail_names:
                 values = apply_tail(values, self.tail, self.tap)
             if self.phi is None:
@@ -213,7 +237,7 @@ class TeacherStatistics(nn.Module):
 
     def grid_values(self, arrays: Mapping[str, Tensor], work: torch.dtype) -> Float[Tensor, "b l d"]:
         """`values` of the whole grid."""
-        codes, scale = codes_of(arrays["tokens"]), arrays.get("scale")
+        codes, scale = self.codes(arrays["tokens"]), arrays.get("scale")
         positions = torch.arange(codes.shape[1], device=codes.device).expand(len(codes), -1)
         like = torch.empty(*codes.shape[:2], 0, dtype=work, device=codes.device)
         return self.values(codes, None, scale, self.channel_mean, self.channel_std, positions, like=like)
@@ -260,12 +284,7 @@ def transform_constants(
 def cls_info(info: TeacherInfo) -> TeacherInfo:
     """A teacher's CLS as a column of one position: plain floats, as the quantiser describes patch tokens only."""
     stats = None if info.stats is None else info.stats.cls
-    return replace(info, channel_mean=None, channel_std=None, has_scale=False, stats=stats)
-
-
-def codes_of(tokens: Shaped[Tensor, "b l d"]) -> Shaped[Tensor, "b l d"]:
-    """Stored tokens as the codes that the kernels take: a cache keeps E4M3 numbers as bytes."""
-    return tokens.view(torch.float8_e4m3fn) if tokens.dtype == torch.uint8 else tokens
+    return replace(info, channel_mean=None, channel_std=None, has_scale=False, stats=stats, codebook={})
 
 
 def constant(info: TeacherInfo, name: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -23,7 +23,7 @@ from mrmae.train.method.mixing import source_errors
 from mrmae.train.method.recipe import PARTNER, BoxRecipe, Recipe, TermRecipe, Transform
 from mrmae.train.method.relations import relation_divergence
 from mrmae.train.method.taps import Tokens, blocks_behind, tokens_at
-from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo, TeacherStatistics, codes_of, teachers_of
+from mrmae.train.method.targets import ADD, ADD_MAP, MAP, Batch, CacheInfo, TeacherStatistics, teachers_of
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ def relation_errors(prediction: Tokens, term: Term, statistics: nn.Module, batch
     """How far each token's relations to the others of this term are from the teacher's among the same tokens."""
     assert isinstance(statistics, TeacherStatistics) and term.teacher is not None
     arrays, patches = batch.targets[statistics.source or term.teacher], prediction.at("alive")
-    codes, ids = codes_of(arrays["tokens"]), None if batch.rows == "visible" else patches.ids
+    codes, ids = statistics.codes(arrays["tokens"]), None if batch.rows == "visible" else patches.ids
     mean, std, scale = statistics.channel_mean, statistics.channel_std, arrays.get("scale")
     parts = [statistics.values(codes, ids, scale, mean, std, patches.ids, like=patches.x)]
     if term.recipe.at("cls"):
@@ -453,9 +453,9 @@ def token_errors(
     gathered: the codes are the rows at these ids already; a loader does that for recipes that read visible patches only.
     l: patches in the grid.
     """
-    codes, scale, ids = codes_of(arrays["tokens"]), arrays.get("scale"), prediction.ids
+    codes, scale, ids = statistics.codes(arrays["tokens"]), arrays.get("scale"), prediction.ids
     mean, std = statistics.channel_mean, statistics.channel_std
-    if statistics.phi is not None or statistics.tail_names:
+    if statistics.decodes:
         codes = statistics.values(codes, None if gathered else ids, scale, mean, std, ids, like=prediction.x)
         scale, mean, std, gathered = None, None, None, True
     return dispatch.mimic_loss(

@@ -40,12 +40,12 @@ def write_column(folder: Path, layout: Layout) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp8", "float16"])
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "float16", "pq4"])
 def test_plain_zarr_reads_every_value_and_sentinels_elsewhere(tmp_path: Path, dtype: str) -> None:
     layout = Layout(**{**LAYOUT.__dict__, "dtype": dtype})
     content = write_column(tmp_path / "x.zarr", layout)
     group = zarr.open_group(tmp_path / "x.zarr", mode="r")
-    assert set(group.array_keys()) == set(content) and ("scale" in content) == (dtype != "float16")
+    assert set(group.array_keys()) == set(content) and ("scale" in content) == (dtype in ("int8", "fp8"))
     assert dict(group["tokens"].attrs) == ({"encoding": "e4m3fn"} if dtype == "fp8" else {})
     assert group.attrs["teacher"] == "x"
     for name, expected in content.items():
