@@ -18,6 +18,7 @@ import timm
 import torch
 from rich.console import Console
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 from training import train_quietly
 
 from mrmae.shards.cache import open_cache
@@ -580,3 +581,22 @@ def test_a_full_disk_stops_with_the_file_named_and_earlier_checkpoints_whole(
             _train(tiny_cache, tmp_path / "out", quick())
     assert _state(tmp_path / "out")["step"] == UPDATES
     assert _train(tiny_cache, tmp_path / "out", quick())["finished"]
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.soak)])
+def test_a_compiled_run_is_one_graph_for_all_epochs(
+    backend: str, tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """24 images, a third of them held out, batches of five: the last images of an epoch, and of those held out, fill no batch."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    counting, compile = CompileCounterWithBackend(backend), torch.compile  # type: ignore[no-untyped-call]
+    monkeypatch.setattr(loop.torch, "compile", lambda model, **how: compile(model, backend=counting, **how))  # type: ignore[attr-defined]
+    recipe = quick("mr-mae", "optim.epochs=3", "optim.batch_size=5")
+    done = _train(tiny_cache, tmp_path / "out", recipe, compile=True, hold_out=0.3)
+    assert done["finished"] and done["step"] == 9 and "left out" in done["said"]
+    assert counting.frame_count == 1, "compiled again"
+    assert not torch._dynamo.utils.counters["graph_break"]
+    if backend == "inductor":
+        plain = _train(tiny_cache, tmp_path / "plain", recipe, hold_out=0.3)
+        assert done["loss"] == pytest.approx(plain["loss"], rel=1e-5)
