@@ -103,8 +103,7 @@ def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] 
     kept: what calibration has seen; emptied. shards: only these, and no line of progress. Shards that another process has claimed come last: it may have done them by
     then. Where a batch is too much for the device's memory, what is left goes on with half of it, said aloud.
     """
-    todo = unfinished(job)
-    todo = {shard: todo[shard] for shard in todo if shards is None or shard in shards}
+    todo = unfinished(job, shards)
     while todo:
         try:
             others = extract_claimed(job, todo, kept, quiet=shards is not None)
@@ -112,7 +111,7 @@ def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] 
             if job.options.batch_size == 1:
                 raise
             job, kept = halved(job), {}
-            todo = {shard: units for shard, units in unfinished(job).items() if shard in todo}
+            todo = unfinished(job, todo)
             continue
         todo = wait_for_writers(job.path, job.plan, others)
     return job
@@ -128,10 +127,10 @@ def halved(job: ExtractJob) -> ExtractJob:
     return dataclasses.replace(job, options=dataclasses.replace(job.options, batch_size=size))
 
 
-def unfinished(job: ExtractJob) -> dict[int, Units]:
-    """(view, column) of everything that this process's part has to do, by shard, in the order in which this process takes them."""
+def unfinished(job: ExtractJob, shards: Collection[int] | None = None) -> dict[int, Units]:
+    """(view, column) of everything that this process's part has to do (in these shards), by shard, in the order in which it takes them."""
     todo: dict[int, list[tuple[int, str]]] = defaultdict(list)
-    for view, column, shard in commits.missing(job.path, job.plan):
+    for view, column, shard in commits.missing(job.path, job.plan, shards):
         refuse_requantised(job, column)
         refuse_other_map(job, column, shard)
         refuse_other_source(job, column)

@@ -18,7 +18,7 @@ from typing import Any
 from mrmae.common.device import keep_memory
 from mrmae.common.progress import Progress, counted, human_time
 from mrmae.extract.options import Options
-from mrmae.extract.pipeline import ExtractJob, extract_missing, unfinished, view_count
+from mrmae.extract.pipeline import ExtractJob, HopelessQuality, extract_missing, unfinished, view_count
 from mrmae.extract.report import summary
 from mrmae.extract.run import Say, begin, finish_cache, is_finished, what_is_asked
 from mrmae.extract.workers import GRACE_SECONDS, LONGEST_SECONDS, SAY_AFTER_SECONDS, ProcessPart
@@ -245,7 +245,8 @@ class Driver:
         self.idle.append(seat)
         self.tries[seat.shard] += 1
         self.errors[seat.shard] = f"{type(error).__name__}: {error}"
-        self.again(seat.shard, self.tries[seat.shard] < SHARD_TRIES)
+        hopeful = self.tries[seat.shard] < SHARD_TRIES and not isinstance(error, HopelessQuality)
+        self.again(seat.shard, hopeful)
 
     def bury(self, seat: Seat, error: Exception) -> None:
         """An actor is dead: another takes its seat, and its shard is done again."""

@@ -6,7 +6,7 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 
 import random
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -268,10 +268,11 @@ def committed(path: Path, plan: Plan) -> set[Unit]:
     return set(valid_records(path, plan, units(plan)))
 
 
-def missing(path: Path, plan: Plan) -> list[Unit]:
-    """The units of work that still have to be done, by view, then shard, pixels before teachers."""
-    there = committed(path, plan)
-    return [unit for unit in units(plan) if unit not in there]
+def missing(path: Path, plan: Plan, shards: Collection[int] | None = None) -> list[Unit]:
+    """The units of work (of these shards) that still have to be done, by view, then shard, pixels before teachers."""
+    asked = [unit for unit in units(plan) if shards is None or unit[2] in shards]
+    there = valid_records(path, plan, asked)
+    return [unit for unit in asked if unit not in there]
 
 
 def bad_images(path: Path, plan: Plan) -> dict[int, str]:

@@ -307,7 +307,7 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
             f"finished: {counted(run.recipe.optim.epochs, 'epoch')}, "
             + (f"{human_time(summary['seconds'])} since this start" if summary["updates"] else "before this start"),
             f"report    {run.out / 'report.html'}",
-            f"pictures  {run.out / 'curves.png'}, {run.out / 'panels'}",
+            f"pictures  {run.out / 'curves.png'}" + f", {run.out / 'panels'}" * (run.out / "panels").is_dir(),
             f"student   {how_to_load(run)}",
             *(
                 [f"exports   {', '.join(str(run.out / EXPORTS[kind][0]) for kind in run.setup.export)}"]

@@ -9,6 +9,7 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
+from contents import contents
 
 from mrmae.extract.inspect.cli import ask, main
 
@@ -19,10 +20,6 @@ def inspect(*arguments: Any, **options: Any) -> tuple[int, str]:
     result = CliRunner().invoke(main, [str(a) for a in arguments], **options)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(params=["zarr", "webdataset"])

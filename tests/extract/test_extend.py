@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from contents import contents_without_records as contents
 
 from mrmae.extract import asked_teachers, run
 from mrmae.extract.inspect.cli import main
@@ -14,12 +15,6 @@ from mrmae.shards.cache import open_cache
 
 Make = Callable[..., Path]
 VIT, CNN = "vit=timm:test_vit/random", "cnn=timm:test_efficientnet/random"
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def times(path: Path) -> dict[str, int]:

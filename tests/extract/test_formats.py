@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from contents import contents_without_records
 
 from mrmae.extract import pipeline as engine
 from mrmae.extract.cli import main as extract_features
@@ -28,11 +29,8 @@ def inspect(*arguments: Any) -> tuple[int, str]:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (
-        file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts and file.name != DIGESTS
-    )
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
+    """All files but the commit records and the memory of hashes, which tell the time."""
+    return {name: data for name, data in contents_without_records(path).items() if name != DIGESTS}
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from contents import contents_without_records as contents
 
 from mrmae.extract import ray_engine
 from mrmae.extract.options import Options
+from mrmae.extract.pipeline import HopelessQuality
 from mrmae.extract.ray_engine import (
     DEATHS,
     SHARD_TRIES,
@@ -32,12 +34,6 @@ from mrmae.shards.format.spec import ViewRecipe
 
 VIT = "vit=timm:test_vit/random"
 Does = Callable[[int, str, int | None], Any]  # (number of the actor, method, shard) -> result; raises what goes wrong
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 class Dead(Exception):
@@ -154,6 +150,20 @@ def test_a_shard_that_always_fails_is_told_while_the_others_go_on(tmp_path: Path
                                          r"  shard 2: RuntimeError: no such stripe in shard 2"):  # fmt: skip
         driven(StandIn(does), tmp_path)
     assert tried.count(2) == SHARD_TRIES and sorted(done) == [0, 1, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_shard_that_is_too_coarse_is_not_tried_again(tmp_path: Path) -> None:
+    done, tried = [], list[int | None]()
+
+    def does(_: int, method: str, shard: int | None) -> Any:
+        tried.append(shard)
+        if shard == 2:
+            raise HopelessQuality("int8 keeps an SNR of 3 dB")
+        return plain(method, done, shard)
+
+    with pytest.raises(ValueError, match="shard 2: HopelessQuality: int8 keeps an SNR of 3 dB"):
+        driven(StandIn(does), tmp_path)
+    assert tried.count(2) == 1 and sorted(done) == [0, 1, 3, 4, 5, 6, 7, 8]
 
 
 def test_what_a_user_can_mend_ends_the_command(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contents import contents_without_records as contents
 from processes import elsewhere
 
 from mrmae.extract import run
@@ -20,12 +21,6 @@ from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import ViewRecipe
 
 VIT, CNN = "vit=timm:test_vit/random", "cnn=timm:test_efficientnet/random"
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def test_ranks_share_a_part() -> None:

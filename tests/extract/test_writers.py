@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from contents import contents_without_records as contents
 from processes import elsewhere, ends, forked, wait_until
 
 from mrmae.extract import pipeline as engine
@@ -24,12 +25,6 @@ from mrmae.shards.repair import prepare_repair
 
 VIT = "vit=timm:test_vit/random"
 OPTIONS: dict[str, Any] = {"shard_samples": 4}  # five shards of the photographs
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def locks(path: Path) -> list[str]:
@@ -89,8 +84,8 @@ def test_a_shard_that_another_committed_meanwhile_is_not_computed(
     """Another process does shard 2 after this one has made its list."""
     real, shown = engine.extract_shard, []
 
-    def unfinished(job: Any) -> Any:
-        todo = listed(job)
+    def unfinished(job: Any, shards: Any) -> Any:
+        todo = listed(job, shards)
         monkeypatch.setattr(engine, "unfinished", listed)
         extract(photo_folder, begun, VIT, shards="2/5", **OPTIONS)
         return todo

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from contents import contents
 
 from mrmae.shards import check
 from mrmae.shards.format import plan
@@ -50,10 +51,6 @@ def test_what_repair_removes_is_enough_for_every_kind(make_small: Make, every_ki
         prepare_repair(path, check.find_problems(path, full=True))
         make_small(path, format=made.format, dtype=made.dtype)
         assert contents(path) == whole, kind
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def test_a_cache_that_is_finished_while_it_is_checked_is_the_unfinished_one_that_was_looked_at(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from contents import contents
 from processes import ends, forked
 
 from mrmae.common import files as write
@@ -41,10 +42,6 @@ def test_equal_runs_give_equal_manifests_samples_and_shards(
     assert contents(again) == contents(uninterrupted)
     text = (again / "manifest.json").read_text()
     assert str(tmp_path) not in text and "seconds" not in text
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture

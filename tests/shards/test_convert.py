@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from contents import contents_without_records as contents
 
 from mrmae.common import files as write
 from mrmae.shards import check, convert
@@ -41,12 +42,6 @@ def converted(source: Path, out: Path, **how: Any) -> Path:
     convert.convert_cache(cache, out, wanted, about=ABOUT, progress=lambda n_bytes: None)
     assert check.find_problems(out, full=True) == []
     return out
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the command and the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def test_there_and_back_again_is_the_same_cache(source: Path, make_cache: Make, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contents import contents
 
 from mrmae.shards.format import (
     BlockRule,
@@ -198,10 +199,6 @@ Make = Callable[..., Path]
 
 
 SMALL = {"n": 6, "size": 16, "grid": 2, "n_views": 1, "shard_samples": 4, "bad": (2,)}
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contents import contents
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.repair import prepare_repair
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.mark.parametrize("field", ["n_views", "recipe", "quantisers", "channel_mean", "standardised", "tap"])

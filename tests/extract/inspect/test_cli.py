@@ -13,6 +13,7 @@ import pytest
 import torch
 import zarr
 from click.testing import CliRunner
+from contents import contents_without_records as contents
 from PIL import Image
 
 from mrmae.common import pictures
@@ -198,12 +199,6 @@ def open_again(copy: Path, original: Path, text: str) -> dict[str, bytes]:
     result = CliRunner().invoke(extract_features, words)
     assert result.exit_code == 0, result.output
     return contents(copy)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    """All files but the commit records, which tell the time."""
-    files = (file for file in path.rglob("*") if file.is_file() and "commits" not in file.parts)
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def test_repair_runs_the_recorded_command(extract: Any, photo_folder: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from contents import contents
 
 from mrmae.extract.inspect.cli import main as inspect_cache
 from mrmae.extract.recorded import told_command
@@ -21,10 +22,6 @@ def repair(*arguments: Any) -> tuple[int, str]:
     result = CliRunner().invoke(inspect_cache, ["repair", *map(str, arguments)])
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     return result.exit_code, result.output
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 @pytest.fixture

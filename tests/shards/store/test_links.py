@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from contents import contents
 
 from mrmae.extract.inspect.show import description
 from mrmae.shards import check, commit
@@ -25,10 +26,6 @@ Make = Callable[..., Path]
 @pytest.fixture
 def cache(make_cache: Make, tmp_path: Path) -> Path:
     return make_cache(tmp_path / "c", n=4, size=16, grid=2, n_views=1, shard_samples=4)
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def moved_and_linked(name: str) -> Callable[[Path, Path], str]:

@@ -13,6 +13,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from contents import contents
 
 from mrmae.shards.cache import open_cache
 from mrmae.shards.drop import drop_column
@@ -33,10 +34,6 @@ def caches(make_cache: Make, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     """The same images and teachers, stored in both formats; one image is bad."""
     folder = tmp_path_factory.mktemp("formats")
     return {name: make_cache(folder / name, format=name, bad=(BAD,)) for name in ("zarr", "webdataset")}
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
 
 
 def samples(path: Path, series: str) -> list[dict[str, Any]]:
