@@ -7,7 +7,7 @@
 A process of each checkout, by its own interpreter and its own benchmarks, on the same core with one thread, does the same pass in turns,
 the first of a round now the one, now the other; the clock is processor time. `random` and `epoch`: every token and scale of the cache
 of bench_cache.py, in its orders; `extract`: images of the shared tar through MobileNetV2, from the listing to the manifest, without
-building the teacher; `memory`: the most that a process has resident during one extraction of four views, MB in place of seconds. Ratios are new / old time of one round. Appended to results/commits.csv.
+building the teacher; `memory`: the most that a process has resident during one extraction of four views in one shard, MB in place of seconds. Ratios are new / old time of one round. Appended to results/commits.csv.
 """
 
 import json
@@ -49,7 +49,7 @@ if kind in ("extract", "memory"):
         return took[1] - building[0][1]
     if kind == "memory":
         def turn(i):
-            extract_features(bench_extract.Options([folder], work / "cache", teachers=(text,), device="cpu", views=4), say=lambda _: None)
+            extract_features(bench_extract.Options([folder], work / "cache", teachers=(text,), device="cpu", views=4, shard_samples=images), say=lambda _: None)
             return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) / 1e3
 else:
     path = bench_cache.write_cache(work / "cache", [bench_cache.teacher()], n=samples, size=28, grid=bench_cache.GRID)
