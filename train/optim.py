@@ -121,7 +121,8 @@ def guarded_step(optimizer: Optimizer, norm: Tensor) -> Tensor:
     """Update, unless `norm` is not finite: then weights, moments and step counts stay as they are.
 
     Returns 1.0 on the device where the update was skipped, else 0.0. All ranks of a data-parallel run hold the same
-    reduced gradients, hence the same norm, and decide alike.
+    reduced gradients, hence the same norm, and decide alike. Muon's matrices and momenta are copied for as long as the step takes (0.7 GB of
+    a ViT-B).
     """
     skipped = (~torch.isfinite(norm)).to(torch.float32)
     adamw = optimizer.adamw if isinstance(optimizer, MuonAndAdamW) else optimizer

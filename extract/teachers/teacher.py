@@ -79,8 +79,11 @@ def build_teacher(
         with torch.no_grad():
             found, cls = tower.features(torch.zeros(1, CHANNELS, *tower.input_size))
     except RuntimeError as error:
-        raise ValueError(f"{request.where}: cannot be run on an image of {CHANNELS} channels ({first_line(error)}); teachers see three, red, green and blue or "
-                         "the bands that ?bands= names; choose one of three, without ?in_chans=") from None  # fmt: skip
+        advice = ("teachers see three, red, green and blue or the bands that ?bands= names; choose one of three, without ?in_chans="
+                  if "in_chans" in request.options else "correct what stands behind ?, or choose another model")  # fmt: skip
+        raise ValueError(
+            f"{request.where}: cannot be run on an image of {CHANNELS} channels ({first_line(error)}); {advice}"
+        ) from None
     target = torch.device(device)
     tower.module.to(target)
     if tower.patch is None:  # convolutions are a third faster so; the bits are those of this memory format, always
