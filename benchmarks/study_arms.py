@@ -147,6 +147,12 @@ def fast(of: Arm) -> Arm:
     return of | others | {"against": against}
 
 
+def probed_more(of: str, against: str) -> Arm:
+    """A student that is there, by the probes that cost more than it did: attentive, and segmentation of mosaics."""
+    how: dict[str, Any] = {"seed": int(of[-1]), "probes": ("attentive", "segment"), "against": f"{against}-more"}
+    return chosen(f"{of}-more", "more", "", source=f"WORK/{of}", **how)
+
+
 def attended(name: str, recipe: str = "mr-mae", options: str = "", seed: int = 0) -> Arm:
     """A student of a teacher with attention, on photographs."""
     how: dict[str, Any] = {"cache": "clothing-dino", "epochs": 8, "seed": seed, "against": "attention-none"}
@@ -191,6 +197,9 @@ FAST: list[Arm] = [fast(arm) for arm in (
     *(decoder(*how, 0) for how in ((4, "cross", 48), (2, "cross", 16), (4, "self", 16), (2, "self", 48))),
     *(target(transform, teachers, seed) for teachers in ("gal", "cnn") for seed in SEEDS for transform in ("ln0", "position")),
 )]  # fmt: skip
+
+
+FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 
 
 # In the order of their worth: whatever has run when time is up can be reported.

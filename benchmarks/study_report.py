@@ -20,6 +20,7 @@ from study_arms import ARMS, CACHES, RECIPES, Arm
 Row = dict[str, Any]
 DOCS = Path(__file__).parent.parent / "docs"
 PROBES = {"knn": "10-NN", "linear": "linear", "attentive": "attentive", "finetune": "fine-tuned"}
+COLUMNS = PROBES | {"segment": "mIoU of mosaics"}
 RESAMPLES, NONE = 2000, "–"
 T_OF_3_SEEDS = 4.303  # 97.5 % quantile of Student's t with two degrees of freedom
 
@@ -98,8 +99,10 @@ def mean_and_interval(values: np.ndarray[Any, Any]) -> tuple[float, float, float
 def cell(rows: Sequence[Row]) -> str:
     if not rows:
         return NONE
-    mean, low, high = mean_and_interval(right_share(rows))
     each = [float(row["accuracy"]) for row in rows]
+    if not all(row["right"] for row in rows):
+        return f"{np.mean(each):.3f} (seeds {min(each):.3f} to {max(each):.3f})"
+    mean, low, high = mean_and_interval(right_share(rows))
     spread = f"; seeds {min(each):.3f} to {max(each):.3f}" if len(rows) > 1 else ""
     return f"{mean:.3f} ({low:.3f} to {high:.3f}{spread})"
 
@@ -124,8 +127,9 @@ def difference(ours: Sequence[Row], theirs: Sequence[Row]) -> str:
     ours, theirs = of_shared_seeds(ours, theirs)
     if not ours:
         return NONE
-    mean, low, high = paired_points(ours, theirs)
     each = [100 * (float(a["accuracy"]) - float(b["accuracy"])) for a, b in zip(ours, theirs)]
+    whole = all(row["right"] for row in (*ours, *theirs))  # by image, else only by seed
+    mean, low, high = paired_points(ours, theirs) if whole else (float(np.mean(each)), min(each), max(each))
     spread = f"; by seed {', '.join(f'{x:+.1f}' for x in each)}" if len(each) > 1 else ""
     if len(each) == 3:
         half = T_OF_3_SEEDS * float(np.std(each, ddof=1)) / 3**0.5
@@ -241,7 +245,7 @@ def against_table(
         cells = [text for ours, theirs in found for text in (cell(ours), difference(ours, theirs) if against else "")]
         spent = [cpu_of(cost, name) for name in names if cpu_of(cost, name)]
         lines.append([label, str(len(found[0][0])), *cells, against, f"{np.mean(spent):.0f} s" if spent else NONE])
-    head = [text for probe in probes for text in (PROBES[probe], "points more")]
+    head = [text for probe in probes for text in (COLUMNS[probe], "points more")]
     return table(["arm", "seeds", *head, "than", "CPU of pre-training"], lines)
 
 
@@ -298,6 +302,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "fast blocks": functools.partial(against_table, "fast blocks", first=["adamw-12e-3", "fast-views-4-position"]),
     "fast targets": functools.partial(against_table, "fast targets", first=["adamw-12e-3-ln0", "adamw-12e-3"]),
     "fast others": functools.partial(against_table, "fast others"),
+    "more": functools.partial(against_table, "more", probes=("attentive", "segment")),
     "attention": functools.partial(against_table, "attention"),
     "tested": functools.partial(against_table, "tested", probes=("knn", "linear", "attentive")),
     "clothing": clothing_table,
