@@ -1,6 +1,7 @@
 """How long work says how far it is: a bar on a terminal, a line every ten seconds elsewhere; rate, bytes, ETA."""
 
 import math
+import re
 import threading
 from types import TracebackType
 from typing import Self
@@ -39,6 +40,22 @@ def human_bytes(n: float) -> str:
             return f"{n:.0f} B" if unit == "B" else f"{n:.3g} {unit}"
         n /= 1000
     return f"{n:.3g} TB"
+
+
+def bytes_in(text: str | int) -> int:
+    """How many bytes `text` says: '200GB', '1.5 TB', '512 MiB', '1e9'. ValueError for what is none, or not above 0."""
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*(?:([kMGT]?)(i?)B?)", str(text).strip(), re.IGNORECASE)
+    try:
+        assert found
+        n = int(
+            float(found[1]) * (1024 if found[3] else 1000) ** ("kmgt".find(found[2].lower()) + 1 if found[2] else 0)
+        )
+        assert n > 0
+    except (AssertionError, ValueError, OverflowError):
+        raise ValueError(
+            f"{text!r}: is no number of bytes; one like 200GB, 1.5TB, 512MiB or 1000000 was expected"
+        ) from None
+    return n
 
 
 class Progress:

@@ -48,6 +48,11 @@ from mrmae.probe.settings import PROBES
 @click.option("--baselines/--no-baselines", default=True,
               help="Whether a comparison also has bare pixels and untrained weights.")  # fmt: skip
 @click.option("--allow-partial", is_flag=True, help="Probe on what is committed of an unfinished cache.")
+@click.option("--local-cache", type=click.Path(path_type=Path), metavar="DIR",
+              help="Keep whole shards of a cache that is far away in this folder on a near disk.")  # fmt: skip
+@click.option(
+    "--local-cache-bytes", metavar="N", help="At most so much there, e.g. 200GB; the least recently used go first."
+)
 @click.option("--allow-shared", is_flag=True, help="Also test on images the student was pre-trained on.")
 def main(
     words: tuple[str, ...], data: tuple[str, ...], compare: bool, probes: tuple[str, ...], sets: tuple[str, ...], baselines: bool,

@@ -21,6 +21,7 @@ from mrmae.extract.images import KeptIndices, Sources, decoded, digest_images, l
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import FILTERS, BadImage, Pixels, canonical_sources, content_id, dataset_id, read_sources
 from mrmae.shards.format import Source as Row
+from mrmae.shards.near import NearFolder
 
 TRAIN, TEST = ("train/*",), ("test/*",)
 
@@ -73,13 +74,13 @@ class Data:
 
 def open_data(
     paths: Sequence[str], home: Path, *, train_include: Sequence[str] = (), test_include: Sequence[str] = (), workers: int = 1,
-    partial: Sequence[str] | None = None, divided: bool = True, labelled: bool = True,
+    partial: Sequence[str] | None = None, divided: bool = True, labelled: bool = True, near: NearFolder | None = None,
 ) -> Data:  # fmt: skip
     """Train and test part of DATA: one path with train/ and test/ (or patterns), a train and a test path, or a cache.
 
     partial: columns that must be committed with the pixels, of a cache that may then be unfinished.
     divided: without, one path that has no train/ and test/ is both parts at once, for what learns nothing from a train part.
-    labelled: whether every image must have a class.
+    labelled: whether every image must have a class. near: where shards of a cache that is far away are kept.
     home: where digests of the files are kept, so that they are read once. Raises ValueError for missing labels, an empty
     part, fewer than two classes, classes that only the test part has, and images that are in both parts.
     """
@@ -89,20 +90,21 @@ def open_data(
     if len(paths) == 1:
         chosen = {"train": chosen["train"] or TRAIN, "test": chosen["test"] or TEST}
     try:
-        train, test = (open_part(name, path, chosen[name], home, workers, partial)
+        train, test = (open_part(name, path, chosen[name], home, workers, partial, near)
                        for name, path in zip(chosen, [paths[0], paths[-1]]))  # fmt: skip
     except ValueError:
         if divided or len(paths) > 1 or train_include or test_include:
             raise
-        train = test = open_part("whole", paths[0], (), home, workers, partial)
+        train = test = open_part("whole", paths[0], (), home, workers, partial, near)
     return checked(train, test, labelled=labelled)
 
 
 def open_part(
-    name: str, path: str, include: Sequence[str], home: Path, workers: int, partial: Sequence[str] | None
-) -> Split:
+    name: str, path: str, include: Sequence[str], home: Path, workers: int, partial: Sequence[str] | None,
+    near: NearFolder | None,
+) -> Split:  # fmt: skip
     if exists(locate(path) / "plan.json"):
-        return cache_part(name, path, include, partial)
+        return cache_part(name, path, include, partial, near)
     kept = KeptIndices(home / "digests" / "tars")
     try:
         sources = list_sources([path], include, kept=kept)
@@ -128,9 +130,11 @@ def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
         yield image
 
 
-def cache_part(name: str, path: str, include: Sequence[str], partial: Sequence[str] | None) -> Split:
+def cache_part(
+    name: str, path: str, include: Sequence[str], partial: Sequence[str] | None, near: NearFolder | None = None
+) -> Split:
     """The samples of a cache whose keys match, with the first stored view of each."""
-    cache = open_cache(path, allow_partial=partial is not None, columns=partial)
+    cache = open_cache(path, allow_partial=partial is not None, columns=partial, near=near)
     if not cache.encoding.as_shown:
         raise ValueError(f"DATA {path}: its views are {cache.encoding.words}; RGB views were expected, of which all sources can be probed; give the "
                          "images as RGB")  # fmt: skip

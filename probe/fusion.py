@@ -95,7 +95,9 @@ def other_parts(job: Probing) -> tuple[list[PooledFeatures], list[str]]:
         raise ValueError("--probe fusion: needs a second source; name it by --set fusion.other=SOURCE")
     if text == options.source:
         raise ValueError(f"--set fusion.other={text}: is the first source too; two different ones were expected")
-    source = open_source(text, device=options.device, precision=options.precision, allow_partial=options.allow_partial)
+    source = open_source(
+        text, device=options.device, precision=options.precision, allow_partial=options.allow_partial, near=options.near
+    )
     notes = [*source.notes, *refuse_shared(source, job.data, allowed=options.allow_shared)]
     parts = []
     for part in (job.data.train, job.data.test):

@@ -17,6 +17,7 @@ from mrmae.probe.features import PooledFeatures, refuse_foreign_column
 from mrmae.probe.settings import LABEL_FREE, PROBES, UNTRAINED_PROBES, Settings
 from mrmae.probe.sources import FeatureSource, open_source
 from mrmae.shards.format import content_id, load_plan
+from mrmae.shards.near import NearFolder, near_asked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,13 @@ class ProbeOptions:
     workers: int = 0
     allow_shared: bool = False
     allow_partial: bool = False
+    local_cache: Path | None = None
+    local_cache_bytes: str | int | None = None
+
+    @property
+    def near(self) -> NearFolder | None:
+        """Where shards of a cache that is far away are kept. ValueError as of near_asked."""
+        return near_asked(self.local_cache, self.local_cache_bytes)
 
     def resolved(self) -> "ProbeOptions":
         """The same with device, precision, batch size and workers chosen. ValueError for what cannot be."""
@@ -75,12 +83,12 @@ def begin_probing(options: ProbeOptions, say: Callable[[str], None], data: Data 
     for name, text in given:
         expect_utf8(text, name)
     source = open_source(options.source, size=options.size, device=options.device, precision=options.precision,
-                         allow_partial=options.allow_partial)  # fmt: skip
+                         allow_partial=options.allow_partial, near=options.near)  # fmt: skip
     home = options.out or (source.home / "probes" if source.home else Path("probes") / folder_name(options.source))
     labelled = any(reads_labels(probe, options.settings) for probe in options.probes)
     data = data or open_data(options.data, home, train_include=options.train_include, test_include=options.test_include,
                      workers=options.workers, partial=needed_columns(source) if options.allow_partial else None,
-                             divided=in_two_parts(options.probes), labelled=labelled)  # fmt: skip
+                             divided=in_two_parts(options.probes), labelled=labelled, near=options.near)  # fmt: skip
     notes = refuse_shared(source, data, allowed=options.allow_shared or not labelled)
     notes += [f"{part.name} views are stored at {part.cache.size} px and resized to the model's {source.size} px"
               for part in (data.train, data.test) if part.cache and not source.column and part.cache.size != source.size]  # fmt: skip

@@ -29,6 +29,7 @@ from mrmae.extract.teachers.timm import native_pixels
 from mrmae.probe.students import FORMS, Student, locate_student, read_student, run_folder, student_tower
 from mrmae.shards.cache import Cache, open_cache
 from mrmae.shards.format import NOT_HASHED, TeacherSpec, has_norm
+from mrmae.shards.near import NearFolder
 from mrmae.train.method import initialise
 
 PIXELS_ALONE, PIXELS_SIDE = "pixels", 16
@@ -71,9 +72,10 @@ class FeatureSource:
 
 
 def open_source(
-    text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32", allow_partial: bool = False
-) -> FeatureSource:
-    """The source that `text` names. size: another input size in pixels, 0 for the model's own. allow_partial: of a cache.
+    text: str, *, size: int = 0, device: str = "cpu", precision: str = "fp32", allow_partial: bool = False,
+    near: NearFolder | None = None,
+) -> FeatureSource:  # fmt: skip
+    """The source that `text` names. size: another input size in pixels, 0 for the model's own. allow_partial, near: of a cache.
 
     Raises ValueError for what is no source, naming the forms, and for one that does not load.
     """
@@ -87,7 +89,7 @@ def open_source(
         return student_source(Path(inner), untrained=True, **how)
     path, _, teacher = text.rpartition("#")
     if path and not Path(text).exists():
-        return column_source(path, teacher, size=size, allow_partial=allow_partial)
+        return column_source(path, teacher, size=size, allow_partial=allow_partial, near=near)
     if not Path(text).exists():
         raise ValueError(f"SOURCE {text}: there is no such file or folder; expected {FORMS}; correct the path")
     return student_source(Path(text), **how)
@@ -231,9 +233,11 @@ def notes_on_student(path: Path, place: Path) -> list[str]:
 # --- columns of a cache
 
 
-def column_source(path: str, name: str, *, size: int, allow_partial: bool = False) -> FeatureSource:
+def column_source(
+    path: str, name: str, *, size: int, allow_partial: bool = False, near: NearFolder | None = None
+) -> FeatureSource:
     """The features of a cache's teacher, behind its final norm where they are, or of one column, stored or derived."""
-    cache = open_cache(path, allow_partial=allow_partial)
+    cache = open_cache(path, allow_partial=allow_partial, near=near)
     column = usual_column(cache, name) if name in cache.teachers else name
     if column not in cache.columns and column not in cache.derived:
         raise ValueError(f"SOURCE {path}#{name}: the cache has no teacher or column {name!r}; it has "
@@ -242,7 +246,7 @@ def column_source(path: str, name: str, *, size: int, allow_partial: bool = Fals
         raise ValueError(f"--size {size}: {path}#{name} holds features of {cache.size} px views; leave --size out")
     stored = cache.derived[column].source if column in cache.derived else column
     if cache.unfinished:
-        cache = open_cache(path, allow_partial=True, columns=[stored])
+        cache = open_cache(path, allow_partial=True, columns=[stored], near=near)
     random = ("RANDOM weights: these features know nothing",) if cache.column(column).spec.weights == "random" else ()
     about = {"column": cache.ids[stored], **column_behind(cache, column)}
     return FeatureSource(f"{path}#{name}", "cache", about, column=(cache, column), notes=random)

@@ -51,6 +51,7 @@ from mrmae.shards.format import (
     units,
 )
 from mrmae.shards.manifest import read_manifest
+from mrmae.shards.near import NearFolder, NearShards, near_folder
 from mrmae.shards.store import Shards, refuse_foreign_entries
 
 Indices = Sequence[int] | Numbers | Tensor
@@ -105,12 +106,13 @@ class Cache:
     keys, labels, reasons: per sample, in canonical order; a row before an appended part has the key "". numbers: the samples that
     can be read. encoding: of the views: their bands and dtype. grid: (height, width) of a view in patches. blocks: how tokens are cut into blocks, None where they lie in raster
     order. columns: those stored of teachers, by name `<teacher>.<tap>`; maps: those of maps, `<name>.map`; teachers: (first) column
-    name by teacher name; ids: dataset, geometry and column ids.
+    name by teacher name; ids: dataset, geometry and column ids. local: the shards that are kept on a disk of this machine, None where none are.
     """
 
     def __init__(
-        self, path: Path, plan: Plan, manifest: dict[str, Any], table: SampleTable, readable: Flags, threads: int
-    ) -> None:
+        self, path: Path, plan: Plan, manifest: dict[str, Any], table: SampleTable, readable: Flags, threads: int,
+        near: NearFolder | None = None,
+    ) -> None:  # fmt: skip
         self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
         self.table, self.readable = table, readable
         self.keys: Sequence[str] = table["key"]
@@ -124,7 +126,8 @@ class Cache:
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
         self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.stored.items()}}  # fmt: skip
-        self.shards = Shards(path, plan, self.keys, table["hash"].numpy(), threads)
+        self.local = None if near is None else NearShards(near, path, plan, manifest)
+        self.shards = Shards(path, plan, self.keys, table["hash"].numpy(), threads, self.local)
         self.complete = bool(manifest)  # all that was asked for is committed
         self.whole = self.complete  # and it holds every image that the manifest tells of
         self._tails: dict[str, dict[str, Tensor]] = {}
@@ -153,7 +156,8 @@ class Cache:
         table = {name: values.head(plan.n_rows) for name, values in self.table.items()}
         readable = self.readable[: plan.n_rows].copy()
         readable[rows:] = False
-        cache = Cache(self.path, plan, self.manifest, table, readable, self.threads)
+        near = None if self.local is None else self.local.near
+        cache = Cache(self.path, plan, self.manifest, table, readable, self.threads, near)
         cache.complete, cache.whole = self.complete, self.whole and len(cache) == len(self)
         return cache
 
@@ -417,6 +421,7 @@ def open_cache(
     images: int | None = None,
     threads: int | None = None,
     files: bool = True,
+    near: NearFolder | None = None,
 ) -> Cache:
     """The cache at `path`, after checking that every file is there and of its size.
 
@@ -427,13 +432,15 @@ def open_cache(
     what is not asked for may then lack samples.
     threads: for reading; default: as many as there are cores, at most 8; at a URL 16, which mostly wait.
     files: False where another process on this machine looks whether a finished cache's files are there; what is read is verified in any case.
+    near: where whole shards are kept on a disk of this machine, for a cache that is far away.
     Raises ValueError with all problems at once, or with how far an unfinished cache is; Unreachable where a URL does not
     answer.
     """
     path = locate(path)
+    near = near and near_folder(near, path)
     if isinstance(path, Url):
         refresh(path)
-        threads = threads or REMOTE_THREADS
+        threads = threads or (REMOTE_THREADS if near is None else None)
     if files:
         refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
@@ -446,12 +453,12 @@ def open_cache(
         if not (allow_partial or complete):
             refuse_unfinished(path, plan, len(done))
         refuse_other_plan(path, plan, done)
-        cache = open_unfinished(path, plan, table, {shard for _, _, shard in asked - done}, threads)
+        cache = open_unfinished(path, plan, table, {shard for _, _, shard in asked - done}, threads, near)
         cache.complete = complete
         return cache
     manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table, files=files)
-    return Cache(path, plan, manifest, table, table["valid"].numpy(), threads)
+    return Cache(path, plan, manifest, table, table["valid"].numpy(), threads, near)
 
 
 def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bool:
@@ -460,11 +467,13 @@ def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bo
     return (columns is None or column in (PIXELS, *columns)) and (views is None or view < views)
 
 
-def open_unfinished(path: Path, plan: Plan, table: SampleTable, missing: Collection[int], threads: int) -> Cache:
+def open_unfinished(
+    path: Path, plan: Plan, table: SampleTable, missing: Collection[int], threads: int, near: NearFolder | None
+) -> Cache:
     """A cache without a manifest, restricted to the shards that are not `missing`."""
     readable, reasons = np.zeros(plan.n_rows, bool), [NO_IMAGE["reason"]] * plan.n_rows
     for shard, rows in enumerate(plan.ranges):
         readable[rows.start : rows.stop], reasons[rows.start : rows.stop] = shard not in missing, [None] * len(rows)
     for number, reason in bad_images(path, plan).items():
         readable[number], reasons[number] = False, reason
-    return Cache(path, plan, {}, {**table, "reason": sample_values(reasons, "reason")}, readable, threads)
+    return Cache(path, plan, {}, {**table, "reason": sample_values(reasons, "reason")}, readable, threads, near)

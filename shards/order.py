@@ -10,6 +10,7 @@ import numpy as np
 
 from mrmae.shards.format import Numbers
 
+WINDOW = 8  # shards whose samples are mixed
 WINDOWS_KEPT = 4  # of an epoch, about 0.2 MB each
 VIEWS_FOR, MOST_USEFUL_VIEWS = ((25, 1), (100, 2)), 4  # (epochs at most, views)
 
@@ -23,7 +24,9 @@ class EpochOrder:
     is never in memory. Thread-safe.
     """
 
-    def __init__(self, numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> None:
+    def __init__(
+        self, numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = WINDOW
+    ) -> None:
         self.numbers = np.arange(numbers, dtype=np.int64) if isinstance(numbers, int) else np.asarray(numbers, np.int64)
         self.shard_samples, self.seed, self.epoch, self.window = shard_samples, seed, epoch, window
         n_shards = int(self.numbers[-1]) // shard_samples + 1 if len(self.numbers) else 0
@@ -46,15 +49,23 @@ class EpochOrder:
             return self[:][which]
         if self.window == 0 or start >= stop:
             return self.numbers[start:stop:step]
-        first, last = (int(np.searchsorted(self.ends, at, "right")) for at in (start, stop - 1))
+        first, last = self.window_at(start), self.window_at(stop - 1)
         before = int(self.ends[first - 1]) if first else 0
         found = [self.kept(window) for window in range(first, last + 1)]
         return np.concatenate(found)[start - before : stop - before : step]
 
+    def window_at(self, position: int) -> int:
+        """In which window a position lies."""
+        return int(np.searchsorted(self.ends, position, "right"))
+
+    def shards_of(self, window: int) -> list[int]:
+        """The shards of a window; none behind the last."""
+        return [int(shard) for shard in self.turn[window * self.window : (window + 1) * self.window]]
+
     def shuffled(self, window: int) -> Numbers:
         """The numbers of one window, in their order."""
         found, keys = [], []
-        for shard in sorted(self.turn[window * self.window : (window + 1) * self.window].tolist()):
+        for shard in sorted(self.shards_of(window)):
             here = self.numbers[self.bounds[shard] : self.bounds[shard + 1]]
             first = shard * self.shard_samples
             found.append(here)
@@ -62,7 +73,7 @@ class EpochOrder:
         return np.concatenate(found)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = 8) -> Numbers:
+def epoch_order(numbers: int | Numbers, shard_samples: int, *, seed: int, epoch: int, window: int = WINDOW) -> Numbers:
     """The whole of an `EpochOrder`."""
     return EpochOrder(numbers, shard_samples, seed=seed, epoch=epoch, window=window)[:]
 

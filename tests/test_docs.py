@@ -46,6 +46,7 @@ NOT_RUN = {
     "extract-features scenes scenes.cache --encoding npy:14xuint16 --crop-scale 1 1 "
     "--teacher 'dino=timm:vit_base_patch16_224.dino?bands=4,3,2&levels=0,3000'": "test_bands.py extracts files of 14 bands",
     "extract-features photos own.cache --teacher 'own=python:mymodels:pathology_encoder?depth=12' --allow-code": "test_custom.py makes such a module",
+    "train-mrmae s3://bucket/photos.cache runs/far --recipe mr-mae --local-cache /scratch/shards --local-cache-bytes 200GB": "needs a bucket; test_caches.py trains so from a server of its own",
     "python benchmarks/study_mimic.py": "hours; test_study.py tests its parts",
     "python benchmarks/study_mimic.py --report": "writes these very pages; test_study.py tests it on other ones",
 }

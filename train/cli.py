@@ -155,6 +155,15 @@ def in_columns(context: click.Context, about: dict[str, str]) -> None:
     help="Pairs of images, two keys a row (.csv or .parquet), for a recipe that pairs them. [default: two stored views of each image]",
 )
 @click.option(
+    "--local-cache",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Keep whole shards of a CACHE that is far away in this folder on a near disk, shared by all processes of the machine.",
+)
+@click.option(
+    "--local-cache-bytes", metavar="N", help="At most so much there, e.g. 200GB; the least recently used go first."
+)
+@click.option(
     "--save-minutes", type=click.FloatRange(0), default=10.0, help="Save this often, beside every epoch's end."
 )
 @click.option("--keep", type=click.IntRange(1), default=3, help="Checkpoints kept.")

@@ -11,13 +11,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from mrmae.shards.format import Numbers
-from mrmae.shards.order import EpochOrder
+from mrmae.shards.format import PIXELS, Numbers
+from mrmae.shards.order import WINDOW, EpochOrder
 from mrmae.train import batches
 from mrmae.train.batches import Loaded, tensors_of
 from mrmae.train.method import MAP, Batch, chosen_blocks, draw_masks, draw_of, partner_targets
 from mrmae.train.pairs import partners_of
-from mrmae.train.run import Run
+from mrmae.train.run import Run, columns_read
 
 BATCHES_AHEAD = 4  # micro-batches in memory beside the one in use
 LOADERS = 2
@@ -30,13 +30,40 @@ def feed_of(run: Run) -> "Feed":
     def order(epoch: int) -> EpochOrder:
         return batches.numbers_of_epoch(run.cache, run.numbers, seed=run.recipe.seed, epoch=epoch)
 
+    fetch_next = fetching_ahead(run, order)
+
     def load(epoch: int, update: int, micro: int) -> Loaded:
         numbers = batches.micro_batch_of(order(epoch), update, micro, run.share)
-        return load_masked(run, numbers, epoch=epoch, update=update)
+        loaded = load_masked(run, numbers, epoch=epoch, update=update)
+        fetch_next(epoch, update)
+        return loaded
 
     start = batches.Position(run.epoch, run.update)
     todo = batches.jobs(start, epochs=run.recipe.optim.epochs, updates=run.updates, accum=run.share.accum)
     return Feed(load, todo, run.device)
+
+
+def fetching_ahead(run: Run, order: Callable[[int], EpochOrder]) -> Callable[[int, int], None]:
+    """To be called with epoch and update: where a window begins, has the shards of the next one fetched, if shards are kept near.
+
+    Nothing where two windows are more than may be kept: the next one would drive out what is read now.
+    """
+    local, epochs = run.cache.local, run.recipe.optim.epochs
+    columns = (PIXELS, *columns_read(run.info, run.needed, online=run.setup.online))
+    if local is None or not run.cache.manifest or 2 * local.window_bytes(columns, WINDOW) > local.near.most_bytes:
+        return lambda epoch, update: None
+    begun: set[tuple[int, int]] = set()
+
+    def fetch_next(epoch: int, update: int) -> None:
+        now = order(epoch)
+        window = now.window_at(update * run.share.batch_size)
+        if (epoch, window) in begun:
+            return
+        begun.add((epoch, window))
+        shards = now.shards_of(window + 1) or (order(epoch + 1).shards_of(0) if epoch + 1 < epochs else [])
+        local.expect([(v, column, shard) for shard in shards for column in columns for v in range(run.cache.n_views)])
+
+    return fetch_next
 
 
 def load_masked(run: Run, numbers: Numbers, *, epoch: int, update: int = 0) -> Loaded:

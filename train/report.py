@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from mrmae.common.files import publish
-from mrmae.common.progress import counted, human_time
+from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.common.versions import versions
+from mrmae.shards.near import NearFolder
 from mrmae.train import optim
 from mrmae.train.baselines import no_baseline
 from mrmae.train.elsewhere import EXPORTS
@@ -126,6 +127,7 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     facts = {
         "recipe": f"{run.recipe.name} (seed {run.recipe.seed})",
         "cache": f"{run.cache.path}: {counted(len(run.cache.numbers), 'image')} x {counted(run.cache.n_views, 'view')}, {run.info.size} px",
+        **({"kept near": near_words(run.cache.local.near)} if run.cache.local is not None else {}),
         **(
             {"UNFINISHED": f"the cache holds {run.cache.unfinished} so far; only these are trained on"}
             if run.cache.unfinished
@@ -155,6 +157,11 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
     lines = [f"{name:<{width}}  {text}" for name, text in facts.items()]
     warning = random_line(run)
     return [*lines, *([warning] if warning else []), *run.notes, *progress_words(run)]
+
+
+def near_words(near: NearFolder) -> str:
+    """Where whole shards are kept."""
+    return f"whole shards in {near.folder}, at most {human_bytes(near.most_bytes)}; the least recently used go first"
 
 
 def labels_words(run: Run) -> str:

@@ -1,6 +1,6 @@
 """A run before its first step: what is trained, on what, on which device, and how far it is."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
@@ -36,7 +36,7 @@ from mrmae.train.method import (
 )
 from mrmae.train.pairs import Pairs, pairs_for
 from mrmae.train.ranks import Ranks
-from mrmae.train.setup import CADENCE, Cadence, Setup, check_fit, open_needed
+from mrmae.train.setup import CADENCE, Cadence, Setup, check_fit, open_needed, refuse_small_near
 
 
 @dataclass
@@ -130,6 +130,7 @@ def build_run(
     check_fit(recipe, info, share, len(numbers))
     check_blocks(recipe, info, cached=not setup.online)
     info, needed, teachers = targets_of(cache, recipe, setup, info, where)
+    refuse_small_near(cache, columns_read(info, needed, online=setup.online))
     recipe, of_decoder = closed(recipe, cache, info, needed, online=setup.online)
     model = build_model(recipe, info, kernels=setup.kernels).to(where)
     check_exports(model, setup.export)
@@ -181,6 +182,12 @@ def targets_of(
     info = batches.stored_statistics(info, cache, recipe)
     needed = needed_arrays(recipe, info)
     return info, needed, online.only_needed(teachers, needed)
+
+
+def columns_read(info: CacheInfo, needed: Mapping[str, set[str]], *, online: bool) -> list[str]:
+    """The stored columns that batches read: of teachers that run in the step none, only maps."""
+    read = [target for target, arrays in needed.items() if arrays and (target.startswith(MAP) or not online)]
+    return [info.column(target) for target in read]
 
 
 def closed(

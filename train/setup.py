@@ -1,11 +1,15 @@
 """Where and how a run computes and what it does beside training, and whether that fits the recipe and the cache."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from mrmae.common.backend import Url, expect_utf8
-from mrmae.common.progress import counted
+from mrmae.common.progress import counted, human_bytes
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.format import PIXELS
+from mrmae.shards.near import NearFolder, near_asked
+from mrmae.shards.order import WINDOW
 from mrmae.train import batches, optim
 from mrmae.train.batches import Share
 from mrmae.train.method import CacheInfo, Optim, Recipe, counts, map_columns, needed_arrays
@@ -26,6 +30,7 @@ class Setup:
     boxes: a file of boxes by key, for terms that read them.
     allow_partial: train on an unfinished cache's committed images; a later start must find the same ones.
     pairs: a list of pairs of keys, for a recipe that pairs images. command: what to type to continue, for the last line and for OUT.
+    local_cache: a folder on a near disk in which whole shards of a cache that is far away are kept, local_cache_bytes of them at most.
     Raises ValueError for text that is not UTF-8: what a run writes down is.
     """
 
@@ -44,11 +49,13 @@ class Setup:
     allow_partial: bool = False
     command: str | None = None
     pairs: str | Path | None = None
+    local_cache: str | Path | None = None
+    local_cache_bytes: str | int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "export", tuple(self.export))
         object.__setattr__(self, "teachers", tuple(self.teachers))
-        for name in ("init", "labels", "boxes"):
+        for name in ("init", "labels", "boxes", "local_cache"):
             object.__setattr__(self, name, None if (path := getattr(self, name)) is None else str(path))
         object.__setattr__(self, "online", self.online or bool(self.teachers))
         teachers = [("--teacher", text) for text in self.teachers]
@@ -58,10 +65,16 @@ class Setup:
             ("--labels", self.labels or ""),
             ("--pairs", self.pairs or ""),
             ("--boxes", self.boxes or ""),
+            ("--local-cache", self.local_cache or ""),
             *teachers,
             ("the command", self.command or ""),
         ]:
             expect_utf8(text, name)
+        self.near()
+
+    def near(self) -> NearFolder | None:
+        """Where shards are kept near; None where none are. ValueError for one of both options, and for a size that is none."""
+        return near_asked(self.local_cache, self.local_cache_bytes)
 
 
 @dataclass(frozen=True)
@@ -92,7 +105,8 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup, *, files: bool = True)
     One that is being extended is finished for a run whose columns, views and images it has (`prepare`). files: as of `open_cache`.
     """
     known, views, images = recipe.prepare.columns, recipe.prepare.views, recipe.prepare.images
-    threads = setup.workers or (None if isinstance(path, Url) else batches.default_workers())
+    near = setup.near()
+    threads = setup.workers or (None if isinstance(path, Url) and near is None else batches.default_workers())
     maps = map_columns(recipe)
     asked = None if known is None else [*known, *maps]
     cache = open_cache(
@@ -103,16 +117,33 @@ def open_needed(path: Path, recipe: Recipe, setup: Setup, *, files: bool = True)
         images=images,
         threads=threads,
         files=files,
+        near=near,
     )
     if cache.unfinished is None:
         return cache
     info = batches.cache_info(cache.narrowed(known, views, images))
     columns = maps if setup.online else [info.column(target) for target in needed_arrays(recipe, info)]
-    cache = open_cache(path, allow_partial=True, columns=columns, views=views, images=images, threads=threads)
+    cache = open_cache(
+        path, allow_partial=True, columns=columns, views=views, images=images, threads=threads, near=near
+    )
     if cache.unfinished is not None and not len(cache.numbers):
         raise ValueError(f"{path}: of this unfinished cache no shard is committed in the pixels and {', '.join(columns) or 'them'}"
                          " in every view that plan.json tells of; at least one was expected; let extract-features run on")  # fmt: skip
     return cache
+
+
+def refuse_small_near(cache: Cache, columns: Collection[str]) -> None:
+    """ValueError where less is kept near than batches read at a time: shards would be fetched again for every batch.
+
+    columns: that are read, beside the pixels.
+    """
+    if cache.local is None or not cache.manifest:
+        return
+    window, most = cache.local.window_bytes((PIXELS, *columns), WINDOW), cache.local.near.most_bytes
+    if window > most:
+        raise ValueError(f"--local-cache-bytes {most}: a window of {min(WINDOW, len(cache.plan.ranges))} shards, from which batches are mixed, has {human_bytes(window)} of what "
+                         f"this run reads; at least that was expected, and twice to fetch the next ones ahead; give more, or leave "
+                         "--local-cache out")  # fmt: skip
 
 
 def check_fit(recipe: Recipe, info: CacheInfo, share: Share, n_samples: int) -> None:

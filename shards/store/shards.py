@@ -5,9 +5,9 @@ import os
 import shlex
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -32,17 +32,30 @@ from mrmae.shards.store.tar import PixelShard, open_pixels
 PIXELS_AT_ONCE = 8  # JPEGs per thread and call: enough to pay for the call, few enough to share a small batch
 MOST_OPENED = 512  # shards whose indices are kept, about 0.3 MB each of a ViT-B: a window of 8 in 4 views of 15 columns
 REMOTE_PIXELS = 64  # the same at a URL, where neighbours should come in one request
+NEAR_TRIES = 3  # of a copy that goes while it is read, or is damaged
+Made = TypeVar("Made")
+
+
+class Nearby(Protocol):
+    """Copies of units on a nearer disk; shards/near.py has them."""
+
+    def copies(self, units: Collection[Unit]) -> None: ...
+    def copy(self, unit: Unit) -> Path | None: ...
+    def spoiled(self, unit: Unit, error: Damaged, inode: int) -> None: ...
 
 
 class Shards:
     """What Cache reads through. Thread-safe; may be pickled: shards and threads are opened anew where it arrives.
 
-    keys, hashes: of every sample, hashes as signed 64-bit integers. threads: for one batch.
+    keys, hashes: of every sample, hashes as signed 64-bit integers. threads: for one batch. near: copies to read instead.
     """
 
-    def __init__(self, path: Path, plan: Plan, keys: Sequence[str], hashes: Numbers, threads: int) -> None:
+    def __init__(
+        self, path: Path, plan: Plan, keys: Sequence[str], hashes: Numbers, threads: int, near: Nearby | None = None
+    ) -> None:
         self.path, self.plan, self.keys, self.hashes, self.threads = path, plan, keys, hashes, threads
-        self._opened: OrderedDict[Unit, Shard | PixelShard] = OrderedDict()  # their indices stay in memory
+        self.near = near
+        self._opened: OrderedDict[tuple[Path, Unit], Shard | PixelShard] = OrderedDict()  # their indices stay in memory
         self._opening = threading.Lock()
         self._pool: tuple[int, concurrent.futures.ThreadPoolExecutor] | None = None
 
@@ -60,9 +73,11 @@ class Shards:
         blocks: of arrays in blocks, the one of each sample to read; None: all of them, in raster order.
         Raises ValueError that names shard, sample and repair.
         """
-        remote = isinstance(self.path, Url)
+        remote = isinstance(self.path, Url) and self.near is None
         at_once = 2**62 if column != PIXELS else REMOTE_PIXELS if remote else PIXELS_AT_ONCE
         parts = list(shard_parts(numbers // self.plan.shard_samples, views, at_once))
+        if self.near is not None:
+            self.near.copies({(view, column, shard) for _, view, shard in parts})
 
         def read_parts(share: Sequence[tuple[Numbers, int, int]]) -> None:
             for positions, view, shard in share:
@@ -87,8 +102,9 @@ class Shards:
         stored = {name: np.empty((len(rows), *a.shape[1:]), a.dtype) for name, a in out.items() if name in cut}
         buffers = {name: list(stored[name]) if name in stored else [array[i] for i in positions]
                    for name, array in out.items()}  # fmt: skip
+        which = None if blocks is None else blocks[positions].tolist()
         try:  # no context manager: this runs once per shard and batch
-            self.opened(unit).read(rows, buffers, None if blocks is None else blocks[positions].tolist())
+            self.of_unit(unit, lambda shard: shard.read(rows, buffers, which))
         except (Damaged, Unreachable) as error:
             raise self.told(error, unit, int(numbers[0])) from None
         if stored:
@@ -106,30 +122,50 @@ class Shards:
         """The recorded crop and flip of one sample's view."""
         shard, row = divmod(number, self.plan.shard_samples)
         try:
-            return self.pixels(view, shard).crop(row)
+            return self.of_unit((view, PIXELS, shard), lambda pixels: crop_of(pixels, row))
         except (Damaged, Unreachable) as error:
             raise self.told(error, (view, PIXELS, shard), number) from None
 
     def pixels(self, view: int, shard: int) -> PixelShard:
-        """The views of one shard."""
-        pixels = self.opened((view, PIXELS, shard))
+        """The views of one shard, where the cache itself has them: for its index."""
+        pixels = self.opened((view, PIXELS, shard), self.path)
         assert isinstance(pixels, PixelShard)
         return pixels
 
-    def opened(self, unit: Unit) -> Shard | PixelShard:
-        """A shard, opened, once it is known to be this cache's. Raises Damaged."""
+    def of_unit(self, unit: Unit, read: Callable[[Shard | PixelShard], Made]) -> Made:
+        """What `read` makes of a shard: of its copy where one is or comes near, else of its files in the cache. Raises Damaged."""
+        for _ in range(NEAR_TRIES if self.near is not None else 0):
+            assert self.near is not None
+            if (copy := self.near.copy(unit)) is None:
+                break
+            try:
+                inode = copy.stat().st_ino
+                return read(self.opened(unit, copy))
+            except FileNotFoundError:  # it had to make room just now
+                continue
+            except Damaged as error:
+                if copy not in error.path.parents:
+                    raise
+                with self._opening:
+                    self._opened.pop((copy, unit), None)
+                self.near.spoiled(unit, error, inode)
+        return read(self.opened(unit, self.path))
+
+    def opened(self, unit: Unit, path: Path) -> Shard | PixelShard:
+        """A shard of the cache at `path`, or of a copy there, opened, once it is known to be this cache's. Raises Damaged."""
+        key = path, unit
         with self._opening:
-            if (there := self._opened.get(unit)) is not None:
-                self._opened.move_to_end(unit)
+            if (there := self._opened.get(key)) is not None:
+                self._opened.move_to_end(key)
                 return there
-        opened = self.newly_opened(unit)
+        opened = self.newly_opened(unit, path)
         with self._opening:
-            self._opened.setdefault(unit, opened)
+            self._opened.setdefault(key, opened)
             if len(self._opened) > MOST_OPENED:
                 self._opened.popitem(last=False)
         return opened
 
-    def newly_opened(self, unit: Unit) -> Shard | PixelShard:
+    def newly_opened(self, unit: Unit, path: Path) -> Shard | PixelShard:
         """A shard, opened and compared with what the cache says of it. Raises Damaged."""
         (view, column, shard), plan = unit, self.plan
         rows = slice(plan.ranges[shard].start, plan.ranges[shard].stop)
@@ -141,9 +177,9 @@ class Shards:
                 f"its keys and their hashes do not fit in rows {rows.start} to {rows.stop - 1}",
             )
         if column == PIXELS:
-            tar = tar_path(self.path, view, shard)
+            tar = tar_path(path, view, shard)
             return open_pixels(tar, pixels_of(plan, view, shard), keys, plan.recipe.stored)
-        folder, id = column_folder(self.path, plan, view, column), plan.shard_ids(shard)[column]
+        folder, id = column_folder(path, plan, view, column), plan.shard_ids(shard)[column]
         return storage_of(plan).open_shard(folder, plan.layout(column), id, view, shard, keys)
 
     def told(self, error: Damaged | Unreachable, unit: Unit, number: int) -> ValueError | Unreachable:
@@ -173,6 +209,12 @@ class Shards:
         if self._pool is None or self._pool[0] != os.getpid():
             self._pool = (os.getpid(), concurrent.futures.ThreadPoolExecutor(self.threads, "cache"))
         return self._pool[1]
+
+
+def crop_of(pixels: Shard | PixelShard, row: int) -> View:
+    """The recorded crop and flip of a view. Raises Damaged."""
+    assert isinstance(pixels, PixelShard)
+    return pixels.crop(row)
 
 
 def shard_parts(shards: Numbers, views: Numbers, at_once: int) -> Iterator[tuple[Numbers, int, int]]:

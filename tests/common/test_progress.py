@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from mrmae.common.progress import Progress
+from mrmae.common.progress import Progress, bytes_in
 
 
 class Clock:
@@ -85,3 +85,11 @@ def test_where_all_was_found_done_no_rate_is_told() -> None:
     with Progress("extracting", 10, console=console) as progress:
         progress.add(0, already=10)
     assert text_of(console) == "extracting 10/10 images  ETA 0 s\n"
+
+
+def test_sizes_are_read_as_people_write_them() -> None:
+    sizes = {"200GB": 200e9, "1.5 tb": 1.5e12, "512MiB": 512 << 20, "2k": 2000, " 1e9 ": 1e9, "7": 7, 12: 12}
+    assert {text: bytes_in(text) for text in sizes} == sizes  # type: ignore[arg-type]
+    for text in ("", "0", "much", "-5GB", "5 apples", "1e999", "1.2.3"):
+        with pytest.raises(ValueError, match="is no number of bytes; one like 200GB"):
+            bytes_in(text)

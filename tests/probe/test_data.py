@@ -7,9 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from mrmae.probe.data import eval_view, open_data, shared_with
+from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
+from mrmae.shards.near import NearFolder
 
 
 def test_a_folder_and_its_tar_give_the_same_parts(images: Path, tmp_path: Path) -> None:
@@ -30,6 +33,16 @@ def test_two_paths_and_patterns_choose_the_parts(images: Path, tmp_path: Path) -
     assert len(two.train) == 24 and two.test.rows[0].key == "azure/test-0.png"
     some = open_data([str(images)], tmp_path, train_include=["train/*-[0-3].png"], test_include=["train/*-[4-7].png"])
     assert len(some.train) == len(some.test) == 12
+
+
+def test_a_cache_that_is_far_away_is_read_through_a_near_folder(tiny_cache: Path, tmp_path: Path) -> None:
+    near, chosen = NearFolder(tmp_path / "near", 1 << 20), {"train_include": ["*0? *"], "test_include": ["*[12]? *"]}
+    plain, data = (open_data([str(tiny_cache)], tmp_path, near=how, **chosen) for how in (None, near))
+    assert np.array_equal(data.test.pixels(3, 32, "bicubic"), plain.test.pixels(3, 32, "bicubic"))
+    source, direct = (open_source(f"{tiny_cache}#a", near=how) for how in (near, None))
+    assert torch.equal(column_features(source, [0, 5])[0], column_features(direct, [0, 5])[0])
+    assert data.test.cache and data.test.cache.local and data.test.cache.local.fetched == 1
+    assert source.column and source.column[0].local and source.column[0].local.fetched == 1, "one shard of the column"
 
 
 def test_a_cache_gives_its_stored_views(tiny_cache: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import re
 import shutil
 import signal
 from collections.abc import Callable
@@ -82,6 +83,40 @@ def test_training_and_probing_at_a_url_are_what_they_are_locally(s3: Any, tiny_c
         (result,) = (tmp_path / f"p{i}" / "results").glob("*.json")
         answers.append(json.loads(result.read_text())["rows"])
     assert answers[0] == answers[1]
+
+
+def test_training_through_a_local_cache_is_the_same_and_fetches_once(s3: Any, tiny_cache: Path, tmp_path: Path) -> None:
+    url, folder = s3.upload(tiny_cache, "near-photos"), tmp_path / "shards"
+    train(tiny_cache, tmp_path / "plain")
+    expected = weights(tmp_path / "plain")
+    read = []
+    for workers in (1, 3):
+        before = s3.proxy.answer_bytes
+        train(url, tmp_path / f"{workers}", local_cache=folder, local_cache_bytes="1MB", workers=workers)
+        read.append(s3.proxy.answer_bytes - before)
+        found = weights(tmp_path / f"{workers}")
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+    kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    assert 100_000 < kept < 1_000_000 and read[0] - read[1] >= kept, (read, kept)
+    words = [
+        url,
+        str(tmp_path / "cli"),
+        "--student",
+        "test_vit",
+        "--batch-size",
+        "8",
+        "--dry-run",
+        "--local-cache",
+        str(folder),
+    ]
+    plan = CliRunner().invoke(train_command, [*words, "--local-cache-bytes", "1.5 MB"])
+    assert f"whole shards in {folder}, at most 1.5 MB" in plan.output, plan.output
+    for given, message in (
+        (["--local-cache-bytes", "60kB"], "a window of 3 shards, .* has .* kB"),
+        ([], "belong together"),
+    ):
+        refused = CliRunner().invoke(train_command, [*words, *given])
+        assert refused.exit_code == 1 and re.search(message, refused.output), refused.output
 
 
 def test_an_unfinished_cache_is_trained_on_only_where_asked(unfinished: Path, tmp_path: Path) -> None:
