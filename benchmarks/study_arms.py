@@ -15,16 +15,16 @@ GALILEO = "gal=timm:vit_tiny_patch16_224@DATA/../weights/galileo_nano_s2rgb_p8.s
 # A DINOv2-S fine-tuned for saliency: a ViT with CLS, and hence attention, at 196 px.
 DINO = "--teacher dino=timm:vit_small_patch14_dinov2@DATA/../weights/dinov2s_saliency_finetuned_fp16.safetensors"
 BOTH = f"--teacher {GALILEO} --teacher {TEACHER.format(size=128)}"
-PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": "DATA/clothing-small.tar"}
+PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": "DATA/clothing-small.tar", "small": "DATA/clothing-small.tar"}
 
 # Keys end in a running number, so its last digit picks a share of every class.
-PRETRAIN = {"eurosat": "train/*[01].jpg", "clothing": "train/*"}
-IMAGES = {"eurosat": 1986, "clothing": 1500}
+PRETRAIN = {"eurosat": "train/*[01].jpg", "clothing": "train/*", "small": "train/*"}
+IMAGES = {"eurosat": 1986, "clothing": 1500, "small": 1500}
 # Choices are made on these; no student and no probe has been trained on them.
 VALIDATION, TEST = "train/*2.jpg", "test/*"
-LABELLED = {"eurosat": "train/*[01].jpg", "clothing": "train/*"}
-VIEWS = {"eurosat": "--size 64 --grid 8", "clothing": "--size 224 --grid 14"}
-TEACHER_SIZE = {"eurosat": 128, "clothing": 224}
+LABELLED = {"eurosat": "train/*[01].jpg", "clothing": "train/*", "small": "train/*"}
+VIEWS = {"eurosat": "--size 64 --grid 8", "clothing": "--size 224 --grid 14", "small": "--size 64 --grid 8"}
+TEACHER_SIZE = {"eurosat": 128, "clothing": 224, "small": 128}
 BATCH, EPOCHS = 64, 20
 
 # name: (data, views, options, cache it grows from)
@@ -38,6 +38,7 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "eurosat-blocks": ("eurosat", 1, "--token-layout blocks", ""),
     "clothing-k1": ("clothing", 1, "", ""),
     "clothing-dino": ("clothing", 1, DINO, ""),
+    "small-k1": ("small", 1, f"{DINO} --teacher {TEACHER.format(size=128)}", ""),
     "both-k1": ("eurosat", 1, BOTH, ""),
     "both-k4": ("eurosat", 4, BOTH, "both-k1"),
     "both-blocks": ("eurosat", 1, f"{BOTH} --token-layout blocks", ""),
@@ -199,6 +200,15 @@ FAST: list[Arm] = [fast(arm) for arm in (
 )]  # fmt: skip
 
 
+FAST += [fast(arm) for arm in (
+    *(each for seed in SEEDS for each in pair("photos", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
+    *(each | {"options": f"{each['options']} --set terms.mimic.teachers=[dino] --set terms.cls.teachers=[dino]"} for seed in SEEDS
+      for each in pair("photos-cls", "mr-mae-cls", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
+    *(each | {"options": each["options"].replace("mimic", "distil") + " --set terms.distil.teachers=[gal] --set terms.distil.positions=all --set terms.distil.teacher_tap=pre_tail"}
+      for seed in SEEDS for each in pair("fd", "fd", seed=seed)),
+    *pair("epochs-100", epochs=5 * EPOCHS),
+    *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for each in pair("vit-tiny")),
+)]  # fmt: skip
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 
 
