@@ -41,6 +41,10 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "small-k1": ("small", 1, f"{DINO} --teacher {TEACHER.format(size=128)}", ""),
     "both-k1": ("eurosat", 1, BOTH, ""),
     "both-k4": ("eurosat", 4, BOTH, "both-k1"),
+    **{
+        f"gal-{dtype}": ("eurosat", 1, f"--teacher {GALILEO} --dtype {dtype}", "")
+        for dtype in ("int8", "pq4", "pq", "pq16")
+    },
     "both-blocks": ("eurosat", 1, f"{BOTH} --token-layout blocks", ""),
     "both-blocks-k4": ("eurosat", 4, f"{BOTH} --token-layout blocks", "both-blocks"),
 }
@@ -126,6 +130,17 @@ def tested(of: str, against: str) -> Arm:
     """A student that was chosen on the validation tiles, probed on the test part."""
     how: dict[str, Any] = {"seed": int(of[-1]), "probes": ("knn", "linear", "attentive"), "against": f"{against}-test"}
     return arm(f"{of}-test", "tested", "", source=f"WORK/{of}", cache="both-k1", **how)
+
+
+def codes(dtype: str, seed: int) -> Arm:
+    """`mr-mae` on centred targets of Galileo from a cache of this dtype, tested on the test part."""
+    how: dict[str, Any] = {
+        "seed": seed,
+        "cache": f"gal-{dtype}",
+        "test": TEST,
+        "probes": ("knn", "linear", "attentive"),
+    }
+    return chosen(f"codes-{dtype}-s{seed}", "codes", options=CENTRED, against="codes-int8", **how)
 
 
 def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -> Arm:
@@ -238,6 +253,8 @@ ARMS: list[Arm] = [
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
     *CHOICES,
     *FAST,
+    *(codes(dtype, seed) for seed in range(3) for dtype in ("int8", "pq")),
+    *(codes(dtype, seed) for seed in range(3) for dtype in ("pq16", "pq4")),
     attended("none"),
     attended("sampled", "mr-mae-focused"),
     attended("weighed", options="--set terms.mimic.focus=true"),

@@ -303,6 +303,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "fast targets": functools.partial(against_table, "fast targets", first=["adamw-12e-3-ln0", "adamw-12e-3"]),
     "fast others": functools.partial(against_table, "fast others"),
     "more": functools.partial(against_table, "more", probes=("attentive", "segment")),
+    "codes": functools.partial(against_table, "codes", probes=("knn", "linear", "attentive")),
     "attention": functools.partial(against_table, "attention"),
     "tested": functools.partial(against_table, "tested", probes=("knn", "linear", "attentive")),
     "clothing": clothing_table,
