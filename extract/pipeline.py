@@ -309,7 +309,14 @@ def extract_shard(
                 add_features(job, view, column, batch, into)
         known, n = bool(batch.features) and 0 in batch.planned.turn.shown, len(batch.samples)
         progress.add(n * (len(batch.planned.turn.ends) - known), already=n * known)
+    arrived(job.options.device)
     return lambda: commit_shard(job, shard, gathered, progress)
+
+
+def arrived(device: str) -> None:
+    """Wait until all that a GPU was asked to copy to the host is there."""
+    if device.startswith("cuda"):
+        torch.cuda.current_stream(device).synchronize()
 
 
 def add_pixels(view: int, batch: PreparedBatch, into: Gathered) -> None:
@@ -361,8 +368,8 @@ def add_codes(job: ExtractJob, column: str, features: Features, where: str, into
     stored = {"tokens": codes, "scale": scale, "cls": features.cls, "attention": features.attention,
               "norm": features.norm}  # fmt: skip
     for name, tensor in stored.items():
-        if tensor is not None:
-            into.arrays[name].append(tensor.cpu() if name == "tokens" else tensor.half().cpu())
+        if tensor is not None:  # copied while the next batch is prepared and launched; arrived() waits for it
+            into.arrays[name].append((tensor if name == "tokens" else tensor.half()).to("cpu", non_blocking=True))
 
 
 def commit_shard(job: ExtractJob, shard: int, gathered: Mapping[tuple[int, str], Gathered], progress: Progress) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -365,6 +366,22 @@ def test_columns_are_computed_a_view_at_a_time_and_an_image_is_decoded_once(
     turns.clear()
     extract(photo_folder, tmp_path / "c", VIT, CNN, views=4, shard_samples=8)
     assert turns == [(shard, [(3, "pixels"), *((3, column) for column in both)]) for shard in range(3)]
+
+
+def test_what_a_gpu_copies_behind_the_next_batch_is_waited_for_before_it_is_written(
+    extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order, real = list[str](), engine.commit_shard
+    monkeypatch.setattr(engine, "arrived", lambda device: order.append(f"waited for {device}"))
+    monkeypatch.setattr(engine, "commit_shard", lambda *what: [order.append("wrote"), real(*what)][1])
+    extract(photo_folder, tmp_path / "c", VIT, shard_samples=32)
+    assert order == ["waited for cpu", "wrote"]
+    monkeypatch.undo()
+    stream = SimpleNamespace(synchronize=lambda: order.append("synchronised"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: order.append(device) or stream)
+    engine.arrived("cpu")
+    engine.arrived("cuda:1")
+    assert order[2:] == ["cuda:1", "synchronised"]
 
 
 @pytest.mark.parametrize(
