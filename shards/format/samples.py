@@ -38,13 +38,14 @@ ROWS_AT_ONCE = 1 << 16  # rows that become Python's at a time
 class Values(Sequence[Any]):
     """A column of the table: an Arrow array that reads as a sequence of text (sha256: hex), numbers or truth, None where null.
 
-    file: where it is mapped from, if it is: it is mapped anew where it is unpickled. ValueError, naming it, for text that is damaged.
+    file: where it is mapped from, if it is: it is mapped anew where it is unpickled. mapped: the mapping. ValueError, naming the file, for text
+    that is damaged.
     """
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, array: pa.Array, name: str, file: Path | None = None) -> None:
-        self.array, self.name, self.file = array, name, file
+    def __init__(self, array: pa.Array, name: str, file: Path | None = None, mapped: mmap.mmap | None = None) -> None:
+        self.array, self.name, self.file, self.mapped = array, name, file, mapped
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is None:
@@ -87,7 +88,7 @@ class Values(Sequence[Any]):
 
     def head(self, n: int) -> "Values":
         """The first n rows."""
-        return Values(self.array.slice(0, n), self.name, self.file)
+        return Values(self.array.slice(0, n), self.name, self.file, self.mapped)
 
     def numpy(self) -> Array:
         """Numbers, or truth (null: False), as an array, without a copy of numbers; of sha256 the bytes, [rows, 32]."""
@@ -116,12 +117,23 @@ class Values(Sequence[Any]):
                     if pa.types.is_boolean(part.type)
                     else pc.fill_null(part, 0).to_numpy()
                 )
+            self.let_go(part)
         if text and len(array):
             _, offsets, data = array.buffers()
             first, last = (int(np.frombuffer(offsets, np.int64)[array.offset + i]) for i in (0, len(array)))
             if last > first:
                 digest.update(data.slice(first, last - first))
         return digest.hexdigest()
+
+    def let_go(self, part: pa.Array) -> None:
+        """Take the pages of some rows out of memory, where a file holds them: what was only looked over need not stay."""
+        if self.mapped is None or pa.types.is_large_string(part.type) or pa.types.is_boolean(part.type):
+            return
+        width, page = part.type.bit_width // 8, mmap.PAGESIZE
+        first = part.buffers()[1].address + part.offset * width - pa.py_buffer(self.mapped).address
+        start, stop = -(-first // page) * page, (first + len(part) * width) // page * page
+        if stop > start:
+            self.mapped.madvise(mmap.MADV_DONTNEED, start, stop - start)
 
 
 SampleTable = Mapping[str, Values]
@@ -236,11 +248,11 @@ def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, 
     """
     file = path / SAMPLES_FILE
     try:
-        batch = read_batch(file)
+        batch, mapped = read_batch(file)
         n = len(batch) if parts is None else parts[-1].stop
         if not 0 < n <= len(batch):
             raise ValueError(f"it has {len(batch)} rows; the plan says {n}")
-        table = {name: Values(batch[name].slice(0, n), name, file) for name in SAMPLES.names}
+        table = {name: Values(batch[name].slice(0, n), name, file, mapped) for name in SAMPLES.names}
         for before, part in zip(parts or (), (parts or ())[1:]):
             if other := [key for key in table["key"][before.stop : part.start] if key]:
                 raise ValueError(f"{shown(other[0])} lies before an appended part, where no image does")
@@ -251,12 +263,13 @@ def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, 
     return table
 
 
-def read_batch(file: Path) -> pa.RecordBatch:
-    """The table of samples in a file, mapped; of an object read whole. ValueError, or Arrow's, where it is none.
+def read_batch(file: Path) -> tuple[pa.RecordBatch, mmap.mmap | None]:
+    """The table of samples in a file, mapped, and the mapping; of an object read whole, and None. ValueError, or Arrow's, where it is none.
 
     Read as the stream that an Arrow file holds: what its footer says beside that is nobody's to check.
     """
-    content = pa.py_buffer(mapped_file(file))
+    held = mapped_file(file)
+    content = pa.py_buffer(held)
     if {content[: len(ARROW_MAGIC)].to_pybytes(), content[-len(ARROW_MAGIC) :].to_pybytes()} != {ARROW_MAGIC}:
         raise ValueError("it is no whole Arrow file")
     messages = pa.ipc.MessageReader.open_stream(content.slice(8))
@@ -272,7 +285,7 @@ def read_batch(file: Path) -> pa.RecordBatch:
     for name in ALWAYS:
         if batch[name].null_count:
             raise ValueError(f"its column {name} has rows without a value")
-    return batch
+    return batch, held if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
 
 
 def is_compressed(message: bytes) -> bool:
@@ -302,4 +315,5 @@ def mapped_file(file: Path) -> Any:
 
 def mapped_again(file: Path, name: str, n: int) -> Values:
     """The first n rows of a column, from its file."""
-    return Values(read_batch(file)[name].slice(0, n), name, file)
+    batch, mapped = read_batch(file)
+    return Values(batch[name].slice(0, n), name, file, mapped)

@@ -67,6 +67,37 @@ def test_digests_are_golden_and_do_not_depend_on_where_in_an_array_rows_lie() ->
     }
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mappings")
+def test_what_a_digest_looks_over_does_not_stay_in_memory(tmp_path: Path) -> None:
+    n = 300_000
+    draw = np.random.default_rng(0)
+    numbers: dict[str, Any] = {name: draw.integers(0, 1000, n) for name in ("hash", "bytes", "height", "width")}
+    sha256 = pa.Array.from_buffers(pa.binary(32), n, [None, pa.py_buffer(draw.bytes(32 * n))])
+    columns = {
+        "key": pa.array(["k"] * n, pa.large_string()),
+        "sha256": sha256,
+        **{k: pa.array(v) for k, v in numbers.items()},
+    }
+    batch = pa.record_batch(
+        [columns[f.name].cast(f.type) if f.name in columns else pa.nulls(n, f.type) for f in SAMPLES], SAMPLES
+    )
+    with pa.ipc.new_file(str(tmp_path / "samples.arrow"), SAMPLES) as out:
+        out.write_batch(batch)
+
+    def resident_kb() -> int:
+        lines = Path("/proc/self/smaps").read_text().splitlines()
+        at = next(i for i, line in enumerate(lines) if line.endswith(str(tmp_path / "samples.arrow")))
+        return int(next(line for line in lines[at:] if line.startswith("Rss:")).split()[1])
+
+    table = read_samples(tmp_path)
+    for name, mb in (("hash", 2.4), ("sha256", 9.6)):
+        assert table[name].digest == sample_values(batch[name], name).digest
+        assert resident_kb() < 1000, f"{mb} MB were looked over"
+    assert np.array_equal(table["hash"].numpy(), numbers["hash"]) and resident_kb() > 2000, (
+        "they come back when they are read"
+    )
+
+
 def test_columns_read_as_sequences_and_survive_pickling(tiny_cache: Path) -> None:
     table = read_samples(tiny_cache)
     keys, hashes = table["key"], pickle.loads(pickle.dumps(table["hash"]))
