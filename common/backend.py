@@ -2,7 +2,7 @@
 
 A Url is the name of an object and reads nothing: what reads asks here, and gets the same of both. obstore asks again where a
 connection is lost, and joins neighbouring ranges. Credentials come from the environment (AWS_..., GOOGLE_..., AZURE_...) and
-appear in no message. Nothing is written to a URL.
+appear in no message. Writing is in files.py and uploads.py.
 """
 
 import contextlib
@@ -23,9 +23,15 @@ SCHEMES = ("s3", "gs", "az")
 INSTALL = "pip install 'mrmae[s3]'"
 RETRIES: Any = {"max_retries": 4}
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
+QUICK = {
+    "connect_timeout": "5s",
+    "read_timeout": "15s",
+    "timeout": "15s",
+}  # for small objects that are worth nothing later
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
 # Where a machine's own role is asked for last.
 MACHINE_ROLES = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
+COPY_SETTING = "AWS_COPY_IF_NOT_EXISTS"
 Place = tuple[int, int]  # offset, bytes
 Answer = TypeVar("Answer")
 
@@ -127,10 +133,11 @@ def absolute(path: Path) -> Path:
     return path if isinstance(path, Url) else path.resolve()
 
 
-def refuse_url(path: Path) -> None:
-    """ValueError before something is written to a URL."""
-    if isinstance(path, Url):
-        raise ValueError(f"{path}: a cache at a URL can only be read; do this with a local copy, and upload that")
+def files_below(folder: Path) -> list[Path]:
+    """Every file below a folder, in order of their names; at a URL as of now. Empty where there is no such folder."""
+    if isinstance(folder, Url):
+        return sorted(locate(f"{folder.bucket.root}/{key}") for key, _ in folder.bucket.below(folder.key))
+    return sorted(file for file in folder.rglob("*") if not file.is_dir())
 
 
 class Bucket:
@@ -145,7 +152,15 @@ class Bucket:
         self.root, self.obstore = root, obstore
         self._listings: dict[str, dict[str, int]] = {}
         options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
-        self.store: Any = self.ask("", lambda: from_url(root, client_options=options, retry_config=RETRIES))
+        quick: Any = {**options, **QUICK}
+        # S3 copies on a condition only as an upload in parts; some stores of its kind by a header, which the environment may name.
+        config: Any = (
+            {"copy_if_not_exists": "multipart"} if root.startswith("s3:") and COPY_SETTING not in os.environ else None
+        )
+        self.store: Any = self.ask(
+            "", lambda: from_url(root, config=config, client_options=options, retry_config=RETRIES)
+        )
+        self.quick: Any = self.ask("", lambda: from_url(root, client_options=quick, retry_config=RETRIES))
 
     def ranges(self, key: str, places: Sequence[Place]) -> list[memoryview]:
         """The bytes at each (offset, bytes) of an object, shorter where it ends."""
@@ -188,6 +203,11 @@ class Bucket:
             return {o["path"]: o["size"] for page in self.obstore.list(self.store, folder) for o in page}
 
         self._listings[folder] = self.ask(folder, listed)
+
+    def forget(self, key: str) -> None:
+        """Leave no listing in memory that tells of an object, as it is about to be written."""
+        for folder in [folder for folder in list(self._listings) if not folder or f"{key}/".startswith(f"{folder}/")]:
+            self._listings.pop(folder, None)
 
     def ask(self, key: str, what: Callable[[], Answer]) -> Answer:
         """What the store answers. FileNotFoundError, OSError for bytes that the object does not have, or Unreachable."""
@@ -236,9 +256,8 @@ def cause(error: Exception) -> str:
 
 def advice(said: str) -> str:
     """What to do about an error."""
-    if MACHINE_ROLES.search(said):
-        return ("there are no credentials in the environment; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public "
-                "bucket AWS_SKIP_SIGNATURE=true), then run the same command again")  # fmt: skip
+    if found := no_credentials(said):
+        return found
     if re.search(r"status code: 40[13]", said):
         return "the credentials in the environment may not read this; correct them, then run the same command again"
     if "status code: 404" in said:
@@ -246,6 +265,14 @@ def advice(said: str) -> str:
     if "invalid path" in said:
         return "names of objects without empty parts, . and .. were expected; rename it, or give a prefix that it is not below"
     return "check the network, the endpoint and the URL, then run the same command again, or copy it to a local folder"
+
+
+def no_credentials(said: str) -> str:
+    """What to do where an error comes of a lack of credentials; empty where it does not."""
+    if not MACHINE_ROLES.search(said):
+        return ""
+    return ("there are no credentials in the environment; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public "
+            "bucket AWS_SKIP_SIGNATURE=true), then run the same command again")  # fmt: skip
 
 
 def plain_http_endpoint() -> bool:

@@ -1,4 +1,4 @@
-"""How every file of a cache, of a run and of a probe reaches the disk.
+"""How every file of a cache, of a run and of a probe reaches the disk, or an object store.
 
 A file appears under its name complete and durable, or not at all; two writers of one name never mix.
 """
@@ -9,11 +9,14 @@ import errno
 import hashlib
 import os
 import secrets
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mrmae.common.backend import refuse_url
+from mrmae.common.backend import About, Url, file_pieces, files_below
+from mrmae.common.leases import expect_held
+from mrmae.common.uploads import SINGLE_BYTES, discard, expect_conditions, upload
 
 Chunk = Any  # anything with a buffer: bytes, memoryview, numpy array
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL)
@@ -28,7 +31,7 @@ TEMPORARY = ".*.writing"  # glob of what a killed writer leaves behind
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """A file as it was written: its path, size and sha256 (hex), and which file it is: device and inode."""
+    """A file as it was written: its path, size and sha256 (hex), and which file it is: device and inode, at a URL 0 and its version."""
 
     path: Path
     bytes: int
@@ -43,6 +46,8 @@ class Published:
 def is_still(file: Published) -> bool:
     """Whether what lies under the file's name is what was written, and not another writer's."""
     try:
+        if isinstance(file.path, Url):
+            return file.path.bucket.about(file.path.key) == About(file.bytes, file.inode[1])
         status = file.path.stat()
     except OSError:
         return False
@@ -55,16 +60,42 @@ def publish(path: Path, content: bytes | Iterable[Chunk], *, replace: bool = Fal
     Written to a temporary name in the same folder, fsynced, linked exclusively (renamed where the file system has no
     hard links), the folder fsynced. replace: take the place of an older file, atomically.
     Raises FileExistsError when `path` exists and `replace` is False; OSError, naming the path and what to do, when the
-    disk is full or refuses. Nothing is left behind in either case.
+    disk is full or refuses. Nothing is left behind in either case. At a URL as `upload` does, while this process's claims hold.
     """
+    if isinstance(path, Url):
+        return publish_object(path, [content] if isinstance(content, bytes) else content, replace=replace)
     with put_in_place(path, replace=replace) as temporary:
         n_bytes, sha256 = write_durably(temporary, [content] if isinstance(content, bytes) else content)
         status = temporary.stat()
     return Published(path, n_bytes, sha256, (status.st_dev, status.st_ino))
 
 
+def publish_object(path: Path, chunks: Iterable[Chunk], *, replace: bool) -> Published:
+    """As `publish`, at a URL: what is larger than one request is gathered in a temporary file of this machine."""
+    assert isinstance(path, Url)
+    digest, n_bytes = hashlib.sha256(), 0
+    with tempfile.SpooledTemporaryFile(max_size=SINGLE_BYTES) as spool:
+        try:
+            for chunk in chunks:
+                digest.update(chunk)
+                n_bytes += spool.write(chunk)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise  # of what is read
+            raise type(error)(error.errno, f"{path}: its {n_bytes} bytes so far do not fit into {tempfile.gettempdir()}, where they "
+                              "wait to be sent; free some space, or set TMPDIR, then run the same command again") from error  # fmt: skip
+        expect_held(path)
+        there = upload(path, spool, n_bytes, digest.hexdigest(), replace=replace)
+    return Published(path, n_bytes, digest.hexdigest(), (0, there.version))
+
+
 def publish_by(path: Path, write: Callable[[Path], object]) -> None:
     """As `publish` with replace, for what only knows how to write a file by its name: `write` fills the temporary one."""
+    if isinstance(path, Url):
+        with tempfile.TemporaryDirectory() as folder:
+            write(aside := Path(folder, path.name))
+            publish(path, file_pieces(aside), replace=True)
+        return
     with put_in_place(path, replace=True) as temporary:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -124,8 +155,10 @@ def link_exclusively(temporary: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Create the folder and its parents, durably. ValueError for one at a URL."""
-    refuse_url(path)
+    """Create the folder and its parents, durably. At a URL there are none: ValueError where its store knows no conditional writes."""
+    if isinstance(path, Url):
+        path.bucket.forget(path.key)
+        return expect_conditions(path)
     if path.is_dir():
         return
     missing = [folder for folder in [path, *path.parents] if not folder.exists()]
@@ -161,7 +194,9 @@ def explained(error: OSError, path: Path) -> OSError:
 
 def remove(path: Path) -> None:
     """Remove a file of the cache, if it is there. OSError as in publish; a read-only disk refuses even what is not there."""
-    refuse_url(path)
+    if isinstance(path, Url):
+        expect_held(path)
+        return discard(path)
     try:
         path.unlink()
     except FileNotFoundError:
@@ -172,5 +207,6 @@ def remove(path: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Remove the temporary files of killed writers below `folder`; call it only when nobody is writing."""
-    for path in folder.rglob(TEMPORARY):
-        remove(path)
+    for path in files_below(folder) if isinstance(folder, Url) else folder.rglob(TEMPORARY):
+        if path.match(TEMPORARY):
+            remove(path)

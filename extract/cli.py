@@ -173,12 +173,22 @@ def main(
             raise
         raise click.ClickException(in_one_line(error)) from None
     except KeyboardInterrupt:
-        there = (cache / "plan.json").exists()
+        there = was_begun(cache)
         what = (
             f"committed shards are kept in {cache}; the same command continues" if there else "nothing was written yet"
         )
         click.echo(f"stopped; {what}", err=True)
         raise SystemExit(130) from None
+
+
+def was_begun(cache: Path) -> bool:
+    """Whether there is a plan; of a URL that does not answer any more, not known."""
+    from mrmae.common.backend import Unreachable, exists, locate
+
+    try:
+        return exists(locate(cache) / "plan.json")
+    except Unreachable:
+        return True
 
 
 def say_teachers(pattern: str, grid: int) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mrmae.common.files import write_durably
+from mrmae.common.backend import Url
+from mrmae.common.files import publish, remove, write_durably
 from mrmae.common.progress import counted, human_bytes, human_time
+from mrmae.common.uploads import expect_conditions
 from mrmae.extract.images import Sources, decoded_as, read_image
 from mrmae.extract.made_maps import made_in_words
 from mrmae.extract.options import Options
@@ -141,6 +143,8 @@ def teacher_in_words(teacher: TeacherSpec, dtype: str) -> str:
 
 def free_space_text(cache: Path, wanted: int) -> str:
     """Free space where the cache will lie, with a warning when it is too little."""
+    if isinstance(cache, Url):
+        return "free space at a URL is not known"
     folder = next(parent for parent in [cache, *cache.absolute().parents] if parent.exists())
     free = shutil.disk_usage(folder).free
     warning = "; THIS IS NOT ENOUGH" if wanted > free else ""
@@ -195,6 +199,9 @@ def forward_seconds(teacher: Teacher, pixels: Sequence[Pixels], options: Options
 
 def disk_bytes_per_s(cache: Path) -> float:
     """Bytes per second, fsync included, into the folder where the cache lies or will lie; nothing stays there."""
+    if isinstance(cache, Url):
+        expect_conditions(cache)
+        return url_bytes_per_s(cache)
     folder = next(parent for parent in [cache, *cache.absolute().parents] if parent.is_dir())
     path = folder / f".probe.{os.getpid()}-{secrets.token_hex(4)}.writing"
     block = np.random.default_rng(0).bytes(1 << 20)
@@ -204,6 +211,18 @@ def disk_bytes_per_s(cache: Path) -> float:
         return n_bytes / (time.perf_counter() - began)
     finally:
         path.unlink(missing_ok=True)
+
+
+def url_bytes_per_s(cache: Path) -> float:
+    """Bytes per second into the store where the cache lies or will lie; nothing stays there."""
+    path = cache / f".probe.{secrets.token_hex(4)}.writing"
+    content = np.random.default_rng(0).bytes(PROBE_BYTES)
+    began = time.perf_counter()
+    try:
+        publish(path, content)
+        return len(content) / (time.perf_counter() - began)
+    finally:
+        remove(path)
 
 
 def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Options, images: int) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from mrmae.common.backend import Url, expect_utf8, locate
+from mrmae.common.backend import expect_utf8, locate
 from mrmae.common.device import resolve_device
 from mrmae.extract.images import MAX_PIXELS
 from mrmae.extract.teachers import DEFAULT_TEACHERS
@@ -62,9 +62,6 @@ class Options:
         given += [("--teacher", teacher) for teacher in self.teachers] + [("--map", text) for text in self.maps]
         for name, text in [*given, ("the working folder", os.getcwd())]:
             expect_utf8(text, name)
-        if isinstance(locate(self.cache), Url):
-            raise ValueError(f"{locate(self.cache)}: extract-features writes to folders; expected one; extract there, then copy "
-                             "it to the URL, manifest.json last")  # fmt: skip
         refuse_untiled(self.recipe.size, self.grid)
         if rule := self.block_rule():
             rule.rows(self.grid**2)
@@ -74,7 +71,7 @@ class Options:
         kind = device.type
         return dataclasses.replace(
             self,
-            cache=Path(self.cache),
+            cache=locate(self.cache),
             part=process_part(self.shards),
             teachers=tuple(one for text in self.teachers for one in one_per_tap(text)),
             device=str(device),

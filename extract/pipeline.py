@@ -104,9 +104,10 @@ def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] 
     then. Where a batch is too much for the device's memory, what is left goes on with half of it, said aloud.
     """
     todo = unfinished(job, shards)
+    others: dict[int, Units] = {}
     while todo:
         try:
-            others = extract_claimed(job, todo, kept, quiet=shards is not None)
+            others |= extract_claimed(job, todo, kept, quiet=shards is not None)
         except torch.OutOfMemoryError:
             if job.options.batch_size == 1:
                 raise
@@ -114,6 +115,7 @@ def extract_missing(job: ExtractJob, kept: KeptBatches, shards: Collection[int] 
             todo = unfinished(job, todo)
             continue
         todo = wait_for_writers(job.path, job.plan, others)
+        others = {shard: units for shard, units in others.items() if shard not in todo}
     return job
 
 

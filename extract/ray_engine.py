@@ -12,9 +12,9 @@ import os
 import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
+from mrmae.common.backend import locate
 from mrmae.common.device import keep_memory
 from mrmae.common.progress import Progress, counted, human_time
 from mrmae.extract.options import Options
@@ -153,7 +153,7 @@ class Driver:
         self.ray, self.pool, self.say = ray, pool, say
         self.options = options
         self.actors: Any = ray.remote(ShardWorker).options(num_cpus=pool.cpus, num_gpus=pool.gpus, max_restarts=0)
-        self.cache = Path(options.cache)
+        self.cache = locate(options.cache)
         self.seats: dict[Any, Seat] = {}  # by the reference to what their actors are doing
         self.idle: list[Seat] = []
         self.views: Mapping[int, int] | None = None  # of each shard to do; None before one has planned

@@ -1,11 +1,15 @@
 """extract-features as a function, from above downwards: options, disk, images, teachers, plan, shards, manifest."""
 
 import contextlib
+import hashlib
+import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from mrmae.common.backend import Url, exists, files_below
 from mrmae.common.files import make_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
@@ -64,7 +68,7 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
     found = look(options.cache, images=False)
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
     suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
-    kept = kept_indices(options) if not dry_run or (options.cache / TARS).is_dir() else None
+    kept = kept_indices(options) if not dry_run or files_below(options.cache / TARS) else None
     sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
     keys = sources.in_order
     teachers = asked_teachers(options, found.plan, keys, say)
@@ -73,7 +77,7 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
 
 def is_finished(job: ExtractJob) -> bool:
     """Whether there is nothing to do, not even a manifest to write."""
-    return (job.path / "manifest.json").exists() and not commits.missing(job.path, job.plan)
+    return exists(job.path / "manifest.json") and not commits.missing(job.path, job.plan)
 
 
 def finish_cache(job: ExtractJob) -> dict[str, Any]:
@@ -128,8 +132,17 @@ def say_plan(options: Options, sources: Sources, wanted: Wanted, say: Say) -> No
 def hashed_rows(options: Options, sources: Sources, found: Found) -> SourceTable:
     """The images in canonical order, with size and sha256; those of the cache that are as long as then are not read again."""
     known = () if options.append else found.rows or ()  # the bytes of what is appended decide, not only their number
-    return digest_images(sources, sources.canonical, known, options.cache / DIGESTS, workers=options.workers,
+    return digest_images(sources, sources.canonical, known, memory_of(options), workers=options.workers,
                          kept=kept_indices(options))  # fmt: skip
+
+
+def memory_of(options: Options) -> Path:
+    """Where this machine remembers the hashes of images: in the cache; where that is at a URL, which no line can be added to, in the user's folder."""
+    if not isinstance(options.cache, Url):
+        return options.cache / DIGESTS
+    here = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrmae"
+    make_folder(here)
+    return here / f"digests-{hashlib.sha256(str(options.cache).encode()).hexdigest()[:16]}"
 
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mrmae.common.backend import exists
 from mrmae.common.progress import counted, human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -85,7 +86,7 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
 
 def plan_of_others(path: Path, wanted: Wanted) -> Agreed | None:
     """The plan on disk, where it is calibrated and all that is wanted; None where something is to be planned first."""
-    if not (path / "plan.json").exists():
+    if not exists(path / "plan.json"):
         return None
     try:
         agreed = negotiate(look(path), dataclasses.replace(wanted, append=True, extend=False))

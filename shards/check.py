@@ -109,8 +109,8 @@ def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTab
     found += map(str, wrong_files(path, plan, manifest)) if files else ()
     if found:
         more = [f"... and {len(found) - SHOWN_AT_OPENING} more"] if len(found) > SHOWN_AT_OPENING else []
-        todo = ("upload these files again from the folder it was extracted to" if isinstance(path, Url) else
-                "run the same extract-features command again, it rewrites what is missing")  # fmt: skip
+        todo = ("run the same extract-features command again, it rewrites what is missing"
+                + isinstance(path, Url) * ", or upload these files again from where they were copied")  # fmt: skip
         raise ValueError(f"{path}: {counted(len(found), 'problem')}; the cache cannot be trusted; {todo}:\n  "
                          + "\n  ".join(found[:SHOWN_AT_OPENING] + more))  # fmt: skip
 

@@ -4,6 +4,7 @@ Shards are written in any order, each followed by its commit record; the manifes
 plan minus valid commits, so a killed extraction leaves nothing to clean up by hand.
 """
 
+import hashlib
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 
-from mrmae.common.backend import Url, exists, size_of
+from mrmae.common.backend import About, Url, exists, file_pieces, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
 from mrmae.shards.claims import remove_locks
 from mrmae.shards.format import (
@@ -90,6 +91,7 @@ class RecordFields(TypedDict):
     command: NotRequired[str]
     folder: NotRequired[str]
     written: NotRequired[int]
+    objects: NotRequired[dict[str, Any]]
     extracted: NotRequired[dict[str, Any]]
 
 
@@ -198,6 +200,9 @@ def commit(path: Path, plan: Plan, view: int, column: str, shard: int, record: M
     unit = {"format_version": FORMAT_VERSION, "view": view, "column": column, "shard": shard}
     content = {**record, **unit, "id": plan.shard_ids(shard)[column], "files": files}
     content["record_id"] = record_id(content)
+    if isinstance(path, Url):
+        versions = {file.path.relative_to(path).as_posix(): file.inode[1] for file in record["files"]}
+        content["objects"] = {"at": str(path), "versions": versions}
     publish(commit_path(path, view, column, shard), canonical_json(content) + b"\n")
 
 
@@ -231,18 +236,48 @@ def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
                     for name in ("heights", "widths")))  # fmt: skip
 
 
-def valid_record(path: Path, plan: Plan, view: int, column: str, shard: int) -> dict[str, Any] | None:
-    """A unit's commit record; None when it is absent, edited, of another plan, or a file is missing or resized."""
+def valid_record(
+    path: Path, plan: Plan, view: int, column: str, shard: int, listed: Mapping[str, About] | None = None
+) -> dict[str, Any] | None:
+    """A unit's commit record; None when it is absent, edited, of another plan, or a file is missing or resized.
+
+    listed: the objects of a cache at a URL, where they were listed just now. There a file is also the one that was committed.
+    """
     try:
         record = read_record(commit_path(path, view, column, shard))
         if record is None or wrong_in_record(plan, (view, column, shard), record):
             return None
         files = {file.relative_to(path).as_posix(): file for file in unit_files(path, plan, view, column, shard)}
         told = record["files"]
-        good = set(told) == set(files) and all(size_of(file) == told[name]["bytes"] for name, file in files.items())
-        return record if good else None
+        if set(told) != set(files):
+            return None
+        if isinstance(path, Url):
+            versions = record["objects"]["versions"] if record.get("objects", {}).get("at") == str(path) else {}
+            return (
+                record
+                if all(is_object(file, told[name], versions.get(name), listed) for name, file in files.items())
+                else None
+            )
+        return record if all(size_of(file) == told[name]["bytes"] for name, file in files.items()) else None
     except (OSError, KeyError):
         return None
+
+
+def is_object(file: Path, about: Mapping[str, Any], version: int | None, listed: Mapping[str, About] | None) -> bool:
+    """Whether an object has the size that a record tells, and is the version of then; one that was copied there since has its sha256.
+
+    version: None where the record was written elsewhere. OSError where there is no such object.
+    """
+    assert isinstance(file, Url)
+    there = file.bucket.about(file.key) if listed is None else listed.get(file.key)
+    if there is None or there.size_bytes != about["bytes"]:
+        return False
+    if version in (None, there.version):
+        return True
+    digest = hashlib.sha256()
+    for piece in file_pieces(file):
+        digest.update(piece)
+    return bool(digest.hexdigest() == about["sha256"])
 
 
 def read_record(file: Path) -> dict[str, Any] | None:
@@ -255,12 +290,22 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def valid_records(path: Path, plan: Plan, which: Iterable[Unit]) -> dict[Unit, dict[str, Any]]:
-    """The valid commit records among these units; at a URL many are asked for side by side."""
+    """The valid commit records among these units; at a URL all objects are listed, then many records are asked for side by side."""
     which = list(which)
-    with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
-        ask = pool.map if isinstance(path, Url) else map
-        found = list(ask(lambda unit: valid_record(path, plan, *unit), which))
+    if not isinstance(path, Url):
+        found = [valid_record(path, plan, *unit) for unit in which]
+    else:
+        listed = dict(path.bucket.below(path.key))
+        which = [unit for unit in which if object_name(commit_path(path, *unit)) in listed]
+        with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
+            found = list(pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], listed), which))
     return {unit: record for unit, record in zip(which, found) if record is not None}
+
+
+def object_name(file: Path) -> str:
+    """The name of an object in its bucket."""
+    assert isinstance(file, Url)
+    return file.key
 
 
 def committed(path: Path, plan: Plan) -> set[Unit]:
@@ -342,9 +387,9 @@ def refuse_other_tails(path: Path, plan: Plan) -> None:
             read_tail(path, teacher.tail_name)  # where no manifest tells what it was, it is a tail at least
             if quantiser is not None and quantiser.stored.product and quantiser.codebook is not None:
                 read_product(product_path(path, teacher.column), quantiser.codebook["sha256"])
-        elif quantiser is not None and quantiser.codebook is not None and file.exists():
+        elif quantiser is not None and quantiser.codebook is not None and exists(file):
             read_codebook(path, teacher.name, quantiser.codebook["sha256"])
-        if about and file.exists() and file_summary(path, file)["sha256"] != about["sha256"]:
+        if about and exists(file) and file_summary(path, file)["sha256"] != about["sha256"]:
             raise ValueError(f"{file}: its sha256 is not that of the manifest, so it was altered or damaged; to repair, delete it "
                              "and run the same command again")  # fmt: skip
 

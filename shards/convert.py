@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mrmae.common.backend import absolute, exists, expect_utf8, read_bytes
+from mrmae.common.backend import absolute, exists, expect_utf8, read_bytes, size_of
 from mrmae.common.files import Published, publish
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -141,7 +141,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
     else:
         arrays, valid, quality = converted_arrays(cache, plan, unit, record.get("quality"))
         commits.store_column(out, plan, view, column, shard, arrays, valid, record | quality)
-    return sum(file.stat().st_size for file in unit_files(out, plan, *unit))
+    return sum(size_of(file) for file in unit_files(out, plan, *unit))
 
 
 def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ import contextlib
 from collections.abc import Container
 from pathlib import Path
 
-from mrmae.common.backend import exists, refuse_url
+from mrmae.common.backend import Url, exists, files_below
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -70,8 +70,13 @@ def refuse_damaged(path: Path, plan: Plan) -> None:
 
 def columns_called(path: Path, name: str) -> list[str]:
     """The columns of that name, or of the teacher of that name: of the plan, and what a killed drop has left."""
-    refuse_url(path)
-    left = [folder.name for folder in (path / "commits" / "0").glob("*.*") if folder.is_dir()]
+    records = path / "commits" / "0"
+    names = (
+        {file.relative_to(records).parts[0] for file in files_below(records)}
+        if isinstance(path, Url)
+        else {folder.name for folder in records.glob("*.*") if folder.is_dir()}
+    )
+    left = [name for name in names if "." in name.strip(".")]
     every = dict.fromkeys([*(spec.column for spec in load_plan(path).columns), *sorted(left)])
     return [column for column in every if name in (column, column.partition(".")[0])]
 
@@ -94,27 +99,31 @@ def files_of_column(path: Path, column: str) -> list[Path]:
     column: of the plan, or what a killed drop has left. ValueError where there is no such column, and where something of the
     cache is a link.
     """
-    refuse_url(path)
     refuse_foreign_entries(path)
     plan = load_plan(path)
     teacher, dot, tap = column.partition(".")
     known = [spec.column for spec in plan.columns]
     proper = dot and NAME.fullmatch(teacher) and NAME.fullmatch(tap) and teacher != PIXELS
     folders = column_folders(path, plan, column) if proper else []
-    if column not in known and not any(folder.is_dir() for folder in folders):
+    if column not in known and not any(is_there(folder) for folder in folders):
         raise ValueError(f"{path}: there is no column {column!r}; it holds {sorted(known)}; choose one")
-    files = [file for folder in folders for file in sorted(folder.rglob("*")) if not file.is_dir()]
+    files = [file for folder in folders for file in files_below(folder)]
     tail = tail_name(teacher, tap)
     last = tail not in {spec.tail_name for spec in plan.columns if spec.column != column}
     moments = stats_path(path, column)
     more = [
         moments,
         product_path(path, column),
-        *sorted(moments.parent.glob(f"{column}.*.safetensors")),
+        *(file for file in files_below(moments.parent) if file.match(f"{column}.*.safetensors")),
         *([tail_path(path, tail)] if last else []),
         *([codebook_path(path, teacher)] if last and tail == teacher else []),
     ]
-    return files + [file for file in more if file.exists()]
+    return files + [file for file in dict.fromkeys(more) if exists(file)]
+
+
+def is_there(folder: Path) -> bool:
+    """Whether there is such a folder, even an empty one; at a URL whether something lies below."""
+    return bool(files_below(folder)) if isinstance(folder, Url) else folder.is_dir()
 
 
 def column_folders(path: Path, plan: Plan, column: str) -> list[Path]:
@@ -125,7 +134,9 @@ def column_folders(path: Path, plan: Plan, column: str) -> list[Path]:
 
 
 def remove_empty(folder: Path) -> None:
-    """Remove a column's folders, which hold no file any more; a teacher's own folder goes with its last column."""
+    """Remove a column's folders, which hold no file any more; a teacher's own folder goes with its last column. A URL has none."""
+    if isinstance(folder, Url):
+        return
     for below in sorted((below for below in folder.rglob("*") if below.is_dir()), reverse=True):
         below.rmdir()
     with contextlib.suppress(OSError):  # never there, or the teacher has other columns

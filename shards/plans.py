@@ -11,8 +11,10 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
+from mrmae.common.backend import Url, exists, files_below
 from mrmae.common.files import TEMPORARY, publish
 from mrmae.common.progress import counted
+from mrmae.shards import claims
 from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
 from mrmae.shards.commit import withdraw_manifest
 from mrmae.shards.format import (
@@ -313,14 +315,14 @@ def look(path: Path, *, images: bool = True) -> Found:
     """What lies at `path`. images: samples.arrow is read, too, which takes seconds for a million of them."""
     try:
         refuse_foreign_entries(path)
-        if path.exists() and not path.is_dir():
+        if not isinstance(path, Url) and path.exists() and not path.is_dir():
             return Found(path, damage=f"{path}: is a file; expected a new folder for the cache; choose another name")
-        if not (path / "plan.json").exists():
+        if not exists(path / "plan.json"):
             return Found(path, others=others(path))
         plan = load_plan(path)
         if not images:
             return Found(path, plan)
-        if (path / "samples.arrow").exists():
+        if exists(path / "samples.arrow"):
             return Found(path, plan, read_sources(path))
         return Found(path, plan, None, keys_of_pixels(path, plan))
     except ValueError as error:
@@ -329,10 +331,19 @@ def look(path: Path, *, images: bool = True) -> Found:
 
 def others(path: Path) -> list[str]:
     """Names of what lies in a folder without a plan and is no beginning of a cache."""
-    if not path.exists():
-        return []
-    ours = {DIGESTS, TARS, CACHE_LOCK, PLAN_LOCK, *(file.name for file in path.glob(TEMPORARY))}
-    return sorted(file.name for file in path.iterdir() if file.name not in ours and not is_samples(file))
+    ours = {DIGESTS, TARS, CACHE_LOCK, PLAN_LOCK}
+    here = entries_of(path)
+    return sorted(
+        file.name for file in here if file.name not in ours and not file.match(TEMPORARY) and not is_samples(file)
+    )
+
+
+def entries_of(path: Path) -> list[Path]:
+    """What lies in a folder; at a URL the objects and folders right below it, without the claims of those at work."""
+    if not isinstance(path, Url):
+        return list(path.iterdir()) if path.exists() else []
+    names = {file.relative_to(path).parts[0] for file in files_below(path) if not file.match(".*.lock")}
+    return [path / name for name in names - {claims.shared_folder(path / CACHE_LOCK).name}]
 
 
 def is_samples(file: Path) -> bool:
@@ -371,7 +382,7 @@ def write_agreed(path: Path, agreed: Agreed) -> None:
 
 def refuse_changed_plan(path: Path, plan: Plan | None) -> None:
     """ValueError where the plan on disk is another one than this by now."""
-    there = load_plan(path) if (path / "plan.json").exists() else None
+    there = load_plan(path) if exists(path / "plan.json") else None
     if (there and plain(there.to_json())) != (plan and plain(plan.to_json())):
         raise ValueError(f"{path}: another command has extended or changed this cache meanwhile; everything committed so far "
                          "stays valid; run the newest command again, it finishes")  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mrmae.common import backend
+from mrmae.common import backend, uploads
 from mrmae.extract.images import decode
 from mrmae.extract.maps import GivenMap
 from mrmae.shards import commit
@@ -208,15 +208,18 @@ def s3_server() -> Iterator[Any]:
 
 
 @pytest.fixture
-def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The local S3 server, with the environment that leads there."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
-    backend.bucket_of.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+    for cached in (backend.bucket_of, uploads.expect_conditions):
+        cached.cache_clear()
     yield s3_server
-    s3_server.proxy.cuts = 0
+    s3_server.proxy.cuts = s3_server.proxy.refusals = 0
+    s3_server.proxy.deaf = False
     backend.bucket_of.cache_clear()
 
 

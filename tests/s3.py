@@ -9,9 +9,10 @@ from pathlib import Path
 
 class Proxy:
     """A TCP proxy on 127.0.0.1. cuts: how many of the next answers are cut in their middle. refusals: how many are
-    a 503 instead. requests, answer_bytes: so far."""
+    a 503 instead, or another `refusal`. deaf: conditions of requests are not passed on. requests, answer_bytes: so far."""
 
     def __init__(self, port: int) -> None:
+        self.deaf, self.refusal = False, b"503 Slow Down"
         self.to, self.cuts, self.refusals, self.requests, self.answer_bytes = port, 0, 0, 0, 0
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.port = self.listener.getsockname()[1]
@@ -32,9 +33,14 @@ class Proxy:
             while data := one.recv(1 << 16):
                 if not answers:
                     self.requests += data.count(b" HTTP/1.1\r\n")
+                    data = (
+                        data.replace(b"if-none-match", b"x-none-matchx").replace(b"if-match", b"x-matchx")
+                        if self.deaf
+                        else data
+                    )
                 elif self.refusals > 0 and data.startswith(b"HTTP/1.1 "):
                     self.refusals -= 1
-                    other.sendall(b"HTTP/1.1 503 Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+                    other.sendall(b"HTTP/1.1 " + self.refusal + b"\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
                     break
                 elif self.cuts > 0:
                     self.cuts -= 1

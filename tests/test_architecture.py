@@ -63,6 +63,7 @@ BY_BEHAVIOUR = {
         "formats",
         "parity",
         "taps",
+        "url_caches",
         "writers",
     },
     "extract/images": {"zoo"},

@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
-from mrmae.common.backend import About, Bucket, Url, bucket_of, locate
+from mrmae.common.backend import About, Bucket, Url, bucket_of, exists, files_below, locate, read_bytes
 from mrmae.common.files import publish
 from mrmae.common.progress import Progress
 from mrmae.extract.images.patience import Unreadable, patiently
@@ -163,7 +163,7 @@ def read_tars(urls: Sequence[Url], kept: KeptIndices, hashed: Callable[[str], bo
         abouts = {url: about for url, about in zip(urls, found) if about is not None}
 
         def missing() -> list[Url]:
-            return [url for url in abouts if not index_file(url, abouts[url], kept).is_file()]
+            return [url for url in abouts if not exists(index_file(url, abouts[url], kept))]
 
         if missing():
             with kept.alone():
@@ -229,7 +229,7 @@ def index_of(url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], 
 
 def hashed_members(kept: KeptIndices) -> Iterator[list[tuple[str, int, str, int, int]]]:
     """(key, bytes, sha256, version of the tar, offset in it) of what was hashed, tar by tar."""
-    for file in sorted(kept.folder.glob("*.json")):
+    for file in (file for file in files_below(kept.folder) if file.match("*.json")):
         version, members = kept_index(file) or (0, {})
         yield [(name, m.size_bytes, m.sha256, version, m.offset) for name, m in members.items()
                if m.sha256 and not NO_UTF8.search(name)]  # fmt: skip
@@ -238,7 +238,7 @@ def hashed_members(kept: KeptIndices) -> Iterator[list[tuple[str, int, str, int,
 def kept_index(file: Path) -> tuple[int, dict[str, TarHeader]] | None:
     """Version and members of a tar as they were kept; None where that is damaged."""
     try:
-        checksum, _, text = file.read_bytes().partition(b" ")
+        checksum, _, text = read_bytes(file).partition(b" ")
         if int(checksum, 16) != zlib.crc32(text):
             return None
         version, rows = json.loads(text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate
+from mrmae.common.backend import Unreachable, Url, exists, expect_utf8, locate, size_of
 from mrmae.common.errors import in_one_line
 from mrmae.common.progress import Progress, counted, human_bytes
 from mrmae.common.suggest import Command
@@ -207,7 +207,7 @@ def ask(question: str, yes: bool) -> None:
 
 def files_in_words(files: Sequence[Path]) -> str:
     """How many files, and how large."""
-    return f"{counted(len(files), 'file')}, {human_bytes(sum(file.lstat().st_size for file in files))}"
+    return f"{counted(len(files), 'file')}, {human_bytes(sum(map(size_of, files)))}"
 
 
 def report_damage(problems: "list[Problem]") -> None:
@@ -256,9 +256,6 @@ def stats(cache: Path, columns: tuple[str, ...], views: int | None, images: int 
     from mrmae.shards.stats import compute_stats, write_stats
 
     with one_line_errors():
-        if isinstance(cache, Url):
-            raise ValueError(f"{cache}: moments are stored beside a cache, and one at a URL can only be read; do this with a "
-                             "local copy, and upload that")  # fmt: skip
         load_plan(cache)
         if not exists(cache / "manifest.json"):
             raise ValueError(
@@ -303,7 +300,7 @@ def drop(cache: Path, column: str, yes: bool) -> None:
 
 @main.command()
 @CACHE
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", type=folder_or_url)
 @click.option("--format", type=click.Choice(FORMAT_NAMES), help="How columns are stored; default: as in CACHE.")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Quantise the stored values again; default: as in CACHE.")
 @click.option("--drop", multiple=True, metavar="TEACHER[.TAP]", help="Leave a teacher or one of its columns out.")
@@ -366,6 +363,8 @@ def pictures(
             raise ValueError(f"--view {view}: this cache has {counted(opened.n_views, 'view')}, numbered from 0")
         if opened.unfinished:
             click.echo(f"UNFINISHED cache: {opened.unfinished} are committed; only these can be shown")
+        if out is None and isinstance(cache, Url):
+            raise ValueError(f"{cache}: a picture is written to a folder; say with --out where it goes")
         given = None if boxes is None else read_box_file(boxes)
         path = write_sheet(opened, samples, out or cache / "pictures.png", view=view, bands=bands, boxes=given)
     click.echo(f"{os.fspath(path)}")
@@ -383,7 +382,7 @@ def write_report(cache: Path, out: Path | None, samples: int) -> None:
     with one_line_errors():
         expect_utf8(out or "", "--out")
         if out is None and isinstance(cache, Url):
-            raise ValueError(f"{cache}: a cache at a URL can only be read; say with --out where the page goes")
+            raise ValueError(f"{cache}: a page is written to a folder; say with --out where the page goes")
         path = write_document(out or cache / "report.html", cache_page(cache, rows=samples))
     click.echo(f"{os.fspath(path)}")
 

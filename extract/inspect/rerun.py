@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from mrmae.common.backend import Url
+from mrmae.common.backend import Url, absolute, locate
 from mrmae.extract.made_maps import is_made
 from mrmae.extract.options import SAID
 from mrmae.extract.recorded import told_command, with_folder
@@ -57,8 +57,9 @@ def aimed_at(cache: Path, plan: Plan, words: Sequence[str], folder: Path) -> str
     """The command with `cache` as its target (its last word before the options), in a form that a grown cache accepts."""
     words = list(words)
     at = next((i for i, word in enumerate(words) if word.startswith("--")), len(words)) - 1
-    if Path(folder, words[at]).resolve() != cache.resolve():
-        words[at] = str(cache.resolve())
+    target = locate(words[at])
+    if absolute(target if isinstance(target, Url) else folder / target) != absolute(cache):
+        words[at] = str(absolute(cache))
     if plan.appended and words[0] == "extract-features" and "--append" not in words:
         words.append("--append")
     return shlex.join(words)
@@ -95,9 +96,10 @@ def from_folder(found: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The parameters of a command with every relative path counted from `folder`."""
     params = dict(found)
     for name in {"cache", "out"} & set(params):
-        params[name] = params[name] if isinstance(params[name], Url) else folder / params[name]
+        place = locate(params[name])
+        params[name] = place if isinstance(place, Url) else folder / place
     if "images" in params:
-        params["images"] = tuple(str(folder / image) for image in params["images"])
+        params["images"] = tuple(image if "://" in image else str(folder / image) for image in params["images"])
         params["teachers"] = tuple(with_folder(text, folder) for text in params["teachers"])
         params["maps"] = tuple(map_with_folder(text, folder) for text in params["maps"])
     return params

@@ -195,8 +195,9 @@ class Shards:
         number = shard * self.plan.shard_samples + (error.row or 0)
         whose = "" if error.row is None else f" for sample {number} ({self.keys[number]!r})"
         if isinstance(error.path, Url):
-            return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; upload this file again from the "
-                    "folder that the cache was extracted to (inspect-cache verify --full there says whether it is whole)")  # fmt: skip
+            return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; inspect-cache repair "
+                    f"{shlex.quote(str(self.path))} finds all that is damaged and names the command that writes it anew; or upload this file "
+                    "again from where it was copied")  # fmt: skip
         made = self.plan.quantisers.get(column)
         command = "inspect-cache convert" if made is not None and made.source else "extract-features"
         return (f"{error.path}: {error.what}{whose}; the manifest promises whole shards; to repair, delete "

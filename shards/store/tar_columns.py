@@ -12,6 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from mrmae.common.backend import exists
 from mrmae.common.files import publish
 from mrmae.shards.format import Array, Layout, canonical_json, plain, shown
 from mrmae.shards.store import zarr
@@ -53,7 +54,7 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
     A file that exists is left as it is: it was written from the same plan.
     """
     path = folder / METADATA
-    if not path.exists():
+    if not exists(path):
         publish(path, metadata(layout, attrs)[METADATA], replace=True)
 
 

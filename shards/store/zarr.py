@@ -17,6 +17,7 @@ import zarr
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
+from mrmae.common.backend import exists
 from mrmae.common.files import Published, publish
 from mrmae.shards.format import DTYPES, IN_BLOCKS, Array, Layout, canonical_json, read_json
 from mrmae.shards.store.reader import ABSENT, ShardFile
@@ -76,7 +77,7 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
 
     Metadata that exists is left as it is: it was written from the same plan.
     """
-    absent = [path for path in metadata_paths(folder, layout) if not path.exists()]
+    absent = [path for path in metadata_paths(folder, layout) if not exists(path)]
     contents = metadata(layout, attrs) if absent else {}
     for path in absent:
         publish(path, contents[path.relative_to(folder).as_posix()], replace=True)

@@ -17,8 +17,6 @@ from click.testing import CliRunner
 
 from mrmae.common import backend
 from mrmae.common.backend import Unreachable, Url, exists, locate, read_bytes
-from mrmae.common.files import publish, remove
-from mrmae.extract.cli import main as extract_command
 from mrmae.extract.inspect.cli import main
 from mrmae.shards.cache import Cache, open_cache
 
@@ -71,11 +69,6 @@ def test_one_token_block_is_read_at_a_url(s3: Any, make_cache: Make, tmp_path: P
     one, two = (cache.read_block("a.pre_tail", *where, near.numbers % 4) for cache in (near, far))
     assert all(torch.equal(one[name], two[name]) for name in ("tokens", "scale"))
     assert torch.equal(near.read_tokens("a.pre_tail", *where), far.read_tokens("a.pre_tail", *where))
-
-
-def test_extraction_to_a_url_is_refused(tmp_path: Path) -> None:
-    done = CliRunner().invoke(extract_command, [str(tmp_path), "s3://photos/x.cache"])
-    assert done.exit_code == 1 and "s3://photos/x.cache: extract-features writes to folders" in done.output
 
 
 def remote_threads() -> int:
@@ -146,7 +139,7 @@ def test_missing_and_truncated_objects_are_all_named_at_open(s3: Any, tiny_cache
         "3 problems" in text
         and "norm/c/2/0: no such object" in text
         and "missing metadata" in text
-        and "upload these files again" in text
+        and "or upload these files again" in text
     )
     assert "000001.tar: " in text and "bytes; the manifest says" in text
     with pytest.raises(ValueError, match="there is no cache here"):
@@ -160,7 +153,7 @@ def test_objects_altered_after_opening_are_noticed(s3: Any, tiny_cache: Path) ->
     data = bytearray((tiny_cache / name).read_bytes())
     data[40] ^= 1
     s3.ask("PUT", f"changing-photos/some/photos.cache/{name}", bytes(data))
-    with pytest.raises(ValueError, match="fails its crc32c for sample 0 .*upload this file again"):
+    with pytest.raises(ValueError, match="fails its crc32c for sample 0 .*or upload this file again"):
         far.read_column("a.pre_tail", [0], [0])
     s3.ask("PUT", f"changing-photos/some/photos.cache/{name}", bytes(data[:60]))
     with pytest.raises(ValueError, match="tokens/c/0/0/0: .*(shorter|too short|ends within)"):
@@ -196,7 +189,7 @@ def test_no_credentials_and_no_secret_in_any_message(s3: Any, uploaded: str, mon
         open_cache(uploaded)
 
 
-def test_inspect_cache_reads_urls_and_writes_to_none(s3: Any, make_cache: Make, tmp_path: Path) -> None:
+def test_inspect_cache_reads_urls(s3: Any, make_cache: Make, tmp_path: Path) -> None:
     path = make_cache(tmp_path / "c", n=8, n_views=1)
     uploaded = s3.upload(path, "small-photos")
     runner = CliRunner()
@@ -206,10 +199,6 @@ def test_inspect_cache_reads_urls_and_writes_to_none(s3: Any, make_cache: Make, 
         checked = runner.invoke(main, ["verify", uploaded, *options])
         assert checked.exit_code == 0 and "are as they were written" in checked.output
     assert runner.invoke(main, ["diff", uploaded, str(path)]).exit_code == 0
-    for command in (["stats"], ["drop", "--yes"]):
-        words = [command[0], uploaded, *(["a.pre_tail"] if command[0] == "drop" else []), *command[1:]]
-        refused = runner.invoke(main, words)
-        assert refused.exit_code == 1 and "can only be read" in refused.output, refused.output
 
 
 def test_urls_are_told_from_folders() -> None:
@@ -221,9 +210,6 @@ def test_urls_are_told_from_folders() -> None:
     for url, message in (("https://host/x", "s3, gs, az"), ("s3://", "has no bucket")):
         with pytest.raises(ValueError, match=message):
             locate(url)
-    for write in (lambda: publish(far / "x", b""), lambda: remove(far / "x")):
-        with pytest.raises(ValueError, match="s3://photos/a/b.cache.*can only be read"):
-            write()
 
 
 def test_the_extra_is_named_where_obstore_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mrmae.common.backend import exists, locate
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.format.spec import ViewRecipe
 
@@ -20,10 +21,11 @@ SMALL: dict[str, Any] = {"recipe": ViewRecipe(32), "grid": 4, "batch_size": 4, "
 Extract = Callable[..., dict[str, Any]]
 
 
-def extract_small(images: Path, cache: Path, *teachers: str, **options: Any) -> dict[str, Any]:
+def extract_small(images: Path, cache: Path | str, *teachers: str, **options: Any) -> dict[str, Any]:
     """The manifest of `cache`, extracted with tiny settings."""
     options = {**SMALL, **options}
-    if not (cache / "plan.json").exists():
+    cache = locate(cache)
+    if not exists(cache / "plan.json"):
         options.setdefault("shard_samples", 16)  # two shards of the photographs
     say = options.pop("say", lambda line: None)
     return extract_features(Options(images=[images], cache=cache, teachers=teachers or (VIT,), **options), say=say)
