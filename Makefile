@@ -35,6 +35,7 @@ soak: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak --timeout 3600
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_cache.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_kills.py --sweep
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_ray.py
 	$(BIN)/python benchmarks/soak_fuzz.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/soak_exits.py
 

@@ -15,6 +15,7 @@ import contextlib
 import csv
 import dataclasses
 import errno
+import fcntl
 import fnmatch
 import gc
 import hashlib
@@ -66,6 +67,7 @@ Stop = tuple[int, int]  # at which file operation, and with which error; 0 is a 
 NEVER: Stop = (0, 0)
 Aim = Mapping[int, int | float]  # which jobs to kill: before which file operation, or after how many seconds
 MAKING = ("open", "os.mkdir", "os.link", "os.rename")  # names of audit events
+CLOCKS = ("time", "time_ns", "monotonic", "monotonic_ns")
 OPERATIONS = (*MAKING, "os.remove", "os.rmdir", "os.truncate")
 TORCHRUN = {"MASTER_ADDR": "localhost", "TORCHELASTIC_RUN_ID": "soak", "TORCHELASTIC_USE_AGENT_STORE": "True",
             "TORCHELASTIC_RESTART_COUNT": "0"}  # fmt: skip
@@ -83,6 +85,8 @@ class Scenario:
 
     ranks: processes of each, as torchrun starts them; where one dies, it stops the others. before: makes the OUT that is
     there first. damaged: some of its shards are. last: finishes a cache after its parts. once: refused where all is done.
+    clocks: by how many seconds the clocks of the processes are wrong, in turns. locks: whether the file system has any. planning: kills
+    come at one of the operations that planning takes.
     """
 
     commands: tuple[str, ...]
@@ -91,6 +95,9 @@ class Scenario:
     damaged: bool = False
     last: str = ""
     once: bool = False
+    clocks: tuple[float, ...] = (0.0,)
+    locks: bool = True
+    planning: bool = False
 
 
 VIT, CNN = "--teacher vit=timm:test_vit/random", "--teacher cnn=timm:test_efficientnet/random"
@@ -99,6 +106,7 @@ BOTH = f"extract-features IMAGES OUT {VIT} {CNN} --views 2 {SMALL}"
 LESS = f"extract-features SOME OUT {VIT} {SMALL}"
 MORE = f"extract-features IMAGES OUT {VIT} {SMALL} --append"
 SOURCE = BOTH.replace("OUT", "SOURCE")
+ONE = BOTH.replace("--shard-samples 4", "--shard-samples 16")  # all images in one shard
 TRAIN = ("train-mrmae SOURCE OUT --student test_vit --set student.decoder.depth=1 --set student.decoder.width=16"
          " --set student.decoder.heads=2 --epochs 2 --batch-size 4 --blr 0.1 --warmup-epochs 1 --device cpu --workers 1"
          " --save-minutes 0 --keep 2 --log-every 1 --panels-every 2")  # fmt: skip
@@ -111,6 +119,16 @@ SCENARIOS = {
     "extract in overlapping parts": Scenario(
         tuple(f"{BOTH} --shards {part}" for part in ("0/2", "1/2", "1/3")), last=BOTH
     ),
+    "extract by 3 processes": Scenario((BOTH,) * 3),
+    "extract by 3 processes, clocks apart": Scenario((BOTH,) * 3, clocks=(-420.0, 0.0, 660.0)),
+    "extract in 2 parts, clocks apart": Scenario(
+        (f"{BOTH} --shards 0/2", f"{BOTH} --shards 1/2"), last=BOTH, clocks=(3600.0, -300.0)
+    ),
+    "two on one shard": Scenario((ONE, ONE)),
+    "two on one shard without locks, clocks apart": Scenario(  # planned before
+        (ONE, ONE), before=f"{ONE} --shards 1/2", locks=False, clocks=(-420.0, 660.0)
+    ),
+    "planners": Scenario((BOTH, BOTH), planning=True),
     "extract in parts beside the whole": Scenario((f"{BOTH} --shards 0/2", f"{BOTH} --shards 1/2", BOTH)),
     "append": Scenario((MORE,), before=LESS),
     "append twice at once": Scenario((MORE, MORE), before=LESS),
@@ -147,11 +165,13 @@ def furnished(work: Path) -> Path:
 # --- a child
 
 
-def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Stop) -> int:
+def start(
+    command: str, work: Path, said: Path, about: dict[str, str], stop: Stop, clock: float = 0.0, locks: bool = True
+) -> int:
     """The id of a child that runs a command line in the folder `work`.
 
     What it says goes to `said`, its file operations to said.operations.
-    about: additions to its environment. stop: see watch.
+    about: additions to its environment. stop: see watch. clock: by how many seconds its clocks are wrong. locks: whether there are any.
     """
     if pid := os.fork():
         return pid
@@ -162,6 +182,9 @@ def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Sto
         os.environ |= about
         os.chdir(work)
         torch.set_num_threads(1)  # makes torch's pool anew, before two threads want to at once
+        shift_clocks(clock)
+        if not locks:
+            forget_locks()
         seen = watch(work, *stop)
         sys.argv = shlex.split(command)
         try:
@@ -175,6 +198,26 @@ def start(command: str, work: Path, said: Path, about: dict[str, str], stop: Sto
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def shift_clocks(seconds: float) -> None:
+    """Make every clock of this process wrong: the time of day, and the one that counts from when a machine was started."""
+    nanoseconds, real, text = int(seconds * 1e9), {name: getattr(time, name) for name in CLOCKS}, time.strftime
+    time.time, time.monotonic = lambda: real["time"]() + seconds, lambda: real["monotonic"]() + seconds
+    time.time_ns, time.monotonic_ns = (
+        lambda: real["time_ns"]() + nanoseconds,
+        lambda: real["monotonic_ns"]() + nanoseconds,
+    )
+    time.strftime = lambda form, at=None: text(form, time.localtime(time.time()) if at is None else at)  # type: ignore[assignment]
+
+
+def forget_locks() -> None:
+    """Make this process's file systems know no locks."""
+
+    def none(descriptor: int, kind: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    fcntl.flock = none
 
 
 def watch(work: Path, at: int, code: int) -> list[str]:
@@ -327,7 +370,8 @@ class Soak:
             if self.store:
                 about |= {**TORCHRUN, "MASTER_PORT": str(self.store.port)}
             command, said = self.scene.commands[job // ranks], self.work / f"said{job}"
-            self.running[job] = start(command, self.work, said, about, stops.get(job, NEVER))
+            clock = self.scene.clocks[job % len(self.scene.clocks)]
+            self.running[job] = start(command, self.work, said, about, stops.get(job, NEVER), clock, self.scene.locks)
 
     def end(self, jobs: Collection[int], *patience: Any) -> dict[int, int]:
         """Exit statuses of running jobs, by job. patience: see ended."""
@@ -345,9 +389,16 @@ class Soak:
     def at_random(self, left: Collection[int]) -> Aim:
         """At least one of the jobs left, each at an operation or a moment; what runs already, at a moment."""
         victims = self.rng.sample(sorted(left), self.rng.randint(1, len(left)))
+        if self.scene.planning and not self.running:
+            return {job: self.rng.randint(1, self.planned_after()) for job in victims}
         at_operation = {job for job in victims if job not in self.running and self.rng.random() < 0.5}
         return {job: self.rng.randint(1, len(self.operations[job])) if job in at_operation and self.operations[job] else self.rng.uniform(0, 1.1 * self.seconds)
                 for job in victims}  # fmt: skip
+
+    def planned_after(self) -> int:
+        """How many operations planning takes: those before a first shard is claimed, of the process that did it."""
+        planner = max(self.operations.values(), key=len)
+        return next(i for i, operation in enumerate(planner) if "/commits/" in operation)
 
     def kill(self, left: set[int], aim: Aim) -> set[int]:
         """The jobs still left after those aimed at were killed; others may go on meanwhile."""
