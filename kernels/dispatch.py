@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from typing import ParamSpec
 
 import torch
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor
 
 from mrmae.kernels import check, mimic, pixels, reference
@@ -223,6 +223,47 @@ def mimic_loss(
         distance=distance,
         beta=beta,
     )
+
+
+@noted
+def decode_codes(
+    codes: UInt8[Tensor, "b l m"],
+    ids: Int64[Tensor, "v n"] | None,
+    entries: Float[Tensor, "256 r"],
+    group: Int64[Tensor, " r"],
+    basis: Float[Tensor, "r d"],
+    mean: Float[Tensor, " d"],
+    *,
+    n_rows: int,
+    kernels: Kernels = "auto",
+    debug: bool = False,
+) -> Float[Tensor, "v n d"]:
+    """What product codes stand for at `ids`: `mean + entries[codes[group[k]], k] @ basis`, in the dtype of entries.
+
+    Without ids the codes are the rows themselves. n_rows: v, of whose rows row i reads codes i mod b. Triton gathers the components; the
+    product with the basis is torch's. No gradient. Raises ValueError for a wrong dtype, shape or device, ids outside the grid and an empty mask.
+    """
+    where = "decode_codes"
+    check.dtype_in(where, "codes", codes, (torch.uint8,))
+    check.shape_is(where, "codes", codes, (None, None, None), "pass [b, l, m]")
+    check.shape_is(where, "entries", entries, (256, None), "a row per code")
+    check.shape_is(where, "group", group, (entries.shape[1],), "which code decides on each component")
+    check.shape_is(where, "basis", basis, (entries.shape[1], None), "a row per component")
+    check.shape_is(where, "mean", mean, (basis.shape[1],), "one value per channel")
+    for name, x in (("entries", entries), ("basis", basis), ("mean", mean)):
+        check.dtype_in(where, name, x, check.FLOATS)
+        check.no_grad(where, name, x)
+    if ids is not None:
+        check.ids_of(where, "ids", ids, images=1, l=codes.shape[1], debug=debug)
+        check.shape_is(where, "ids", ids, (n_rows, None), "one row of ids per row of values")
+    if not codes.shape[0] or n_rows % codes.shape[0]:
+        wrong = f"{n_rows} rows of codes of {codes.shape[0]} images"
+        check.refuse(where, wrong, "as many rows as images, or a multiple", "check the batch")
+    tensors = {"ids": ids, "entries": entries, "group": group, "basis": basis, "mean": mean}
+    check.same_device(where, codes.device, tensors, "codes")
+    if use_triton(where, kernels, codes, entries, basis):
+        return mimic.code_components(codes, ids, entries, group, n_rows) @ basis + mean
+    return reference.decoded_rows(codes, ids, entries, group, basis, mean, n_rows=n_rows, work=entries.dtype)
 
 
 def check_statistics(

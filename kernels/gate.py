@@ -103,6 +103,15 @@ def mimic_case(codes: torch.dtype, target: str, distance: str, *, backward: bool
     return triton_mimic.mimic_loss(torch.empty(N, K), student, teacher, *rest)
 
 
+def decode_case(d: int = 768) -> Launch:
+    """The 96 codes of each token, all components kept."""
+    from mrmae.kernels import triton_mimic
+
+    codes, ids = torch.zeros(N, L, d // 8, dtype=torch.uint8), torch.zeros(N, K, dtype=torch.int64)
+    out, entries, group = torch.empty(N, K, d), torch.zeros(256, d), torch.arange(d) // 8
+    return triton_mimic.code_components(out, codes, ids, entries, group)
+
+
 U8, BF16, FP32 = torch.uint8, torch.bfloat16, torch.float32
 CASES: dict[str, Callable[[], Launch]] = {
     "gather u8 NCHW -> bf16": lambda: gather_case(image_batch(U8), BF16),
@@ -128,6 +137,8 @@ CASES: dict[str, Callable[[], Launch]] = {
     "mimic backward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=True),
     "mimic forward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=False, d=1024),
     "mimic backward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=True, d=1024),
+    "decode 96 codes": decode_case,
+    "decode 128 codes": lambda: decode_case(1024),
 }
 
 

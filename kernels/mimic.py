@@ -1,6 +1,8 @@
 # mypy: disable-error-code="no-untyped-call"
 """The mimic loss (K4): one opaque op that reads teacher rows as stored, normalises them and compares them with the student.
 
+Product codes are first decoded: `code_components`, an op of its own, gathers their entries, and a product with the basis follows.
+
 The CPU key is the reference, the CUDA key is Triton, imported at the first call. Backward reads the same rows again and recomputes:
 nothing is saved but the inputs. No gradient reaches the teacher.
 """
@@ -18,6 +20,7 @@ ARGUMENTS = (
     " Tensor? stat_mean, Tensor? stat_std, Tensor? positions, str target, str distance, float beta"
 )
 LIBRARY.define(f"mimic_loss({ARGUMENTS}) -> Tensor")
+LIBRARY.define("code_components(Tensor codes, Tensor? ids, Tensor entries, Tensor group, int n_rows) -> Tensor")
 LIBRARY.define(f"mimic_loss_backward(Tensor grad, {ARGUMENTS}) -> Tensor")
 
 
@@ -72,7 +75,30 @@ def mimic_loss_vjp(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return out, *(None for _ in range(11))
 
 
+def code_components(codes: Tensor, ids: Tensor | None, entries: Tensor, group: Tensor, n_rows: int) -> Tensor:
+    """The components of product codes, fp32 [v, n, r]; meaning as `reference.code_components`. No gradient."""
+    components: Tensor = torch.ops.mrmae.code_components(codes, ids, entries, group, n_rows)
+    return components
+
+
+def code_components_cpu(codes: Tensor, ids: Tensor | None, entries: Tensor, group: Tensor, n_rows: int) -> Tensor:
+    return reference.code_components(codes, ids, entries, group, n_rows=n_rows)
+
+
+def code_components_cuda(codes: Tensor, ids: Tensor | None, entries: Tensor, group: Tensor, n_rows: int) -> Tensor:
+    from mrmae.kernels import triton_mimic
+
+    out = code_components_fake(codes, ids, entries, group, n_rows)
+    triton_mimic.code_components(out, codes, ids, entries, group).run()
+    return out
+
+
+def code_components_fake(codes: Tensor, ids: Tensor | None, entries: Tensor, group: Tensor, n_rows: int) -> Tensor:
+    return entries.new_empty(n_rows, codes.shape[1] if ids is None else ids.shape[1], group.shape[0])
+
+
 for _name, _cpu, _cuda, _fake in (
+    ("code_components", code_components_cpu, code_components_cuda, code_components_fake),
     ("mimic_loss", mimic_loss_cpu, mimic_loss_cuda, mimic_loss_fake),
     ("mimic_loss_backward", mimic_loss_backward_cpu, mimic_loss_backward_cuda, mimic_loss_backward_fake),
 ):

@@ -162,12 +162,24 @@ def decoded_rows(
     work: torch.dtype,
 ) -> Float[Tensor, "v n d"]:
     """`mean + entries[codes[group[k]], k] @ basis` at `ids`: product codes; without ids, `codes` are already gathered."""
+    components = code_components(codes, ids, entries.to(work), group, n_rows=n_rows)
+    return components @ basis.to(work) + mean.to(work)
+
+
+def code_components(
+    codes: UInt8[Tensor, "b l m"],
+    ids: Int64[Tensor, "v n"] | None,
+    entries: Float[Tensor, "256 r"],
+    group: Int64[Tensor, " r"],
+    *,
+    n_rows: int,
+) -> Float[Tensor, "v n r"]:
+    """`entries[codes[group[k]], k]` at `ids`; without ids, `codes` are already gathered."""
     if ids is not None or n_rows != codes.shape[0]:
         rows = rows_of(n_rows, codes.shape[0], codes.device)
         codes = codes[(rows, ids) if ids is not None else (rows[:, 0],)]
     at = codes[..., group].long().flatten(0, 1)
-    components = entries.to(work).gather(0, at).view(*codes.shape[:2], len(group))
-    return components @ basis.to(work) + mean.to(work)
+    return entries.gather(0, at).view(*codes.shape[:2], len(group))
 
 
 def unit(x: Float[Tensor, "... d"]) -> Float[Tensor, "... d"]:

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Triton twin of mimic_loss: one token per program, forward and backward. Imported only where triton is installed.
+"""Triton twin of mimic_loss: one token per program, forward and backward; and of code_components. Imported only where triton is installed.
 
 Both directions read the student token and the teacher's stored token once, in any dtype, and keep them in registers. Offsets, masks
 and stores as in `triton_patches.py`; the definition is in `reference.py`.
@@ -253,6 +253,39 @@ def mimic_loss_backward_kernel(
     tl.store(out + row * n_tokens * D + (slot * D + d), (g * slope).to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def code_components_kernel(
+    out,
+    codes,
+    ids,
+    entries,
+    group,
+    n_images,
+    n_tokens,
+    codes_stride_b,
+    codes_stride_l,
+    codes_stride_m,
+    ids_stride_v,
+    ids_stride_n,
+    R: tl.constexpr,
+    WIDTH: tl.constexpr,
+    GATHERED: tl.constexpr,
+):
+    """The components of one token's product codes: a gather from entries [256, R], which stay in the L2 cache."""
+    row = tl.program_id(0) // n_tokens
+    slot = tl.program_id(0) % n_tokens
+    k = tl.arange(0, WIDTH)
+    mask = k < R
+    at = slot
+    if not GATHERED:
+        at = tl.load(ids + row.to(tl.int64) * ids_stride_v + slot * ids_stride_n).to(tl.int32)
+    image = (row % n_images).to(tl.int64)
+    of = tl.load(group + k, mask=mask, other=0).to(tl.int32)
+    code = tl.load(codes + image * codes_stride_b + (at * codes_stride_l + of * codes_stride_m), mask=mask, other=0)
+    y = tl.load(entries + (code.to(tl.int32) * R + k), mask=mask, other=0)
+    tl.store(out + row.to(tl.int64) * n_tokens * R + (slot * R + k), y, mask=mask)
+
+
 def pair_arguments(
     student: Tensor,
     codes: Tensor,
@@ -318,3 +351,21 @@ def mimic_loss_backward(grad: Tensor, out: Tensor, student: Tensor, codes: Tenso
     """grad [v, n] of any strides; out [v, n, d] in the student's dtype, contiguous."""
     first = {"grad": grad, "out": out, **strides("grad_stride", grad, "vn")}
     return build(mimic_loss_backward_kernel, first, student, codes, *rest)
+
+
+def code_components(out: Tensor, codes: Tensor, ids: Tensor | None, entries: Tensor, group: Tensor) -> Launch:
+    """codes [b, l, m] uint8 and ids of any strides; entries [256, r] and group [r] contiguous; out [v, n, r] like entries, contiguous."""
+    rows, n, r = out.shape
+    arguments = {
+        "out": out,
+        "codes": codes,
+        "ids": group if ids is None else ids,
+        "entries": entries.contiguous(),
+        "group": group.contiguous(),
+        "n_images": codes.shape[0],
+        "n_tokens": n,
+        **strides("codes_stride", codes, "blm"),
+        **optional_strides("ids_stride", ids, "vn"),
+    }
+    constants = {"R": r, "WIDTH": power_of_two(r), "GATHERED": ids is None}
+    return Launch(code_components_kernel, rows * n, arguments, constants, warps_for(power_of_two(r)))

@@ -14,7 +14,7 @@ CONSTEXPR = "Triton reads constants of its own module only, as constexpr; a test
 # Why a name may have several definitions.
 EXCEPTIONS = {
     **dict.fromkeys(
-        ("embed_tokens", "gather_patches", "mimic_loss", "mimic_loss_backward", "pixel_loss", "pixel_loss_backward"), TWINS
+        ("code_components", "embed_tokens", "gather_patches", "mimic_loss", "mimic_loss_backward", "pixel_loss", "pixel_loss_backward"), TWINS
     ),
     **dict.fromkeys(("LN_EPS", "NORM_PIX_EPS", "UNIT_EPS"), CONSTEXPR),
     **dict.fromkeys(

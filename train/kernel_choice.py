@@ -24,7 +24,7 @@ from mrmae.train.online import with_targets
 from mrmae.train.ranks import agree_on
 from mrmae.train.run import Run
 
-KERNELS = ("gather_patches", "embed_tokens", "pixel_loss", "mimic_loss")
+KERNELS = ("gather_patches", "embed_tokens", "pixel_loss", "mimic_loss", "decode_codes")
 FORMAT = "mrmae kernel choice 1"
 Tell = Callable[[str], None]
 

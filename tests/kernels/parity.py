@@ -190,6 +190,18 @@ def mimicry(
     yield compare("gradient", grad[:, 2:], truth_grad)
 
 
+def decoding(
+    *, r: int = 20, m: int = 3, n: int = 2, gathered: bool = False, masks: int = 1, sliced: bool = False
+) -> Iterator[Result]:
+    rows = masks * B
+    codes = draw(B, n if gathered else L, 2 * m if sliced else m, dtype=torch.uint8)
+    codes = codes[..., ::2] if sliced else codes
+    group = torch.arange(r, device=DEVICE) * m // r
+    entries, ids = draw(256, r), None if gathered else some_ids(rows, n)
+    ours = mimic.code_components(codes, ids, entries, group, rows)
+    yield compare("components", ours, reference.code_components(codes, ids, entries.double(), group, n_rows=rows))
+
+
 def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     """Name -> case; the grid that both the interpreter and the device run."""
     images = (torch.uint8, *FLOATS)
@@ -236,6 +248,16 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     add("mimic", mimicry, torch.float16, "none", "cosd", gathered=True, masks=2, scaled=False)
     for option in ({"gathered": True}, {"masks": 2}, {"gathered": True, "masks": 2}, {"d": 768}):
         add("mimic", mimicry, torch.int8, "position", "mse", **option)
+    for option in (
+        {},
+        {"gathered": True},
+        {"masks": 2},
+        {"gathered": True, "masks": 2},
+        {"sliced": True},
+        {"r": 768, "m": 96},
+        {"r": 1, "m": 1},
+    ):
+        add("decode", decoding, **option)
     return found
 
 
@@ -265,6 +287,7 @@ def main(device: str) -> None:
                 "pixel_loss_backward",
                 "mimic_loss",
                 "mimic_loss_backward",
+                "code_components",
             ):
                 if hasattr(module, f"{name}_cuda"):
                     module.LIBRARY.impl(name, getattr(module, f"{name}_cuda"), "CPU", allow_override=True)

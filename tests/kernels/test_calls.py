@@ -9,6 +9,7 @@ from mrmae.kernels.calls import Calls, remade
 
 B, C, P, D, L = 2, 3, 8, 8, 6
 IDS = torch.tensor([[0, 2, 5], [1, 3, 4]])
+KERNELS = ["gather_patches", "pixel_loss", "mimic_loss", "embed_tokens"]
 
 
 def noted_calls() -> Calls:
@@ -23,12 +24,15 @@ def noted_calls() -> Calls:
     student = torch.randn(B, 3, D, requires_grad=True)
     dispatch.mimic_loss(student, codes, IDS, scale=scale, channel_std=torch.ones(D), l=L, kernels=calls)
     dispatch.embed_tokens(student, torch.randn(L, D), torch.randn(D), IDS, kernels=calls)
+    product, group = torch.randint(0, 200, (B, L, 2)).to(torch.uint8), torch.tensor([0, 0, 0, 1, 1])
+    book = (torch.randn(256, 5), group, torch.randn(5, D), torch.randn(D))
+    dispatch.decode_codes(product, IDS, *book, n_rows=B, kernels=calls)
     return calls
 
 
 def test_a_noted_call_is_made_again_with_the_same_looks_and_other_numbers() -> None:
     calls = noted_calls()
-    assert [c["function"] for c in calls] == ["gather_patches", "pixel_loss", "mimic_loss", "embed_tokens"]
+    assert [c["function"] for c in calls] == [*KERNELS, "decode_codes"]
     again = [remade(c, torch.device("cpu"), 0) for c in json.loads(json.dumps(calls))]
     other = Calls()
     for call in again:

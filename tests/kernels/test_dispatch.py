@@ -220,6 +220,29 @@ def test_a_choice_takes_triton_for_cuda_tensors_where_it_says_so(monkeypatch: py
         dispatch.use_triton("pixel_loss", "triton", cuda)
 
 
+def test_product_codes_are_decoded_at_their_ids_or_refused_by_name() -> None:
+    codes, group = torch.randint(0, 255, (B, L, 2)).to(torch.uint8), torch.tensor([0, 1, 1, 1])
+    entries, basis, mean = torch.randn(256, 4), torch.randn(4, D), torch.randn(D)
+    book = (entries, group, basis, mean)
+    found = dispatch.decode_codes(codes, IDS, *book, n_rows=B)
+    code = codes[1, 3].long()
+    torch.testing.assert_close(
+        found[1, 1], mean + torch.stack([entries[code[g], k] for k, g in enumerate(group)]) @ basis
+    )
+    rows = dispatch.decode_codes(codes[:, :3], None, *book, n_rows=2 * B)
+    assert found.shape == (B, 3, D) and rows.shape == (2 * B, 3, D) and torch.equal(rows[:B], rows[B:])
+    with pytest.raises(
+        ValueError, match=r"decode_codes: entries has shape \[255, 4\]; shape \[256, any\] was expected"
+    ):
+        dispatch.decode_codes(codes, IDS, entries[:255], *book[1:], n_rows=B)
+    with pytest.raises(ValueError, match="decode_codes: codes is int8; one of uint8 was expected"):
+        dispatch.decode_codes(codes.to(torch.int8), IDS, *book, n_rows=B)
+    with pytest.raises(ValueError, match="3 rows of codes of 2 images; as many rows as images, or a multiple"):
+        dispatch.decode_codes(codes[:, :3], None, *book, n_rows=3)
+    with pytest.raises(ValueError, match="ids holds 6; 0 <= id < 6"):
+        dispatch.decode_codes(codes, IDS + 1, *book, n_rows=B)
+
+
 @pytest.mark.gpu
 def test_ids_outside_the_grid_are_found_on_a_device_in_debug_mode() -> None:
     how = {"scale": SCALE.cuda(), "shift": SHIFT.cuda(), "debug": True}

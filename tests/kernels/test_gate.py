@@ -17,7 +17,15 @@ NARROW_LOADS = (
 )  # bytes of interleaved channels, read by lane; 14 is no multiple of a vector
 NARROW_STORES = ("forward", "patch 14")  # one number per patch or token
 # Multiplications of a row by a stride: ids, image, pred or student, codes, scale, grad, out (two factors).
-ROWS = {"gather": 4, "embed": 4, "pixel forward": 3, "pixel backward": 6, "mimic forward": 3, "mimic backward": 6}
+ROWS = {
+    "gather": 4,
+    "embed": 4,
+    "pixel forward": 3,
+    "pixel backward": 6,
+    "mimic forward": 3,
+    "mimic backward": 6,
+    "decode": 3,
+}
 # All cases for sm_90, one per kernel for the other two; the committed table holds all of them for all three.
 SOME = ("gather u8 NHWC -> bf16", "embed bf16 -> fp32", "pixel backward u8 NHWC, bf16", "mimic backward int8, ln0 mse")
 COMPILED = [(case, 90) for case in gate.CASES] + [(case, sm) for sm in (80, 100) for case in SOME]

@@ -27,6 +27,8 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
     grad = torch.ones(B, 3, device=device)
     teacher = (codes, ids, *factors, None, None, None, "ln0", "mse", 1.0)
     centred = (codes, ids, *factors, torch.randn(L, D, device=device), factors[2], ids, "position", "mse", 1.0)
+    product = torch.randint(0, 255, (B, L, 3), device=device).to(torch.uint8)
+    group = torch.tensor([0, 1, 1, 2, 2, 2, 2], device=device)
     return {
         "gather_patches": (image, ids, scale, shift, P, torch.bfloat16),
         "embed_tokens": (
@@ -40,6 +42,8 @@ def arguments(device: str) -> dict[str, tuple[Any, ...]]:
         "mimic_loss": (student.clone().requires_grad_(), *teacher),
         "mimic_loss of positions": (student.clone().requires_grad_(), *centred),
         "mimic_loss_backward": (grad, student, *teacher),
+        "code_components": (product, ids, torch.randn(256, 7, device=device), group, B),
+        "code_components of rows": (product[:, :3], None, torch.randn(256, 7, device=device), group, 2 * B),
     }
 
 

@@ -24,7 +24,7 @@ def assert_close_to_float64(rows: list[dict[str, Any]]) -> None:
     failures = [r for r in rows if "failure" in r or not r["error"] <= r["limit"]]
     assert not failures, "\n".join(map(str, failures))
     kinds = {r["case"].split()[0] for r in rows}
-    assert kinds == {"gather", "pixel", "embed", "mimic"} and len(rows) > 150
+    assert kinds == {"gather", "pixel", "embed", "mimic", "decode"} and len(rows) > 150
 
 
 def test_interpreted_kernels_equal_the_float64_reference() -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64, Shaped, UInt8
 from torch import Tensor, nn
 
-from mrmae.kernels import reference
+from mrmae.kernels import dispatch, reference
 from mrmae.shards.format import BlockRule, apply_tail, stored_tap
 from mrmae.train.method.phi_s import phi_s
 from mrmae.train.method.recipe import TermRecipe, Transform
@@ -216,6 +216,7 @@ class TeacherStatistics(nn.Module):
         positions: Int64[Tensor, "v n"],
         *,
         like: Float[Tensor, "v n e"],
+        kernels: dispatch.Kernels = "torch",
     ) -> Float[Tensor, "v n e"]:
         """The teacher's tokens at `ids` (None: gathered already), behind its tail and under `phi_s` where these apply.
 
@@ -224,7 +225,10 @@ class TeacherStatistics(nn.Module):
         work = reference.wide(like, codes)
         with torch.autocast(like.device.type, enabled=False):
             if self.has_codebook:
-                values = reference.decoded_rows(codes, ids, **self.codebook, n_rows=like.shape[0], work=work)
+                values = dispatch.decode_codes(
+                    codes, ids, *self.codebook.values(), n_rows=like.shape[0], kernels=kernels
+                )
+                values = values.to(work)
             else:
                 values = reference.dequantised_rows(codes, ids, scale, mean, std, n_rows=like.shape[0], work=work)
             if self.tail_names:

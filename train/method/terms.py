@@ -456,7 +456,8 @@ def token_errors(
     codes, scale, ids = statistics.codes(arrays["tokens"]), arrays.get("scale"), prediction.ids
     mean, std = statistics.channel_mean, statistics.channel_std
     if statistics.decodes:
-        codes = statistics.values(codes, None if gathered else ids, scale, mean, std, ids, like=prediction.x)
+        at, kernels = None if gathered else ids, told["kernels"]
+        codes = statistics.values(codes, at, scale, mean, std, ids, like=prediction.x, kernels=kernels)
         scale, mean, std, gathered = None, None, None, True
     return dispatch.mimic_loss(
         prediction.x,
