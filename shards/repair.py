@@ -7,7 +7,7 @@ from mrmae.common.backend import exists
 from mrmae.common.files import publish, remove
 from mrmae.shards import claims
 from mrmae.shards.check import Problem, plan_and_manifest, read_records, strangers
-from mrmae.shards.format import Plan, commit_path, readable_json
+from mrmae.shards.format import Plan, commit_path, product_path, readable_json
 from mrmae.shards.store import refuse_foreign_entries
 
 
@@ -30,13 +30,14 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
     """What a repair removes: of a damaged shard its commit record, otherwise the damaged file itself.
 
     The manifest goes too where shards are damaged: nobody trains on them meanwhile. ValueError where something of the cache is a
-    link, and where it is the plan that was altered.
+    link, where it is the plan that was altered, and where a codebook of product codes is damaged.
     """
     refuse_foreign_entries(path)
     problems = list(problems)
     plan, manifest, _ = plan_and_manifest(path)
     if manifest is None:
         refuse_foreign_plan(path, plan)
+    refuse_lost_codebook(path, plan, problems)
     doomed = [
         path / problem.file if problem.unit is None else commit_path(path, *problem.unit)
         for problem in problems
@@ -45,6 +46,15 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
     if doomed:
         doomed.append(path / "manifest.json")
     return [file for file in dict.fromkeys(doomed) if exists(file)]
+
+
+def refuse_lost_codebook(path: Path, plan: Plan, problems: Iterable[Problem]) -> None:
+    """ValueError where a codebook of product codes is lost or damaged: no command writes that again."""
+    damaged = {path / problem.file for problem in problems}
+    for column, quantiser in plan.quantisers.items():
+        if quantiser.stored.product and (file := product_path(path, column)) in damaged:
+            raise ValueError(f"{file}: lost or damaged, and without it the codes of {column} mean nothing; no command writes it again; restore it from "
+                             f"a copy, or run inspect-cache drop {path} {column} and extract it again (nothing was changed)")  # fmt: skip
 
 
 def refuse_foreign_plan(path: Path, plan: Plan) -> None:

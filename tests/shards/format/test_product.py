@@ -8,12 +8,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 import torch
+import zarr
 from torch import Tensor
 
 from mrmae.common.kmeans import fit_centroids
-from mrmae.shards import check
+from mrmae.shards import check, drop, repair
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.product import (
@@ -185,6 +188,21 @@ def test_a_cache_keeps_its_codebook_and_its_id_is_of_it(stored: Path) -> None:
     assert changed.ids["a.pre_tail"] != plan.ids["a.pre_tail"] and changed.ids["b.pre_tail"] == plan.ids["b.pre_tail"]
 
 
+def test_plain_numpy_and_zarr_decode_as_docs_python_md_says(stored: Path) -> None:
+    book = safetensors.numpy.load_file(stored / "codebooks/a.pre_tail.safetensors")
+    group = zarr.open_group(stored / "views/0/a.pre_tail.zarr", mode="r")
+    codes = np.asarray(group["tokens"][:])  # type: ignore[index]
+    values = book["entries"][codes[..., book["group"]], np.arange(len(book["group"]))] @ book["basis"] + book["mean"]
+    numbers = open_cache(stored).numbers
+    expected = open_cache(stored).read_tokens("a.pre_tail", numbers, numbers * 0).numpy()
+    np.testing.assert_allclose(values[numbers], expected, rtol=1e-5, atol=1e-5)
+    told = group.attrs["value"]
+    assert (
+        told
+        == "mean + entries[tokens[sample, patch, group], component] @ basis, of codebooks/<teacher>.<tap>.safetensors"
+    )
+
+
 def test_a_codebook_that_is_lost_or_altered_is_found_before_it_is_used(stored: Path, tmp_path: Path) -> None:
     path = shutil.copytree(stored, tmp_path / "c")
     file = path / "codebooks/a.pre_tail.safetensors"
@@ -199,3 +217,7 @@ def test_a_codebook_that_is_lost_or_altered_is_found_before_it_is_used(stored: P
         assert [problem.file for problem in check.find_problems(path)] == ["codebooks/a.pre_tail.safetensors"]
         with pytest.raises(ValueError, match=r"(?s)cannot be trusted.*codebooks/a\.pre_tail\.safetensors"):
             open_cache(path)
+    with pytest.raises(ValueError, match=r"no command writes it again; .*inspect-cache drop .* a\.pre_tail"):
+        repair.prepare_repair(path, check.find_problems(path))
+    assert (path / "manifest.json").exists() and drop.drop_column(path, "a.pre_tail") == ["b.pre_tail"]
+    assert check.find_problems(path, full=True) == []
