@@ -1,6 +1,7 @@
 """Whole shards kept near: the bytes of the cache, fetched once, within a bound, whatever happens to the copies, the disk or the store."""
 
 import errno
+import functools
 import os
 import pickle
 import shutil
@@ -339,3 +340,34 @@ def test_other_bytes_at_the_same_place_have_another_name(
     path = make_cache(path, n=8, n_views=1)
     assert content(opened(path, tmp_path / "near")) == content(open_cache(path))
     assert "damaged" not in capsys.readouterr().err
+
+
+@pytest.mark.soak
+def test_readers_that_are_killed_at_any_moment_leave_a_folder_within_its_bound(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time share a folder that holds half of the cache; a hundred of them are killed."""
+    monkeypatch.setattr(near, "TOUCH_SECONDS", 0.0)
+    far, folder, rng = open_cache(tiny_cache), tmp_path / "near", np.random.default_rng(0)
+    expected = [content(far, slice(shard, shard + 1)) for shard in range(3)]
+    bound = bytes_below(str(tiny_cache / "views")) // 2
+
+    def read(order: list[int]) -> None:
+        cache = opened(tiny_cache, folder, bound)
+        for shard in order:
+            assert content(cache, slice(shard, shard + 1)) == expected[shard]
+
+    killed = 0
+    while killed < 100:
+        pids = [forked(functools.partial(read, order.tolist())) for order in rng.integers(0, 3, (3, 6))]
+        victims = pids[: int(rng.integers(0, 4))]
+        time.sleep(float(rng.uniform(0, 0.4)))
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        codes = ends(pids, 60)
+        killed += codes.count(-signal.SIGKILL)
+        assert set(codes) <= {0, -signal.SIGKILL} and set(codes[len(victims) :]) <= {0}
+        whole = sum(bytes_below(str(folder / name)) for name in kept(folder))
+        assert whole <= bound
+    read([0, 1, 2])
+    assert not strange(folder)

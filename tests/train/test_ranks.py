@@ -153,8 +153,10 @@ def test_two_ranks_equal_one_and_a_run_resumed_with_another_number_equals_both(
     assert sorted(whole) == list(range(STEPS)) and all(len(what) == 4 for what in whole.values())
     for file in tmp_path.glob("seen-*"):
         file.unlink()
-    # The last of two ranks is told to stop in the middle of epoch 2: both do, after the same update.
-    assert launch(2, tmp_path / "changed", event="SIGUSR1", event_step=8) == [0, 0]
+    # The last of two ranks is told to stop in the middle of epoch 2: both do, after the same update. They share near shards, which are left out then.
+    near = {"local_cache": str(tmp_path / "near"), "local_cache_bytes": "1MB"}
+    assert launch(2, tmp_path / "changed", event="SIGUSR1", event_step=8, **near) == [0, 0]
+    assert len(list((tmp_path / "near").iterdir())) == 18, "2 views of 3 shards of 2 columns and the pixels, each once"
     assert sorted(_seen(tmp_path, 2)) == list(range(9))
     assert launch(1, tmp_path / "changed") == [0]
     assert _seen(tmp_path, 2, 1) == whole  # samples, views and masks, bit for bit
