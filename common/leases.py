@@ -92,7 +92,7 @@ class Lease:
         with self.lock, contextlib.suppress(NotStored, Unreachable):
             held.pop(str(self.path), None)
             if self.fresh:
-                discard(self.path)
+                discard(self.path, quick=True)  # before anybody may take it over
 
 
 def clock() -> float:

@@ -11,7 +11,7 @@ import hashlib
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import IO, Any, TypeVar
 
 from mrmae.common.backend import About, Unreachable, Url, cause, file_pieces, locate, no_credentials
@@ -136,16 +136,16 @@ def tagged(path: Url) -> tuple[bytes, Tag] | None:
         return None
 
 
-def discard(path: Url) -> None:
-    """Remove an object, if it is there. NotStored."""
+def discard(path: Url, *, quick: bool = False) -> None:
+    """Remove an object, if it is there. NotStored. quick: soon, or not at all."""
 
     def gone(bucket: Any) -> None:
         try:
-            bucket.obstore.delete(bucket.store, path.key)
+            bucket.obstore.delete(bucket.quick if quick else bucket.store, path.key)
         except FileNotFoundError:  # S3 does not say so
             pass
 
-    ask_store(path, gone, "removed")
+    ask_store(path, gone, "removed", () if quick else None)
 
 
 @functools.lru_cache
@@ -176,15 +176,17 @@ def expect_conditions(folder: Url) -> None:
                 discard(one)
 
 
-def ask_store(path: Url, what: Callable[[Any], Replied], done: str = "written") -> Replied:
-    """What the store answers, asked again where it stumbles.
+def ask_store(
+    path: Url, what: Callable[[Any], Replied], done: str = "written", waits: Sequence[float] | None = None
+) -> Replied:
+    """What the store answers, asked again where it stumbles, after so many seconds each.
 
     FileExistsError where a condition of the request does not hold, FileNotFoundError where there is no such object, NotStored otherwise.
     """
     bucket = path.bucket
     bucket.forget(path.key)
     errors = bucket.obstore.exceptions
-    for wait in (*STORE_WAITS_SECONDS, None):
+    for wait in (*(STORE_WAITS_SECONDS if waits is None else waits), None):
         try:
             return what(bucket)
         except (errors.AlreadyExistsError, errors.PreconditionError):

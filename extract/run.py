@@ -68,6 +68,8 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
     found = look(options.cache, images=False)
     negotiate(found, asked(options, found.plan))  # options no command could go on with cost nobody any time
     suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
+    if isinstance(options.cache, Url) and not dry_run:
+        make_folder(options.cache)  # refused before tars are read, where the store lets two writers mix
     kept = kept_indices(options) if not dry_run or files_below(options.cache / TARS) else None
     sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
     keys = sources.in_order

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from mrmae.common.backend import exists
+from mrmae.common.backend import Url, exists
 from mrmae.common.progress import counted, human_time
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
@@ -22,6 +22,7 @@ from mrmae.shards.format import Plan, Unit
 from mrmae.shards.plans import Agreed, Wanted, look, negotiate
 
 POLL_SECONDS, LONGEST_POLL_SECONDS = 0.2, 5.0  # between two looks: the longer the wait, the rarer
+FAR_POLLS = 4  # times as long at a URL, where looks are requests, and a hundred idle processes would be throttled
 GRACE_SECONDS = 900.0  # without a sign of life of who is waited for: a job array's first task may start that much later
 LONGEST_SECONDS = 86_400.0  # even for one who lives: hashing ten million images, or a shard on a CPU, takes hours
 SAY_AFTER_SECONDS, SAY_EVERY_SECONDS = 10.0, 60.0
@@ -104,6 +105,7 @@ def take_the_plan(path: Path) -> Claim:
         lambda: f"{path}: waiting for another process that plans or finishes this cache",
         lambda: claims.held_by(lock),
         "stop that process, then run this command again",
+        FAR_POLLS if isinstance(path, Url) else 1.0,
     )
 
 
@@ -166,6 +168,7 @@ def wait_for_writers(path: Path, plan: Plan, others: Mapping[int, Units]) -> dic
         lambda: f"{path}: waiting for the writers of {counted(len(left), 'shard')}, the first is shard {min(left)}",
         lambda: next((who for shard in left if (who := claims.held_by(claims.shard_lock(path, shard)))), None),
         "stop them, then run this command again",
+        FAR_POLLS if isinstance(path, Url) else 1.0,
     )
 
 
@@ -175,7 +178,8 @@ def wait_for_shards(path: Path, plan: Plan) -> None:
     counts: list[int] = [len(left)]
 
     def ready() -> bool | None:
-        left[:] = [unit for unit in left if commits.valid_record(path, plan, *unit) is None]
+        done = commits.valid_records(path, plan, left, few=True)
+        left[:] = [unit for unit in left if unit not in done]
         return not left or None
 
     def living() -> str | None:
@@ -190,6 +194,7 @@ def wait_for_shards(path: Path, plan: Plan) -> None:
         ),
         living,
         "run the same command again, it does them",
+        FAR_POLLS if isinstance(path, Url) else 1.0,
     )
 
 
@@ -200,11 +205,15 @@ def units_in_words(units: Sequence[Unit]) -> str:
 
 
 def wait_until(
-    ready: Callable[[], Awaited | None], what: Callable[[], str], living: Callable[[], str | None], todo: str
+    ready: Callable[[], Awaited | None],
+    what: Callable[[], str],
+    living: Callable[[], str | None],
+    todo: str,
+    polls: float = 1.0,
 ) -> Awaited:
     """What `ready` returns, once it is not None; says now and then on stderr what it waits for, for whom and since when.
 
-    living: who is at work on it, None where nobody is. ValueError, ending with `todo`, when nobody was for GRACE_SECONDS.
+    living: who is at work on it, None where nobody is. polls: how many times as long as usual between two looks. ValueError, ending with `todo`, when nobody was for GRACE_SECONDS.
     """
     began = seen = time.monotonic()
     since, said = time.strftime("%H:%M:%S"), began - SAY_EVERY_SECONDS + SAY_AFTER_SECONDS
@@ -217,5 +226,5 @@ def wait_until(
         if now - said >= SAY_EVERY_SECONDS:
             said = now
             print(text, file=sys.stderr, flush=True)
-        time.sleep(min(POLL_SECONDS + (now - began) / 100, LONGEST_POLL_SECONDS))
+        time.sleep(polls * min(POLL_SECONDS + (now - began) / 100, LONGEST_POLL_SECONDS))
     return found

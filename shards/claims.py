@@ -106,7 +106,7 @@ def take_far(file: Url, *, shared: bool) -> Claim | None:
     lease = take_lease(path, folder, who().strip())
     if lease is None:
         return None
-    if living(file) if shared else living_shares(file):
+    if living(file) if shared else file.name == CACHE_LOCK and living_shares(file):  # nobody shares the others
         lease.release()
         return None
     return Claim(locate(str(file)), lease)

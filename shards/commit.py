@@ -289,16 +289,20 @@ def read_record(file: Path) -> dict[str, Any] | None:
         return None
 
 
-def valid_records(path: Path, plan: Plan, which: Iterable[Unit]) -> dict[Unit, dict[str, Any]]:
-    """The valid commit records among these units; at a URL all objects are listed, then many records are asked for side by side."""
+def valid_records(path: Path, plan: Plan, which: Iterable[Unit], *, few: bool = False) -> dict[Unit, dict[str, Any]]:
+    """The valid commit records among these units; at a URL all objects are listed, then many records are asked for side by side.
+
+    few: hardly any of them are expected to be there, so that at a URL the records are listed, and a record's files looked at one by one.
+    """
     which = list(which)
     if not isinstance(path, Url):
         found = [valid_record(path, plan, *unit) for unit in which]
     else:
-        listed = dict(path.bucket.below(path.key))
+        listed = dict(path.bucket.below(object_name(path / "commits" if few else path)))
         which = [unit for unit in which if object_name(commit_path(path, *unit)) in listed]
+        files = None if few else listed
         with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
-            found = list(pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], listed), which))
+            found = list(pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], files), which))
     return {unit: record for unit, record in zip(which, found) if record is not None}
 
 

@@ -1,6 +1,9 @@
 """A cache that is extracted to an object store is the one that a folder gets: through lost connections, kills and several workers."""
 
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -156,9 +159,8 @@ def test_a_cache_at_a_url_is_repaired_grown_and_reduced(
     name = "views/0/vit.pre_tail.zarr/tokens/c/0/0/0"
     s3.ask("PUT", f"{url.removeprefix('s3://')}/{name}", b"?" * len((folder / name).read_bytes()))
     assert name in inspect("verify", url, "--full").output
-    repaired = inspect("repair", url, "--yes")
+    repaired = inspect("repair", url, "--yes", "--run")
     assert repaired.exit_code == 0 and f"{url} --teacher" in repaired.output, repaired.output
-    extract(images, url, VIT)
     expect_equal(url, folder)
     for place in (url, folder):
         extract(images, place, VIT, CNN, views=2)
@@ -209,3 +211,80 @@ def test_a_cache_is_not_begun_where_nothing_can_be_written(s3: Any, bucket: str,
     s3.ask("PUT", f"{bucket.removeprefix('s3://')}/c/holiday.txt", b"1")
     with pytest.raises(ValueError, match="this folder is no cache .* and holds 'holiday.txt'"):
         extract(images, f"{bucket}/c", VIT)
+
+
+@pytest.mark.soak
+def test_workers_that_are_killed_beside_others_leave_the_cache_of_a_folder(
+    s3: Any, bucket: str, images: Path, near: Path, tmp_path: Path
+) -> None:
+    """Processes of the command itself: the first stops itself between a shard's files and its record, or while it plans, and is killed by SIGKILL
+    then; two others finish, and one whose claims were taken over while it was stopped ends with a line that says so."""
+    url, script = f"{bucket}/c", tmp_path / "worker.py"
+    script.write_text(f"""
+import os, signal, sys, torch
+from mrmae.common import leases
+from mrmae.extract import run
+from mrmae.extract.cli import main
+from mrmae.shards import commit
+leases.LEASE_SECONDS = 2.0
+torch.set_num_threads(1)
+where, calls = sys.argv.pop(1), iter(range(100))
+def stopping(owner, name, call):
+    real = getattr(owner, name)
+    def stopped(*arguments, **named):
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return real(*arguments, **named)
+    setattr(owner, name, stopped)
+if where == "commit":
+    stopping(commit, "commit", 3)
+if where == "plan":
+    stopping(run, "calibrated", 0)
+main([{str(images)!r}, {url!r}, "--teacher", {VIT!r}, "--size", "32", "--grid", "4", "--batch-size", "4", "--device", "cpu",
+      "--workers", "2", "--shard-samples", "4"])
+""")  # fmt: skip
+
+    def started(where: str) -> subprocess.Popen[str]:
+        words = [sys.executable, str(script), where]
+        return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    def stopped(process: subprocess.Popen[str]) -> bool:
+        return (
+            process.poll() is not None
+            or Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+        )
+
+    planner, asleep = started("plan"), None
+    try:
+        assert waited_for(lambda: stopped(planner)) and planner.poll() is None
+        asleep = started(
+            "commit"
+        )  # waits for the planner's lease to run out, plans, and stops before its fourth record
+        time.sleep(1)
+        planner.kill()
+        assert waited_for(lambda: stopped(asleep)) and asleep.poll() is None, asleep.communicate()
+        others = [started("nowhere"), started("nowhere")]
+        told = [process.communicate(timeout=120)[0] for process in others]
+        assert [process.returncode for process in others] == [0, 0], told
+        assert any("has not renewed its claim" in text for text in told)
+        asleep.send_signal(signal.SIGCONT)
+        text = asleep.communicate(timeout=60)[0]
+        assert asleep.returncode == 1 and "another process has taken this over" in text, text
+    finally:
+        for process in (planner, asleep):
+            if process is not None:
+                process.kill()
+                process.communicate()
+    assert waited_for(
+        lambda: not (claims.living_shares(locate(url) / claims.CACHE_LOCK) or files_below(locate(url) / ".lock.shared"))
+    )  # type: ignore[arg-type]
+    assert inspect("verify", url, "--full").exit_code == 0
+    expect_equal(url, near)
+
+
+def waited_for(ready: Any, seconds: float = 90) -> bool:
+    """Whether it came true in time."""
+    end = time.monotonic() + seconds
+    while not (found := ready()) and time.monotonic() < end:
+        time.sleep(0.1)
+    return bool(found)
