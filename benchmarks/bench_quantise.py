@@ -36,6 +36,7 @@ GALILEO = (
 
 JUDGED = 64  # images at most, of more than twice as many
 TRIED_BESIDE = "pq"
+MOST_RESIDUAL = 16  # codebooks of whole tokens: each takes seconds to fit
 
 
 class Subject(NamedTuple):
@@ -90,6 +91,8 @@ def rows_of(name: str, teacher: Teacher, pixels: torch.Tensor, *, trials: bool =
             {**about, "dtype": dtype, **found, **sizes, "one_minus_cos": apart(second, dequantise(codes, scale, q))}
         )
         for trial, function in TRIALS.items() if trials and dtype == TRIED_BESIDE else ():
+            if function is residual and stored.codes(width) > MOST_RESIDUAL:
+                continue
             values = function(first, second, stored.codes(width))
             found = {
                 "standardised": False,
