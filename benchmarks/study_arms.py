@@ -39,6 +39,7 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "clothing-k1": ("clothing", 1, "", ""),
     "clothing-dino": ("clothing", 1, DINO, ""),
     "small-k1": ("small", 1, f"{DINO} --teacher {TEACHER.format(size=128)}", ""),
+    "small-taps": ("small", 1, f"{DINO}?tap={','.join(f'block_{i}' for i in range(8, 13))}", ""),
     "both-k1": ("eurosat", 1, BOTH, ""),
     "both-k4": ("eurosat", 4, BOTH, "both-k1"),
     **{
@@ -222,6 +223,8 @@ FAST += [fast(arm) for arm in (
       for each in pair("photos-cls", "mr-mae-cls", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
     *(each | {"options": each["options"].replace("mimic", "distil") + " --set terms.distil.teachers=[gal] --set terms.distil.positions=all --set terms.distil.teacher_tap=pre_tail"}
       for seed in SEEDS for each in pair("fd", "fd", seed=seed)),
+    *(each | {"options": "--student vit_tiny_patch16_224 " + " ".join(
+        each["options"].replace("mimic", f"layer{i}") for i in range(8, 13))} for each in pair("maskalign", "maskalign", cache="small-taps", test=TEST)),
     *pair("epochs-100", epochs=5 * EPOCHS),
     *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for each in pair("vit-tiny")),
 )]  # fmt: skip
