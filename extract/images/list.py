@@ -261,7 +261,7 @@ def list_sources(
     (paths relative to the text file), or the URL of a prefix, a `.tar` or a pattern.
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
     suffixes: what images are called.
-    kept: where the indices of tars at URLs are kept, which all have to be read for that; None: nowhere.
+    kept: where the indices of tars at URLs are kept, whose images are hashed on the way; None: nowhere, and only headers are read.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged;
@@ -269,7 +269,7 @@ def list_sources(
     """
     if kept is None:
         with tempfile.TemporaryDirectory(prefix="mrmae-") as folder:
-            return list_sources(images, include, suffixes, KeptIndices(Path(folder)))
+            return list_sources(images, include, suffixes, KeptIndices(Path(folder), headers_only=True))
     left_out, listed, n, sample, kinds = LeftOut(), Listed(), 0, "", Counter[str]()
     for image, place in list_all(expand(images), left_out, suffixes, kept):
         n, sample = n + 1, sample or image.key

@@ -24,6 +24,10 @@ from mrmae.extract.images.tars import LABEL_BYTES, TarHeader, any_headers
 
 THREADS = 16  # requests under way at once where nothing is decoded; each waits for the network most of its time
 PIECE_BYTES = 8 << 20  # of a tar per request
+HEADERS_BYTES = (
+    4096  # where only headers are read, and lie further apart than what passes while a request is under way:
+)
+REQUEST_BYTES = 256 << 10  # 20 ms at 12 MB/s, each of sixteen
 NO_UTF8 = re.compile(
     "[\ud800-\udfff]"
 )  # bytes of a name that are not, as Python shows them; the listing refuses such images
@@ -32,10 +36,14 @@ FoundObject = tuple[str, About]  # URL, size and version
 
 @dataclasses.dataclass(frozen=True)
 class KeptIndices:
-    """Where the indices of tars are kept, a file each. alone: held while tars are read, so that processes do not all read them."""
+    """Where the indices of tars are kept, a file each. alone: held while tars are read, so that processes do not all read them.
+
+    headers_only: nothing is hashed, so that of tars with large images only the headers need be read.
+    """
 
     folder: Path
     alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+    headers_only: bool = False
 
 
 def bucket_and_key(url: str) -> tuple[Bucket, str]:
@@ -119,11 +127,11 @@ def about_if_there(url: str) -> About | None:
 
 
 class ObjectFile:
-    """An object as tarfile reads one, forwards, in pieces. passed: called after each."""
+    """An object as tarfile reads one, forwards, in pieces. passed: called for each 8 MB. skips: what lies between headers is not wanted."""
 
-    def __init__(self, url: Url, about: About, passed: Callable[[], None]) -> None:
-        self.url, self.about, self.passed = url, about, passed
-        self._at = self._start = 0
+    def __init__(self, url: Url, about: About, passed: Callable[[], None], *, skips: bool = False) -> None:
+        self.url, self.about, self.passed, self.skips = url, about, passed, skips
+        self._at = self._start = self._end = self._passed = 0
         self._piece = b""
 
     def tell(self) -> int:
@@ -142,18 +150,23 @@ class ObjectFile:
             part = self._piece[self._at - self._start :][:n]
             parts.append(part)
             self._at, n = self._at + len(part), n - len(part)
+            self._end = self._at
         return b"".join(parts)
 
     def _fetch(self) -> None:
-        start, piece = self._at, About(min(PIECE_BYTES, self.about.size_bytes - self._at), self.about.version)
+        far = self.skips and (not self._at or self._at - self._end > REQUEST_BYTES)  # from what was read before
+        start, wanted = self._at, HEADERS_BYTES if far else PIECE_BYTES
+        piece = About(min(wanted, self.about.size_bytes - start), self.about.version)
         self._piece = b""  # not two at once
         self._piece = patiently(lambda: read_object(str(self.url), piece, start), lambda: str(self.url))
         self._start = start
-        self.passed()
+        while self._passed <= start // PIECE_BYTES:
+            self._passed += 1
+            self.passed()
 
 
 def read_tars(urls: Sequence[Url], kept: KeptIndices, hashed: Callable[[str], bool]) -> dict[Url, About]:
-    """What each tar is now, once the index of every one lies in `kept`. hashed: of which members the sha256 is wanted, by name."""
+    """What each tar is now, once the index of every one lies in `kept`. hashed: of which members the sha256 is wanted, by name, if of any."""
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda url: about_if_there(str(url)), urls))
         if gone := [url for url, about in zip(urls, found) if about is None]:
@@ -195,7 +208,7 @@ def keep_index(
     url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], bool], passed: Callable[[], None]
 ) -> None:
     """Read a tar once and write its index. ValueError as read_headers; OSError or Unreachable where it cannot be read."""
-    file = ObjectFile(url, about, passed)
+    file = ObjectFile(url, about, passed, skips=kept.headers_only)
 
     def looked_at(name: str, member: TarHeader) -> TarHeader:
         """With the text of a label, or the hash of an image."""
@@ -204,7 +217,7 @@ def keep_index(
         file.seek(member.offset)
         if name.lower().endswith(".cls") and member.size_bytes <= LABEL_BYTES:
             return member._replace(text=file.read(member.size_bytes).decode("utf-8", "replace").strip())
-        if not hashed(name):
+        if kept.headers_only or not hashed(name):
             return member
         digest, left = hashlib.sha256(), member.size_bytes
         while left > 0:

@@ -132,6 +132,22 @@ def test_a_tar_is_hashed_while_it_is_listed_and_kept(s3: Any, url: str, tars: Pa
     assert content(list_sources([f"{url}/tars/photos-{{0..1}}.tar"], kept=kept)) == content(local), "damage is noticed"
 
 
+def test_of_a_tar_that_is_only_listed_the_headers_pass(s3: Any, url: str, tmp_path: Path) -> None:
+    """Where nothing is kept, as before a dry run, large images stay where they are; a label is read all the same."""
+    with tarfile.open(tmp_path / "large.tar", "w") as tar:
+        for i in range(5):
+            for name, data in ((f"{i}.png", bytes(400_000 + i)), (f"{i}.cls", f"label {i}".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+    s3.ask("PUT", "many-photos/large.tar", (tmp_path / "large.tar").read_bytes())
+    before = s3.proxy.answer_bytes
+    far, near = list_sources([f"{url}/large.tar"]), list_sources([tmp_path / "large.tar"])
+    assert s3.proxy.answer_bytes - before < 60_000, "of 2 MB"
+    assert [(s.key, s.label) for s in far] == [(s.key, s.label) for s in near] and far[3].label == "label 3"
+    assert read_image(far, 4) == bytes(400_004)
+
+
 @pytest.mark.parametrize("trouble", ["cuts", "refusals"])
 def test_a_store_that_stumbles_changes_nothing_and_one_that_stays_away_is_named(
     s3: Any, url: str, tars: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
