@@ -1,4 +1,4 @@
-"""Where caches and images are read: folders of this machine, and object stores (s3://, gs://, az://) through obstore.
+"""Where caches and images are read: folders of this machine, object stores (s3://, gs://, az://) through obstore, the Hub (hf://).
 
 A Url is the name of an object and reads nothing: what reads asks here, and gets the same of both. obstore asks again where a
 connection is lost, and joins neighbouring ranges. Credentials come from the environment (AWS_..., GOOGLE_..., AZURE_...) and
@@ -19,7 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-SCHEMES = ("s3", "gs", "az")
+from mrmae.common.hub_files import HubFiles
+
+SCHEMES = ("s3", "gs", "az", "hf")
 INSTALL = "pip install 'mrmae[s3]'"
 RETRIES: Any = {"max_retries": 4}
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
@@ -144,22 +146,24 @@ class Bucket:
     """The objects of one bucket. Thread-safe."""
 
     def __init__(self, root: str) -> None:
+        self.root, self._listings = root, dict[str, dict[str, int]]()
+        if root.startswith("hf:"):
+            self.obstore: Any = HubFiles(root)
+            self.store: Any = None
+            return
         try:
             import obstore
             from obstore.store import from_url
         except ImportError:
             raise ValueError(f"{root}: URLs are read with obstore, which is not installed; {INSTALL}") from None
-        self.root, self.obstore = root, obstore
-        self._listings: dict[str, dict[str, int]] = {}
+        self.obstore = obstore
         options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
         quick: Any = {**options, **QUICK}
         # S3 copies on a condition only as an upload in parts; some stores of its kind by a header, which the environment may name.
         config: Any = (
             {"copy_if_not_exists": "multipart"} if root.startswith("s3:") and COPY_SETTING not in os.environ else None
         )
-        self.store: Any = self.ask(
-            "", lambda: from_url(root, config=config, client_options=options, retry_config=RETRIES)
-        )
+        self.store = self.ask("", lambda: from_url(root, config=config, client_options=options, retry_config=RETRIES))
         self.quick: Any = self.ask("", lambda: from_url(root, client_options=quick, retry_config=RETRIES))
 
     def ranges(self, key: str, places: Sequence[Place]) -> list[memoryview]:
@@ -260,6 +264,8 @@ def advice(said: str) -> str:
         return found
     if re.search(r"status code: 40[13]", said):
         return "the credentials in the environment may not read this; correct them, then run the same command again"
+    if re.search(r"\b40[13] Client Error|GatedRepo", said):
+        return "set HF_TOKEN, or run `hf auth login`, as one who may read this, then run the same command again"
     if "status code: 404" in said:
         return "is the URL right? correct it"
     if "invalid path" in said:

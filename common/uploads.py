@@ -183,6 +183,8 @@ def ask_store(
 
     FileExistsError where a condition of the request does not hold, FileNotFoundError where there is no such object, NotStored otherwise.
     """
+    if path.parts[0] == "hf:":
+        raise ValueError(f"{path}: hf:// is only read; write to a folder, then upload it with `hf upload`")
     bucket = path.bucket
     bucket.forget(path.key)
     errors = bucket.obstore.exceptions
