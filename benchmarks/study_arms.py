@@ -198,7 +198,7 @@ CHOICES: list[Arm] = [
     *(optimiser(*how) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"), ("muon", "1.3e-3"))),
     *(optimiser("adamw", "12e-3", seed, "ln0") for seed in range(3)),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
-    *(optimiser(name, "36e-3", seed) for seed in range(3) for name in ("adamw", "muon")),
+    *(optimiser(name, blr, seed) for blr in ("36e-3", "108e-3") for seed in range(3) for name in ("adamw", "muon")),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip
