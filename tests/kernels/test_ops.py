@@ -99,6 +99,20 @@ def test_a_step_compiles_as_one_graph_with_the_same_loss_and_gradients(
         torch.testing.assert_close(ours, expected, rtol=2e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_product_codes_are_decoded_in_the_graph_of_the_loss(device: str) -> None:
+    codes, ids, entries, group, n_rows = arguments(device)["code_components"]
+    student = torch.randn(B, 3, D, device=device)
+    book = (entries, group, torch.randn(7, D, device=device), torch.randn(D, device=device))
+
+    def loss(student: Tensor) -> Tensor:
+        values = dispatch.decode_codes(codes, ids, *book, n_rows=n_rows, kernels="torch")
+        return dispatch.mimic_loss(student, values, ids, gathered=True, kernels="torch").mean()
+
+    compiled = torch.compile(loss, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    torch.testing.assert_close(compiled(student), loss(student), rtol=2e-5, atol=1e-5)
+
+
 @pytest.mark.gpu
 def test_triton_and_torch_agree_to_fp32_rounding_through_dispatch() -> None:
     def step(kernels: str) -> Tensor:

@@ -78,7 +78,7 @@ def test_few_different_tokens_come_back_as_they_were() -> None:
 
 def test_bytes_go_where_the_variance_is() -> None:
     """Against the same number of bytes for as many channels each, without a rotation."""
-    tokens, held_out = steep(128, fall=0.8), steep(16, fall=0.8, seed=1)
+    tokens, held_out = steep(64, fall=0.8), steep(16, fall=0.8, seed=1)
     adapted, plain = fit_product([tokens], 6), equal_groups(tokens, 6)
     sizes = [run.stop - run.start for run in adapted.runs]
     assert sizes == sorted(sizes) and sizes[0] < 4 < sizes[-1] and plain.n_codes == adapted.n_codes == 6
@@ -141,7 +141,7 @@ def test_threads_and_batches_change_no_byte() -> None:
 
 
 def test_more_bytes_keep_more() -> None:
-    tokens, held_out = steep(128, fall=0.9), steep(16, seed=1, fall=0.9)
+    tokens, held_out = steep(48, fall=0.9), steep(16, seed=1, fall=0.9)
     snr = []
     for dtype in ("pq16", "pq", "pq4", "int8"):
         q = calibrate(tokens, dtype=dtype)
