@@ -152,6 +152,8 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
         if transform == "position"
         else (f"{name}-{blr}-{transform}", f"{name}-{blr}")
     )
+    if name == "muon" and blr in ("12e-3", "36e-3", "108e-3"):
+        against = f"adamw-{blr}"
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
 
