@@ -14,6 +14,7 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
@@ -25,11 +26,9 @@ SCHEMES = ("s3", "gs", "az", "hf")
 INSTALL = "pip install 'mrmae[s3]'"
 RETRIES: Any = {"max_retries": 4}
 CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "600s"}
-QUICK = {
-    "connect_timeout": "5s",
-    "read_timeout": "15s",
-    "timeout": "15s",
-}  # for small objects that are worth nothing later
+# For small objects that are worth nothing later: the last of several attempts ends within half a lease.
+QUICK = {"connect_timeout": "5s", "read_timeout": "10s", "timeout": "10s"}
+QUICK_RETRIES: Any = {"retry_timeout": timedelta(seconds=15)}
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
 # Where a machine's own role is asked for last.
 MACHINE_ROLES = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
@@ -159,12 +158,13 @@ class Bucket:
         self.obstore = obstore
         options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
         quick: Any = {**options, **QUICK}
+        retries: Any = {**RETRIES, **QUICK_RETRIES}
         # S3 copies on a condition only as an upload in parts; some stores of its kind by a header, which the environment may name.
         config: Any = (
             {"copy_if_not_exists": "multipart"} if root.startswith("s3:") and COPY_SETTING not in os.environ else None
         )
         self.store = self.ask("", lambda: from_url(root, config=config, client_options=options, retry_config=RETRIES))
-        self.quick: Any = self.ask("", lambda: from_url(root, client_options=quick, retry_config=RETRIES))
+        self.quick: Any = self.ask("", lambda: from_url(root, client_options=quick, retry_config=retries))
 
     def ranges(self, key: str, places: Sequence[Place]) -> list[memoryview]:
         """The bytes at each (offset, bytes) of an object, shorter where it ends."""

@@ -84,8 +84,7 @@ def publish_object(path: Path, chunks: Iterable[Chunk], *, replace: bool) -> Pub
                 raise  # of what is read
             raise type(error)(error.errno, f"{path}: its {n_bytes} bytes so far do not fit into {tempfile.gettempdir()}, where they "
                               "wait to be sent; free some space, or set TMPDIR, then run the same command again") from error  # fmt: skip
-        expect_held(path)
-        there = upload(path, spool, n_bytes, digest.hexdigest(), replace=replace)
+        there = upload(path, spool, n_bytes, digest.hexdigest(), lambda: expect_held(path), replace=replace)
     return Published(path, n_bytes, digest.hexdigest(), (0, there.version))
 
 

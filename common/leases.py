@@ -12,6 +12,7 @@ import secrets
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from mrmae.common.backend import Unreachable, Url
@@ -84,6 +85,10 @@ class Lease:
                 return
             began, self.count = clock(), self.count + 1
             tag = swap(self.path, self.content(), self.tag)
+            if tag is None and (there := tagged(self.path)) and self.token.encode() in there[0]:
+                tag = swap(
+                    self.path, self.content(), there[1]
+                )  # an earlier renewal arrived, and its answers were all lost
             self.lost = tag is None
             self.tag, self.sent = tag or self.tag, began
 
@@ -98,6 +103,11 @@ class Lease:
 def clock() -> float:
     """Seconds that pass for this machine, also while it sleeps."""
     return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def pause(seconds: float) -> None:
+    """Let time pass, between two looks at something."""
+    time.sleep(seconds)
 
 
 def take_lease(path: Url, folder: Url, holder: str) -> Lease | None:
@@ -128,11 +138,16 @@ def renew_all() -> None:
             if not (leases := list(held.values())):
                 renewing.clear()
                 return
-        due = [lease for lease in leases if clock() - lease.sent > lease.seconds / (RENEWALS + 1)]
-        for lease in due:
+        renew_due(leases)
+        time.sleep(min(lease.seconds for lease in leases) / (RENEWALS + 1) / 4)
+
+
+def renew_due(leases: Sequence[Lease]) -> None:
+    """Renew those of the leases that were not for a while."""
+    for lease in leases:
+        if clock() - lease.sent > lease.seconds / (RENEWALS + 1):
             with contextlib.suppress(NotStored, Unreachable):  # asked again soon; who writes meanwhile waits
                 lease.renew()
-        time.sleep(min(lease.seconds for lease in leases) / (RENEWALS + 1) / 4)
 
 
 def look_at(path: Url) -> Seen | None:
@@ -178,4 +193,4 @@ def expect_held(path: Path) -> None:
             if clock() - began > 2 * lease.seconds:
                 raise NotStored(f"{lease.path}: could not be renewed for {clock() - lease.sent:.0f} seconds, and others may have taken it "
                                 "over; everything committed so far stays valid; check the network, then run the same command again")  # fmt: skip
-            time.sleep(min(0.2, lease.seconds / 20))
+            pause(min(0.2, lease.seconds / 20))

@@ -17,6 +17,7 @@ from typing import IO, Any, TypeVar
 from mrmae.common.backend import About, Unreachable, Url, cause, file_pieces, locate, no_credentials
 
 SINGLE_BYTES = 8 << 20  # the most in one request, which is in memory
+QUICK_BYTES = 1 << 20  # records, plans: they take effect soon after `may_write` was asked, or not at all
 PART_BYTES, PARTS_AT_ONCE = 8 << 20, 4
 LOOKED_AT_BYTES = 4096  # at both ends of what arrived in parts
 STORE_WAITS_SECONDS = (
@@ -33,10 +34,12 @@ class NotStored(OSError):
     """A URL that cannot be written to now. Says what to do."""
 
 
-def upload(path: Url, file: IO[bytes], n_bytes: int, sha256: str, *, replace: bool) -> About:
+def upload(
+    path: Url, file: IO[bytes], n_bytes: int, sha256: str, may_write: Callable[[], None], *, replace: bool
+) -> About:
     """What the object is, once these bytes lie under its name, and the store says that all of them do.
 
-    replace: take the place of an older object. FileExistsError where there is another one and `replace` is False; bytes that are there
+    may_write: raises where this process may not write to that name any more; asked before each request that would. replace: take the place of an older object. FileExistsError where there is another one and `replace` is False; bytes that are there
     already are a success, as an answer that is lost makes them so. NotStored where the store refuses or stays away.
     """
     small = n_bytes <= SINGLE_BYTES
@@ -45,12 +48,15 @@ def upload(path: Url, file: IO[bytes], n_bytes: int, sha256: str, *, replace: bo
         if small:
             file.seek(0)
             content = file.read()
-            put(path, content, "overwrite" if replace else "create")
+            may_write()
+            put(path, content, "overwrite" if replace else "create", quick=n_bytes <= QUICK_BYTES)
         else:
+            may_write()
             put_parts(where, file)
         arrived = expect_arrived(where, file, n_bytes)
         if where == path:
             return arrived
+        may_write()
         ask_store(path, lambda b: b.obstore.copy(b.store, where.key, path.key, overwrite=False))
     except FileExistsError:
         return expect_same(path, n_bytes, sha256)
@@ -91,22 +97,25 @@ def expect_arrived(path: Url, file: IO[bytes], n_bytes: int) -> About:
 
 
 def expect_size(path: Url, n_bytes: int) -> About:
-    """What the object is, once the store says that it has n_bytes. NotStored where it does not, FileExistsError where another
-    writer has removed it meanwhile."""
-    try:
-        arrived = path.bucket.about(path.key)
-    except FileNotFoundError:
-        raise FileExistsError(f"{path}: another process has removed this object as soon as it was written; each shard has one writer; is "
-                              "the same command running twice?") from None  # fmt: skip
+    """What the object is, once the store says that it has n_bytes. NotStored where it does not; as expect_there."""
+    arrived = expect_there(path)
     if arrived.size_bytes != n_bytes:
         raise NotStored(f"{path}: {arrived.size_bytes} bytes arrived; {n_bytes} were sent; run the same command again")
     return arrived
 
 
+def expect_there(path: Url) -> About:
+    """What an object is that was there just now. FileExistsError where another writer has removed it meanwhile."""
+    try:
+        return path.bucket.about(path.key)
+    except FileNotFoundError:
+        raise FileExistsError(f"{path}: another process has removed this object as soon as it was written; each shard has one writer; is "
+                              "the same command running twice?") from None  # fmt: skip
+
+
 def expect_same(path: Url, n_bytes: int, sha256: str) -> About:
     """What the object of that name is, where it has these bytes. FileExistsError where it has others."""
-    there = path.bucket.about(path.key)
-    digest = hashlib.sha256()
+    there, digest = expect_there(path), hashlib.sha256()
     for piece in file_pieces(locate(str(path))) if there.size_bytes == n_bytes else ():
         digest.update(piece)
     if digest.hexdigest() != sha256:
@@ -162,7 +171,7 @@ def expect_conditions(folder: Url) -> None:
     }  # fmt: skip
     try:
         put(probe, b"1", "overwrite")
-        ask_store(copy, lambda b: b.obstore.copy(b.store, probe.key, copy.key, overwrite=True))
+        ask_store(copy, lambda b: b.obstore.copy(b.store, probe.key, copy.key, overwrite=False))
         for what, step in steps.items():
             try:
                 step()

@@ -23,6 +23,7 @@ from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.format import SourceTable
+from mrmae.shards.manifest import read_manifest
 from mrmae.shards.plans import DIGESTS, TARS, Agreed, Found, Wanted, look, negotiate, refuse_changed_plan, write_agreed
 
 __all__ = ["Options", "extract_features"]
@@ -47,13 +48,13 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
         return {}
     with contextlib.ExitStack() as held:
         job, kept = begin(options, sources, teachers, wanted, lead_say, held)
-        finished = is_finished(job)
+        finished, open_yet = is_finished(job), not exists(job.path / "manifest.json")
         extract_missing(job, kept)
         if options.shards or not options.part.leads:
             say(f"{job.path}: part {options.part} is committed" + (
                 "; when all are, the same command without --shards finishes" if options.shards else ""))  # fmt: skip
             return {}
-        manifest = finish_cache(job)
+        manifest = finish_cache(job, by_others=open_yet)
     say(summary(job, manifest, time.monotonic() - began, nothing_done=finished))
     return manifest
 
@@ -82,12 +83,14 @@ def is_finished(job: ExtractJob) -> bool:
     return exists(job.path / "manifest.json") and not commits.missing(job.path, job.plan)
 
 
-def finish_cache(job: ExtractJob) -> dict[str, Any]:
-    """The manifest, once every shard is committed, by whomever."""
+def finish_cache(job: ExtractJob, *, by_others: bool = False) -> dict[str, Any]:
+    """The manifest, once every shard is committed, by whomever. by_others: where there is one by now, as there was none, it is theirs."""
     wait_for_shards(job.path, job.plan)
     with take_the_plan(job.path):
         refuse_changed_plan(job.path, job.plan)
         refuse_too_many_bad(job)
+        if by_others and exists(job.path / "manifest.json"):
+            return read_manifest(job.path)
         return commits.finalise(job.path, job.plan)
 
 

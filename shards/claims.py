@@ -16,18 +16,19 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from mrmae.common import leases
 from mrmae.common.backend import Url, files_below, locate
 from mrmae.common.files import explained, make_folder
-from mrmae.common.leases import Lease, Seen, clock, look_at, take_lease
+from mrmae.common.leases import Lease, Seen, look_at, take_lease
 from mrmae.common.uploads import discard
 
 CACHE_LOCK, PLAN_LOCK = ".lock", ".planning.lock"
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS)  # the file system has none
 TAKEN = (errno.EWOULDBLOCK, errno.EACCES)
+MOST_WATCHED = 20  # of those who share a lock at a URL: hundreds of processes start at once
 SHOWN = 200  # characters of what a lock file says
 said: set[str] = set()  # what was said about file systems, once per process
 
@@ -123,10 +124,12 @@ def living(path: Url) -> Seen | None:
     return None if seen is None or seen.dead else seen
 
 
-def living_shares(file: Url) -> list[Seen]:
-    """Who shares a lock at a URL; what the dead have left there is removed."""
+def living_shares(file: Url, only: Container[str] | None = None) -> list[Seen]:
+    """Who shares a lock at a URL, of these objects; what the dead have left there is removed."""
     found = []
     for path in far_objects(shared_folder(file)):
+        if only is not None and str(path) not in only:
+            continue
         if (seen := look_at(path)) is not None and seen.dead:
             discard(path)
         elif seen is not None:
@@ -221,16 +224,17 @@ def whole(path: Path, *, shared: bool) -> Claim:
 
 def patiently_taken(file: Url, *, shared: bool) -> Claim | None:
     """The lock of this name at a URL, once it is known that those who had it do not live; None as soon as one is seen to."""
-    living_shares(file)  # they are watched from now on: who is dead can be told apart when this process ends
-    began = clock()
+    for path in far_objects(shared_folder(file))[:MOST_WATCHED]:
+        look_at(path)  # it is watched from now on: the dead can be told from the living when this process ends
+    began = leases.clock()
     while (claim := take_far(file, shared=shared)) is None:
         others = [seen for seen in (living(file), *([] if shared else living_shares(file))) if seen]
-        if any(seen.renewed for seen in others) or clock() - began > 2 * leases.LEASE_SECONDS:
+        if any(seen.renewed for seen in others) or leases.clock() - began > 2 * leases.LEASE_SECONDS:
             return None
         if others:
             say_once(f"{file.parent}: {others[0].holder} was at work on this cache; waiting for up to {leases.LEASE_SECONDS:g} seconds, to see whether "
                      "it still is")  # fmt: skip
-        time.sleep(min(1.0, leases.LEASE_SECONDS / 20))
+        leases.pause(min(1.0, leases.LEASE_SECONDS / 20))
     return claim
 
 
@@ -266,7 +270,7 @@ def shard_locks(path: Path) -> list[Path]:
 def remove_locks(path: Path) -> None:
     """Remove the lock files that killed writers of shards left; those that are held stay, and at a URL those not known to be dead yet."""
     if isinstance(path, Url):
-        living_shares(path / CACHE_LOCK)
+        living_shares(path / CACHE_LOCK, only=leases.watched)
     for file in shard_locks(path):
         if (claim := take(file)) is not None:
             claim.release()
