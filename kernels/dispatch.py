@@ -204,8 +204,6 @@ def mimic_loss(
     check.same_device(where, student.device, {"codes": codes, "ids": ids, "scale": scale, **vectors}, "student")
     at = None if gathered else ids
     if use_triton(where, kernels, student, codes):
-        if codes.dtype == torch.float8_e4m3fn:
-            codes = codes.half()  # exact, and the kernel need not load E4M3, which not every device can
         return mimic.mimic_loss(
             student, codes, at, scale, channel_mean, channel_std, stat_mean, stat_std, positions, target, distance, beta
         )

@@ -3,7 +3,8 @@
 Each case is the launch that the `triton_*.py` files would start for the shapes of a ViT-B/16 run, compiled for sm_80,
 sm_90 and sm_100 with the launcher's own hints (an argument of 1 is a constant, a multiple of 16 is declared as one), then read back with
 `cuobjdump` and `nvdisasm`: registers, stack, local (spill) instructions, shared memory in bytes, barriers, the widest global load and
-store in bits, and how many offsets are multiplied in 64 bits (those of samples).
+store in bits, how many offsets are multiplied in 64 bits (those of samples), the patches or tokens of a program, and how many loads and stores of
+each width its code has. Rows with code `before` are those of the kernels that these took the place of.
 """
 
 import csv
@@ -12,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,7 @@ TYPES = {
 }
 COLUMNS = (
     "case",
+    "code",
     "sm",
     "warps",
     "registers",
@@ -43,6 +46,9 @@ COLUMNS = (
     "load_bits",
     "store_bits",
     "int64_rows",
+    "rows",
+    "loads",
+    "stores",
 )
 N, L, K, M = 4, 196, 49, 147
 
@@ -93,8 +99,14 @@ def mimic_case(codes: torch.dtype, target: str, distance: str, *, backward: bool
 
     student = torch.zeros(N, 1 + K, d, dtype=torch.bfloat16)[:, 1:]
     ids, one = torch.zeros(N, K, dtype=torch.int64), torch.ones(d)
-    factors = (torch.ones(N, L, dtype=torch.float16), one, one) if codes == torch.int8 else (None, None, None)
-    stats = {"channel": (one, one, None), "position": (torch.ones(L, d), one, ids)}.get(target, (None, None, None))
+    factors = (
+        (torch.ones(N, L, dtype=torch.float16), one, one)
+        if codes in (torch.int8, torch.float8_e4m3fn)
+        else (None, None, None)
+    )
+    stats = {"channel": (one, one, None), "position": (torch.ones(L, d), one, ids)}.get(
+        target.partition("+")[0], (None, None, None)
+    )
     rest = (ids, *factors, *stats, target, distance, 1.0)
     teacher = torch.zeros(N, L, d, dtype=codes)
     if backward:
@@ -133,8 +145,17 @@ CASES: dict[str, Callable[[], Launch]] = {
     "mimic backward int8, ln0 mse": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True),
     "mimic forward int8, position mse": lambda: mimic_case(torch.int8, "position", "mse", backward=False),
     "mimic backward int8, position mse": lambda: mimic_case(torch.int8, "position", "mse", backward=True),
+    "mimic forward int8, position+ln0 mse": lambda: mimic_case(torch.int8, "position+ln0", "mse", backward=False),
+    "mimic backward int8, position+ln0 mse": lambda: mimic_case(torch.int8, "position+ln0", "mse", backward=True),
     "mimic forward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=False),
     "mimic backward fp16, l2 cosd": lambda: mimic_case(torch.float16, "l2", "cosd", backward=True),
+    "mimic forward int8, ln0 mse, 1280": lambda: mimic_case(torch.int8, "ln0", "mse", backward=False, d=1280),
+    "mimic backward int8, ln0 mse, 1280": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True, d=1280),
+    "mimic forward int8, ln0 mse, 1536": lambda: mimic_case(torch.int8, "ln0", "mse", backward=False, d=1536),
+    "mimic backward int8, ln0 mse, 1536": lambda: mimic_case(torch.int8, "ln0", "mse", backward=True, d=1536),
+    "mimic backward int8, position mse, 1536": lambda: mimic_case(torch.int8, "position", "mse", backward=True, d=1536),
+    "mimic forward e4m3, ln0 mse": lambda: mimic_case(torch.float8_e4m3fn, "ln0", "mse", backward=False),
+    "mimic backward e4m3, ln0 mse": lambda: mimic_case(torch.float8_e4m3fn, "ln0", "mse", backward=True),
     "mimic forward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=False, d=1024),
     "mimic backward int8, channel sl1, 1024": lambda: mimic_case(torch.int8, "channel", "sl1", backward=True, d=1024),
     "decode 96 codes": decode_case,
@@ -192,12 +213,18 @@ def access_bits(suffix: str) -> int:
     return next((widths[part] for part in suffix.split(".") if part in widths), 32)
 
 
+def accesses(sass: str, instruction: str) -> str:
+    """How many global loads (LDG) or stores (STG) of each width there are, as `8:24 128:3` (bits:count), in the code of one program."""
+    counts = Counter(access_bits(suffix) for suffix in re.findall(rf"\b{instruction}\.E([.\w]*)", sass))
+    return " ".join(f"{bits}:{n}" for bits, n in sorted(counts.items()))
+
+
 def row_multiplications(ttir: str) -> int:
     """64-bit multiplications: the offsets of samples, which outgrow 32 bits; nothing else may need them."""
-    return len(re.findall(r"arith\.muli .*: i64", ttir))
+    return len(re.findall(r"arith\.muli .*: (?:tensor<[\dx]*)?i64", ttir))
 
 
-def resources_of(launch: Launch, sm: int) -> dict[str, int]:
+def resources_of(launch: Launch, sm: int) -> dict[str, int | str]:
     """One row of the table, without the name of its case."""
     compiled = compile_for(launch, sm)
     cubin = compiled.asm["cubin"]
@@ -214,12 +241,19 @@ def resources_of(launch: Launch, sm: int) -> dict[str, int]:
         "load_bits": widest(sass, "LDG"),
         "store_bits": widest(sass, "STG"),
         "int64_rows": row_multiplications(compiled.asm["ttir"]),
+        "rows": launch.rows,
+        "loads": accesses(sass, "LDG"),
+        "stores": accesses(sass, "STG"),
     }
 
 
 def gate_rows() -> list[dict[str, Any]]:
     """Every case on every architecture."""
-    return [{"case": name, **resources_of(case(), sm)} for name, case in CASES.items() for sm in ARCHITECTURES]
+    return [
+        {"case": name, "code": "now", **resources_of(case(), sm)}
+        for name, case in CASES.items()
+        for sm in ARCHITECTURES
+    ]
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:

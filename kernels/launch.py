@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+WARPS = 4  # of a program that holds several patches or tokens
 VALUES_PER_WARP = 1024  # 32 values per thread and tile: no spills up to two tiles
 
 
@@ -32,13 +33,14 @@ def strides(prefix: str, x: Tensor, names: str) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its arguments in order, its compile-time constants and its size."""
+    """A kernel with its arguments in order, its compile-time constants and its size. rows: patches or tokens of one program."""
 
     kernel: Any
     programs: int
     arguments: dict[str, Any]
     constants: dict[str, Any]
     warps: int
+    rows: int = 1
 
     def run(self) -> None:
         """Start the kernel on the device of its tensors."""

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
-"""Triton twin of mimic_loss: one token per program, forward and backward; and of code_components. Imported only where triton is installed.
+"""Triton twin of mimic_loss: several tokens per program, forward and backward; and of code_components. Imported only where triton is installed.
 
 Both directions read the student token and the teacher's stored token once, in any dtype, and keep them in registers. Offsets, masks
 and stores as in `triton_patches.py`; the definition is in `reference.py`.
@@ -7,14 +7,35 @@ and stores as in `triton_patches.py`; the definition is in `reference.py`.
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from mrmae.kernels.launch import Launch, power_of_two, strides, warps_for
+from mrmae.kernels.launch import VALUES_PER_WARP, WARPS, Launch, power_of_two, strides, warps_for
 
 LN_EPS = tl.constexpr(1e-5)
 UNIT_EPS = tl.constexpr(1e-12)
+
+
+@triton.jit
+def channels_of(ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """Channels as a [ROWS, WIDTH] tile: all rows, so that what is read per channel comes to the lanes that hold the tokens, and moves no more."""
+    return tl.arange(0, WIDTH)[None, :] + tl.zeros((ROWS, 1), tl.int32)
+
+
+@triton.jit
+def values_of_e4m3(byte):
+    """The numbers that bytes hold as E4M3, which not every device knows: as float16 they have the same bits, at an exponent of 8 less."""
+    bits = byte.to(tl.int16)
+    value = (((bits & 0x7F) << 7) | ((bits & 0x80) << 8)).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def over_channels(x):
+    """The sum over all channels of every token, as a tile that broadcasts."""
+    return tl.sum(x, axis=1)[:, None]
 
 
 @triton.jit
@@ -29,6 +50,7 @@ def load_pair(
     stat_std,
     positions,
     n_images,
+    n_rows,
     n_tokens,
     student_stride_v,
     student_stride_n,
@@ -49,39 +71,48 @@ def load_pair(
     SCALE: tl.constexpr,
     MEAN: tl.constexpr,
     STD: tl.constexpr,
+    ROWS: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
-    """Student token, normalised teacher token (both fp32, 0 outside) and the mask of real channels."""
-    row = tl.program_id(0) // n_tokens
-    slot = tl.program_id(0) % n_tokens
-    d = tl.arange(0, WIDTH)
-    mask = d < D
+    """ROWS student tokens, their normalised teacher tokens (both fp32, 0 outside), which they are, who is there, and the mask of real channels."""
+    token = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    alive = token < n_rows * n_tokens
+    row = (token // n_tokens).to(tl.int64)
+    slot = token % n_tokens
+    d = channels_of(ROWS, WIDTH)
+    inside = d < D
+    mask = alive[:, None] & inside
     at = slot
     if not GATHERED:
-        at = tl.load(ids + row.to(tl.int64) * ids_stride_v + slot * ids_stride_n).to(tl.int32)
-    image = (row % n_images).to(tl.int64)
-    source = student + row.to(tl.int64) * student_stride_v + (slot * student_stride_n + d * student_stride_d)
+        at = tl.load(ids + row * ids_stride_v + slot * ids_stride_n, mask=alive, other=0).to(tl.int32)
+    image = (token // n_tokens % n_images).to(tl.int64)
+    source = (student + (row * student_stride_v + slot * student_stride_n)[:, None]) + d * student_stride_d
     x = tl.load(source, mask=mask, other=0).to(tl.float32)
-    y = tl.load(codes + image * codes_stride_b + (at * codes_stride_l + d * codes_stride_d), mask=mask, other=0)
+    stored = (codes + (image * codes_stride_b + at * codes_stride_l)[:, None]) + d * codes_stride_d
+    y = tl.load(stored, mask=mask, other=0)
+    if E4M3:
+        y = values_of_e4m3(y)
     y = y.to(tl.float32)
     if SCALE:
-        y = y * tl.load(scale + image * scale_stride_b + at * scale_stride_l).to(tl.float32)
+        factor = tl.load(scale + image * scale_stride_b + at * scale_stride_l, mask=alive, other=0)
+        y = y * factor.to(tl.float32)[:, None]
     if STD:
-        y = y * tl.load(channel_std + d, mask=mask, other=0)
+        y = y * tl.load(channel_std + d, mask=inside, other=0)
     if MEAN:
-        y = y + tl.load(channel_mean + d, mask=mask, other=0)
+        y = y + tl.load(channel_mean + d, mask=inside, other=0)
     if TARGET == "channel":
-        y = y - tl.load(stat_mean + d, mask=mask, other=0)
+        y = y - tl.load(stat_mean + d, mask=inside, other=0)
     if TARGET == "position" or TARGET == "position+ln0":
-        position = tl.load(positions + row.to(tl.int64) * positions_stride_v + slot * positions_stride_n).to(tl.int32)
-        y = y - tl.load(stat_mean + (position * D + d), mask=mask, other=0)
+        position = tl.load(positions + row * positions_stride_v + slot * positions_stride_n, mask=alive, other=0)
+        y = y - tl.load((stat_mean + (position.to(tl.int32) * D)[:, None]) + d, mask=mask, other=0)
     if TARGET == "ln0" or TARGET == "position+ln0":
-        centred = tl.where(mask, y - tl.sum(y, axis=0) / D, 0.0)
-        y = centred * tl.rsqrt(tl.sum(centred * centred, axis=0) / D + LN_EPS)
+        centred = tl.where(inside, y - over_channels(y) / D, 0.0)
+        y = centred * tl.rsqrt(over_channels(centred * centred) / D + LN_EPS)
     if TARGET == "l2":
-        y = y * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
+        y = y * tl.rsqrt(over_channels(y * y) + UNIT_EPS)
     if TARGET == "channel" or TARGET == "position":
-        y = y / tl.load(stat_std + d, mask=mask, other=1)
-    return x, y, mask
+        y = y / tl.load(stat_std + d, mask=inside, other=1)
+    return x, y, token, alive, mask
 
 
 @triton.jit
@@ -98,6 +129,7 @@ def mimic_loss_kernel(
     positions,
     beta,
     n_images,
+    n_rows,
     n_tokens,
     student_stride_v,
     student_stride_n,
@@ -119,9 +151,11 @@ def mimic_loss_kernel(
     SCALE: tl.constexpr,
     MEAN: tl.constexpr,
     STD: tl.constexpr,
+    ROWS: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
-    """The distance of one token pair."""
-    x, y, mask = load_pair(
+    """The distances of ROWS token pairs."""
+    x, y, token, alive, mask = load_pair(
         student,
         codes,
         ids,
@@ -132,6 +166,7 @@ def mimic_loss_kernel(
         stat_std,
         positions,
         n_images,
+        n_rows,
         n_tokens,
         student_stride_v,
         student_stride_n,
@@ -152,10 +187,12 @@ def mimic_loss_kernel(
         SCALE,
         MEAN,
         STD,
+        ROWS,
+        E4M3,
     )
     if DISTANCE == "cosd":
-        lengths = tl.rsqrt(tl.sum(x * x, axis=0) + UNIT_EPS) * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
-        tl.store(loss + tl.program_id(0), 1.0 - tl.sum(x * y, axis=0) * lengths)
+        lengths = tl.rsqrt(over_channels(x * x) + UNIT_EPS) * tl.rsqrt(over_channels(y * y) + UNIT_EPS)
+        found = 1.0 - over_channels(x * y) * lengths
     else:
         e = tl.where(mask, x - y, 0.0)
         cost = e * e
@@ -163,7 +200,8 @@ def mimic_loss_kernel(
             size = tl.abs(e)
             cost = tl.where(size < beta, 0.5 * cost / beta, size - 0.5 * beta)
             cost = tl.where(mask, cost, 0.0)
-        tl.store(loss + tl.program_id(0), tl.sum(cost, axis=0) / D)
+        found = over_channels(cost) / D
+    tl.store(loss + token[:, None], found, mask=alive[:, None])
 
 
 @triton.jit
@@ -181,6 +219,7 @@ def mimic_loss_backward_kernel(
     positions,
     beta,
     n_images,
+    n_rows,
     n_tokens,
     grad_stride_v,
     grad_stride_n,
@@ -204,9 +243,11 @@ def mimic_loss_backward_kernel(
     SCALE: tl.constexpr,
     MEAN: tl.constexpr,
     STD: tl.constexpr,
+    ROWS: tl.constexpr,
+    E4M3: tl.constexpr,
 ):
-    """The gradient of one student token, the pair read and normalised again."""
-    x, y, mask = load_pair(
+    """The gradients of ROWS student tokens, the pairs read and normalised again."""
+    x, y, token, alive, mask = load_pair(
         student,
         codes,
         ids,
@@ -217,6 +258,7 @@ def mimic_loss_backward_kernel(
         stat_std,
         positions,
         n_images,
+        n_rows,
         n_tokens,
         student_stride_v,
         student_stride_n,
@@ -237,20 +279,22 @@ def mimic_loss_backward_kernel(
         SCALE,
         MEAN,
         STD,
+        ROWS,
+        E4M3,
     )
-    row = (tl.program_id(0) // n_tokens).to(tl.int64)
-    slot = tl.program_id(0) % n_tokens
-    g = tl.load(grad + row * grad_stride_v + slot * grad_stride_n).to(tl.float32)
+    row = (token // n_tokens).to(tl.int64)
+    slot = token % n_tokens
+    g = tl.load(grad + row * grad_stride_v + slot * grad_stride_n, mask=alive, other=0).to(tl.float32)
     if DISTANCE == "cosd":
-        length = tl.rsqrt(tl.sum(x * x, axis=0) + UNIT_EPS)
-        y = y * tl.rsqrt(tl.sum(y * y, axis=0) + UNIT_EPS)
-        slope = tl.sum(x * y, axis=0) * length * length * length * x - length * y
+        length = tl.rsqrt(over_channels(x * x) + UNIT_EPS)
+        y = y * tl.rsqrt(over_channels(y * y) + UNIT_EPS)
+        slope = over_channels(x * y) * length * length * length * x - length * y
     elif DISTANCE == "mse":
         slope = (x - y) * (2.0 / D)
     else:
         slope = tl.minimum(tl.maximum((x - y) / beta, -1.0), 1.0) * (1.0 / D)
-    d = tl.arange(0, WIDTH)
-    tl.store(out + row * n_tokens * D + (slot * D + d), (g * slope).to(out.dtype.element_ty), mask=mask)
+    target = (out + (token.to(tl.int64) * D)[:, None]) + channels_of(ROWS, WIDTH)
+    tl.store(target, (g[:, None] * slope).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -309,6 +353,7 @@ def pair_arguments(
         "positions": student if positions is None else positions,
         "beta": float(beta),
         "n_images": codes.shape[0],
+        "n_rows": student.shape[0],
         "n_tokens": student.shape[1],
         **strides("student_stride", student, "vnd"),
         **strides("codes_stride", codes, "bld"),
@@ -323,10 +368,19 @@ def optional_strides(prefix: str, x: Tensor | None, names: str) -> dict[str, int
     return strides(prefix, x, names) if x is not None else {f"{prefix}_{name}": 0 for name in names}
 
 
+def rows_and_warps(width: int) -> tuple[int, int]:
+    """Tokens and warps of a program: 16 values of a tile for each thread, which is two warps for a token of up to 1,024 channels."""
+    per_program = WARPS * VALUES_PER_WARP // 2
+    return max(1, per_program // width), min(16, max(WARPS, WARPS * width // per_program))
+
+
 def build(kernel: Any, first: dict[str, Any], student: Tensor, codes: Tensor, *rest: Any) -> Launch:
     """A launch of either kernel; `first` are the arguments only one of them has."""
     ids, scale, channel_mean, channel_std, stat_mean, stat_std, positions, target, distance, beta = rest
     d = student.shape[2]
+    rows, warps = rows_and_warps(power_of_two(d))
+    e4m3 = codes.dtype == torch.float8_e4m3fn
+    codes = codes.view(torch.uint8) if e4m3 else codes
     constants = {
         "D": d,
         "WIDTH": power_of_two(d),
@@ -336,10 +390,13 @@ def build(kernel: Any, first: dict[str, Any], student: Tensor, codes: Tensor, *r
         "SCALE": scale is not None,
         "MEAN": channel_mean is not None,
         "STD": channel_std is not None,
+        "ROWS": rows,
+        "E4M3": e4m3,
     }
     tensors = (ids, scale, channel_mean, channel_std, stat_mean, stat_std, positions)
     arguments = pair_arguments(student, codes, *tensors, beta)
-    return Launch(kernel, student.shape[0] * student.shape[1], first | arguments, constants, warps_for(power_of_two(d)))
+    programs = -(-student.shape[0] * student.shape[1] // rows)
+    return Launch(kernel, programs, first | arguments, constants, warps, rows)
 
 
 def mimic_loss(loss: Tensor, student: Tensor, codes: Tensor, *rest: Any) -> Launch:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrmae.kernels.launch import Launch, power_of_two, strides, warps_for
+from mrmae.kernels.triton_runs import gather_runs_kernel, runs_launch, words_of
 
 
 @triton.jit
@@ -66,6 +67,9 @@ def gather_patches(image: Tensor, ids: Tensor, scale: Tensor, shift: Tensor, out
 
     Interleaved channels are read together: one by one, each byte load of a warp would touch 16 cache lines for 32 bytes.
     """
+    factors = {"scale": scale.float().contiguous(), "shift": shift.float().contiguous(), "out": out}
+    if (words := words_of(image, patch)) is not None:
+        return runs_launch(gather_runs_kernel, words, image, ids, patch, factors)
     v, k = ids.shape
     c, side = image.shape[1], power_of_two(patch)
     together = min(power_of_two(c), 16) if image.stride(1) == 1 else 1
@@ -77,9 +81,7 @@ def gather_patches(image: Tensor, ids: Tensor, scale: Tensor, shift: Tensor, out
         {
             "image": image,
             "ids": ids,
-            "scale": scale.float().contiguous(),
-            "shift": shift.float().contiguous(),
-            "out": out,
+            **factors,
             "n_images": image.shape[0],
             "n_patches": k,
             "n_groups": n_groups,
@@ -89,6 +91,7 @@ def gather_patches(image: Tensor, ids: Tensor, scale: Tensor, shift: Tensor, out
         },
         {"C": c, "CHANNELS": together, "PATCH": patch, "SIDE": side, "GROUP": group},
         warps=min(16, 4 * max(1, together // 4)),
+        rows=group,
     )
 
 

@@ -1,11 +1,14 @@
 # mypy: disable-error-code="untyped-decorator, no-untyped-def, no-untyped-call"
 """Triton twin of pixel_loss, forward and backward. Imported only where triton is installed; rules as in `triton_patches.py`."""
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from mrmae.kernels.launch import Launch, power_of_two, strides, warps_for
+from mrmae.kernels.triton_runs import pixel_runs_backward_kernel, pixel_runs_kernel, runs_launch, words_of
 
 NORM_PIX_EPS = tl.constexpr(1e-6)
 
@@ -184,6 +187,10 @@ def pixel_loss(
     norm_pix: bool,
 ) -> Launch:
     """image and pred of any strides; loss [v, m] and stats [2, v, m] (mean, 1 / std) fp32, contiguous."""
+    if (words := words_of(image, patch)) is not None:
+        about: dict[str, Any] = {"pred": pred, "scale": scale.float().contiguous(), "shift": shift.float().contiguous()}
+        about |= {"loss": loss, "stats": stats, "n_total": ids.numel(), **strides("pred_stride", pred, "vmd")}
+        return runs_launch(pixel_runs_kernel, words, image, ids, patch, about, NORM_PIX=norm_pix)
     tile = pixel_tile(image, patch)
     return Launch(
         pixel_loss_kernel,
@@ -222,6 +229,16 @@ def pixel_loss_backward(
     patch: int,
 ) -> Launch:
     """grad [v, m] of any strides (a sum's gradient is expanded: stride 0); out [v, m, P], contiguous."""
+    if (words := words_of(image, patch)) is not None:
+        about: dict[str, Any] = {
+            "grad": grad,
+            "pred": pred,
+            "scale": scale.float().contiguous(),
+            "shift": shift.float().contiguous(),
+        }
+        about |= {"stats": stats, "out": out, "n_total": ids.numel(), **strides("grad_stride", grad, "vm")}
+        about |= strides("pred_stride", pred, "vmd")
+        return runs_launch(pixel_runs_backward_kernel, words, image, ids, patch, about)
     tile = pixel_tile(image, patch)
     return Launch(
         pixel_loss_backward_kernel,

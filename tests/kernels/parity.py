@@ -81,6 +81,8 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randint(0, 65536, shape).to(dtype).to(DEVICE)
     if dtype == torch.int8:
         return torch.randint(-127, 128, shape, dtype=dtype).to(DEVICE)
+    if dtype == torch.float8_e4m3fn:
+        return (torch.randn(shape) * 30).to(dtype).to(DEVICE)
     return torch.randn(shape).to(dtype).to(DEVICE)
 
 
@@ -89,9 +91,11 @@ def some_ids(rows: int, n: int, l: int = L) -> Tensor:
 
 
 def picture(layout: str, dtype: torch.dtype, channels: int, patch: int) -> Tensor:
-    """A [b, c, h, w] view with the strides of the named layout; a crop starts at an odd pixel of a larger image."""
+    """A [b, c, h, w] view with the strides of the named layout; a crop starts at an odd pixel of a larger image, one of runs at a multiple of 8 bytes."""
     h, w = GRID_H * patch, GRID_W * patch
     wide = (h + 5, w + 7) if "crop" in layout else (h, w)
+    if layout.endswith("of runs"):
+        return draw(B, h + 5, w + 8, channels, dtype=dtype).permute(0, 3, 1, 2)[:, :, 3 : 3 + h, 8 : 8 + w]
     if layout.startswith("NHWC"):
         image = draw(B, *wide, channels, dtype=dtype).permute(0, 3, 1, 2)
     else:
@@ -202,6 +206,17 @@ def decoding(
     yield compare("components", ours, reference.code_components(codes, ids, entries.double(), group, n_rows=rows))
 
 
+def every_e4m3() -> Iterator[Result]:
+    """Every number that a byte holds as E4M3, subnormal ones too, to the bit: the gradient of zeros is the codes, halved seven times."""
+    numbers = torch.tensor([x for x in range(256) if x & 127 != 127] + [0, 0], dtype=torch.uint8, device=DEVICE)
+    codes = numbers.view(torch.float8_e4m3fn)[None, None]
+    student = torch.zeros(1, 1, 256, device=DEVICE, requires_grad=True)
+    loss = mimic.mimic_loss(student, codes, *[None] * 7, "none", "mse", 1.0)
+    (grad,) = torch.autograd.grad(loss, student, torch.ones_like(loss))
+    assert torch.equal(grad * -128, codes.float())
+    yield compare("gradient", grad, codes.double() / -128)
+
+
 def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     """Name -> case; the grid that both the interpreter and the device run."""
     images = (torch.uint8, *FLOATS)
@@ -220,6 +235,9 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     for (channels, dtype), layout in product(bands, ("NCHW", "NHWC")):
         add("gather", gather, layout, dtype, 8, channels=channels, out=torch.float32)
         add("pixel", pixel, layout, dtype, 8, channels=channels, pred_dtype=torch.float32)
+    for layout, channels, patch in (("NHWC", 1, 16), ("NHWC", 2, 8), ("NHWC", 3, 32), ("NHWC crop of runs", 3, 8)):
+        add("gather", gather, layout, torch.uint8, patch, channels=channels, out=torch.bfloat16)
+        add("pixel", pixel, layout, torch.uint8, patch, channels=channels, m=5, pred_dtype=torch.float32)
     for n in (1, L):
         add("gather", gather, "NHWC", torch.uint8, 16, k=n, out=torch.float32)
         add("pixel", pixel, "NHWC", torch.uint8, 16, m=n, pred_dtype=torch.float32)
@@ -242,11 +260,16 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
         {"masks": 2},
         {"d": 768},
         {"d": 1024},
+        {"d": 1280},
+        {"d": 1536, "masks": 2},
         {"sliced": True},
     ):
         add("mimic", mimicry, torch.int8, "ln0", "mse", **option)
     add("mimic", mimicry, torch.float16, "none", "cosd", gathered=True, masks=2, scaled=False)
-    for option in ({"gathered": True}, {"masks": 2}, {"gathered": True, "masks": 2}, {"d": 768}):
+    for target, distance, d in product(("ln0", "position"), ("mse", "cosd"), (20, 768)):
+        add("mimic", mimicry, torch.float8_e4m3fn, target, distance, student_dtype=torch.bfloat16, d=d)
+    add("mimic e4m3", every_e4m3)
+    for option in ({"gathered": True}, {"masks": 2}, {"gathered": True, "masks": 2}, {"d": 768}, {"d": 1536}):
         add("mimic", mimicry, torch.int8, "position", "mse", **option)
     for option in (
         {},

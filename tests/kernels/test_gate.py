@@ -11,32 +11,32 @@ pytest.importorskip("triton")
 from mrmae.kernels import gate
 
 TABLE = Path(__file__).parents[2] / "benchmarks/results/kernels_gate.csv"
-NARROW_LOADS = (
-    "gather u8 NHWC",
-    "patch 14",
-)  # bytes of interleaved channels, read by lane; 14 is no multiple of a vector
+NARROW_LOADS = ("patch 14",)  # no multiple of a vector
 NARROW_STORES = ("forward", "patch 14")  # one number per patch or token
-# Multiplications of a row by a stride: ids, image, pred or student, codes, scale, grad, out (two factors).
+# Multiplications of a row by a stride: ids, image, pred or student, codes, scale, grad, out (two factors, of tokens one).
 ROWS = {
     "gather": 4,
     "embed": 4,
     "pixel forward": 3,
     "pixel backward": 6,
     "mimic forward": 3,
-    "mimic backward": 6,
+    "mimic backward": 5,
     "decode": 3,
 }
-# All cases for sm_90, one per kernel for the other two; the committed table holds all of them for all three.
+# Nearly all cases for sm_90, one per kernel for the other two; the committed table holds all of them for all three.
 SOME = ("gather u8 NHWC -> bf16", "embed bf16 -> fp32", "pixel backward u8 NHWC, bf16", "mimic backward int8, ln0 mse")
-COMPILED = [(case, 90) for case in gate.CASES] + [(case, sm) for sm in (80, 100) for case in SOME]
+COMPILED = [(case, 90) for case in gate.CASES if "1280" not in case] + [(case, sm) for sm in (80, 100) for case in SOME]
 
 
 def assert_within_budget(case: str, row: dict[str, Any]) -> None:
-    seen = {k: int(v) for k, v in row.items() if k != "case"}
+    seen = {k: int(v) for k, v in row.items() if k not in ("case", "code", "loads", "stores")}
     assert seen["stack"] == seen["local"] == 0, f"{case} spills: {seen}"
     assert seen["registers"] <= 96, f"{case}: {seen}"
     assert seen["shared"] <= 8192, f"{case}: {seen}"
-    assert seen["barriers"] == 0 or case.startswith("gather u8 NHWC"), f"{case}: {seen}"
+    assert seen["barriers"] <= 7, f"{case}: {seen}"
+    assert "u8 NHWC" not in case or "patch 14" in case or not row["loads"].startswith(("8:", "16:")), (
+        f"{case} reads bytes: {row}"
+    )
     assert seen["load_bits"] >= 64 or any(word in case for word in NARROW_LOADS), f"{case}: {seen}"
     assert seen["store_bits"] >= 64 or any(word in case for word in NARROW_STORES), f"{case}: {seen}"
     least = next(n for kernel, n in ROWS.items() if case.startswith(kernel))
@@ -49,7 +49,9 @@ def test_a_compiled_kernel_stays_within_its_budget(case: str, sm: int) -> None:
 
 
 def test_the_committed_table_is_complete_and_within_budget() -> None:
-    rows = list(csv.DictReader(TABLE.open()))
+    whole = list(csv.DictReader(TABLE.open()))
+    rows = [row for row in whole if row["code"] == "now"]
+    assert {row["code"] for row in whole} == {"before", "now"} and {row["case"] for row in whole} == set(gate.CASES)
     assert [(r["case"], int(r["sm"])) for r in rows] == [(c, sm) for c in gate.CASES for sm in gate.ARCHITECTURES]
     for row in rows:
         assert_within_budget(row["case"], row)
