@@ -223,6 +223,8 @@ FAST += [fast(arm) for arm in (
     *(each for seed in SEEDS for each in pair("photos", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
     *(chosen(f"photos-{transform.replace('+', '-')}-s{seed}", "others", options=f"--set terms.mimic.transform={transform}", against="photos-ln0",
              seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST) for transform in ("position+ln0", "channel") for seed in SEEDS),
+    *(each | {"options": f"{each['options']} --set terms.mimic.teachers=[{teacher}]"} for seed in SEEDS for teacher in ("cnn", "dino")
+      for each in pair(f"photos-{teacher}", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
     *(each | {"options": f"{each['options']} --set terms.mimic.teachers=[dino] --set terms.cls.teachers=[dino]"} for seed in SEEDS
       for each in pair("photos-cls", "mr-mae-cls", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
     *(each | {"options": each["options"].replace("mimic", "distil") + " --set terms.distil.teachers=[gal] --set terms.distil.positions=all --set terms.distil.teacher_tap=pre_tail"}
