@@ -322,8 +322,15 @@ def closing_lines(run: Run, summary: Mapping[str, Any], command: str) -> list[st
                 else []
             ),
         ]
-        return [*lines, *([warning] if warning else [])]
-    return [f"{stopped_words(run, summary['stopped'])}, saved; to continue:", f"    {command}"]
+        return [*lines, *fetched_words(run), *([warning] if warning else [])]
+    return [*fetched_words(run), f"{stopped_words(run, summary['stopped'])}, saved; to continue:", f"    {command}"]
+
+
+def fetched_words(run: Run) -> list[str]:
+    """What this process had to fetch of the shards that are kept near; nothing where none are."""
+    if (local := run.cache.local) is None:
+        return []
+    return [f"kept near  {counted(local.fetched, 'shard')} fetched by this process, {human_bytes(local.fetched_bytes)}"]
 
 
 def stopped_words(run: Run, by: str) -> str:

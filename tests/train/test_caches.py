@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from rich.console import Console
 from training import train_quietly
 
+from mrmae.common.progress import human_bytes
 from mrmae.extract.inspect.cli import main as inspect_command
 from mrmae.extract.run import Options, extract_features
 from mrmae.probe.cli import main as probe_command
@@ -89,14 +90,18 @@ def test_training_through_a_local_cache_is_the_same_and_fetches_once(s3: Any, ti
     url, folder = s3.upload(tiny_cache, "near-photos"), tmp_path / "shards"
     train(tiny_cache, tmp_path / "plain")
     expected = weights(tmp_path / "plain")
-    read = []
+    read, console = [], Console(file=io.StringIO())
     for workers in (1, 3):
         before = s3.proxy.answer_bytes
-        train(url, tmp_path / f"{workers}", local_cache=folder, local_cache_bytes="1MB", workers=workers)
+        train(
+            url, tmp_path / f"{workers}", console=console, local_cache=folder, local_cache_bytes="1MB", workers=workers
+        )
         read.append(s3.proxy.answer_bytes - before)
         found = weights(tmp_path / f"{workers}")
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     kept = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    said = re.findall(r"kept near  (\d+) shards? fetched by this process, (.*)\n", console.file.getvalue())  # type: ignore[attr-defined]
+    assert said == [("18", human_bytes(kept)), ("0", "0 B")], "2 views of 3 shards of 2 columns and the pixels"
     assert 100_000 < kept < 1_000_000 and read[0] - read[1] >= kept, (read, kept)
     words = [
         url,
