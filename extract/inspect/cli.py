@@ -32,6 +32,14 @@ def folder_or_url(text: str) -> Path:
         raise click.BadParameter(str(error)) from None
 
 
+def out_or_url(text: str) -> Path:
+    """The path of a new one."""
+    try:
+        return locate(text, "OUT")
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
 def band_numbers(_context: click.Context, _option: click.Parameter, text: str | None) -> tuple[int, ...] | None:
     """`3,2,1` as numbers."""
     try:
@@ -300,7 +308,7 @@ def drop(cache: Path, column: str, yes: bool) -> None:
 
 @main.command()
 @CACHE
-@click.argument("out", type=folder_or_url)
+@click.argument("out", type=out_or_url)
 @click.option("--format", type=click.Choice(FORMAT_NAMES), help="How columns are stored; default: as in CACHE.")
 @click.option("--dtype", type=click.Choice(DTYPE_NAMES), help="Quantise the stored values again; default: as in CACHE.")
 @click.option("--drop", multiple=True, metavar="TEACHER[.TAP]", help="Leave a teacher or one of its columns out.")
