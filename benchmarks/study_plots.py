@@ -126,7 +126,10 @@ def draw_cost(path: Path, rows: Sequence[Row], cost: Sequence[Row]) -> None:
             done = study_report.chosen(rows, [arm["name"] for arm in arms], probe)
             alike = arms[0]["test"] == study_arms.VALIDATION and "teachers=" not in arms[0]["options"]
             if done and alike and ("12e-3" in arms[0]["options"] or "36e-3" in arms[0]["options"]):
-                spent = sum(study_report.cpu_of(cost, row["arm"]) for row in done) / len(done)
+                known = [seconds for row in done if (seconds := study_report.cpu_of(cost, row["arm"]))]
+                if not known:
+                    continue
+                spent = sum(known) / len(known)  # of those that were not interrupted
                 share = study_report.right_share(done).mean()
                 axis.plot(spent, share, "o", color=parts[arms[0]["part"]], ms=4)
                 axis.annotate(
