@@ -33,7 +33,8 @@ def assert_within_budget(case: str, row: dict[str, Any]) -> None:
     assert seen["stack"] == seen["local"] == 0, f"{case} spills: {seen}"
     assert seen["registers"] <= 96, f"{case}: {seen}"
     assert seen["shared"] <= 8192, f"{case}: {seen}"
-    assert seen["barriers"] <= 7, f"{case}: {seen}"
+    alone = seen["warps"] == 1 or case.startswith(("gather", "pixel backward")) and "patch 14" not in case
+    assert seen["barriers"] <= (0 if alone else 7), f"{case}: {seen}"  # only sums over warps wait
     assert "u8 NHWC" not in case or "patch 14" in case or not row["loads"].startswith(("8:", "16:")), (
         f"{case} reads bytes: {row}"
     )
