@@ -165,7 +165,7 @@ class NearShards:
         if seen is not None and now - seen < TOUCH_SECONDS:
             return True
         try:
-            os.utime(folder)
+            os.utime(folder, ns=(time.time_ns(),) * 2)  # the kernel's own "now" is some milliseconds coarse
         except FileNotFoundError:
             self._seen.pop(wanted.name, None)
             return False

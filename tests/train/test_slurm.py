@@ -48,8 +48,9 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         for name, text in {**STUBS, **stubs}.items():
-            (folder / name).write_text(text)
-            (folder / name).chmod(0o755)
+            if not (folder / name).exists() or (folder / name).read_text() != text:  # another job may be running it
+                (folder / name).write_text(text)
+                (folder / name).chmod(0o755)
         environment = {
             **os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "ASKED": str(tmp_path / "asked"),
             "SLURM_JOB_ID": str(job), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": "1", "SLURM_GPUS_ON_NODE": "2",
