@@ -130,7 +130,9 @@ torchscript_option = click.option(
     "--allow-code", is_flag=True, help="Let --teacher NAME=python:module:function import and run that function."
 )
 @click.option(
-    "--dry-run", is_flag=True, help="Print the plan, measure a few images and the disk, estimate; leave nothing."
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan, measure a few images and the disk or store, estimate; leave nothing.",
 )
 @click.option("--list-teachers", is_flag=False, flag_value="*", default=None, metavar="[PATTERN]", show_default=False,
               help="List the teachers whose names match, with what each gives for --grid, and do nothing else.")  # fmt: skip

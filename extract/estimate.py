@@ -156,7 +156,7 @@ def free_space_text(cache: Path, wanted: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """Seconds per view of every stage, on this machine, and bytes per second to disk."""
+    """Seconds per view of every stage, on this machine, and bytes per second to the disk or the store."""
 
     decode_s: float
     forward_s: Mapping[str, float]
@@ -175,7 +175,7 @@ def measure_rates(sources: Sources, teachers: Mapping[str, Teacher], options: Op
     if not pixels:
         raise ValueError(f"none of the first {PROBE_IMAGES} images can be read; expected photographs; check IMAGES")
     forward = {column: forward_seconds(teacher, pixels, options) for column, teacher in teachers.items()}
-    return Rates(decode_s, forward, disk_bytes_per_s(options.cache))
+    return Rates(decode_s, forward, written_bytes_per_s(options.cache))
 
 
 def one_view(data: bytes, key: str, options: Options) -> Pixels:
@@ -197,8 +197,8 @@ def forward_seconds(teacher: Teacher, pixels: Sequence[Pixels], options: Options
     return (time.perf_counter() - began) / (n * len(batch))
 
 
-def disk_bytes_per_s(cache: Path) -> float:
-    """Bytes per second, fsync included, into the folder where the cache lies or will lie; nothing stays there."""
+def written_bytes_per_s(cache: Path) -> float:
+    """Bytes per second, fsync included, into the folder or the store where the cache lies or will lie; nothing stays there."""
     if isinstance(cache, Url):
         expect_conditions(cache)
         return url_bytes_per_s(cache)
@@ -233,7 +233,8 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
         sample_bytes(teacher, options.dtype, options.format, blocks) for teacher in teachers
     )
     forward_s, write_s = sum(rates.forward_s.values()), view_bytes / rates.write_bytes_per_s
-    stages = {"decoding": rates.decode_s, "the teachers": forward_s, "the disk": write_s}
+    keeper = "store" if isinstance(options.cache, Url) else "disk"
+    stages = {"decoding": rates.decode_s, "the teachers": forward_s, f"the {keeper}": write_s}
     worst = max(stages, key=lambda name: stages[name])
     # On a CPU decoding and teachers share the cores; on an accelerator every stage runs beside the others.
     seconds = max(rates.decode_s + forward_s, write_s) if on_cpu else max(stages.values())
@@ -242,9 +243,9 @@ def estimate_text(rates: Rates, teachers: Sequence[TeacherSpec], options: Option
     lines = [f"measured: decoding {1 / rates.decode_s:.3g} views/s with {options.workers} threads"]
     lines += [f"          {column} {1 / spent:.3g} views/s" for column, spent in rates.forward_s.items()]
     lines += [
-        f"          disk {human_bytes(rates.write_bytes_per_s)}/s = {1 / write_s:.3g} views/s",
+        f"          {keeper} {human_bytes(rates.write_bytes_per_s)}/s = {1 / write_s:.3g} views/s",
         f"estimate: {human_time(total)} for {counted(images * options.views, 'view')}, limited by {worst}, {shared_words(of)}",
-        worth_it(forward_s, view_bytes, rates.write_bytes_per_s, total),
+        worth_it(forward_s, view_bytes, rates.write_bytes_per_s, total, keeper),
     ]
     return "\n".join(lines)
 
@@ -267,13 +268,14 @@ def shared_words(processes: int) -> str:
     return f"with {processes} processes like this one"
 
 
-def worth_it(forward_s: float, view_bytes: float, bytes_per_s: float, total_s: float) -> str:
-    """When this cache is worth making: it must be read at least as fast as the student trains, and more than once."""
+def worth_it(forward_s: float, view_bytes: float, bytes_per_s: float, total_s: float, keeper: str) -> str:
+    """When this cache is worth making: it must be read at least as fast as the student trains, and more than once. keeper: `disk` or `store`."""
     fed = bytes_per_s / view_bytes
     if forward_s == 0:
         return "verdict:  every teacher is complete already"
     if fed * forward_s <= 1:
-        return (f"verdict:  DO NOT CACHE here: this disk feeds {fed:.3g} views/s (at its write rate), the teachers make "
-                f"{1 / forward_s:.3g}; run them online, or take a faster disk")  # fmt: skip
+        faster = "take a faster disk" if keeper == "disk" else "train from it with --local-cache"
+        return (f"verdict:  DO NOT CACHE here: this {keeper} feeds {fed:.3g} views/s (at its write rate), the teachers make "
+                f"{1 / forward_s:.3g}; run them online, or {faster}")  # fmt: skip
     return (f"verdict:  worth it for more than one epoch: {human_time(total_s)} once, against the teachers in every epoch; "
-            f"this disk feeds a student of up to {fed:.3g} views/s (at its write rate)")  # fmt: skip
+            f"this {keeper} feeds a student of up to {fed:.3g} views/s (at its write rate)")  # fmt: skip

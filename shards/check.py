@@ -159,7 +159,7 @@ def promised_sizes(path: Path, plan: Plan, manifest: Manifest) -> Iterator[tuple
         files = entry_of(manifest, unit).get("files", {})
         for name, file in shard_names(path, plan, unit).items():
             yield file, files.get(name, {}).get("bytes")
-    for file, tail in tails_of(path, plan, manifest):
+    for file, tail, _ in tails_of(path, plan, manifest):
         yield file, tail["bytes"]
 
 
@@ -437,22 +437,24 @@ def metadata_fields(content: bytes) -> dict[str, Any] | None:
 
 def tail_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
     """Tails that are missing, resized or, with `full`, altered."""
-    for file, tail in tails_of(cache.path, cache.plan, cache.manifest):
+    for file, tail, told_by in tails_of(cache.path, cache.plan, cache.manifest):
         if what := wrong_file(file, tail, full=full):
-            yield Problem(relative(cache.path, file), f"{what}, says manifest.json")
+            yield Problem(relative(cache.path, file), f"{what}, says {told_by}")
 
 
-def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tuple[Path, Mapping[str, Any]]]:
-    """The file of every tail and codebook that the manifest tells of, and what it tells; of a codebook, the plan tells the sha256 (of product codes also the size)."""
+def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tuple[Path, Mapping[str, Any], str]]:
+    """The file of every tail and codebook, what is told of it, and what tells: of a tail the manifest, of product codes' codebook the plan, of a map's the plan
+    the sha256 and the manifest the size."""
     told = {column["name"]: column["tail"] for column in manifest["columns"]} if manifest else {}
     for teacher in plan.columns:
         quantiser = plan.quantisers.get(teacher.column)
         codebook = {} if quantiser is None or quantiser.codebook is None else quantiser.codebook
         if quantiser is not None and quantiser.stored.product:
-            yield product_path(path, teacher.column), codebook
+            yield product_path(path, teacher.column), codebook, "plan.json"
             codebook = {}
         if tail := told.get(teacher.column):
-            yield kept_path(path, teacher), {**tail, "sha256": codebook.get("sha256", tail["sha256"])}
+            about = {**tail, "sha256": codebook.get("sha256", tail["sha256"])}
+            yield kept_path(path, teacher), about, "manifest.json" + " with plan.json" * bool(codebook)
 
 
 def edited_samples(cache: Described) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from mrmae.common.backend import files_below, locate
 from mrmae.extract import estimate, pipeline
 from mrmae.extract.estimate import Rates
 from mrmae.extract.options import Options
@@ -86,6 +87,20 @@ def test_the_slowest_stage_decides(tmp_path: Path, rates: Rates, limit: str, tim
     assert f"limited by {limit}" in text and verdict in text and (time in text or limit == "the disk")
 
 
+def test_a_dry_run_to_a_url_speaks_of_a_store(s3: Any, photo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "PROBE_BYTES", 1 << 20)
+    s3.ask("PUT", "dry")
+    said: list[str] = []
+    url = locate("s3://dry/c")
+    assert extract_features(options(photo_folder, url), dry_run=True, say=said.append) == {} and not files_below(url)
+    assert "free space at a URL is not known" in said[0] and "          store " in said[-1]
+    slow = estimate.estimate_text(
+        Rates(0.01, {"vit.pre_tail": 0.001}, 1e3), [SPEC], options(photo_folder, url).resolved(), 1000
+    )
+    assert "limited by the store" in slow and "this store feeds" in slow and "train from it with --local-cache" in slow
+    assert "disk" not in "".join(said) + slow
+
+
 def test_unreadable_images_are_said_so(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(ValueError, match="none of the first 32 images can be read"):
@@ -99,5 +114,5 @@ def test_the_probe_is_removed_when_the_disk_is_full(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(estimate, "write_durably", full)
     with pytest.raises(OSError, match="No space"):
-        estimate.disk_bytes_per_s(tmp_path / "c")
+        estimate.written_bytes_per_s(tmp_path / "c")
     assert list(tmp_path.iterdir()) == []

@@ -14,6 +14,7 @@ import pytest
 import torch
 from contents import contents_without_records as contents
 
+from mrmae.common.backend import files_below, locate, read_bytes
 from mrmae.extract import ray_engine
 from mrmae.extract.options import Options
 from mrmae.extract.pipeline import HopelessQuality
@@ -359,3 +360,16 @@ def test_ray_itself_makes_the_bytes_that_one_process_makes(cluster: Any, photo_f
     assert manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
     extract_on_ray(options_of(photo_folder, tmp_path / "b"), RayPool(1, gpus=0), say=said.append)
     assert "nothing was left to do" in said[-1]
+
+
+def test_ray_itself_makes_them_at_a_url(s3: Any, cluster: Any, photo_folder: Path, tmp_path: Path) -> None:
+    """Actors share nothing but the store; `s3` comes first, as they inherit the environment of the cluster."""
+    s3.ask("PUT", "ray")
+    url = locate("s3://ray/c")
+    extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
+    extract_on_ray(options_of(photo_folder, url), RayPool(2, gpus=0), say=lambda _: None)
+    far = {file.relative_to(url).as_posix(): read_bytes(file) for file in files_below(url)}
+    here = contents(tmp_path / "a")
+    assert {name: data for name, data in far.items() if not name.startswith("commits/")} == {
+        name: data for name, data in here.items() if name != ".digests"
+    }
