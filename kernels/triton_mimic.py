@@ -292,7 +292,8 @@ def mimic_loss_backward_kernel(
     elif DISTANCE == "mse":
         slope = (x - y) * (2.0 / D)
     else:
-        slope = tl.minimum(tl.maximum((x - y) / beta, -1.0), 1.0) * (1.0 / D)
+        slope = tl.maximum((x - y) / beta, -1.0, propagate_nan=tl.PropagateNan.ALL)  # a NaN must reach the gradient
+        slope = tl.minimum(slope, 1.0, propagate_nan=tl.PropagateNan.ALL) * (1.0 / D)
     target = (out + (token.to(tl.int64) * D)[:, None]) + channels_of(ROWS, WIDTH)
     tl.store(target, (g[:, None] * slope).to(out.dtype.element_ty), mask=mask)
 

@@ -18,7 +18,7 @@ from mrmae.shards.format import Array, Layout, canonical_json, plain, shown
 from mrmae.shards.store import zarr
 from mrmae.shards.store.reader import Damaged, File, opened, read_members
 from mrmae.shards.store.tar import Member, TarIndex, index_path, member_name, own_index, write_tar
-from mrmae.shards.store.zarr import checked_rows, shard_record
+from mrmae.shards.store.zarr import check_rows, checked_rows, shard_record
 
 # Per array and sample: tar header, npy header, padding, its line in the index, its share of the JSON.
 OVERHEAD_BYTES = 1024
@@ -187,9 +187,8 @@ class TarShard:
             raise Damaged(self.tar, row, "the member fails its crc32c")
 
     def check(self, rows: Sequence[int]) -> None:
-        """Read every array of the samples at `rows`, and the JSON of every sample. Raises Damaged."""
-        for row in rows:
-            self.read([row], {name: [np.empty(*array)] for name, array in self.layout.arrays().items()})
+        """Read every array of the samples at `rows`, and the JSON of every sample. Raises Damaged, also for values that are never written."""
+        check_rows(self.read, self.layout, rows, lambda _: self.tar)
         everyone, valid = range(len(self.index.keys)), set(rows)
         for row, content in enumerate(read_members(self.tar, everyone, self.index.tables["json"])):
             if content != row_json(self.start + row, self.index.keys[row], row in valid):

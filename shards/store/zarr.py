@@ -7,7 +7,7 @@ docs/format.md, "Columns".
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -20,10 +20,11 @@ from zarr.storage import MemoryStore
 from mrmae.common.backend import exists
 from mrmae.common.files import Published, publish
 from mrmae.shards.format import DTYPES, IN_BLOCKS, Array, Layout, canonical_json, read_json
-from mrmae.shards.store.reader import ABSENT, ShardFile
+from mrmae.shards.store.reader import ABSENT, Damaged, ShardFile
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
 METADATA = "zarr.json"
+ROWS_AT_ONCE = 64  # samples in memory where all of a shard is checked
 MOST_METADATA_BYTES = 1 << 24  # a quantiser and a teacher as in the plan
 DIMENSIONS = {
     "tokens": ("sample", "patch", "channel"),
@@ -171,9 +172,8 @@ class ZarrShard:
             self.files[name].read(rows, buffers, blocks if name in IN_BLOCKS else None)
 
     def check(self, rows: Sequence[int]) -> None:
-        """Read every array of the samples at `rows`. Raises Damaged."""
-        for name, (shape, dtype) in self.layout.arrays().items():
-            self.read(rows, {name: [np.empty(shape, dtype)] * len(rows)})
+        """Read every array of the samples at `rows`. Raises Damaged, also for values that are never written."""
+        check_rows(self.read, self.layout, rows, lambda name: self.files[name].path)
 
 
 def open_shard(
@@ -209,14 +209,30 @@ def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where
         if array.shape != (len(keep), *shape) or array.dtype != np.dtype(dtype):
             raise ValueError(f"{where}: {name} is {array.dtype}{list(array.shape)}; "
                              f"expected {dtype}{[len(keep), *shape]}")  # fmt: skip
-        if dtype == "uint16":
-            continue
-        refused = DTYPES[layout.dtype].refused if name == "tokens" else ()
-        wrong = unfit(array, keep, refused)
-        if wrong:
-            kind = f"the sentinel {refused[-1]}" if refused else "NaN or infinite"
-            raise ValueError(f"{where}: {wrong} values of {name} are {kind}; expected numbers; "
-                             "this teacher's features cannot be stored so")  # fmt: skip
+        if wrong := wrong_values(array, keep, layout, name):
+            raise ValueError(f"{where}: {wrong}; expected numbers; this teacher's features cannot be stored so")
+
+
+def check_rows(read: Callable[..., None], layout: Layout, rows: Sequence[int], file_of: Callable[[str], Path]) -> None:
+    """Read every array of the samples at `rows`. Raises Damaged, also for values that are never written. read: a shard's; file_of: an array's file."""
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[start : start + ROWS_AT_ONCE]
+        arrays = {name: np.empty((len(some), *shape), dtype) for name, (shape, dtype) in layout.arrays().items()}
+        read(some, {name: list(array) for name, array in arrays.items()})
+        for name, array in arrays.items():
+            for row, values in zip(some, array):
+                if wrong := wrong_values(values, np.array(True), layout, name):
+                    raise Damaged(file_of(name), row, f"{wrong}, which no command writes")
+
+
+def wrong_values(array: Array, keep: Array, layout: Layout, name: str) -> str:
+    """How many values of an array's kept rows are no numbers, in words; empty for none."""
+    if array.dtype == np.uint16:  # of a map, where any may be a value
+        return ""
+    refused = DTYPES[layout.dtype].refused if name == "tokens" else ()
+    kind = f"codes that are no number ({' or '.join(map(str, refused))})" if refused else "NaN or infinite"
+    wrong = unfit(array, keep, refused)
+    return f"{wrong} values of {name} are {kind}" if wrong else ""
 
 
 def unfit(array: Array, keep: Array, refused: Sequence[int]) -> int:

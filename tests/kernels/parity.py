@@ -217,6 +217,26 @@ def every_e4m3() -> Iterator[Result]:
     yield compare("gradient", grad, codes.double() / -128)
 
 
+def nan_of_e4m3() -> Iterator[Result]:
+    """A byte that is NaN makes the loss and the gradient of its own token NaN, and of no other; as in the reference."""
+    Launch.run, guarded = plain_run, Launch.run  # type: ignore[method-assign]  # the guard expects finite outputs
+    try:
+        for target, distance in product(("none", "ln0", "l2"), ("mse", "sl1", "cosd")):
+            stored = draw(1, 4, 20, dtype=torch.float8_e4m3fn).view(torch.uint8)
+            stored[0, 1, 3], stored[0, 3, 19] = 0x7F, 0xFF
+            codes, student = stored.view(torch.float8_e4m3fn), draw(1, 4, 20).requires_grad_()
+            ours = mimic.mimic_loss(student, codes, *[None] * 7, target, distance, 1.0)
+            how = {"target": target, "distance": distance, "beta": 1.0}
+            truth = reference.mimic_loss(student.double(), codes.double(), None, **how)
+            (grad,), (truth_grad,) = (torch.autograd.grad(loss.sum(), student) for loss in (ours, truth))
+            for what, one, other in (("loss", ours[..., None], truth[..., None]), ("gradient", grad, truth_grad)):
+                nan = [part.isnan().any(-1)[0].tolist() for part in (one, other)]
+                assert nan == [[False, True, False, True]] * 2, (what, target, distance, nan)
+                yield compare(what, one[:, ::2], other[:, ::2])
+    finally:
+        Launch.run = guarded  # type: ignore[method-assign]
+
+
 def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     """Name -> case; the grid that both the interpreter and the device run."""
     images = (torch.uint8, *FLOATS)
@@ -269,6 +289,7 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
     for target, distance, d in product(("ln0", "position"), ("mse", "cosd"), (20, 768)):
         add("mimic", mimicry, torch.float8_e4m3fn, target, distance, student_dtype=torch.bfloat16, d=d)
     add("mimic e4m3", every_e4m3)
+    add("mimic nan of e4m3", nan_of_e4m3)
     for option in ({"gathered": True}, {"masks": 2}, {"gathered": True, "masks": 2}, {"d": 768}, {"d": 1536}):
         add("mimic", mimicry, torch.int8, "position", "mse", **option)
     for option in (

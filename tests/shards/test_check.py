@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ import pytest
 from contents import contents
 
 from mrmae.shards import check
+from mrmae.shards.cache import open_cache
 from mrmae.shards.format import plan
 from mrmae.shards.repair import prepare_repair
+from mrmae.shards.store import zarr
 
 Make = Callable[..., Path]
 FAULTS = Path(__file__).parents[2] / "benchmarks" / "faults.py"
@@ -85,3 +88,36 @@ def test_a_tar_of_fewer_samples_than_its_shard_is_told(make_small: Make, tmp_pat
     check.check_tar(tar, made, 0, 0, range(3), range(3))
     with pytest.raises(ValueError, match="000000.tar: its index has 3 samples; the plan gives this shard 5"):
         check.check_tar(tar, made, 0, 0, range(5), range(5))
+
+
+@pytest.mark.parametrize("format", ["zarr", "webdataset"])
+@pytest.mark.parametrize(
+    "dtype, code, said",
+    [
+        ("fp8", 0x7F, r"codes that are no number \(127 or 255\)"),
+        ("fp8", 0xFF, r"codes that are no number \(127 or 255\)"),
+        ("float16", np.nan, "NaN or infinite"),
+        ("int8", -128, r"codes that are no number \(-128\)"),
+        ("pq4", 255, r"codes that are no number \(255\)"),
+    ],
+)
+def test_a_value_that_is_none_is_noticed_under_the_right_checksums(
+    make_small: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, dtype: str, code: float, said: str
+) -> None:
+    """Another writer may have stored it; reading gives NaN."""
+
+    def spoilt(arrays: Any, keep: Any, layout: Any, where: str) -> None:
+        if "a.pre_tail" in where or "a/pre_tail" in where:
+            arrays["tokens"][0, 1, 0] = code
+
+    monkeypatch.setattr(zarr, "check_arrays", spoilt)
+    path = make_small(tmp_path / "c", format=format, dtype=dtype)
+    assert check.find_problems(path) == []
+    found = check.find_problems(path, full=True)
+    assert {problem.unit for problem in found} == {(view, "a.pre_tail", shard) for view in (0, 1) for shard in (0, 1)}
+    for problem in found:
+        where = (
+            rf"1 values of tokens are {said}, which no command writes \(sample {3 * (problem.unit or (0, '', 0))[2]}\)"
+        )
+        assert re.fullmatch(where, problem.what), problem
+    assert open_cache(path).read_tokens("a.pre_tail", [3], [0])[0, 1].isnan().any()
