@@ -125,7 +125,7 @@ def compare_sources(
         data = None if options.allow_partial else job.data
         if kind == "untrained" and architecture(job) in known:
             continue
-        known |= {architecture(job)} if kind == "untrained" else set()
+        known |= {architecture(job)} if kind == "untrained" or source.startswith(UNTRAINED) else set()
         for note in (note for note in job.notes if note not in heard):
             say(f"note: {note}")
         heard |= {*job.notes}

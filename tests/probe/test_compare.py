@@ -63,6 +63,14 @@ def test_a_comparison_has_each_source_s_own_result_and_the_paired_differences(
     assert said[-1].startswith(str(text)) and len(notes) == len({*notes}) > 1
 
 
+def test_an_untrained_source_that_is_given_does_not_come_again_under_another_name(
+    trained: Path, images: Path, tmp_path: Path
+) -> None:
+    given = [str(trained), f"untrained:{trained / 'student'}"]
+    found = compare_sources(given, options(images, tmp_path), say=lambda line: None)
+    assert [row["source"] for row in found["probes"]["knn"]["rows"]] == [*given, "pixels"]
+
+
 def test_what_has_no_answer_per_image_stands_side_by_side(images: Path, tmp_path: Path) -> None:
     said: list[str] = []
     found = compare_sources([VIT, "pixels"], options(images, tmp_path, "rank"), say=said.append)
