@@ -31,7 +31,16 @@ QUICK = {"connect_timeout": "5s", "read_timeout": "10s", "timeout": "10s"}
 QUICK_RETRIES: Any = {"retry_timeout": timedelta(seconds=15)}
 SECRET = re.compile(r"SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CREDENTIAL")
 # Where a machine's own role is asked for last.
-MACHINE_ROLES = re.compile(r"169\.254\.169\.254|/latest/(api/token|meta-data)")
+MACHINE_ROLES = re.compile(
+    r"169\.254\.169\.254|/latest/(api/token|meta-data)|/computeMetadata/|/metadata/identity|/msi\?|Account must be specified"
+)
+CREDENTIALS = {
+    "GCS": "set GOOGLE_APPLICATION_CREDENTIALS to the file of a service account, or run `gcloud auth application-default login` (for a public "
+           "bucket GOOGLE_SKIP_SIGNATURE=true)",
+    "MicrosoftAzure": "set AZURE_STORAGE_ACCOUNT_NAME, and AZURE_STORAGE_ACCOUNT_KEY or AZURE_STORAGE_SAS_TOKEN (for a public container "
+                      "AZURE_SKIP_SIGNATURE=true)",
+    "": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public bucket AWS_SKIP_SIGNATURE=true)",
+}  # fmt: skip
 COPY_SETTING = "AWS_COPY_IF_NOT_EXISTS"
 Place = tuple[int, int]  # offset, bytes
 Answer = TypeVar("Answer")
@@ -277,8 +286,8 @@ def no_credentials(said: str) -> str:
     """What to do where an error comes of a lack of credentials; empty where it does not."""
     if not MACHINE_ROLES.search(said):
         return ""
-    return ("there are no credentials in the environment; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public "
-            "bucket AWS_SKIP_SIGNATURE=true), then run the same command again")  # fmt: skip
+    todo = next(todo for store, todo in CREDENTIALS.items() if store in said)
+    return f"there are no credentials in the environment; {todo}, then run the same command again"
 
 
 def plain_http_endpoint() -> bool:

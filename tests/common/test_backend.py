@@ -1,6 +1,8 @@
 """Caches at URLs give the bytes of local ones; lost connections, missing objects and secrets are dealt with."""
 
+import http.server
 import multiprocessing
+import os
 import pickle
 import re
 import shutil
@@ -187,6 +189,56 @@ def test_no_credentials_and_no_secret_in_any_message(s3: Any, uploaded: str, mon
     backend.bucket_of.cache_clear()
     with pytest.raises(Unreachable, match="there are no credentials in the environment; set AWS_ACCESS_KEY_ID"):
         open_cache(uploaded)
+
+
+@pytest.mark.parametrize("refused", [(404, 2), (503, 10)], ids=["no role", "no answer"])
+def test_google_and_azure_without_credentials_are_told_soon(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, refused: tuple[int, int]
+) -> None:
+    """A machine's own role is asked for, a few times; the server stands for what tells of it."""
+    pytest.importorskip("obstore")
+    code, most = refused
+    asked = list[str]()
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(code)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    for name in [name for name in os.environ if name.startswith(("GOOGLE_", "AZURE_", "IDENTITY_", "MSI_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    backend.bucket_of.cache_clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        host = f"127.0.0.1:{server.server_port}"
+        for name in ("GCE_METADATA_HOST", "GCE_METADATA_IP"):
+            monkeypatch.setenv(name, host)
+        with pytest.raises(
+            Unreachable, match="gs://bucket/c.*no credentials in the env.*set GOOGLE_APPLICATION_CREDENTIALS"
+        ):
+            open_cache("gs://bucket/c")
+        with pytest.raises(Unreachable, match="az://holder.*no credentials in the env.*set AZURE_STORAGE_ACCOUNT_NAME"):
+            open_cache("az://holder/c")
+        backend.bucket_of.cache_clear()
+        monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+        monkeypatch.setenv("IDENTITY_ENDPOINT", f"http://{host}/msi")
+        monkeypatch.setenv("IDENTITY_HEADER", "x")
+        with pytest.raises(
+            Unreachable, match="az://holder/c.*no credentials in the env.*set AZURE_STORAGE_ACCOUNT_NAME"
+        ):
+            open_cache("az://holder/c")
+        server.shutdown()
+    backend.bucket_of.cache_clear()
+    assert {"google" in path.lower() for path in asked} == {True, False} and len(asked) <= 2 * most, asked
+    for url in ("gs://bucket/a/b.cache", "az://holder/a/b.cache"):
+        path = locate(url)
+        assert isinstance(path, Url) and (str(path), path.key) == (url, "a/b.cache")
+        assert str(path / "plan.json") == f"{url}/plan.json"
 
 
 def test_inspect_cache_reads_urls(s3: Any, make_cache: Make, tmp_path: Path) -> None:
