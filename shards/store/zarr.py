@@ -24,7 +24,7 @@ from mrmae.shards.store.reader import ABSENT, Damaged, ShardFile
 
 OVERHEAD_BYTES = 20  # per chunk: its crc32c and index entry
 METADATA = "zarr.json"
-ROWS_AT_ONCE = 64  # samples in memory where all of a shard is checked
+CHECKED_AT_ONCE = 64  # samples in memory where all of a shard is checked
 MOST_METADATA_BYTES = 1 << 24  # a quantiser and a teacher as in the plan
 DIMENSIONS = {
     "tokens": ("sample", "patch", "channel"),
@@ -215,8 +215,8 @@ def check_arrays(arrays: Mapping[str, Array], keep: Array, layout: Layout, where
 
 def check_rows(read: Callable[..., None], layout: Layout, rows: Sequence[int], file_of: Callable[[str], Path]) -> None:
     """Read every array of the samples at `rows`. Raises Damaged, also for values that are never written. read: a shard's; file_of: an array's file."""
-    for start in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[start : start + ROWS_AT_ONCE]
+    for start in range(0, len(rows), CHECKED_AT_ONCE):
+        some = rows[start : start + CHECKED_AT_ONCE]
         arrays = {name: np.empty((len(some), *shape), dtype) for name, (shape, dtype) in layout.arrays().items()}
         read(some, {name: list(array) for name, array in arrays.items()})
         for name, array in arrays.items():
