@@ -93,7 +93,9 @@ def converted(kind: Any, value: Any, where: str, at: str) -> Any:
     """`value` as the annotated type `kind`. A number like 1e-3, which yaml reads as a string, is a float."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return None if value is None else converted(arguments[0], value, where, at)
+        kinds = [one for one in arguments if one is not type(None)]
+        fits = next((one for one in kinds if type(value) is one), kinds[-1])
+        return None if value is None else converted(fits, value, where, at)
     if is_dataclass(kind):
         return from_values(kind, value, where, at)
     if origin is dict and isinstance(value, Mapping):
@@ -136,7 +138,7 @@ def in_words(kind: Any) -> str:
     """The annotated type `kind` in words."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is types.UnionType:
-        return f"{in_words(arguments[0])}, or null"
+        return " or ".join(in_words(one) for one in arguments if one is not type(None)) + ", or null"
     if origin is Literal:
         return one_of(arguments)
     if origin is tuple:

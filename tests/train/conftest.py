@@ -50,7 +50,7 @@ def make_recipe(name: str, *overrides: str) -> Recipe:
         }
         small += [f"student.boxes.{key}={value}" for key, value in tiny.items()]
     for field in ("n_keep", "n_predict"):
-        if n := getattr(recipe.mask, field):
+        if (n := getattr(recipe.mask, field) or 0) >= 1:
             small.append(f"mask.{field}={max(2, round(n / 196 * 16))}")
     return load_recipe(name, [*small, *overrides])
 

@@ -87,11 +87,12 @@ def counts(recipe: MaskRecipe, l: int) -> tuple[int, int]:
         raise ValueError(
             f"mask: {said} leaves {n_keep} of {l} patches visible; 1 to {l} were expected; change {said.split()[0]}"
         )
-    n_predict = l - n_keep if recipe.n_predict is None else recipe.n_predict
+    n = l - n_keep if recipe.n_predict is None else recipe.n_predict
+    n_predict = max(1, round(n * (l - n_keep))) if 0 < n < 1 else int(n)
     if n_keep + n_predict > l:
         raise ValueError(
             f"mask: n_predict = {n_predict} with {n_keep} of {l} patches visible; at most {l - n_keep} hidden patches can be "
-            "predicted; change mask.n_predict"
+            "predicted; change mask.n_predict, or give it as a share of the hidden ones, like 0.3333"
         )
     return n_keep, n_predict
 

@@ -86,7 +86,8 @@ class Prepare:
 class MaskRecipe:
     """Who is visible and what is predicted: `n_keep` of l patches, by default `int(l * (1 - ratio))` as in MAE.
 
-    n_keep, n_predict: fixed numbers of patches; without them the ratio decides, and every hidden patch is predicted.
+    n_keep, n_predict: fixed numbers of patches; without them the ratio decides, and every hidden patch is predicted. n_predict may also be a
+    share of the hidden ones, between 0 and 1, which is rounded.
     predict: the law that chooses n_predict of the hidden patches where they are fewer: `uniform`, or by the `score` of a map.
     masks_per_image: masks of each image, as rows of the batch.
     law: `fixed`, or a law of the ratio that is drawn anew for every update (`masks.py`); least: its smallest ratio, for `cosine`.
@@ -99,7 +100,7 @@ class MaskRecipe:
     sampler: SamplerName = "random"
     ratio: float = 0.75
     n_keep: int | None = None
-    n_predict: int | None = None
+    n_predict: int | float | None = None
     source: str = "mean"
     draw: Literal["prob", "softmax_prob", "topk"] = "prob"
     predict: Literal["uniform", "score"] = "uniform"
@@ -467,7 +468,13 @@ def _prepare_rules(prepare: Prepare) -> Iterable[Rule]:
 
 def _mask_rules(mask: MaskRecipe) -> Iterable[Rule]:
     yield "mask.n_keep", mask.n_keep is None or mask.n_keep >= 1, "at least 1, or null, was expected"
-    yield "mask.n_predict", mask.n_predict is None or mask.n_predict >= 0, "at least 0, or null, was expected"
+    n = mask.n_predict
+    counted = n is None or n >= 0 and (n < 1 or n == int(n))
+    yield (
+        "mask.n_predict",
+        counted,
+        "a number of patches, a share of the hidden ones between 0 and 1, or null was expected",
+    )
     yield "mask.masks_per_image", mask.masks_per_image >= 1, "at least 1 was expected"
     for sampler, many in {"disjoint": 2, "quarters": 4, "stored_block": 1}.items():
         fits = mask.sampler != sampler or mask.masks_per_image == many

@@ -330,6 +330,19 @@ def test_counts_follow_the_keep_floor_and_refuse_what_cannot_be() -> None:
     for ratio, kept in floors.items():
         assert masks.counts(MaskRecipe(ratio=ratio), 196) == (kept, 196 - kept)
     assert masks.counts(MaskRecipe(n_keep=40, n_predict=0), 196) == (40, 0)
+    light = load_recipe("mr-mae-light").mask
+    assert [masks.counts(light, side**2) for side in (14, 8, 4, 2)] == [(49, 49), (16, 16), (4, 4), (1, 1)]
+    for share, n in ((0.5, 6), (0.01, 1), (1, 1), (2.0, 2)):
+        assert masks.counts(MaskRecipe(n_predict=share), 16) == (4, n)
+    with pytest.raises(ValueError, match="at most 12 hidden.*change mask.n_predict, or give it as a share"):
+        masks.counts(MaskRecipe(n_predict=49), 16)
+    for value, said in (
+        ("1.5", "1.5; a number of patches, a share of the hidden ones"),
+        ("-1", "-1"),
+        ("x", "expected a finite number"),
+    ):
+        with pytest.raises(ValueError, match=f"mask.n_predict is .*{said}"):
+            load_recipe("mr-mae-light", [f"mask.n_predict={value}"])
     for wrong in (MaskRecipe(ratio=0.99), MaskRecipe(n_keep=17), MaskRecipe(n_keep=4, n_predict=13)):
         with pytest.raises(ValueError, match="mask"):
             masks.counts(wrong, 16)
