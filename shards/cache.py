@@ -45,13 +45,12 @@ from mrmae.shards.format import (
     derived_specs,
     load_plan,
     parse_tail,
-    read_samples,
     sample_values,
     tail_path,
     units,
 )
 from mrmae.shards.manifest import read_manifest
-from mrmae.shards.near import NearFolder, NearShards, near_folder
+from mrmae.shards.near import NearFolder, NearShards, near_folder, near_samples
 from mrmae.shards.store import Shards, refuse_foreign_entries
 
 Indices = Sequence[int] | Numbers | Tensor
@@ -444,8 +443,9 @@ def open_cache(
     if files:
         refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
-    table = read_samples(path, plan.numbers)
-    if not exists(path / "manifest.json"):
+    manifest = read_manifest(path) if exists(path / "manifest.json") else {}
+    table = near_samples(near, path, plan, manifest)
+    if not manifest:
         done = committed(path, plan)
         rows = plan.holding(min(images or plan.n_images, plan.n_images))[1]
         asked = {unit for unit in units(plan) if is_asked(unit, columns, views) and plan.ranges[unit[2]].start < rows}
@@ -456,7 +456,6 @@ def open_cache(
         cache = open_unfinished(path, plan, table, {shard for _, _, shard in asked - done}, threads, near)
         cache.complete = complete
         return cache
-    manifest = read_manifest(path)
     refuse_problems(path, plan, manifest, table, files=files)
     return Cache(path, plan, manifest, table, table["valid"].numpy(), threads, near)
 

@@ -4,6 +4,8 @@ FOLDER/<name>/ holds the files of one unit (a shard of a column or of the pixels
 hash of what the manifest says of these files, so what lies there is of no other cache and of no older one. A unit is fetched into
 a temporary folder, compared with size and sha256, then renamed: under its name it is whole. Who is used least recently goes first; a
 file that is removed while somebody reads it stays until they close it, as everywhere under POSIX. docs/machines.md, "Object stores".
+
+The table of samples of a cache at a URL is one more unit, named by its URL, size and version.
 """
 
 import contextlib
@@ -22,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mrmae.common.backend import Unreachable, Url, absolute, file_pieces, locate, size_of
+from mrmae.common.backend import Unreachable, Url, absolute, exists, file_pieces, locate, size_of
 from mrmae.common.files import make_folder
 from mrmae.common.progress import bytes_in, human_bytes
 from mrmae.shards.claims import Claim, say_once, take
 from mrmae.shards.commit import valid_record
-from mrmae.shards.format import Plan, Unit, content_id
-from mrmae.shards.manifest import FileFields, Manifest, entry_of
+from mrmae.shards.format import SAMPLES_FILE, Plan, Unit, Values, content_id, read_samples
+from mrmae.shards.manifest import FileFields, Manifest, entry_of, samples_digests
 from mrmae.shards.store import Damaged, unit_files
 
 UNIT_NAME = re.compile(r"[0-9a-f]{64}")
@@ -39,6 +41,7 @@ PATIENCE_SECONDS = 900.0  # for another process that fetches the same unit; then
 ROOM_SECONDS = 60.0  # for others that make room
 PAUSE_SECONDS = 600.0  # nothing is fetched after the disk refused
 GLANCE_SECONDS, TOUCH_SECONDS = 0.02, 1.0  # between two looks at a lock; between two notes that a unit is used
+TABLE: Unit = (-1, SAMPLES_FILE, -1)  # stands for the table of samples among units
 FETCHERS, AHEAD = 8, 2  # units at a time: that a batch waits for, and in the background
 
 
@@ -111,6 +114,10 @@ class NearShards:
             ) if whole else None  # fmt: skip
         return self._promised[unit]
 
+    def promise(self, unit: Unit, wanted: Promised) -> None:
+        """Say what is known of a unit that the manifest does not tell of."""
+        self._promised[unit] = wanted
+
     def window_bytes(self, columns: Collection[str], window: int) -> int:
         """Bytes of the largest so many shards in these columns and all views: what batches read at a time."""
         of_shards = [0] * len(self.plan.ranges)
@@ -142,7 +149,8 @@ class NearShards:
         if self.is_near(unit):
             return self.folder / wanted.name
         if wanted.bytes > self.near.most_bytes:
-            self.say(f"a shard has {human_bytes(wanted.bytes)}, more than --local-cache-bytes {self.near.most_bytes}")
+            what = SAMPLES_FILE if unit == TABLE else "a shard"
+            self.say(f"{what} has {human_bytes(wanted.bytes)}, more than --local-cache-bytes {self.near.most_bytes}")
             return None
         if time.monotonic() < self._paused_until:
             return None
@@ -298,6 +306,29 @@ class NearShards:
                 self.copy(unit, wait=False)
 
 
+def near_samples(near: NearFolder | None, path: Path, plan: Plan, manifest: Manifest) -> dict[str, Values]:
+    """The table of samples; of a cache at a URL that of a copy, where one is or comes near, once its columns are known to be the manifest's.
+
+    What the store says of the object stands for a sha256, which is told nowhere. manifest: empty where the cache is unfinished.
+    """
+    file = path / SAMPLES_FILE
+    if near is None or not isinstance(file, Url) or not exists(file):
+        return read_samples(path, plan.numbers)
+    shards, about = NearShards(near, path, plan, manifest), file.bucket.about(file.key)
+    name = content_id([str(file), *about]).removeprefix("sha256:")
+    wanted = Promised(name, about.size_bytes, {Path(SAMPLES_FILE): {"bytes": about.size_bytes, "sha256": ""}})
+    shards.promise(TABLE, wanted)
+    if (folder := shards.copy(TABLE)) is not None:
+        try:
+            table = read_samples(path, plan.numbers, folder / SAMPLES_FILE)
+            if not manifest or samples_digests(table) == manifest["samples"]:
+                return table
+            shards.discard(wanted, "its rows are not those of the manifest")
+        except ValueError as error:
+            shards.discard(wanted, str(error))
+    return read_samples(path, plan.numbers)
+
+
 def wrong_sizes(folder: Path, wanted: Promised) -> str:
     """Which file of a copy is not there, or not of its size; empty for none."""
     for place, about in wanted.files.items():
@@ -319,7 +350,7 @@ def name_at_once(temporary: Path, folder: Path) -> None:
 
 
 def download(source: Path, target: Path, about: FileFields) -> None:
-    """Fill a file of the right size with what lies afar. NotPromised where that has another size or sha256; OSError of the near disk."""
+    """Fill a file of the right size with what lies afar. NotPromised where that has another size or sha256 (if one is told); OSError of the near disk."""
     digest, n_bytes = hashlib.sha256(), 0
     with open(target, "r+b") as file:
         for piece in pieces_from_afar(source):
@@ -327,7 +358,7 @@ def download(source: Path, target: Path, about: FileFields) -> None:
                 raise Ending
             digest.update(piece)
             n_bytes += file.write(piece)
-    if (n_bytes, digest.hexdigest()) != (about["bytes"], about["sha256"]):
+    if n_bytes != about["bytes"] or about["sha256"] not in ("", digest.hexdigest()):
         raise NotPromised(f"{source}: its size and sha256 are not those that the cache promises; it is not kept")
 
 

@@ -38,19 +38,21 @@ ROWS_AT_ONCE = 1 << 16  # rows that become Python's at a time
 class Values(Sequence[Any]):
     """A column of the table: an Arrow array that reads as a sequence of text (sha256: hex), numbers or truth, None where null.
 
-    file: where it is mapped from, if it is: it is mapped anew where it is unpickled. mapped: the mapping. ValueError, naming the file, for text
-    that is damaged.
+    file: where it is mapped from, if it is: it is mapped anew where it is unpickled. mapped: the mapping. origin: what `file` is a copy of, which may be
+    gone by then. ValueError, naming the file, for text that is damaged.
     """
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, array: pa.Array, name: str, file: Path | None = None, mapped: mmap.mmap | None = None) -> None:
-        self.array, self.name, self.file, self.mapped = array, name, file, mapped
+    def __init__(
+        self, array: pa.Array, name: str, file: Path | None = None, mapped: mmap.mmap | None = None, origin: Path | None = None
+    ) -> None:  # fmt: skip
+        self.array, self.name, self.file, self.mapped, self.origin = array, name, file, mapped, origin
 
     def __reduce__(self) -> tuple[Any, ...]:
         if self.file is None:
             return Values, (self.array, self.name)
-        return mapped_again, (self.file, self.name, len(self))
+        return mapped_again, (self.file, self.name, len(self), self.origin)
 
     def __len__(self) -> int:
         return len(self.array)
@@ -88,7 +90,7 @@ class Values(Sequence[Any]):
 
     def head(self, n: int) -> "Values":
         """The first n rows."""
-        return Values(self.array.slice(0, n), self.name, self.file, self.mapped)
+        return Values(self.array.slice(0, n), self.name, self.file, self.mapped, self.origin)
 
     def numpy(self) -> Array:
         """Numbers, or truth (null: False), as an array, without a copy of numbers; of sha256 the bytes, [rows, 32]."""
@@ -239,20 +241,20 @@ def write_sources(path: Path, sources: Sequence[Source]) -> None:
     write_samples(path, {**SourceTable.of(sources).columns, **unknown})
 
 
-def read_samples(path: Path, parts: Sequence[range] | None = None) -> dict[str, Values]:
+def read_samples(path: Path, parts: Sequence[range] | None = None, copy: Path | None = None) -> dict[str, Values]:
     """The columns of samples.arrow by name; a sample's number is its row.
 
     parts: the sample numbers of the plan's parts; what comes behind is no part of the plan (an append was killed before it was
     planned). None: one part, as long as the table. Rows that hold no image, before an appended part, have the key "" and are not
-    valid. ValueError when the file is missing, damaged, or has too few rows.
+    valid. copy: a file to read instead. ValueError when the file is missing, damaged, or has too few rows.
     """
-    file = path / SAMPLES_FILE
+    origin, file = path / SAMPLES_FILE, copy or path / SAMPLES_FILE
     try:
         batch, mapped = read_batch(file)
         n = len(batch) if parts is None else parts[-1].stop
         if not 0 < n <= len(batch):
             raise ValueError(f"it has {len(batch)} rows; the plan says {n}")
-        table = {name: Values(batch[name].slice(0, n), name, file, mapped) for name in SAMPLES.names}
+        table = {name: Values(batch[name].slice(0, n), name, file, mapped, origin) for name in SAMPLES.names}
         for before, part in zip(parts or (), (parts or ())[1:]):
             if other := [key for key in table["key"][before.stop : part.start] if key]:
                 raise ValueError(f"{shown(other[0])} lies before an appended part, where no image does")
@@ -313,7 +315,11 @@ def mapped_file(file: Path) -> Any:
         os.close(descriptor)
 
 
-def mapped_again(file: Path, name: str, n: int) -> Values:
-    """The first n rows of a column, from its file."""
-    batch, mapped = read_batch(file)
-    return Values(batch[name].slice(0, n), name, file, mapped)
+def mapped_again(file: Path, name: str, n: int, origin: Path) -> Values:
+    """The first n rows of a column, from its file, or from what that was a copy of."""
+    try:
+        batch, mapped = read_batch(file)
+    except FileNotFoundError:
+        file = origin
+        batch, mapped = read_batch(file)
+    return Values(batch[name].slice(0, n), name, file, mapped, origin)

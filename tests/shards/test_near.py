@@ -43,7 +43,7 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "said", set())
 
 
-def opened(path: Path, folder: Path, most_bytes: int = PLENTY, **options: Any) -> Cache:
+def opened(path: Path | str, folder: Path, most_bytes: int = PLENTY, **options: Any) -> Cache:
     return open_cache(path, near=NearFolder(folder, most_bytes), threads=2, **options)
 
 
@@ -97,6 +97,39 @@ def test_each_file_is_fetched_once_and_found_by_the_next_run(
     assert content(later) == content(pickle.loads(pickle.dumps(later.narrowed(None, None)))) == expected
     assert not fetches and not strange(tmp_path / "near")
     assert later.read_crop(3, 0) == later[3].views[0]["view"]
+
+
+def test_the_table_of_samples_at_a_url_is_fetched_once_and_shared(
+    s3: Any, make_cache: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = make_cache(tmp_path / "c", n=24, shard_samples=12, n_views=1, teachers={})
+    url, size = s3.upload(there, "near-table"), (there / "samples.arrow").stat().st_size
+
+    def bytes_of(work: Callable[[], Cache]) -> tuple[int, Cache]:
+        before = s3.proxy.answer_bytes
+        cache = work()
+        return s3.proxy.answer_bytes - before, cache
+
+    alone, far = bytes_of(lambda: open_cache(url))
+    first, cache = bytes_of(lambda: opened(url, tmp_path / "near"))
+    later, again = bytes_of(lambda: opened(url, tmp_path / "near"))
+    ask = 1000  # what the store says of the object
+    assert size > 4 * ask and alone < first < alone + ask and later < alone - size + ask, (alone, first, later, size)
+    (copy,) = (tmp_path / "near").glob("*/samples.arrow")
+    assert again.keys.file == cache.keys.file == copy and again.keys == far.keys and again.labels == far.labels
+    taken, loaded = bytes_of(lambda: pickle.loads(pickle.dumps(again)))
+    assert not taken and loaded.keys == far.keys and loaded.keys.file == copy, "a loader's process maps it, too"
+    data = bytearray(copy.read_bytes())
+    data[data.index(far.keys[3].encode())] ^= 1
+    copy.write_bytes(data)
+    assert opened(url, tmp_path / "near").keys == far.keys
+    assert "damaged: its rows are not those of the manifest" in capsys.readouterr().err and not copy.exists()
+    assert opened(url, tmp_path / "near").keys == far.keys and copy.exists()
+    message = pickle.dumps(opened(url, tmp_path / "near"))
+    near.remove_unit(tmp_path / "near", copy.parent.name)
+    assert pickle.loads(message).keys == far.keys, "one that had to make room is read from afar"
+    assert opened(url, tmp_path / "near", size - 1).keys == far.keys and not copy.exists()
+    assert "samples.arrow has" in capsys.readouterr().err
 
 
 def test_two_processes_at_once_fetch_each_file_once(
