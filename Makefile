@@ -23,7 +23,7 @@ demo: $(INSTALLED)
 
 # One thread per process: PyTorch's spinning workers and two test processes on two cores are many times slower.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
 """Small synthetic caches, written through the real writers."""
 
 import functools
+import gc
 import hashlib
 import importlib.util
 import io
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,19 @@ TEACHERS: Mapping[str, Mapping[str, Any]] = {
     "b": {"width": 6, "has_cls": False, "has_attention": False},
 }
 BROKEN = b"not an image at all"
+
+
+def pytest_collection_finish() -> None:
+    """What collection imported stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def undrawn(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs in tests end without curves and pages, half a second each; `drawn`, a marker, is for tests that look at them."""
+    if "mrmae.train.loop" in sys.modules and not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("mrmae.train.loop.draw_report", lambda *_: None)
 
 
 @pytest.fixture(scope="session", autouse=True)

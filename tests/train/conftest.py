@@ -2,40 +2,52 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
+import timm
 import torch
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from training import facet_tail
 
 from mrmae.shards.stats import Stats
 from mrmae.train.method.recipe import Recipe, load_recipe
 from mrmae.train.method.targets import NEEDS_STATISTICS, Batch, CacheInfo, GivenBoxes, TeacherInfo
 
+
+@register_model
+def test_vit_of_3(**options: Any) -> VisionTransformer:
+    """timm's `test_vit` with half its blocks."""
+    return timm.create_model("test_vit", **{"depth": 3} | options)
+
+
 TINY = [
-    "student.model=test_vit",
     "student.decoder.depth=1",
     "student.decoder.width=16",
     "student.decoder.heads=2",
     "student.decoder.mlp_ratio=2.0",
-    "student.fused_blocks=[2, 4]",
 ]
+SHORT = ["student.model=test_vit_of_3", "student.fused_blocks=[1, 2]"]
 
 
-def make_recipe(name: str, *overrides: str) -> Recipe:
-    """A shipped recipe with a student and a decoder for tests, and counts of patches that fit a grid of 4 x 4."""
+def make_recipe(name: str, *overrides: str, blocks: int = 6) -> Recipe:
+    """A shipped recipe with a student (of 6 blocks or 3) and a decoder for tests, and counts of patches that fit a grid of 4 x 4."""
     recipe = load_recipe(name)
     small = [x for x in TINY if recipe.student.decoder is not None or "decoder" not in x]
+    small += ["student.model=test_vit", "student.fused_blocks=[2, 4]"] if blocks == 6 else SHORT
+    fewer = 12 // blocks
     if "mcmae" in recipe.student.model:
         small.append("student.model=test_mcmae")
     if recipe.student.decoder is not None and recipe.student.decoder.kind == "taps":
-        small.append("student.decoder.blocks=[5, 3, 2]")
+        small.append(f"student.decoder.blocks={[5, 3, 2] if blocks == 6 else [3, 2, 1]}")
     for key, term in recipe.terms.items():
         if term.tap.startswith("placed"):
-            small.append(f"terms.{key}.tap=placed{(int(term.tap.removeprefix('placed')) + 1) // 2}")
+            small.append(f"terms.{key}.tap=placed{-(-int(term.tap.removeprefix('placed')) // fewer)}")
         if term.tap.startswith("qkv"):
-            small.append(f"terms.{key}.tap=qkv{(int(term.tap.removeprefix('qkv')) + 1) // 2}")
+            small.append(f"terms.{key}.tap=qkv{-(-int(term.tap.removeprefix('qkv')) // fewer)}")
     if recipe.student.prune is not None:
-        small.append("student.prune={before: [1, 3, 5], keep: 0.7}")
+        small.append(f"student.prune={{before: {[1, 3, 5] if blocks == 6 else [1, 2]}, keep: 0.7}}")
     if recipe.student.boxes is not None:
         tiny = {
             "most": 2,

@@ -169,8 +169,6 @@ def test_the_plan_tells_what_is_read(build: Callable[..., Run], blocked: Path, t
 def test_a_run_on_blocks_is_the_same_in_micro_batches_and_after_a_stop(
     blocked: Path, tiny_recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
-
     def train(out: Path, epochs: int = 2, **options: Any) -> list[tuple[float, ...]]:
         recipe = tiny_recipe("mr-mae", BLOCK, *SHORT, f"optim.epochs={epochs}")
         quiet: dict[str, Any] = {"panels_every": 2, "log_every": 1, "hold_out": 0.2}

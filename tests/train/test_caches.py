@@ -35,6 +35,7 @@ from mrmae.train.setup import Setup
 
 QUICK = ("student.model=test_vit", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "optim.epochs=1",
          "optim.batch_size=8", "optim.warmup_epochs=0.5")  # fmt: skip
+SMALL_RUN = [word for text in QUICK for word in ("--set", text)]
 
 
 def train(cache: Any, out: Path, name: str = "mr-mae", **options: Any) -> dict[str, Any]:
@@ -63,9 +64,7 @@ def test_training_and_probing_at_a_url_are_what_they_are_locally(s3: Any, tiny_c
     train(url, tmp_path / "far")
     near, far = weights(tmp_path / "near"), weights(tmp_path / "far")
     assert all(torch.equal(near[name], far[name]) for name in near) and facts(tmp_path / "far")["cache"] == url
-    plan = CliRunner().invoke(
-        train_command, [url, str(tmp_path / "far"), "--student", "test_vit", "--batch-size", "8", "--dry-run"]
-    )
+    plan = CliRunner().invoke(train_command, [url, str(tmp_path / "far"), *SMALL_RUN, "--dry-run"])
     assert url in plan.output
     answers = []
     for i, place in enumerate((str(tiny_cache), url)):
@@ -105,17 +104,7 @@ def test_training_through_a_local_cache_is_the_same_and_fetches_once(s3: Any, ti
     said = re.findall(r"kept near  (\d+) shards? fetched by this process, (.*)\n", console.file.getvalue())  # type: ignore[attr-defined]
     assert said == [("18", human_bytes(kept)), ("0", "0 B")], "2 views of 3 shards of 2 columns and the pixels"
     assert 100_000 < kept < 1_000_000 and read[0] - read[1] >= kept, (read, kept)
-    words = [
-        url,
-        str(tmp_path / "cli"),
-        "--student",
-        "test_vit",
-        "--batch-size",
-        "8",
-        "--dry-run",
-        "--local-cache",
-        str(folder),
-    ]
+    words = [url, str(tmp_path / "cli"), *SMALL_RUN, "--dry-run", "--local-cache", str(folder)]
     plan = CliRunner().invoke(train_command, [*words, "--local-cache-bytes", "1.5 MB"])
     assert f"whole shards in {folder}, at most 1.5 MB" in plan.output, plan.output
     for given, message in (
@@ -130,8 +119,8 @@ def test_an_unfinished_cache_is_trained_on_only_where_asked(unfinished: Path, tm
     with pytest.raises(ValueError, match="unfinished .*--allow-partial"):
         train(unfinished, tmp_path / "out")
     result = CliRunner().invoke(
-        train_command, [str(unfinished), str(tmp_path / "cli"), "--student", "test_vit", "--allow-partial", "--dry-run",
-                        "--batch-size", "8"])  # fmt: skip
+        train_command, [str(unfinished), str(tmp_path / "cli"), *SMALL_RUN, "--allow-partial", "--dry-run"]
+    )
     assert "UNFINISHED" in result.output and "16 of 24 images" in result.output, result.output
     train(unfinished, tmp_path / "out", allow_partial=True)
     told = facts(tmp_path / "out")

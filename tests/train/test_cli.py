@@ -120,6 +120,7 @@ def test_dry_run_recommends_more_views_for_a_long_run(tiny_cache: Path, tmp_path
     assert "are recommended" not in _run(*args, "--epochs", 100).output
 
 
+@pytest.mark.drawn
 def test_trains_and_the_same_command_again_is_done(tiny_cache: Path, tmp_path: Path) -> None:
     args = [tiny_cache, tmp_path / "out", *SMALL, "--epochs", 2, "--batch-size", 8]
     first = _run(*args)

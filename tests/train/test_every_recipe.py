@@ -1,5 +1,6 @@
 """What holds for every shipped recipe, on photographs: it learns, resumes to the same bits, splits over ranks, compiles, exports."""
 
+import functools
 import math
 import signal
 import tarfile
@@ -61,18 +62,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures and pages have tests of their own."""
-    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
-    monkeypatch.setattr(loop, "write_run_page", lambda *_, **__: None)
-
-
 def tiles() -> dict[str, bytes]:
     """The first of the embedded photographs."""
     with tarfile.open(TILES) as tar:
         members = [member for member in tar if member.isfile()][: 5 * N : 5]
         return {member.name: tar.extractfile(member).read() for member in members}  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def tiny_recipe(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """Three blocks are enough for what is asked here of every recipe."""
+    return functools.partial(tiny_recipe, blocks=3)
 
 
 @pytest.fixture

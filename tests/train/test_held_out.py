@@ -109,7 +109,6 @@ def test_a_run_that_looks_aside_trains_to_the_same_bits(
     drawn: list[Path] = []  # what the pictures show is computed; drawing them takes seconds
     monkeypatch.setattr(pictures, "draw_sheet", lambda *_, **__: Image.new("RGB", (1, 1)))
     monkeypatch.setattr(pictures, "publish_png", lambda path, _: drawn.append(path))
-    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
     monkeypatch.setattr(loop, "export_student", lambda *_, **__: None)
     recipe, states = load_recipe("mr-mae", [*QUICK, "student.drop_path=0.5"]), []
     for looks in (True, False):

@@ -113,15 +113,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a second each; the run `whole`, made before this fixture applies, draws them."""
-    monkeypatch.setattr(loop, "draw_curves", lambda *_, **__: None)
-
-
 @pytest.fixture(scope="module")
 def whole(tiny_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run of `quick()`."""
+    """An uninterrupted run of `quick()`, with curves: they are left out of what a test begins, not of what is there before it."""
     out = tmp_path_factory.mktemp("whole") / "out"
     assert _train(tiny_cache, out, quick(), log_every=1)["finished"]
     return out
@@ -343,6 +337,7 @@ def test_a_resumed_run_diverges_at_the_same_update_as_an_uninterrupted_one(
         _train(tiny_cache, tmp_path / "out", quick())
 
 
+@pytest.mark.drawn
 def test_divergence_in_a_short_epoch_is_told_and_saved_though_no_picture_can_be_drawn(
     tiny_cache: Path, tmp_path: Path
 ) -> None:
@@ -357,6 +352,7 @@ def test_divergence_in_a_short_epoch_is_told_and_saved_though_no_picture_can_be_
     assert all(value.isfinite().all() for value in _state(tmp_path / "out")["model"].values())
 
 
+@pytest.mark.drawn
 def test_a_picture_that_fails_is_one_warning_and_the_state_is_saved_before_it(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

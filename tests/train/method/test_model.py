@@ -63,7 +63,7 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     tiny_recipe: MakeRecipe, info_of_recipe: Callable[[str], CacheInfo], tiny_batch: MakeBatch, name: str
 ) -> None:
     info = info_of_recipe(name)
-    model = build_model(tiny_recipe(name), info)
+    model = build_model(tiny_recipe(name, blocks=3), info)
     batch = tiny_batch(info, 4)
     masks = masks_of(model, batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -225,7 +225,7 @@ def test_the_forward_compiles_to_one_graph(
     overrides: list[str],
 ) -> None:
     info = info_of_recipe(name)
-    model = build_model(tiny_recipe(name, *overrides), info)
+    model = build_model(tiny_recipe(name, *overrides, blocks=3), info)
     if name == "mr-mae":
         model.student.blocks = model.student.blocks[:1]
     batch = tiny_batch(info)
