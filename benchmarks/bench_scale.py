@@ -5,9 +5,8 @@
     python benchmarks/bench_scale.py --samples 100000000 --folder /tmp --open      # the rank's side alone
 
 Each step in a process of its own, which is then thrown away: wall seconds, processor seconds, and the most memory beyond what was resident after
-imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000; their hashes are known (`.digests`), so that
-`plan` and `resume` are all that a command does before its first shard but building teachers, hashing and calibrating. With --listed there are no tars:
-images are columns already, as listing makes them, and hashes a table. With --open the table and the manifest are written as finalising would, from
+imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000. `plan` and `resume` are all that a command does
+before its first shard but building teachers and calibrating. With --listed there are no tars: images are columns already, as listing makes them. With --open the table and the manifest are written as finalising would, from
 columns on disk, and ranks open them. Memory-mapped pages of files count as memory while they are resident. Appended to results/scale.csv.
 """
 
@@ -28,9 +27,7 @@ import numpy as np
 from hollow import (
     WINDOW,
     asked_plan,
-    known_rows,
     listed_images,
-    write_digests,
     write_finished,
     write_shards,
     write_tars,
@@ -39,11 +36,11 @@ from measure import ROOT, machine, memory_mark, memory_peak, status_bytes
 from rows import append
 
 from mrmae.extract import run
-from mrmae.extract.images import digest_images, list_sources
+from mrmae.extract.images import list_sources
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import commit_path, load_plan, units
-from mrmae.shards.plans import DIGESTS, Wanted, look, negotiate, write_agreed
+from mrmae.shards.plans import Wanted, look, negotiate, write_agreed
 from mrmae.train import batches
 
 BATCH = 256
@@ -59,12 +56,7 @@ def plan(folder: Path, n: int) -> Told:
     listed = time.perf_counter()
     path = folder / "cache"
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
-    keys = sources.in_order
-    found = look(path)
-    negotiate(found, Wanted(asked_plan(len(sources)), keys))
-    known = found.rows or (() if tars else known_rows(sources))
-    rows = digest_images(sources, sources.canonical, known, path / DIGESTS, workers=1)
-    agreed = negotiate(found, Wanted(asked_plan(len(sources)), keys, rows))
+    agreed = negotiate(look(path), Wanted(asked_plan(len(sources)), sources.rows))
     write_agreed(path, agreed)
     images = run.images_of(options, sources, agreed)
     assert images.rows[0].key
@@ -131,9 +123,8 @@ def prepared(step: str, folder: Path, n: int, kind: str) -> None:
             write_finished(path, n)
     elif step == "plan":
         path.mkdir(exist_ok=True)
-        if kind == "listed":
-            return
-        write_digests(path / DIGESTS, write_tars(folder / "images", n), n)
+        if kind == "tars":
+            write_tars(folder / "images", n)
     elif step == "finalise":
         write_shards(path)
     elif step == "resume":

@@ -4,8 +4,7 @@ Files of shards are sparse, of the sizes that their records tell; only the shard
 """
 
 import dataclasses
-import json
-import zlib
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ from mrmae.shards.format import (
     Plan,
     Quantiser,
     Source,
-    SourceTable,
     TeacherSpec,
     Unit,
     Values,
@@ -95,17 +93,6 @@ def headers(names: list[str]) -> Array:
     return rows
 
 
-def write_digests(file: Path, tars: list[Path], n: int) -> None:
-    """The memory of a command that has hashed all images."""
-    with open(file, "wb") as out:
-        for tar, start in zip(tars, range(0, n, IN_TAR)):
-            mtime_ns = tar.stat().st_mtime_ns
-            for i in range(start, min(start + IN_TAR, n)):
-                offset = BLOCK * (2 * (i - start) + 1)
-                text = json.dumps((name_of(i), BLOCK, EMPTY_SHA256, mtime_ns, offset)).encode()
-                out.write(b"\n%08x %s" % (zlib.crc32(text), text))
-
-
 def keys_of(numbers: Numbers) -> Values:
     """Names like ImageNet's, all of one length, made by numpy."""
     text = np.frombuffer(b"n00000000/n00000000_000000000.JPEG", np.uint8)
@@ -126,19 +113,6 @@ def listed_images(n: int) -> Sources:
     return Sources(
         {"key": keys, "label": Values(pc.utf8_slice_codeunits(keys.array, 0, 9), "label")}, numbers, ["images.tar"]
     )
-
-
-def known_rows(sources: Sources) -> SourceTable:
-    """Size and hash of all of them."""
-    n = len(sources)
-    sha256 = pa.Array.from_buffers(pa.binary(32), n, [None, pa.py_buffer(bytes.fromhex(EMPTY_SHA256) * n)])
-    columns = {
-        "key": sources.keys.array,
-        "label": sources.labels.array,
-        "bytes": pa.array(np.full(n, BLOCK)),
-        "sha256": sha256,
-    }
-    return SourceTable({name: Values(array, name) for name, array in columns.items()})
 
 
 def write_shards(path: Path) -> None:
@@ -162,7 +136,7 @@ def write_whole(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
     view, column, shard = unit
     rng, numbers = np.random.default_rng(shard), made.ranges[shard]
     if column == PIXELS:
-        rows = [pixel_row(number, Source(keys[number], None, 0, ""), made.recipe, rng) for number in numbers]
+        rows = [pixel_row(number, Source(keys[number], None, 0, EMPTY_SHA256), made.recipe, rng) for number in numbers]
         commit.store_pixels(path, made, view, shard, rows)
         return
     arrays = codes(len(numbers), made.teacher(column), rng)
@@ -175,11 +149,17 @@ def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
     view, column, shard = unit
     numbers = made.ranges[shard]
     n, files = len(numbers), {}
+    hashes = np.tile(np.frombuffer(bytes.fromhex(EMPTY_SHA256), np.uint8), (n, 1))
     for file in unit_files(path, made, *unit):
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "wb") as content:
-            content.truncate(2048 * n)
-        files[file.relative_to(path).as_posix()] = {"bytes": 2048 * n, "sha256": EMPTY_SHA256}
+            if file.name.endswith(".index.npz") and column == PIXELS:
+                np.savez(
+                    content, about=np.zeros(40 * n, np.uint8), members=np.zeros((n, 2, 3), np.int64), sha256=hashes
+                )
+            else:
+                content.truncate(2048 * n)
+        files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": EMPTY_SHA256}
     about: dict[str, Any] = {"quality": {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}}
     if column == PIXELS:
         about = {
@@ -187,6 +167,7 @@ def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
             "last": keys[numbers[-1]],
             "heights": [375] * n,
             "widths": [500] * n,
+            "sha256": hashlib.sha256(hashes).hexdigest(),
             "bad": {},
         }
     record = {"format_version": plan.FORMAT_VERSION, "view": view, "column": column, "shard": shard, "id": made.ids[column],
@@ -226,7 +207,7 @@ def write_finished(path: Path, n: int) -> None:
         "valid": pa.array(np.ones(n, bool))
     }
     samples.write_samples(path, table)
-    made = dataclasses.replace(asked_plan(n), dataset_id=f"sha256:{0:064d}")
+    made = dataclasses.replace(asked_plan(n), listing_id=f"sha256:{0:064d}")
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     write_shards(path)
     made, kept = load_plan(path), ("count", "valid", "record_id", "files")

@@ -42,7 +42,14 @@ def index_rows(work: Path, n: int = 3400, repeats: int = 21) -> list[dict[str, A
     """Milliseconds to read the sidecar of a pixel tar of n samples, and its kilobytes."""
     tar = work / "index" / "000000.tar"
     rows = [
-        PixelRow(i, f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG", None, View(0, 0, 8, 8, False, 8, 8), b"jpeg")
+        PixelRow(
+            i,
+            f"n{i % 1000:08d}/n{i % 1000:08d}_{i}.JPEG",
+            None,
+            View(0, 0, 8, 8, False, 8, 8),
+            b"jpeg",
+            sha256=f"{i:064x}",
+        )
         for i in range(n)
     ]
     write_pixel_tar(tar, rows)

@@ -292,8 +292,8 @@ def result(command: str, place: Place) -> dict[str, str]:
         case _:
             return {}
     apart = (
-        {"commits"} if command == "stats" else {"commits", "stats"}
-    )  # records tell the time, moments are checked when read
+        {"commits", ".digests"} if command == "stats" else {"commits", "stats", ".digests"}
+    )  # records tell the time, moments are checked when read, the memory tells what was read in which order
     names = {file.relative_to(place.case).as_posix(): file for file in files if file.is_file()}
     names = {name: file for name, file in names.items() if not apart & set(name.split("/"))}
     return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in names.items()}

@@ -12,8 +12,8 @@ from mrmae.shards.format import (
     Source,
     TeacherSpec,
     ViewRecipe,
-    dataset_id,
     key_hash,
+    listing_id,
     plan,
     samples,
     views,
@@ -30,8 +30,8 @@ def write_cache(
     """A cache of `n` images with a column of every teacher, through the real writers."""
     rng = np.random.default_rng(0)
     sources = samples.canonical_sources(Source(f"{i:06d}.png", None, 1, f"{i:064x}") for i in range(n))
-    recipe, data_id = ViewRecipe(size=size), dataset_id(sources)
-    made = Plan(data_id, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format)
+    recipe, listed = ViewRecipe(size=size), listing_id(sources)
+    made = Plan(listed, n, recipe, (grid, grid), 1, SHARD, "int8", tuple(specs), format=format)
     made = agree(path, Wanted(made, rows=sources)).plan
     quantisers = {
         s.column: Quantiser("int8", np.zeros(s.width, np.float32), np.ones(s.width, np.float32), standardised=True)
@@ -58,9 +58,8 @@ def pixel_row(number: int, source: Source, recipe: ViewRecipe, rng: np.random.Ge
     image = np.kron(coarse, np.ones((8, 8, 1), np.uint8))[:side, :side] // 8 * 7
     image = image + rng.integers(0, 8, (side, side, 3)).astype(np.uint8)
     drawn = views.draw_view(key_hash(source.key), 0, side, side, recipe)
-    return PixelRow(
-        number, source.key, None, drawn, views.encode_view(views.render(image, drawn, recipe), recipe.stored)
-    )
+    stored = views.encode_view(views.render(image, drawn, recipe), recipe.stored)
+    return PixelRow(number, source.key, None, drawn, stored, sha256=source.sha256)
 
 
 def codes(n: int, spec: TeacherSpec, rng: np.random.Generator) -> dict[str, np.ndarray]:

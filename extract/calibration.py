@@ -31,6 +31,7 @@ from mrmae.shards.format import (
     PIXELS,
     Numbers,
     Quantiser,
+    SourceTable,
     TeacherSpec,
     calibrate,
     codebook_path,
@@ -38,8 +39,11 @@ from mrmae.shards.format import (
     dequantise,
     first_rows,
     freeze_quantisers,
+    hash_values,
     quantise,
+    read_samples,
     write_codebook,
+    write_samples,
 )
 
 
@@ -66,12 +70,32 @@ def calibrated(job: ExtractJob) -> tuple[ExtractJob, KeptBatches]:
     found = {column: calibrate(*features_of(kept, column), dtype=job.options.dtype) if column in to_see else
              Quantiser(job.options.dtype) for column in pending}  # fmt: skip
     quantisers = {**job.plan.quantisers, **found, **dict.fromkeys(given, NOT_QUANTISED)}
+    job = with_hashes(job, kept)
     known = dataclasses.replace(job, plan=dataclasses.replace(job.plan, quantisers=quantisers))
     for spec in made:
         quantisers[spec.column] = with_codebook(known, spec, kept)
     plan = freeze_quantisers(job.path, job.plan, quantisers)
     todo = unfinished(job)
     return dataclasses.replace(job, plan=plan), {place: batch for place, batch in kept.items() if place[0] in todo}
+
+
+def with_hashes(job: ExtractJob, kept: KeptBatches) -> ExtractJob:
+    """The job, and its table of samples on disk, with the sha256 of the images that calibration has read: what is made of them later is
+    made of the same bytes, whoever does it."""
+    seen = {
+        sample.number: sample.rows[0].sha256 for batch in kept.values() for sample in batch.samples if 0 in sample.rows
+    }
+    rows = SourceTable.of(job.images.rows)
+    told = rows.columns["sha256"]
+    known = told.array.is_valid().to_numpy(zero_copy_only=False).copy()
+    if not (new := [number for number in seen if not known[number]]):
+        return job
+    hashes, known[new] = told.numpy().copy(), True
+    hashes[new] = np.frombuffer(bytes.fromhex("".join(seen[number] for number in new)), np.uint8).reshape(-1, 32)
+    column = hash_values(hashes, known)
+    write_samples(job.path, {**read_samples(job.path, job.plan.numbers), "sha256": column})
+    images = dataclasses.replace(job.images, rows=SourceTable({**rows.columns, "sha256": column}))
+    return dataclasses.replace(job, images=images)
 
 
 def with_codebook(job: ExtractJob, spec: TeacherSpec, kept: KeptBatches) -> Quantiser:

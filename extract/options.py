@@ -11,7 +11,16 @@ from mrmae.common.device import resolve_device
 from mrmae.extract.images import MAX_PIXELS
 from mrmae.extract.teachers import DEFAULT_TEACHERS
 from mrmae.extract.workers import ProcessPart, local_rank, process_part
-from mrmae.shards.format import DTYPES, BlockRule, Plan, TeacherSpec, ViewRecipe, compare_specs, default_shard_samples
+from mrmae.shards.format import (
+    DTYPES,
+    BlockRule,
+    Plan,
+    Source,
+    TeacherSpec,
+    ViewRecipe,
+    compare_specs,
+    default_shard_samples,
+)
 from mrmae.shards.plans import Wanted
 
 SAID = ("views", "grid", "dtype", "format", "token_layout", "blocks", "precision", "batch_size", "shard_samples", "max_bad", "min_snr",
@@ -113,21 +122,21 @@ class Options:
 
 
 def asked(
-    options: Options, there: Plan | None, teachers: Sequence[TeacherSpec] | None = None, keys: Sequence[str] | None = None,
+    options: Options, there: Plan | None, teachers: Sequence[TeacherSpec] | None = None, rows: Sequence[Source] | None = None,
     maps: Mapping[str, str] | None = None,
 ) -> Wanted:  # fmt: skip
     """What the options ask for, as far as it is known by now. What they leave open is as in the plan that is there.
 
-    there: that plan, if any. teachers: with the maps; None before they are built, and those that are there stand for them. keys: of
-    the images. maps: as of Wanted.
+    there: that plan, if any. teachers: with the maps; None before they are built, and those that are there stand for them. rows: the
+    images, once they are listed. maps: as of Wanted.
     """
     if there is not None:  # before columns of another grid come into a plan
         compare_specs(there.grid, (options.grid, options.grid), str(options.cache / "plan.json"), field="grid")
     columns = (() if there is None else there.columns) if teachers is None else tuple(teachers)
-    n, l, stored = len(keys or [""]), options.grid**2, DTYPES[options.dtype]
+    n, l, stored = 1 if rows is None else len(rows), options.grid**2, DTYPES[options.dtype]
     usual = default_shard_samples(n, l * max((stored.token_bytes(t.width) for t in columns), default=stored.bytes))
     plan = Plan(
-        dataset_id="",
+        listing_id="",
         n_samples=n,
         recipe=options.recipe,
         grid=(options.grid, options.grid),
@@ -138,7 +147,7 @@ def asked(
         format=options.format,
         token_layout=options.block_rule(),
     )
-    return Wanted(plan, keys, append=options.append, limit=options.limit, maps=maps or {})
+    return Wanted(plan, rows, append=options.append, limit=options.limit, maps=maps or {})
 
 
 def refuse_untiled(size: int, grid: int) -> None:

@@ -400,6 +400,8 @@ def commit_unit(job: ExtractJob, shard: int, view: int, column: str, found: Gath
     about: dict[str, Any] = {"seconds": dict(found.seconds), **circumstances(job)}
     if column == PIXELS:
         commits.store_pixels(job.path, job.plan, view, shard, found.rows, about)
+        if view == 0:
+            job.images.remember(found.rows)
         progress.add(0, bytes=sum(len(row.stored or b"") for row in found.rows))
         return
     if job.plan.teacher(column).made:

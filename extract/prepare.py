@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
-from mrmae.extract.images import Sources, Unreadable, decoded_as, read_image
+from mrmae.extract.images import OF_NOTHING, Sources, Unreadable, decoded_as, read_image, remember_hashes
 from mrmae.extract.teachers import Features
 from mrmae.shards.format import (
     BadImage,
@@ -27,7 +27,8 @@ from mrmae.shards.format import (
     render,
     tar_path,
 )
-from mrmae.shards.store import PixelRow, parse_row, read_index, read_members
+from mrmae.shards.plans import differ
+from mrmae.shards.store import PixelRow, parse_row, read_hashes, read_index, read_members
 
 BATCHES_DECODED_AHEAD = 3  # batches decoded or being decoded while one is with the teachers
 SAMPLES_DECODED_AT_ONCE = 64  # samples decoded together where that and the teachers take turns
@@ -35,17 +36,22 @@ SAMPLES_DECODED_AT_ONCE = 64  # samples decoded together where that and the teac
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`, -1 for not given."""
+    """The images of a plan by sample number: `rows` as planned, `order[number]` their position in `sources`, -1 for not given.
+
+    memory: a file that keeps the hash of what was read.
+    """
 
     sources: Sources
     rows: Sequence[Source]
     order: Sequence[int] | Numbers
     max_pixels: int
+    memory: Path
 
-    def decoded(self, number: int, encoding: Encoding) -> AbstractContextManager[Pixels]:
-        """The image, [height, width, bands] as `encoding` keeps it, as long as it is needed. BadImage where it is no such image.
+    def read(self, number: int, told: str) -> tuple[bytes, str]:
+        """The encoded bytes of an image and their sha256. BadImage where there was nothing to read when it was listed, either.
 
-        ValueError where its bytes are not those of the plan; OSError where it can no longer be read.
+        told: the sha256 of then, "" where nothing was made of the image yet. ValueError where its bytes are others now; OSError where it
+        can no longer be read.
         """
         row, position = self.rows[number], int(self.order[number])
         if position < 0:
@@ -54,15 +60,24 @@ class Images:
         try:
             data = read_image(self.sources, position)
         except Unreadable as error:
-            if row.bytes == 0:  # it could not be read when the plan was made either
+            if row.bytes == 0:
                 raise BadImage(f"cannot be read: {error.strerror or error}") from None
             raise
-        if hashlib.sha256(data).hexdigest() != row.sha256:
-            raise ValueError(
-                f"{self.sources.where(position)}: its bytes changed since the plan was made ({row.bytes} bytes then, "
-                f"{len(data)} now); expected the same image; restore it, or write to a new cache"
-            )
-        return decoded_as(data, encoding, max_pixels=self.max_pixels, where=self.sources.where(position))
+        now = dataclasses.replace(row, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        if other := differ(row, now) or differ(dataclasses.replace(row, sha256=told), now):
+            raise ValueError(f"{self.sources.where(position)}: its bytes changed since the cache was begun: {other}; expected the same "
+                             "image; restore it, or write to a new cache")  # fmt: skip
+        return data, now.sha256
+
+    def decoded(self, number: int, data: bytes, encoding: Encoding) -> AbstractContextManager[Pixels]:
+        """The image that these bytes are, [height, width, bands] as `encoding` keeps it, as long as it is needed. BadImage where it is none."""
+        where = self.sources.where(int(self.order[number]))
+        return decoded_as(data, encoding, max_pixels=self.max_pixels, where=where)
+
+    def remember(self, rows: Sequence[PixelRow]) -> None:
+        """Keep the hashes of images of which views were made just now, so that --append need not read these again."""
+        at = [int(self.order[row.number]) for row in rows]
+        remember_hashes(self.sources, [(i, row.sha256) for i, row in zip(at, rows) if i >= 0], self.memory)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,16 +152,18 @@ def store_views(
     began = time.perf_counter()
     rows = {view: stored[view][number] for view in views if view in stored}
     if len(rows) < len(views):
-        source = images.rows[number]
+        source, sha256 = images.rows[number], OF_NOTHING
+        told = next((by_number[number].sha256 for by_number in stored.values()), "")
         try:
-            with images.decoded(number, recipe.stored) as image:
+            data, sha256 = images.read(number, told)
+            with images.decoded(number, data, recipe.stored) as image:
                 for view in set(views) - set(rows):
                     crop = draw_view(key_hash(source.key), view, image.shape[0], image.shape[1], recipe)
                     stored_view = encode_view(render(image, crop, recipe), recipe.stored)
-                    rows[view] = PixelRow(number, source.key, source.label, crop, stored_view)
+                    rows[view] = PixelRow(number, source.key, source.label, crop, stored_view, sha256=sha256)
         except BadImage as error:
             for view in set(views) - set(rows):
-                rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason)
+                rows[view] = PixelRow(number, source.key, source.label, None, None, error.reason, sha256)
     return StoredViews(rows, time.perf_counter() - began)
 
 
@@ -238,7 +255,9 @@ def stored_rows(path: Path, plan: Plan, view: int, shard: int) -> dict[int, Pixe
     extension, numbers = plan.recipe.stored.extension, plan.ranges[shard]
     index = read_index(tar, (extension, "json"))
     abouts = read_members(tar, range(len(numbers)), index.tables["json"])
-    rows = {number: parse_row(about) for number, about in zip(numbers, abouts)}
+    hashes = read_hashes(tar)
+    rows = {number: dataclasses.replace(parse_row(about), sha256=sha256.tobytes().hex())
+            for number, about, sha256 in zip(numbers, abouts, hashes)}  # fmt: skip
     good = [i for i, number in enumerate(numbers) if rows[number].view is not None]
     for i, content in zip(good, read_members(tar, good, index.tables[extension])):
         rows[numbers[i]] = dataclasses.replace(rows[numbers[i]], stored=content)

@@ -5,16 +5,17 @@ import hashlib
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mrmae.common.backend import Url, exists, files_below
 from mrmae.common.files import make_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
-from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, Digests, KeptIndices, Sources, digest_images, list_sources
+from mrmae.extract.images import BAND_SUFFIXES, SUFFIXES, KeptIndices, Sources, digest_images, list_sources
 from mrmae.extract.options import Options, asked
 from mrmae.extract.pipeline import ExtractJob, extract_missing
 from mrmae.extract.prepare import Images, KeptBatches
@@ -24,7 +25,17 @@ from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.format import SourceTable
 from mrmae.shards.manifest import read_manifest
-from mrmae.shards.plans import DIGESTS, TARS, Agreed, Found, Wanted, look, negotiate, refuse_changed_plan, write_agreed
+from mrmae.shards.plans import (
+    DIGESTS,
+    TARS,
+    Agreed,
+    Wanted,
+    look,
+    negotiate,
+    refuse_changed,
+    refuse_changed_plan,
+    write_agreed,
+)
 
 __all__ = ["Options", "extract_features"]
 
@@ -61,7 +72,7 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
 
 def kept_indices(options: Options) -> KeptIndices:
     """Where what is in tars at URLs is kept, and the lock that lets one process at a time read them."""
-    return KeptIndices(options.cache / TARS, lambda: take_the_plan(options.cache))
+    return KeptIndices(options.cache / TARS, lambda: take_the_plan(options.cache), headers_only=True)
 
 
 def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple[Sources, Teachers, Wanted]:
@@ -73,9 +84,8 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
         make_folder(options.cache)  # refused before tars are read, where the store lets two writers mix
     kept = kept_indices(options) if not dry_run or files_below(options.cache / TARS) else None
     sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
-    keys = sources.in_order
-    teachers = asked_teachers(options, found.plan, keys, say)
-    return sources, teachers, asked(options, found.plan, teachers.specs, keys, teachers.map_sha256)
+    teachers = asked_teachers(options, found.plan, sources.in_order, say)
+    return sources, teachers, asked(options, found.plan, teachers.specs, sources.rows, teachers.map_sha256)
 
 
 def is_finished(job: ExtractJob) -> bool:
@@ -104,20 +114,20 @@ def begin(
     make_folder(options.cache)
     held.enter_context(claims.at_work(options.cache))
     joins = not options.part.first or any(claims.writers(options.cache))
-    if joins and (agreed := plan_of_others(options.cache, wanted)):  # they have hashed the images
+    if joins and (agreed := plan_of_others(options.cache, wanted)):
         say_plan(options, sources, wanted, say)
         return job_of(options, sources, teachers, agreed), {}
     with take_the_plan(options.cache):
         found = look(options.cache)  # another command may have planned meanwhile
-        wanted = asked(options, found.plan, wanted.plan.columns, wanted.keys, wanted.maps)
-        negotiate(found, wanted)
+        wanted = asked(options, found.plan, wanted.plan.columns, wanted.rows, wanted.maps)
+        agreed = negotiate(found, wanted)
         if options.append and teachers.maps:
             there = {row.key for row in found.rows or ()}
             for given in teachers.maps.values():
                 given.refuse_lacking([key for key in sources.keys if key not in there])
-        say_plan(options, sources, wanted, say)  # not before it is agreed to, and before images are hashed for hours
-        agreed = negotiate(found, replace(wanted, rows=hashed_rows(options, sources, found)))
+        say_plan(options, sources, wanted, say)  # not before it is agreed to, and before anything is read for hours
         if options.append:
+            refuse_changed_images(options, sources, agreed)
             n = len(sources)
             say(f"{n - agreed.new} of {n} images are in the cache already and are skipped; {agreed.new} are new")
         write_agreed(options.cache, agreed)
@@ -134,11 +144,19 @@ def say_plan(options: Options, sources: Sources, wanted: Wanted, say: Say) -> No
         say(note)
 
 
-def hashed_rows(options: Options, sources: Sources, found: Found) -> SourceTable:
-    """The images in canonical order, with size and sha256; those of the cache that are as long as then are not read again."""
-    known = () if options.append else found.rows or ()  # the bytes of what is appended decide, not only their number
-    return digest_images(sources, sources.canonical, known, memory_of(options), workers=options.workers,
-                         kept=kept_indices(options))  # fmt: skip
+def refuse_changed_images(options: Options, sources: Sources, agreed: Agreed) -> None:
+    """ValueError where an image that is given has other bytes than those that the cache was made of; they are hashed for that."""
+    assert agreed.before is not None, "there is something to append to"
+    path, plan = options.cache, agreed.before
+    rows = SourceTable.of(agreed.rows)[: plan.n_rows]
+    told = SourceTable({**rows.columns, "sha256": commits.known_hashes(path, plan, rows)})
+    at = sources.places(told.columns["key"].array)
+    asked = np.flatnonzero((at >= 0) & told.columns["sha256"].array.is_valid().to_numpy(zero_copy_only=False))
+    found = digest_images(sources, at[asked], memory_of(options), workers=options.workers)
+    then, now = told.columns["sha256"].numpy()[asked], found.columns["sha256"].numpy()
+    if len(changed := np.flatnonzero((then != now).any(axis=1))):
+        keys = [found.columns["key"][int(i)] for i in changed]
+        refuse_changed(path, keys, told[int(asked[changed[0]])], found[int(changed[0])])
 
 
 def memory_of(options: Options) -> Path:
@@ -158,7 +176,7 @@ def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agree
 
 def images_of(options: Options, sources: Sources, agreed: Agreed) -> Images:
     """The images of the agreed plan, and where each is among those that are given."""
-    order = Digests(sources).places(
+    order = sources.places(
         SourceTable.of(agreed.rows).columns["key"].array
     )  # with --append not every image need be given
-    return Images(sources, agreed.rows, order, options.max_pixels)
+    return Images(sources, agreed.rows, order, options.max_pixels, memory_of(options))

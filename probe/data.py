@@ -19,7 +19,7 @@ from mrmae.common.backend import exists, locate
 from mrmae.common.files import make_folder
 from mrmae.extract.images import KeptIndices, Sources, decoded, digest_images, list_sources, matches
 from mrmae.shards.cache import Cache, open_cache
-from mrmae.shards.format import FILTERS, BadImage, Pixels, canonical_sources, content_id, dataset_id, read_sources
+from mrmae.shards.format import FILTERS, BadImage, Pixels, SourceTable, canonical_sources, content_id, dataset_id
 from mrmae.shards.format import Source as Row
 from mrmae.shards.near import NearFolder
 
@@ -113,7 +113,7 @@ def open_part(
         raise ValueError(f"DATA: {error}{option if include else ''}") from None
     spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
     make_folder(spool.parent)
-    digests = digest_images(sources, range(len(sources)), [], spool, workers=workers, kept=kept)
+    digests = digest_images(sources, range(len(sources)), spool, workers=workers, kept=kept)
     return Split(name, list(digests), functools.partial(read_file, sources), notes=sources.notes)
 
 
@@ -141,7 +141,7 @@ def cache_part(
     if not len(cache.numbers):
         raise ValueError(f"DATA {path}: no image of this cache can be read: no shard is committed in all views and columns that its "
                          "plan.json tells of, or all images are bad; see inspect-cache verify, or let extract-features run on")  # fmt: skip
-    rows = list(read_sources(locate(path)))
+    rows = list(SourceTable(cache.table))
     numbers = np.array([n for n in cache.numbers if matches(rows[n].key, include)], np.int64)
     if not len(numbers):
         raise ValueError(f"DATA {path}: none of {len(cache.numbers)} keys match {' '.join(include)}, like "
@@ -200,9 +200,9 @@ def refuse_same_images(train: Split, test: Split) -> None:
                          "disjoint parts; correct --train-include and --test-include")  # fmt: skip
 
 
-def shared_with(test: Split, cache: Path, n_rows: int | None = None) -> list[str]:
-    """Keys of test images that a cache holds too, by key or by bytes. n_rows: of its first rows only."""
-    rows = [row for row in read_sources(cache)[:n_rows] if row.key]
+def shared_with(test: Split, images: Sequence[Row]) -> list[str]:
+    """Keys of test images that are among these, by key or by bytes."""
+    rows = [row for row in images if row.key]
     keys, contents = {row.key for row in rows}, {row.sha256 for row in rows}
     return [row.key for row in test.rows if row.key in keys or row.sha256 in contents]
 

@@ -16,7 +16,8 @@ from mrmae.probe.data import Data, open_data, shared_with, shown_images
 from mrmae.probe.features import PooledFeatures, refuse_foreign_column
 from mrmae.probe.settings import LABEL_FREE, PROBES, UNTRAINED_PROBES, Settings
 from mrmae.probe.sources import FeatureSource, open_source
-from mrmae.shards.format import content_id, load_plan
+from mrmae.shards.commit import known_hashes
+from mrmae.shards.format import SourceTable, content_id, dataset_ids, load_plan, read_sources
 from mrmae.shards.near import NearFolder, near_asked
 
 
@@ -126,9 +127,14 @@ def refuse_shared(source: FeatureSource, data: Data, *, allowed: bool) -> list[s
     if source.cache is None:
         return []
     try:
-        known = {part.dataset_id: part.numbers.stop for part in load_plan(source.cache).parts}
+        plan, rows = load_plan(source.cache), read_sources(source.cache)
+        rows = SourceTable({**rows.columns, "sha256": known_hashes(source.cache, plan, rows)})
+        known = dict(zip(dataset_ids(plan, rows), (part.numbers.stop for part in plan.parts)))
+        known |= {
+            part.listing_id: part.numbers.stop for part in plan.parts
+        }  # of a run on a part of an unfinished cache
         same = source.cache_dataset in known
-        shared = shared_with(data.test, source.cache, known[str(source.cache_dataset)]) if same else []
+        shared = shared_with(data.test, rows[: known[str(source.cache_dataset)]]) if same else []
     except ValueError:
         same = False
     if not same:

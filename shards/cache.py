@@ -24,7 +24,7 @@ from torch import Tensor
 from mrmae.common.backend import Url, exists, locate, read_bytes, refresh
 from mrmae.common.suggest import nearest
 from mrmae.shards.check import refuse_other_plan, refuse_problems, refuse_unfinished
-from mrmae.shards.commit import bad_images, committed
+from mrmae.shards.commit import bad_in, committed, known_hashes, valid_records
 from mrmae.shards.format import (
     IN_BLOCKS,
     NO_IMAGE,
@@ -35,12 +35,14 @@ from mrmae.shards.format import (
     Plan,
     Quantiser,
     SampleTable,
+    SourceTable,
     TeacherSpec,
     Unit,
     Values,
     View,
     apply_tail,
     content_id,
+    dataset_ids,
     dequantise,
     derived_specs,
     load_plan,
@@ -123,7 +125,7 @@ class Cache:
         self.columns = {name: column for name, column in self.stored.items() if not column.spec.is_map}
         self.maps = {name: column for name, column in self.stored.items() if column.spec.is_map}
         self.teachers = {column.spec.name: name for name, column in reversed(self.columns.items())}
-        self.ids = {"dataset": plan.parts[-1].dataset_id, "geometry": plan.geometry_id,
+        self.ids = {"dataset": self.dataset_id, "geometry": plan.geometry_id,
                     **{name: column.id for name, column in self.stored.items()}}  # fmt: skip
         self.local = None if near is None else NearShards(near, path, plan, manifest)
         self.shards = Shards(path, plan, self.keys, table["hash"].numpy(), threads, self.local)
@@ -166,11 +168,23 @@ class Cache:
         return np.flatnonzero(self.readable)
 
     @property
+    def dataset_id(self) -> str:
+        """Id of the images, keys and bytes; where some were not read yet, of their listing."""
+        if self.manifest:
+            return str(self.manifest["dataset_ids"][len(self.plan.parts) - 1])
+        rows = SourceTable(self.table)
+        known = all(rows[p.start : p.stop].columns["sha256"].array.null_count == 0 for p in self.plan.numbers)
+        return dataset_ids(self.plan, rows)[-1] if known else self.plan.parts[-1].listing_id
+
+    @property
     def unfinished(self) -> str | None:
-        """How much of an unfinished cache is read, with an id of which samples; None for a finished one."""
+        """How much of an unfinished cache is read, with an id of which samples and their bytes; None for a finished one."""
         if self.complete:
             return None
-        return f"{len(self.numbers)} of {self.plan.n_images} images ({content_id(self.numbers.tolist())[7:23]})"
+        hashes = hashlib.sha256(self.table["sha256"].numpy()[self.numbers].tobytes()).hexdigest()
+        return (
+            f"{len(self.numbers)} of {self.plan.n_images} images ({content_id([self.numbers.tolist(), hashes])[7:23]})"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         lazy = ("hashes", "labels", "number_of", "derived", "numbers")
@@ -469,10 +483,12 @@ def is_asked(unit: Unit, columns: Sequence[str] | None, views: int | None) -> bo
 def open_unfinished(
     path: Path, plan: Plan, table: SampleTable, missing: Collection[int], threads: int, near: NearFolder | None
 ) -> Cache:
-    """A cache without a manifest, restricted to the shards that are not `missing`."""
+    """A cache without a manifest, restricted to the shards that are not `missing`; the images' hashes are those of its pixels."""
     readable, reasons = np.zeros(plan.n_rows, bool), [NO_IMAGE["reason"]] * plan.n_rows
     for shard, rows in enumerate(plan.ranges):
         readable[rows.start : rows.stop], reasons[rows.start : rows.stop] = shard not in missing, [None] * len(rows)
-    for number, reason in bad_images(path, plan).items():
+    records = valid_records(path, plan, (unit for unit in units(plan) if unit[1] == PIXELS))
+    for number, reason in bad_in(records).items():
         readable[number], reasons[number] = False, reason
-    return Cache(path, plan, {}, {**table, "reason": sample_values(reasons, "reason")}, readable, threads, near)
+    told = {"reason": sample_values(reasons, "reason"), "sha256": known_hashes(path, plan, SourceTable(table), records)}
+    return Cache(path, plan, {}, {**table, **told}, readable, threads, near)

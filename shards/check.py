@@ -22,8 +22,10 @@ from mrmae.shards.commit import (
     committed,
     counts_others,
     decoded_columns,
+    made_of_others,
     read_record,
     record_id,
+    recorded_hashes,
     wrong_in_record,
 )
 from mrmae.shards.format import (
@@ -118,7 +120,7 @@ def refuse_problems(path: Path, plan: Plan, manifest: Manifest, table: SampleTab
 def wrong_ids(plan: Plan, manifest: Manifest, table: SampleTable) -> Iterator[Problem]:
     """What can be wrong with plan, manifest and samples."""
     ids = {column["name"]: column["id"] for column in manifest["columns"]}
-    if {PIXELS: manifest["geometry_id"], **ids} != plan.ids:
+    if {PIXELS: manifest["geometry_id"], **ids} != plan.ids or len(manifest["dataset_ids"]) != len(plan.parts):
         yield Problem("plan.json", "its ids are not those of manifest.json")
     yield from other_samples(manifest, table, ("hash", "valid"))  # the others where they are read
 
@@ -308,7 +310,7 @@ def shard_problems(cache: Described, *, full: bool) -> Iterator[Problem]:
         yield from damaged
         known = unit[1] in cache.plan.shard_ids(unit[2])  # a plan that lost a quantiser: its record said so
         if full and known and not damaged:  # else its checksums would only say the same again
-            yield from checksum_problems(cache, unit, bad)
+            yield from checksum_problems(cache, unit, bad, None if wrong else record)
 
 
 def bad_rows(cache: Described) -> set[int]:
@@ -332,9 +334,11 @@ def wrong_record(cache: Described, unit: Unit) -> str:
             else f"it does not name {others[0]!r}"
         )
     first = cache.records.get((0, PIXELS, unit[2]))
-    if first and not wrong_in_record(cache.plan, (0, PIXELS, unit[2]), first) and counts_others(record, first):
-        return f"{record['valid']} valid images; the pixels of view 0 have {first['valid']}"
-    return ""
+    if not first or wrong_in_record(cache.plan, (0, PIXELS, unit[2]), first):
+        return ""
+    if made_of_others(record, first):
+        return "its images have other bytes than those that view 0 was made of"
+    return f"{record['valid']} valid images; the pixels of view 0 have {first['valid']}" * counts_others(record, first)
 
 
 def file_problems(
@@ -375,14 +379,16 @@ def verified_blocks(file: Path, sha256: str) -> Iterator[bytes]:
         raise Damaged(file, None, "its sha256 is not that of what was written")
 
 
-def checksum_problems(cache: Described, unit: Unit, bad: set[int]) -> Iterator[Problem]:
-    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there."""
+def checksum_problems(cache: Described, unit: Unit, bad: set[int], record: Record | None) -> Iterator[Problem]:
+    """Chunks and members of one shard that fail their crc32c, are absent, or should not be there. record: the shard's, where it is right."""
     view, column, shard = unit
     path, plan, numbers = cache.path, cache.plan, cache.plan.ranges[shard]
     rows = [row for row, number in enumerate(numbers) if number not in bad]
     try:
         if column == PIXELS:
             check_tar(unit_files(path, plan, *unit)[0], plan, view, shard, numbers, rows)
+            if record is not None:
+                recorded_hashes(path, plan, view, shard, record)
             return
         folder, layout = column_folder(path, plan, view, column), plan.layout(column)
         keys = None if cache.table is None else cache.table["key"][numbers.start : numbers.stop]
@@ -460,7 +466,11 @@ def tails_of(path: Path, plan: Plan, manifest: Manifest | None) -> Iterator[tupl
 def edited_samples(cache: Described) -> Iterator[Problem]:
     """samples.arrow, where it is not what the commit records say; only for a cache in which nothing else is wrong."""
     assert cache.table is not None, "else this was a problem already"
-    decoded = decoded_columns(cache.plan, cache.records)
+    try:
+        decoded = decoded_columns(cache.path, cache.plan, cache.records)
+    except ValueError as error:  # a sidecar of the right size
+        yield Problem("samples.arrow", f"it cannot be compared with the pixels ({error})")
+        return
     if other := [name for name, values in decoded.items() if values != cache.table[name]]:
         yield Problem("samples.arrow", f"its column {other[0]} is not what the commit records say, so it was edited")
 

@@ -24,12 +24,15 @@ from mrmae.shards.format import (
     PIXELS,
     Array,
     Plan,
+    Source,
+    SourceTable,
     Unit,
     Values,
     canonical_json,
     column_attributes,
     commit_path,
     content_id,
+    hash_values,
     in_blocks,
     kept_path,
     pixels_of,
@@ -56,19 +59,28 @@ from mrmae.shards.manifest import (
     manifest_body,
     samples_digests,
 )
-from mrmae.shards.store import PixelRow, column_folder, read_index, storage_of, unit_files, write_pixel_tar
+from mrmae.shards.store import (
+    PixelRow,
+    column_folder,
+    index_path,
+    read_hashes,
+    read_index,
+    storage_of,
+    unit_files,
+    write_pixel_tar,
+)
 
 STORE_ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
 MOST_RECORD_BYTES = 1 << 26  # the largest shard's has 14 MB, and reasons of its bad images
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
-            "bad", "quality")  # fmt: skip
+            "sha256", "bad", "quality")  # fmt: skip
 
 
 class RecordFields(TypedDict):
-    """A commit record: first, last, heights, widths and bad of the pixels, quality of columns; from `seconds` on, what lies beside
-    the shard and is in no id."""
+    """A commit record: first, last, heights, widths, sha256 (digest of its images' hashes) and bad of the pixels, quality of columns;
+    from `seconds` on, what lies beside the shard and is in no id."""
 
     format_version: int
     view: int
@@ -83,6 +95,7 @@ class RecordFields(TypedDict):
     last: NotRequired[str]
     heights: NotRequired[list[int]]
     widths: NotRequired[list[int]]
+    sha256: NotRequired[str]
     bad: NotRequired[dict[str, str]]
     quality: NotRequired[QualityFields | None]
     seconds: NotRequired[dict[str, float]]
@@ -229,9 +242,9 @@ def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
 
 
 def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
-    """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
+    """Whether the record of a pixel shard has a size for each of its samples, a digest of their hashes, and bad images among them."""
     bad = record.get("bad", {"": ""})
-    return ((not bad or set(bad) <= set(map(str, numbers))) and record["valid"] == len(numbers) - len(bad)
+    return ("sha256" in record and (not bad or set(bad) <= set(map(str, numbers))) and record["valid"] == len(numbers) - len(bad)
             and all(len(record.get(name, ())) == len(numbers) and 0 <= min(record[name]) and max(record[name]) < 2**31
                     for name in ("heights", "widths")))  # fmt: skip
 
@@ -347,7 +360,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
     refuse_disagreement(path, complete)
     refuse_other_tails(path, plan)
-    table = {**read_samples(path, plan.numbers), **decoded_columns(plan, complete)}
+    table = {**read_samples(path, plan.numbers), **decoded_columns(path, plan, complete)}
     write_samples(path, table)
     body = manifest_body(path, plan, complete, table)
     manifest = {**body, "manifest_id": content_id(body)}
@@ -410,9 +423,13 @@ def refuse_other_samples(path: Path, plan: Plan) -> None:
 
 
 def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:
-    """ValueError when a view or a column counts other bad images than the pixels of view 0."""
+    """ValueError when a view or a column counts other bad images than the pixels of view 0, or a view was made of other bytes."""
     for (view, column, shard), record in records.items():
         first = records[0, PIXELS, shard]
+        if made_of_others(record, first):
+            raise ValueError(f"{commit_path(path, view, column, shard)}: its images have other bytes (the digest of their sha256 is "
+                             f"{record['sha256']}) than those that view 0 was made of ({first['sha256']}); delete the commit records of "
+                             "this shard and run the same extract-features command again")  # fmt: skip
         if counts_others(record, first):
             raise ValueError(f"{commit_path(path, view, column, shard)}: {record['valid']} valid images; the pixels of "
                              f"view 0 have {first['valid']}; delete the commit records of this shard and run the "
@@ -424,15 +441,56 @@ def counts_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
     return bool(record["valid"] != first["valid"] or record.get("bad", first["bad"]) != first["bad"])
 
 
-def decoded_columns(plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Values]:
-    """height, width, valid and reason of every sample, as the pixels of view 0 tell."""
+def made_of_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether the record of a pixel shard tells of images with other bytes than view 0's record does."""
+    return bool(record.get("sha256", first["sha256"]) != first["sha256"])
+
+
+def recorded_hashes(path: Path, plan: Plan, view: int, shard: int, record: Mapping[str, Any]) -> Array:
+    """sha256 of the images that the pixels of a shard were made of, uint8 [samples, 32]. ValueError where they are not those of its record."""
+    tar = tar_path(path, view, shard)
+    hashes = read_hashes(tar)
+    if len(hashes) != record["count"] or hashlib.sha256(hashes.tobytes()).hexdigest() != record["sha256"]:
+        raise ValueError(f"{index_path(tar)}: its hashes of images are not those of the commit record, so it was altered or damaged; run "
+                         f"inspect-cache repair {path}")  # fmt: skip
+    return hashes
+
+
+def known_hashes(
+    path: Path, plan: Plan, rows: Sequence[Source], records: Mapping[Unit, Mapping[str, Any]] | None = None
+) -> Values:
+    """sha256 of every image by number, as far as it is known: as `rows` tell, else as the pixels that are committed do.
+
+    records: those of pixels, where they were read just now.
+    """
+    told = SourceTable.of(rows).columns["sha256"]
+    known = told.array.is_valid().to_numpy(zero_copy_only=False)
+    lacking = [shard for shard, numbers in enumerate(plan.ranges) if not known[numbers.start : numbers.stop].all()]
+    if records is None:
+        every = [(view, PIXELS, shard) for shard in lacking for view in range(plan.n_views)]
+        records = valid_records(path, plan, every)
+    hashes, known = told.numpy().copy(), known.copy()
+    for shard in lacking:
+        for view in range(plan.n_views):
+            if (record := records.get((view, PIXELS, shard))) is not None:
+                at = slice(plan.ranges[shard].start, plan.ranges[shard].stop)
+                hashes[at], known[at] = recorded_hashes(path, plan, view, shard, record), True
+                break
+    return hash_values(hashes, known)
+
+
+def decoded_columns(path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, Values]:
+    """sha256, height, width, valid and reason of every sample, as the pixels of view 0 tell."""
     sizes = {name: np.zeros(plan.n_rows, np.int32) for name in ("height", "width")}
+    hashes, known = np.zeros((plan.n_rows, 32), np.uint8), np.zeros(plan.n_rows, bool)
     valid, reasons = np.zeros(plan.n_rows, bool), [NO_IMAGE["reason"]] * plan.n_rows
     for shard, numbers in enumerate(plan.ranges):
         record, rows = records[0, PIXELS, shard], slice(numbers.start, numbers.stop)
         for name, values in sizes.items():
             values[rows] = record[f"{name}s"]
         valid[rows], reasons[rows] = True, [None] * len(numbers)
+        hashes[rows], known[rows] = recorded_hashes(path, plan, 0, shard, record), True
         for number, reason in record["bad"].items():
             valid[int(number)], reasons[int(number)] = False, reason
-    return {name: sample_values(values, name) for name, values in {**sizes, "valid": valid, "reason": reasons}.items()}
+    columns = {"sha256": hash_values(hashes, known), **sizes, "valid": valid, "reason": reasons}
+    return {name: sample_values(values, name) for name, values in columns.items()}

@@ -43,7 +43,7 @@ from mrmae.shards.format import (
     write_tail,
 )
 from mrmae.shards.manifest import entry_of
-from mrmae.shards.plans import Wanted, agree, look, negotiate, refuse_altered_samples
+from mrmae.shards.plans import Wanted, agree, look, negotiate
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
 
@@ -83,7 +83,7 @@ def convert_alone(
 ) -> dict[str, Any]:
     """The same, while nobody else is at work at `out`."""
     rows = read_sources(cache.path)
-    refuse_altered_samples(cache.path, cache.plan, rows)
+    commits.refuse_other_samples(cache.path, cache.plan)
     plan = agree(out, Wanted(wanted, rows=rows, extend=False)).plan
     plan = freeze_quantisers(out, plan, converted_quantisers(cache, plan))
     commits.create_columns(out, plan)

@@ -15,10 +15,12 @@ from mrmae.shards.format import (
     Plan,
     QuantiserFields,
     SampleTable,
+    SourceTable,
     TeacherSpec,
     Unit,
     codebook_path,
     content_id,
+    dataset_ids,
     kept_path,
     plain,
     read_json,
@@ -76,6 +78,7 @@ class ManifestFields(TypedDict):
     """manifest.json, beside the plan's fields."""
 
     format_version: int
+    dataset_ids: list[str]
     geometry_id: str
     n_valid: int
     samples: dict[str, str]
@@ -130,7 +133,7 @@ def entry_of(manifest: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
 
 def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """plan.json's fields, as a manifest repeats them."""
-    not_there = ("geometry_id", "n_valid", "samples", "shards", "manifest_id", "columns")
+    not_there = ("dataset_ids", "geometry_id", "n_valid", "samples", "shards", "manifest_id", "columns")
     return {
         **{name: value for name, value in manifest.items() if name not in not_there},
         "columns": [column["teacher"] for column in manifest["columns"]],
@@ -144,6 +147,7 @@ def manifest_body(
     """All of the manifest but its own id. records: of every unit; table: the final samples."""
     return {
         **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
+        "dataset_ids": dataset_ids(plan, SourceTable(table)),
         "geometry_id": plan.geometry_id,
         "n_valid": int(table["valid"].numpy().sum()),
         "samples": samples_digests(table),

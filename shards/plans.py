@@ -1,13 +1,13 @@
 """Whether a command begins, continues, extends or appends to what is on disk, or is refused: one decision, `negotiate`.
 
 It is pure: `look` reads the disk before it, `write_agreed` writes what it says. Asked again as more is known: with the options
-alone, then with the keys of the images, then with their hashes; nothing slow happens before it has agreed to what is known.
+alone, then with the images as they are listed; nothing slow happens before it has agreed to what is known.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import pyarrow.compute as pc
 
@@ -25,9 +25,9 @@ from mrmae.shards.format import (
     Values,
     canonical_sources,
     compare_specs,
-    dataset_id,
-    dataset_ids,
-    grown_dataset_id,
+    grown_id,
+    listing_id,
+    listing_ids,
     load_plan,
     plain,
     read_samples,
@@ -39,7 +39,7 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.store import read_index, refuse_foreign_entries
 
-DIGESTS = ".digests"  # which images were hashed when: what extract-features begins with
+DIGESTS = ".digests"  # which images were hashed when: what extract-features --append need not read again
 TARS = ".tars"  # a folder, likewise: what is in tars at URLs
 EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
 Step = Literal["remove manifest.json", "write samples.arrow", "begin plan.json", "replace plan.json"]
@@ -66,14 +66,13 @@ class Found:
 class Wanted:
     """What a command asks for, as far as it is known by now.
 
-    plan: without quantisers; dataset_id "" leaves the id to the images. keys: of its images, once they are listed. rows: the
-    same, once they are hashed, in canonical order, or by number where the plan names its parts.
+    plan: without quantisers; listing_id "" leaves the id to the images. rows: its images, once they are listed, with their sha256
+    where it is known, in canonical order, or by number where the plan names its parts.
     maps: by column, the sha256 of the values that are given for its images, new ones of a map that is there among them.
     append: images may be new. extend: teachers and views may be. limit: the images are the first so many of those given, 0: all.
     """
 
     plan: Plan
-    keys: Sequence[str] | None = None
     rows: Sequence[Source] | None = None
     append: bool = False
     extend: bool = True
@@ -105,18 +104,15 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
     if found.plan is None:
         return begun(found, wanted)
     old, where = found.plan, str(found.path / "plan.json")
-    keys = wanted.keys if wanted.rows is None else keys_of(wanted.rows)
-    if keys is None:
+    if wanted.rows is None:
         plan = extended(old, wanted, where)
         return Agreed(plan, (), 0, steps_to(old, plan), old)
-    lost, there = found.rows is None, images_there(found, old, wanted, keys)
-    new = set() if there is None else refuse_other_images(found, there, wanted, keys)
+    there = images_there(found, old, wanted.rows)
+    new = refuse_other_images(found, there, wanted, wanted.rows)
     plan = extended(old, wanted, where)
-    if there is None or wanted.rows is None:
-        return Agreed(plan, there or (), len(new), steps_to(old, plan, samples=lost), old)
     refuse_other_rows(found.path, old, wanted, there)
     plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new] if new else (), wanted.maps)
-    return Agreed(plan, rows, len(new), steps_to(old, plan, samples=lost or bool(new)), old)
+    return Agreed(plan, rows, len(new), steps_to(old, plan, samples=found.rows is None or bool(new)), old)
 
 
 def begun(found: Found, wanted: Wanted) -> Agreed:
@@ -131,12 +127,12 @@ def begun(found: Found, wanted: Wanted) -> Agreed:
             f"--append: there is no cache at {found.path}; one that exists was expected; leave --append out"
         )
     if wanted.rows is None:
-        return Agreed(wanted.plan, (), len(wanted.keys or ()), (), None)
+        return Agreed(wanted.plan, (), 0, (), None)
     plan = wanted.plan
-    if not plan.dataset_id:
-        plan = dataclasses.replace(plan, dataset_id=dataset_id(wanted.rows))
+    if not plan.listing_id:
+        plan = dataclasses.replace(plan, listing_id=listing_id(wanted.rows))
     elif not made_of(plan, wanted.rows):
-        raise ValueError(f"{found.path}: the plan's dataset id is not that of these images; compute it from them")
+        raise ValueError(f"{found.path}: the plan's listing id is not that of these images; compute it from them")
     return Agreed(plan, wanted.rows, len(wanted.rows), ("write samples.arrow", "begin plan.json"), None)
 
 
@@ -166,7 +162,7 @@ def extended(old: Plan, wanted: Wanted, where: str) -> Plan:
     ordered = in_order_of(old, wanted.plan)
     added = ordered.columns[len(old.columns) :]
     new = dataclasses.replace(old, columns=(*old.columns, *added), n_views=max(old.n_views, ordered.n_views))
-    same = dataclasses.replace(ordered, quantisers=old.quantisers, dataset_id=old.dataset_id, n_samples=old.n_samples,
+    same = dataclasses.replace(ordered, quantisers=old.quantisers, listing_id=old.listing_id, n_samples=old.n_samples,
                                appended=old.appended)  # fmt: skip
     compare_specs((new if wanted.extend else old).to_json(), same.to_json(), where)
     if new == old:
@@ -184,11 +180,11 @@ def in_order_of(old: Plan, plan: Plan) -> Plan:
     return dataclasses.replace(plan, columns=tuple(columns))
 
 
-def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) -> Sequence[Source] | None:
-    """The cache's images by number; where samples.arrow is lost, from the command's, and None until those are hashed."""
+def images_there(found: Found, plan: Plan, wanted: Sequence[Source]) -> Sequence[Source]:
+    """The cache's images by number; where samples.arrow is lost, from the command's."""
     if found.rows is not None:
         return found.rows
-    where, given = found.path / "samples.arrow", set(keys)
+    where, given = found.path / "samples.arrow", set(keys_of(wanted))
     if len(given) < plan.n_images:
         raise ValueError(f"{where}: lost, and IMAGES are {len(given)}; expected all {plan.n_images} images of the cache to write it "
                          "again; give all their folders, without new ones")  # fmt: skip
@@ -198,9 +194,7 @@ def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) 
     if plan.appended and not found.keys:
         raise ValueError(f"{where}: lost, and the pixels' sidecars do not all tell which image has which number; expected them "
                          "where images were appended; restore it from a copy (nothing was changed)")  # fmt: skip
-    if wanted.rows is None:
-        return None
-    rows = {row.key: row for row in canonical_sources(row for row in wanted.rows if row.key)}
+    rows = {row.key: row for row in canonical_sources(row for row in wanted if row.key)}
     order = found.keys or dict(enumerate(rows))
     there = [rows.get(order.get(number, ""), EMPTY_ROW) for number in range(plan.n_rows)]
     if not made_of(plan, there):
@@ -209,46 +203,61 @@ def images_there(found: Found, plan: Plan, wanted: Wanted, keys: Sequence[str]) 
     return there
 
 
-def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> set[str]:
-    """Keys of the images that are new, which only --append may bring. ValueError, with an example, for other images.
+def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, rows: Sequence[Source]) -> set[str]:
+    """Keys of the wanted `rows` that are new, which only --append may bring. ValueError, with an example, for other images.
 
     With --append those that the cache has may be left out, without it they must be the cache's own. Where they differ, the
     cache's table of them is suspected first.
     """
     assert found.plan
     path = found.path
-    if same_images(there, wanted, keys):
+    if same_images(there, rows):
         return set()
-    then = {row.key: row.sha256 for row in there if row.key}
-    now = {key: then.get(key) for key in keys} | {row.key: row.sha256 for row in wanted.rows or ()}
-    gone, new = [key for key in then if key not in now], [key for key in keys if key not in then]
-    changed = [key for key in keys if key in then and now[key] != then[key]]
+    then, now = ({row.key: row for row in each if row.key} for each in (there, rows))
+    gone, new = [key for key in then if key not in now], [key for key in now if key not in then]
+    changed = [key for key in now if key in then and differ(then[key], now[key])]
     if changed or not wanted.append and (gone or new):
         refuse_altered_samples(path, found.plan, there)
     if wanted.append and changed:
-        raise ValueError(f"{path}: image {changed[0]!r} has other bytes than the image of that key in the cache ({len(changed)} "
-                         "such images); a key names one image, and what is cached stays; rename it, leave it out with "
-                         "--include, or write to a new folder (nothing was changed)")  # fmt: skip
+        refuse_changed(path, changed, then[changed[0]], now[changed[0]])
     if not wanted.append and (gone or new or changed):
         example = next(f"{what} {keys[0]!r}" for what, keys in
                        (("gone is", gone), ("new is", new), ("changed is", changed)) if keys)  # fmt: skip
+        if not gone and not new:
+            example += f", {differ(then[changed[0]], now[changed[0]])}"
         added = ", add --append to append the new ones" if new and not changed and wanted.extend else ""
         limit = (
             f" (--limit {wanted.limit} takes the first in canonical order of all that IMAGES are now)"
             if wanted.limit
             else ""
         )
-        raise ValueError(f"{path}: it was begun with {counted(len(then), 'image')} and this command has {len(keys)}: {len(gone)} gone, "
+        raise ValueError(f"{path}: it was begun with {counted(len(then), 'image')} and this command has {len(now)}: {len(gone)} gone, "
                          f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images{limit}; "
                          f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
     return set(new)
 
 
-def same_images(there: Sequence[Source], wanted: Wanted, keys: Sequence[str]) -> bool:
-    """Whether the wanted images are seen at a glance to be those of the cache, in their order; where they are hashed, by that."""
-    if wanted.rows is not None:
-        return same_columns(there, wanted.rows, "key", "sha256")
-    return isinstance(keys, Values) and isinstance(there, SourceTable) and keys == there.columns["key"]
+def differ(then: Source, now: Source) -> str:
+    """How an image's size or, where both are known, hash is another one; empty where they are the same."""
+    if then.bytes != now.bytes:
+        return f"{then.bytes} bytes then and {now.bytes} now"
+    other = then.sha256 and now.sha256 and then.sha256 != now.sha256
+    return f"its sha256 was {then.sha256} and is now {now.sha256}" if other else ""
+
+
+def refuse_changed(path: Path, changed: Sequence[str], then: Source, now: Source) -> NoReturn:
+    """ValueError for images under known keys whose bytes are others. then, now: of the first."""
+    raise ValueError(f"{path}: image {changed[0]!r} has other bytes than the image of that key in the cache ({differ(then, now)}; "
+                     f"{len(changed)} such images); a key names one image, and what is cached stays; rename it, leave it out with "
+                     "--include, or write to a new folder (nothing was changed)")  # fmt: skip
+
+
+def same_images(there: Sequence[Source], rows: Sequence[Source]) -> bool:
+    """Whether these are seen at a glance to be the images of the cache, in their order."""
+    if not same_columns(there, rows, "key", "bytes"):
+        return False
+    then, now = (SourceTable.of(each).columns["sha256"].array for each in (there, rows))
+    return not pc.any(pc.not_equal(then, now)).as_py()  # unknown where one of them is
 
 
 def same_columns(one: Sequence[Source], other: Sequence[Source], *names: str) -> bool:
@@ -268,7 +277,7 @@ def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> N
     """ValueError where the plan's ids are not those of its images."""
     if not made_of(plan, there):
         raise ValueError(f"{path / 'samples.arrow'}: its images are not those that the plan was made of; expected their "
-                         "data set id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
+                         "listing id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
 
 
 def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[Source]) -> None:
@@ -282,8 +291,8 @@ def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[So
         raise ValueError(f"{path / 'samples.arrow'}: the label of {key!r} is {shown(then[key])} there and {shown(label)} in IMAGES "
                          f"({len(other)} such images); an image keeps its label; give the images with their labels of then, or if that "
                          "file was damaged, restore it from a copy or remove it: the same command writes it again")  # fmt: skip
-    if wanted.plan.dataset_id:
-        before, now = ({name: each.to_json().get(name, []) for name in ("dataset_id", "n_samples", "appended")}
+    if wanted.plan.listing_id:
+        before, now = ({name: each.to_json().get(name, []) for name in ("listing_id", "n_samples", "appended")}
                        for each in (plan, wanted.plan))  # fmt: skip
         compare_specs(before, now, str(path / "plan.json"))
 
@@ -298,7 +307,7 @@ def grown(
     if not new:
         return plan, there
     ordered = canonical_sources(new)
-    id = grown_dataset_id(plan.parts[-1].dataset_id, ordered)
+    id = grown_id(plan.parts[-1].listing_id, listing_id(ordered))
     other = {name: sha256 for name, sha256 in maps.items() if sha256 != plan.teacher(name).weights_sha256}
     plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered), other)))
     gap = plan.parts[-1].numbers.start - len(there)
@@ -307,8 +316,8 @@ def grown(
 
 def made_of(plan: Plan, rows: Sequence[Source]) -> bool:
     """Whether these are the images, by number, of which every part of the plan was made."""
-    ids = [part.dataset_id for part in plan.parts]
-    return len(rows) == plan.n_rows and dataset_ids(plan, rows) == ids
+    ids = [part.listing_id for part in plan.parts]
+    return len(rows) == plan.n_rows and listing_ids(plan, rows) == ids
 
 
 def look(path: Path, *, images: bool = True) -> Found:

@@ -27,7 +27,7 @@ from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.plan import Plan
 from mrmae.shards.format.quantiser import NOT_QUANTISED, calibrate, quantise
 from mrmae.shards.format.quantiser import quality as quality_of
-from mrmae.shards.format.samples import Source, dataset_id
+from mrmae.shards.format.samples import Source, listing_id
 from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, encoding_of, key_hash
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.plans import Wanted, agree
@@ -88,11 +88,11 @@ def write_synthetic_cache(
     first = {name: value(sources[0].key, 0) for name, value in (maps or {}).items()}
     told = [GivenMap(name, path, {"": x[None] if x.ndim == 2 else x}, "0" * 64) for name, x in first.items()]
     columns = (*specs, *(one.spec((grid, grid)) for one in told))
-    data_id = dataset_id(sources)
+    listed = listing_id(sources)
     recipe = ViewRecipe(size=size, seed=seed)
     rule = BlockRule(seed, blocks) if blocks else None
     wanted = Plan(
-        data_id, n, recipe, (grid, grid), n_views, shard_samples, dtype, columns, format=format, token_layout=rule
+        listed, n, recipe, (grid, grid), n_views, shard_samples, dtype, columns, format=format, token_layout=rule
     )
     made = agree(path, Wanted(wanted, rows=sources, extend=False)).plan
     rows = [[pixel_row(i, s, images[s.key], view, recipe) for i, s in enumerate(sources)] for view in range(n_views)]
@@ -150,11 +150,10 @@ def pixel_row(number: int, source: Source, data: bytes, view: int, recipe: ViewR
     try:
         image = decode.decode_rgb(data)
     except views.BadImage as error:
-        return PixelRow(number, source.key, source.label, None, None, error.reason)
+        return PixelRow(number, source.key, source.label, None, None, error.reason, source.sha256)
     drawn = views.draw_view(key_hash(source.key), view, *image.shape[:2], recipe)
-    return PixelRow(
-        number, source.key, source.label, drawn, views.encode_view(views.render(image, drawn, recipe), recipe.stored)
-    )
+    stored = views.encode_view(views.render(image, drawn, recipe), recipe.stored)
+    return PixelRow(number, source.key, source.label, drawn, stored, sha256=source.sha256)
 
 
 def features(rows: Sequence[PixelRow], spec: TeacherSpec) -> dict[str, Tensor]:

@@ -5,7 +5,10 @@ from pathlib import Path
 
 def contents(path: Path) -> dict[str, bytes]:
     """All files by their path in the folder."""
-    return {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    files = (
+        file for file in path.rglob("*") if file.is_file() and file.name != ".digests"
+    )  # as its processes came to it
+    return {file.relative_to(path).as_posix(): file.read_bytes() for file in files}
 
 
 def contents_without_records(path: Path) -> dict[str, bytes]:

@@ -2,7 +2,7 @@
 
 from mrmae.extract.images.bands import decoded_as
 from mrmae.extract.images.decode import MAX_PIXELS, decoded
-from mrmae.extract.images.digest import Digests, digest_images
+from mrmae.extract.images.digest import OF_NOTHING, digest_images, remember_hashes
 from mrmae.extract.images.list import BAND_SUFFIXES, SUFFIXES, Sources, list_sources, matches, read_image
 from mrmae.extract.images.objects import KeptIndices
 from mrmae.extract.images.patience import Unreadable
@@ -16,9 +16,10 @@ __all__ = [
     "Unreadable",
     "decoded",
     "decoded_as",
-    "Digests",
+    "OF_NOTHING",
     "digest_images",
     "list_sources",
     "matches",
     "read_image",
+    "remember_hashes",
 ]

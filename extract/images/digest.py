@@ -1,8 +1,12 @@
-"""The data set's fingerprint: byte length and sha256 of every encoded image, one pass that a second start continues."""
+"""Byte length and sha256 of encoded images that are hashed alone, one pass that a second start continues, and the memory of what was read.
+
+An extraction hashes an image as it decodes it, and adds to the memory; `--append` and probes read only what the memory does not know.
+"""
 
 import hashlib
 import itertools
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,37 +15,32 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from mrmae.common.files import explained, publish, remove
 from mrmae.common.progress import Progress
 from mrmae.extract.images.list import UNKNOWN, Sources, read_image
 from mrmae.extract.images.objects import THREADS, KeptIndices, hashed_members
 from mrmae.extract.images.patience import Unreadable
-from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, Source, SourceTable, Values, signed_hashes
+from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, SourceTable, Values, hash_values
 
 # Key, bytes and sha256 (hex) of an image, and the time and place of the image that they were computed of.
 Line = tuple[str, int, str, int, int]
-PLACED_AT_ONCE = 1 << 20  # rows of a cache
+OF_NOTHING = hashlib.sha256(b"").hexdigest()  # of an image that cannot be read
 CHUNK = 256  # images per round of the pool: bounds what is in memory
 LONGEST_LINE = 1 << 16  # characters; a path has 4096 bytes at most
 
 
 def digest_images(
-    sources: Sources, order: Sequence[int] | Numbers, known_rows: Sequence[Source], memory: Path, *, workers: int,
-    kept: KeptIndices | None = None,
+    sources: Sources, order: Sequence[int] | Numbers, memory: Path, *, workers: int, kept: KeptIndices | None = None
 ) -> SourceTable:  # fmt: skip
     """The images in `order`, with size and sha256; one that is not there, or may not be read, counts as empty.
 
-    known_rows: from before; images whose key and byte length still agree are not read again. memory: a file that keeps
-    every row with the time and place of its image; where size, time and place are the same, the image is not read again.
+    memory: a file that keeps every row with the time and place of its image; where size, time and place are the same, the image is
+    not read again.
     kept: what was learnt of tars at URLs while they were listed.
     OSError, naming it, for an image that cannot be read for another reason; what was computed is in `memory`.
     """
     digests, order = Digests(sources), np.asarray(order, np.int64)
-    digests.learn_rows(known_rows)
-    if digests.known[order].all():
-        return digests.table(order)
     if kept is not None and sources.far:
         for members in hashed_members(kept):
             digests.learn_lines(members)
@@ -61,24 +60,12 @@ class Digests:
         self.sizes, self.sha256, self.known = np.zeros(n, np.int64), np.zeros((n, 32), np.uint8), np.zeros(n, bool)
         self.remembered = np.zeros(n, bool)  # by a line of the memory
 
-    def learn_rows(self, rows: Sequence[Source]) -> None:
-        """What a cache says of its images, where they are still as long; changed bytes are noticed when they are decoded."""
-        for start in range(0, len(rows), PLACED_AT_ONCE):
-            columns = SourceTable.of(rows[start : start + PLACED_AT_ONCE]).columns
-            at, sizes = self.places(columns["key"].array, start), columns["bytes"].numpy()
-            good = (at >= 0) & (sizes == self.sources.stamps(at)[:, 0])
-            self.sizes[at[good]], self.sha256[at[good]], self.known[at[good]] = (
-                sizes[good],
-                columns["sha256"].numpy()[good],
-                True,
-            )
-
     def learn_lines(self, lines: Sequence[Line | None]) -> Array:
         """What lines of the memory say of images that have not changed since; which lines are worth keeping: these, once, and those of
         other images."""
         rows = np.flatnonzero([line is not None for line in lines])
         told = [line for line in lines if line is not None]
-        at = self.places(pa.array([line[0] for line in told], pa.large_string()))
+        at = self.sources.places(pa.array([line[0] for line in told], pa.large_string()))
         stamps = np.array([(line[1], *line[3:]) for line in told], np.int64).reshape(-1, 3)
         good = (at >= 0) & (stamps == self.sources.stamps(at)).all(axis=1)
         sha256 = np.frombuffer(b"".join(bytes.fromhex(line[2]) for line in told), np.uint8).reshape(-1, 32)
@@ -90,24 +77,16 @@ class Digests:
         self.remembered[at[good]] = True
         return keep
 
-    def places(self, keys: pa.Array, first: int = 0) -> Numbers:
-        """Where in `sources` these keys are, -1 where they are not. first: which in canonical order the first of them may be."""
-        order, hashes = self.sources.canonical, self.sources.hashes.view(np.uint64)
-        if keys.equals(self.sources.in_order.array.slice(first, len(keys))):
-            return order[first : first + len(keys)]
-        wanted = signed_hashes(Values(keys, "key")).view(np.uint64)
-        at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(order) - 1)]
-        same = pc.equal(self.sources.keys.array.take(pa.array(at)), keys).to_numpy(zero_copy_only=False)
-        return np.where(same, at, -1)
-
     def table(self, order: Numbers) -> SourceTable:
         """The images in this order."""
-        sha256 = pa.Array.from_buffers(pa.binary(32), len(order), [None, pa.py_buffer(self.sha256[order])])
         at, sources = pa.array(order), self.sources
-        keys = sources.in_order.array if order is sources.canonical else sources.keys.array.take(at)
-        columns = {"key": keys, "label": sources.labels.array.take(at),
-                   "bytes": pa.array(self.sizes[order]), "sha256": sha256}  # fmt: skip
-        return SourceTable({name: Values(array, name) for name, array in columns.items()})
+        columns = {
+            "key": sources.keys.array.take(at),
+            "label": sources.labels.array.take(at),
+            "bytes": pa.array(self.sizes[order]),
+        }
+        hashes = hash_values(self.sha256[order], np.ones(len(order), bool))
+        return SourceTable({**{name: Values(array, name) for name, array in columns.items()}, "sha256": hashes})
 
 
 def hash_images(digests: Digests, wanted: Numbers, memory: Path, workers: int) -> None:
@@ -135,6 +114,21 @@ def digest(sources: Sources, i: int) -> tuple[int, bytes]:
     except Unreadable:
         data = b""
     return len(data), hashlib.sha256(data).digest()
+
+
+def remember_hashes(sources: Sources, found: Sequence[tuple[int, str]], memory: Path) -> None:
+    """Add to the memory what was read just now. found: places in `sources`, and sha256 in hex. OSError as in publish."""
+    stamps = sources.stamps(np.array([i for i, _ in found], np.int64)).tolist()
+    lines = [
+        (sources.keys[i], size, sha256, *place) for (i, sha256), (size, *place) in zip(found, stamps) if size != UNKNOWN
+    ]
+    try:
+        with open(
+            memory, "ab", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        ) as out:
+            out.write(b"".join(map(in_text, lines)))
+    except OSError as error:
+        raise explained(error, memory) from error
 
 
 def note(out: RawIOBase, line: Line, memory: Path) -> None:

@@ -34,7 +34,7 @@ from mrmae.extract.images.objects import (
 )
 from mrmae.extract.images.patience import FACTS, Unreadable, patiently
 from mrmae.extract.images.tars import TarHeader, cls_texts, file_member, is_tar, read_headers, read_range
-from mrmae.shards.format import ROWS_AT_ONCE, Numbers, Values, signed_hashes
+from mrmae.shards.format import ROWS_AT_ONCE, Numbers, SourceTable, Values, signed_hashes
 
 SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
             ".pgm", ".pbm", ".pnm")  # fmt: skip
@@ -204,6 +204,25 @@ class Sources:
         """The keys in canonical order."""
         return Values(self.keys.array.take(pa.array(self.canonical)), "key")
 
+    @functools.cached_property
+    def rows(self) -> SourceTable:
+        """The images in canonical order, as a plan begins with them: unread, and empty where their size is not known."""
+        sizes = self._numbers[self.canonical, 0]
+        labels = self.labels.array.take(pa.array(self.canonical))
+        columns = {"key": self.in_order.array, "label": labels, "bytes": pa.array(np.where(sizes == UNKNOWN, 0, sizes)),
+                   "sha256": pa.nulls(len(self), pa.binary(32))}  # fmt: skip
+        return SourceTable({name: Values(array, name) for name, array in columns.items()})
+
+    def places(self, keys: pa.Array) -> Numbers:
+        """Where these keys are among the images, -1 where they are not."""
+        order, hashes = self.canonical, self.hashes.view(np.uint64)
+        if keys.equals(self.in_order.array):
+            return order
+        wanted = signed_hashes(Values(keys, "key")).view(np.uint64)
+        at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(order) - 1)]
+        same = pc.equal(self.keys.array.take(pa.array(at)), keys).to_numpy(zero_copy_only=False)
+        return np.where(same, at, -1)
+
     def first(self, n: int) -> "Sources":
         """The first `n` images in canonical order, a random sample; all of them where n is 0 or there are no more."""
         if not 0 < n < len(self):
@@ -242,6 +261,8 @@ class Sources:
         with open(place.path, "rb", buffering=0, opener=open_regular) as file:
             if place.offset is None:
                 return file.readall()
+            if os.fstat(file.fileno()).st_mtime_ns != place.mtime_ns:  # other bytes may lie at the offset
+                raise OSError(errno.EIO, "the tar has changed since it was listed", place.path)
             return read_range(file.fileno(), place.offset, size_bytes, where=self.where(i))
 
 
@@ -429,6 +450,8 @@ def walk(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterator[L
                 elif (status := status_of(entry)) and (kind := special_kind(status.st_mode)):
                     left_out.special.append(f"{key} ({kind})")
                 else:
+                    if status is not None and not may_read(entry.path, status):
+                        status = None
                     image = SourceImage(checked_key(key, root), parent_label(key), status.st_size if status else None)
                     yield image, ImagePlace(entry.path, None, status.st_mtime_ns if status else None)
 
@@ -444,6 +467,11 @@ def is_folder(entry: os.DirEntry[str]) -> bool:
         if error.errno not in FACTS:
             raise
         return False
+
+
+def may_read(path: str, status: os.stat_result) -> bool:
+    """Whether this user may read a file; one that everybody may is not asked for."""
+    return bool(status.st_mode & stat.S_IROTH) or os.access(path, os.R_OK)
 
 
 def status_of(entry: os.DirEntry[str]) -> os.stat_result | None:
@@ -505,7 +533,8 @@ def read_list(path: Path) -> Iterator[ListedImage]:
     for file in files:
         key = checked_key(os.path.relpath(file, base).replace(os.sep, "/"), path)
         status = os.stat(file)
-        yield SourceImage(key, parent_label(key), status.st_size), ImagePlace(file, None, status.st_mtime_ns)
+        size_bytes = status.st_size if may_read(file, status) else None
+        yield SourceImage(key, parent_label(key), size_bytes), ImagePlace(file, None, status.st_mtime_ns)
 
 
 # --- tars

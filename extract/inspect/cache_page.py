@@ -76,7 +76,7 @@ def holdings(path: Path, found: Mapping[str, Any], plan: Plan, records: Records)
     derived = {
         name: f"width {about['width']}, from {about['from']} when read" for name, about in found["derived"].items()
     }
-    ids = {"data set": found["dataset_id"], "geometry": found["geometry_id"],
+    ids = {"data set": found["dataset_id"] or "known once all images are read", "listing": found["listing_id"], "geometry": found["geometry_id"],
            **{column["name"]: column["id"] or "not calibrated" for column in found["columns"]}}  # fmt: skip
     yield page.folded("Ids", page.facts(ids))
     if derived:

@@ -51,13 +51,18 @@ def contents(path: Path) -> tuple[Plan, Records, dict[str, Values]]:
 def described(path: Path, plan: Plan, records: Records, table: Mapping[str, Values]) -> dict[str, Any]:
     """The description, of what was read before."""
     bad = commits.bad_in(records)
+    finished = exists(path / "manifest.json")
+    ids = read_manifest(path)["dataset_ids"] if finished else [None] * len(plan.parts)
     return {
         "path": str(path),
-        "finished": exists(path / "manifest.json"),
+        "finished": finished,
         "shards_committed": len(records),
         "shards": sum(1 for _ in units(plan)),
-        "dataset_id": plan.parts[-1].dataset_id,
-        "parts": [{"first": p.numbers.start, "images": len(p.numbers), "dataset_id": p.dataset_id} for p in plan.parts],
+        "dataset_id": ids[-1],
+        "listing_id": plan.parts[-1].listing_id,
+        "parts": [
+            {"first": p.numbers.start, "images": len(p.numbers), "dataset_id": id} for p, id in zip(plan.parts, ids)
+        ],
         "geometry_id": plan.geometry_id,
         "images": plan.n_images,
         "bad_images": {table["key"][number]: reason for number, reason in sorted(bad.items())},
@@ -132,7 +137,7 @@ def print_description(found: Mapping[str, Any], plan: Plan, console: Console) ->
     )
     if plan.token_layout:
         facts.add_row("token blocks", blocks_in_words(plan.token_layout, plan.grid))
-    facts.add_row("data set", found["dataset_id"])
+    facts.add_row("data set", found["dataset_id"] or "known once all images are read")
     facts.add_row("geometry", found["geometry_id"])
     for name, about_it in found["derived"].items():
         facts.add_row("derived", f"{name}: width {about_it['width']}, from {about_it['from']} and its tail when read")

@@ -9,7 +9,7 @@ import functools
 import json
 import re
 import shlex
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -19,7 +19,7 @@ from mrmae.shards.format.blocks import BlockRule
 from mrmae.shards.format.layout import Layout
 from mrmae.shards.format.product import product_path
 from mrmae.shards.format.quantiser import DTYPES, NOT_QUANTISED, Quantiser
-from mrmae.shards.format.samples import Source, SourceTable, dataset_id, grown_dataset_id, read_samples
+from mrmae.shards.format.samples import Source, SourceTable, dataset_id, grown_id, listing_id, read_samples
 from mrmae.shards.format.shape import expect_kind, read_json
 from mrmae.shards.format.spec import (
     FORMAT_VERSION,
@@ -56,12 +56,12 @@ VALUE = {  # by dtype, in a column's attributes
 
 @dataclasses.dataclass(frozen=True)
 class Appended:
-    """Images appended to a cache: how many, and the id of the data set with them.
+    """Images appended to a cache: how many, and the id of the listing with them.
 
     maps: by column, the sha256 of the values that were given for these images, where it is not the column's own.
     """
 
-    dataset_id: str
+    listing_id: str
     n_samples: int
     maps: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -71,13 +71,13 @@ class Appended:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Consecutive samples that came together, the first images or an appended part, and the id of the data set up to them.
+    """Consecutive samples that came together, the first images or an appended part, and the id of the listing up to them.
 
     maps: as of Appended.
     """
 
     numbers: range
-    dataset_id: str
+    listing_id: str
     maps: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
@@ -110,7 +110,7 @@ class PlanFields(TypedDict):
     """plan.json."""
 
     format_version: int
-    dataset_id: str
+    listing_id: str
     n_samples: int
     recipe: ViewRecipe
     grid: tuple[int, int]
@@ -128,12 +128,12 @@ class PlanFields(TypedDict):
 class Plan:
     """Everything needed to resume, and to refuse a command with other options.
 
-    dataset_id, n_samples: of the images the cache was made for; appended: those that came later, in turn.
+    listing_id, n_samples: of the images the cache was made for; appended: those that came later, in turn.
     quantisers: by column name; empty until calibration. format: how columns are stored; no part of their ids.
     token_layout: the rule of the blocks, None for raster order. Ids and names follow from the fields.
     """
 
-    dataset_id: str
+    listing_id: str
     n_samples: int
     recipe: ViewRecipe
     grid: tuple[int, int]
@@ -215,10 +215,10 @@ class Plan:
     @functools.cached_property
     def parts(self) -> list[Part]:
         """The first images, then every appended part, which begins with a shard of its own."""
-        parts = [Part(range(self.n_samples), self.dataset_id)]
+        parts = [Part(range(self.n_samples), self.listing_id)]
         for more in self.appended:
             start = -(-parts[-1].numbers.stop // self.shard_samples) * self.shard_samples
-            parts.append(Part(range(start, start + more.n_samples), more.dataset_id, more.maps))
+            parts.append(Part(range(start, start + more.n_samples), more.listing_id, more.maps))
         return parts
 
     @property
@@ -263,10 +263,10 @@ class Plan:
 
     @functools.cached_property
     def part_ids(self) -> list[dict[str, str]]:
-        """The same for every part: an appended one has ids of its own, from the data set up to it."""
+        """The same for every part: an appended one has ids of its own, from the listing up to it."""
         found, blocks = [], None if self.token_layout is None else plain(self.token_layout)
         for part in self.parts:
-            geometry = geometry_id(part.dataset_id, self.recipe)
+            geometry = geometry_id(part.listing_id, self.recipe)
             specs = [self.spec_in(part, t) for t in self.columns if t.column in self.quantisers]
             named = {t.column: column_id(t, geometry, self.quantisers[t.column].to_json(), None if t.is_map else blocks)
                      for t in specs}  # fmt: skip
@@ -361,10 +361,20 @@ def default_shard_samples(n: int, token_bytes: int) -> int:
 
 def dataset_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:
     """Id of the data set up to and with every part of the plan, computed from the images by number."""
+    return ids_of_parts(plan, rows, dataset_id)
+
+
+def listing_ids(plan: Plan, rows: Sequence[Source]) -> list[str]:
+    """Id of the listing up to and with every part of the plan, computed from the images by number."""
+    return ids_of_parts(plan, rows, listing_id)
+
+
+def ids_of_parts(plan: Plan, rows: Sequence[Source], id_of: Callable[[Sequence[Source]], str]) -> list[str]:
+    """An id up to and with every part. id_of: of images alone."""
     ids: list[str] = []
     for part in plan.parts:
-        here = rows[part.numbers.start : part.numbers.stop]
-        ids.append(grown_dataset_id(ids[-1], here) if ids else dataset_id(here))
+        here = id_of(rows[part.numbers.start : part.numbers.stop])
+        ids.append(grown_id(ids[-1], here) if ids else here)
     return ids
 
 
@@ -421,7 +431,7 @@ def freeze_quantisers(path: Path, plan: Plan, quantisers: Mapping[str, Quantiser
 
 
 def read_sources(path: Path) -> SourceTable:
-    """The images of the cache at `path` by number, as they were when the plan was made; key "" where a row holds none."""
+    """The images of the cache at `path` by number, as its samples.arrow tells of them; key "" where a row holds none."""
     return SourceTable(read_samples(path, load_plan(path).numbers))
 
 

@@ -27,7 +27,8 @@ SAMPLES = pa.schema([
     ("height", pa.int32()), ("width", pa.int32()), ("valid", pa.bool_()), ("reason", pa.large_string()),
 ])  # fmt: skip
 ALWAYS = ("key", "hash", "bytes")  # columns without nulls
-IDENTITY = ("key", "bytes", "sha256")  # what a data set's id is made of
+LISTED = ("key", "bytes")  # what is known of an image before it is read
+IDENTITY = (*LISTED, "sha256")  # what a data set's id is made of
 NO_IMAGE: dict[str, Any] = {
     "key": "", "label": None, "bytes": 0, "sha256": "", "height": 0, "width": 0, "valid": False,
     "reason": "this row holds no image: it lies before an appended part",
@@ -143,7 +144,7 @@ SampleTable = Mapping[str, Values]
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """An image of the data set: key, label, size and sha256 (hex) of the encoded file."""
+    """An image of the data set: key, label, size and sha256 (hex, "" before it is known) of the encoded file."""
 
     key: str
     label: str | None
@@ -200,6 +201,13 @@ def sample_values(values: Any, name: str) -> Values:
     return Values(array, name)
 
 
+def hash_values(hashes: Array, known: Array) -> Values:
+    """The column of sha256 of uint8 [rows, 32]; null, and zeros beneath, where a row's is not `known`."""
+    mask = None if known.all() else pa.py_buffer(np.packbits(known, bitorder="little"))
+    data = pa.py_buffer(np.ascontiguousarray(hashes if mask is None else np.where(known[:, None], hashes, 0), np.uint8))
+    return Values(pa.Array.from_buffers(pa.binary(32), len(hashes), [mask, data]), "sha256")
+
+
 def canonical_sources(sources: Iterable[Source]) -> list[Source]:
     """The sources in canonical order: position = sample number. ValueError names duplicate keys."""
     sources = list(sources)
@@ -208,15 +216,25 @@ def canonical_sources(sources: Iterable[Source]) -> list[Source]:
 
 def dataset_id(rows: Sequence[Source]) -> str:
     """Id of the data set of these images, which are in canonical order. ValueError where there are none."""
+    return id_of_columns(rows, IDENTITY)
+
+
+def listing_id(rows: Sequence[Source]) -> str:
+    """Id of what is known of these images before any is read, in canonical order. ValueError where there are none."""
+    return id_of_columns(rows, LISTED)
+
+
+def id_of_columns(rows: Sequence[Source], names: Sequence[str]) -> str:
+    """Content id of how many images there are, and of these columns."""
     if not len(rows):
-        raise ValueError("dataset id: there are no images; expected at least one; check the path and --include")
+        raise ValueError("data set: there are no images; expected at least one; check the path and --include")
     columns = SourceTable.of(rows).columns
-    return content_id({"images": len(rows), **{name: columns[name].digest for name in IDENTITY}})
+    return content_id({"images": len(rows), **{name: columns[name].digest for name in names}})
 
 
-def grown_dataset_id(before: str, appended: Sequence[Source]) -> str:
-    """Id of a data set with images appended. before: its id until then; appended: in canonical order among themselves."""
-    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": dataset_id(appended)})
+def grown_id(before: str, appended: str) -> str:
+    """Id of a listing, or of a data set, with images appended: of its ids until then and of the appended images alone."""
+    return content_id({"format_version": FORMAT_VERSION, "before": before, "appended": appended})
 
 
 def write_samples(path: Path, table: Mapping[str, Any]) -> None:
@@ -234,7 +252,7 @@ def write_samples(path: Path, table: Mapping[str, Any]) -> None:
 
 
 def write_sources(path: Path, sources: Sequence[Source]) -> None:
-    """Write samples.arrow with what is known before any image is decoded; finalising fills in the rest."""
+    """Write samples.arrow with what is known before images are read; finalising fills in the rest."""
     unknown = {
         name: pa.nulls(len(sources), SAMPLES.field(name).type) for name in ("height", "width", "valid", "reason")
     }

@@ -18,7 +18,7 @@ from mrmae.common.errors import shortened
 Array = np.ndarray[Any, np.dtype[Any]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]  # of samples, views, shards, patches
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 HASHED_AT_ONCE = 1 << 16  # keys
 
 LARGEST_SIDE = 65_500  # pixels of a view: JPEG's own limit
@@ -278,9 +278,9 @@ def content_id(value: Any) -> str:
     return "sha256:" + hashlib.sha256(canonical_json(value)).hexdigest()
 
 
-def geometry_id(dataset_id: str, recipe: ViewRecipe) -> str:
-    """Id of a data set's views. Not of their number: views may be added later."""
-    return content_id({"format_version": FORMAT_VERSION, "dataset": dataset_id, "recipe": dataclasses.asdict(recipe)})
+def geometry_id(listing_id: str, recipe: ViewRecipe) -> str:
+    """Id of the views of listed images. Not of their number: views may be added later."""
+    return content_id({"format_version": FORMAT_VERSION, "listing": listing_id, "recipe": dataclasses.asdict(recipe)})
 
 
 def column_id(

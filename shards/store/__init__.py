@@ -4,7 +4,16 @@ from mrmae.shards.store.links import foreign_entries, refuse_foreign_entries
 from mrmae.shards.store.reader import Damaged, read_members
 from mrmae.shards.store.shards import Shards
 from mrmae.shards.store.storage import STORAGES, Shard, column_folder, storage_of, unit_files
-from mrmae.shards.store.tar import PixelRow, TarIndex, index_path, parse_row, read_index, undisturbed, write_pixel_tar
+from mrmae.shards.store.tar import (
+    PixelRow,
+    TarIndex,
+    index_path,
+    parse_row,
+    read_hashes,
+    read_index,
+    undisturbed,
+    write_pixel_tar,
+)
 from mrmae.shards.store.zarr import MOST_METADATA_BYTES
 
 __all__ = [
@@ -19,6 +28,7 @@ __all__ = [
     "foreign_entries",
     "index_path",
     "parse_row",
+    "read_hashes",
     "read_index",
     "read_members",
     "refuse_foreign_entries",

@@ -7,6 +7,7 @@ are in tar_columns.py.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import io
 import math
 import tarfile
@@ -48,7 +49,10 @@ Member = tuple[str, str, tuple[Chunk, ...]]  # name, key of its sample, content 
 
 @dataclasses.dataclass(frozen=True)
 class PixelRow:
-    """One sample of a pixel tar. view and stored, its encoded pixels, are None exactly where the image is bad, and `reason` says why."""
+    """One sample of a pixel tar. view and stored, its encoded pixels, are None exactly where the image is bad, and `reason` says why.
+
+    sha256: in hex, of the encoded image that the view was made of; of no bytes where that could not be read; "" where it was not looked up.
+    """
 
     number: int
     key: str
@@ -56,6 +60,7 @@ class PixelRow:
     view: View | None
     stored: bytes | None
     reason: str | None = None
+    sha256: str = ""
 
 
 class IndexFields(TypedDict):
@@ -94,13 +99,16 @@ class TarIndex:
 def write_pixel_tar(
     path: Path, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None, *, extension: str = "jpg"
 ) -> dict[str, Any]:
-    """The commit record of a new tar and its sidecar index: files, count, valid, first, last, sizes, bad.
+    """The commit record of a new tar and its sidecar index: files, count, valid, first, last, sizes, the digest of the images' hashes, bad.
 
     extension: of the members with pixels. about: what the sidecar says it belongs to (geometry id, view, shard). Rows must be in ascending order of their numbers, every sample of the shard exactly once.
     """
     if [row.number for row in rows] != list(range(rows[0].number, rows[0].number + len(rows))):
         raise ValueError(f"{path}: the rows are not one range of samples in order; expected every sample once")
-    files = write_tar(path, [member for row in rows for member in row_members(row, extension)], about or {})
+    hashes = b"".join(bytes.fromhex(row.sha256) for row in rows)
+    assert len(hashes) == 32 * len(rows), "every row tells of which bytes it was made"
+    members = [member for row in rows for member in row_members(row, extension)]
+    files = write_tar(path, members, about or {}, sha256=np.frombuffer(hashes, np.uint8).reshape(-1, 32))
     return {
         "files": list(files),
         "count": len(rows),
@@ -109,6 +117,7 @@ def write_pixel_tar(
         "last": rows[-1].key,
         "heights": [row.view.source_height if row.view else 0 for row in rows],
         "widths": [row.view.source_width if row.view else 0 for row in rows],
+        "sha256": hashlib.sha256(hashes).hexdigest(),
         "bad": {str(row.number): row.reason for row in rows if row.view is None},
     }
 
@@ -138,10 +147,12 @@ def member_name(number: int, extension: str) -> str:
     return f"{number:0{NUMBER_DIGITS}d}.{extension}"
 
 
-def write_tar(path: Path, members: Sequence[Member], of: Mapping[str, Any]) -> tuple[Published, Published]:
-    """The new tar and its sidecar index. of: what the sidecar says that the tar belongs to."""
+def write_tar(
+    path: Path, members: Sequence[Member], of: Mapping[str, Any], **more: Array
+) -> tuple[Published, Published]:
+    """The new tar and its sidecar index. of: what the sidecar says that the tar belongs to. more: arrays beside the members' places."""
     tar = publish(path, tar_chunks(members))
-    return tar, publish(index_path(path), sidecar(tar, members, of))
+    return tar, publish(index_path(path), sidecar(tar, members, of, more))
 
 
 def tar_chunks(members: Sequence[Member]) -> Iterator[Chunk]:
@@ -174,8 +185,8 @@ def crc32c_of(parts: Sequence[Chunk]) -> int:
     return functools.reduce(lambda crc, part: int(google_crc32c.extend(crc, part)), parts, 0)
 
 
-def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any]) -> bytes:
-    """The index, an npz without compression. about: JSON as bytes; members: int64 [samples, extensions, 3]."""
+def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any], more: Mapping[str, Array]) -> bytes:
+    """The index, an npz without compression. about: JSON as bytes; members: int64 [samples, extensions, 3]; and `more`."""
     parts_of = {tuple(name.split(".", 1)): parts for name, _, parts in members}
     key_of = {name[:NUMBER_DIGITS]: key for name, key, _ in members}
     rows = {number: row for row, number in enumerate(key_of)}
@@ -188,7 +199,8 @@ def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any]) ->
     about = {"of": dict(of), "format_version": FORMAT_VERSION, "tar": {"bytes": tar.bytes, "sha256": tar.sha256},
              "extensions": list(columns), "keys": list(key_of.values())}  # fmt: skip
     content = io.BytesIO()
-    np.savez(content, about=np.frombuffer(canonical_json(about), np.uint8), members=table)
+    arrays: dict[str, Any] = {"about": np.frombuffer(canonical_json(about), np.uint8), "members": table, **more}
+    np.savez(content, **arrays)
     return content.getvalue()
 
 
@@ -196,7 +208,7 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
     """The sidecar index of a tar whose members have these extensions. Raises ValueError when it is missing or damaged."""
     try:
         data = read_bytes(index_path(path))
-        text, places = undisturbed(lambda: index_arrays(data))
+        text, places = undisturbed(lambda: index_arrays(data, "about", "members"))
         about = parsed(text.tobytes(), IndexFields)
         keys, columns = about["keys"], about["extensions"]
         if places.dtype != "<i8" or places.shape != (len(keys), len(columns), 3):
@@ -208,11 +220,23 @@ def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIn
         raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
 
 
-def index_arrays(data: bytes) -> tuple[Array, Array]:
-    """The two arrays of an index."""
+def read_hashes(path: Path) -> Array:
+    """sha256 of the encoded images that a pixel tar was made of, uint8 [samples, 32], from its sidecar. ValueError as read_index."""
+    try:
+        data = read_bytes(index_path(path))
+        (hashes,) = undisturbed(lambda: index_arrays(data, "sha256"))
+        if hashes.dtype != np.uint8 or hashes.ndim != 2 or hashes.shape[1] != 32:
+            raise ValueError("its hashes are none")
+        return hashes
+    except Exception as error:  # as of read_index
+        raise ValueError(f"{index_path(path)}: missing or damaged ({error})") from None
+
+
+def index_arrays(data: bytes, *names: str) -> list[Array]:
+    """These arrays of an index."""
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         refuse_larger(arrays.zip, len(data))
-        return arrays["about"], arrays["members"]
+        return [arrays[name] for name in names]
 
 
 def undisturbed(read: Callable[[], ReadBack]) -> ReadBack:

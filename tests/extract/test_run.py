@@ -204,17 +204,17 @@ def test_a_folder_without_a_readable_image_is_refused(tmp_path: Path) -> None:
         extract(tmp_path / "images", tmp_path / "c")
 
 
-def test_an_image_changed_since_the_plan_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_changed_since_calibration_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = photos(tmp_path / "images", 4)
     with monkeypatch.context() as patch:
-        patch.setattr(run, "calibrated", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run.commits, "create_columns", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             extract(images, tmp_path / "c")
     victim = next(images.rglob("*.png"))
     data = bytearray(victim.read_bytes())
     data[-20] ^= 1
     victim.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="its bytes changed since the plan"):
+    with pytest.raises(ValueError, match="its bytes changed since the cache was begun"):
         extract(images, tmp_path / "c")
 
 

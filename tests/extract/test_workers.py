@@ -88,9 +88,9 @@ def test_a_rank_does_what_others_leave(
 def test_who_comes_late_goes_by_the_plan_of_those_at_work(
     extract: Any, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No image is hashed again, and nobody waits; images that are no part of the plan are still refused."""
+    """Nothing is planned again, and nobody waits; images that are no part of the plan are still refused."""
     extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="0/2")
-    monkeypatch.setattr(run, "hashed_rows", lambda *_: pytest.fail("hashed again"))
+    monkeypatch.setattr(run, "calibrated", lambda *_: pytest.fail("planned again"))
     with elsewhere(claims.shard_lock(tmp_path / "c", 0)), elsewhere(tmp_path / "c/.planning.lock"):
         assert extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="0/2") == {}, "all of it is there"
         assert extract(photo_folder, tmp_path / "c", VIT, shard_samples=8, shards="1/2") == {}

@@ -12,6 +12,7 @@ import torch
 from mrmae.probe.data import eval_view, open_data, shared_with
 from mrmae.probe.sources import column_features, open_source
 from mrmae.shards.cache import open_cache
+from mrmae.shards.format import read_sources
 from mrmae.shards.near import NearFolder
 
 
@@ -119,14 +120,16 @@ def test_images_are_shared_with_a_cache_by_key_or_by_bytes(
     tiny_cache: Path, tiny_images: dict[str, bytes], images: Path, tmp_path: Path
 ) -> None:
     data = open_data([str(images)], tmp_path)
-    assert shared_with(data.test, tiny_cache) == []
+    assert shared_with(data.test, read_sources(tiny_cache)) == []
     key, content = next(iter(tiny_images.items()))
     for part in ("train", "test"):
         (tmp_path / "mixed" / part / "x").mkdir(parents=True)
         shutil.copy(images / "train/moss/train-0.png", tmp_path / "mixed" / part / "x" / f"{part}.png")
     shutil.copytree(images / "train", tmp_path / "mixed" / "train", dirs_exist_ok=True)
     (tmp_path / "mixed/test/x/renamed.png").write_bytes(content)
-    assert shared_with(open_data([str(tmp_path / "mixed")], tmp_path).test, tiny_cache) == ["test/x/renamed.png"]
+    assert shared_with(open_data([str(tmp_path / "mixed")], tmp_path).test, read_sources(tiny_cache)) == [
+        "test/x/renamed.png"
+    ]
     same_key = tmp_path / "same" / key
     same_key.parent.mkdir(parents=True)
     shutil.copy(images / "train/moss/train-1.png", same_key)
@@ -134,7 +137,9 @@ def test_images_are_shared_with_a_cache_by_key_or_by_bytes(
     (tmp_path / "base" / "other").mkdir()
     shutil.copy(images / "train/moss/train-2.png", tmp_path / "base" / key.split("/")[0])
     shutil.copy(images / "train/moss/train-3.png", tmp_path / "base" / "other")
-    assert shared_with(open_data([str(tmp_path / "base"), str(tmp_path / "same")], tmp_path).test, tiny_cache) == [key]
+    assert shared_with(
+        open_data([str(tmp_path / "base"), str(tmp_path / "same")], tmp_path).test, read_sources(tiny_cache)
+    ) == [key]
 
 
 @pytest.mark.parametrize("height, width", [(256, 256), (300, 513), (57, 31), (224, 1000)])

@@ -226,9 +226,9 @@ def test_attributes_are_enough_to_dequantise_with_plain_zarr(tiny_cache: Path) -
 
 def test_a_cache_of_an_earlier_version_must_be_extracted_anew(copy: Path) -> None:
     for name in ("plan.json", "manifest.json"):
-        (copy / name).write_text((copy / name).read_text().replace('"format_version": 3', '"format_version": 2'))
+        (copy / name).write_text((copy / name).read_text().replace('"format_version": 4', '"format_version": 3'))
     for attempt in (open_cache, check.find_problems):
-        with pytest.raises(ValueError, match="format version 2; this mrmae reads 3; extract the cache anew"):
+        with pytest.raises(ValueError, match="format version 3; this mrmae reads 4; extract the cache anew"):
             attempt(copy)
 
 
@@ -239,5 +239,5 @@ def test_a_path_without_a_plan_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not readable as JSON"):
         open_cache(tmp_path)
     (tmp_path / "plan.json").write_text('{"format_version": 99}')
-    with pytest.raises(ValueError, match="format version 99; this mrmae reads 3; extract the cache anew"):
+    with pytest.raises(ValueError, match="format version 99; this mrmae reads 4; extract the cache anew"):
         open_cache(tmp_path)

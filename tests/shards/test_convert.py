@@ -15,6 +15,7 @@ from contents import contents_without_records as contents
 from mrmae.common import files as write
 from mrmae.shards import check, convert
 from mrmae.shards.cache import open_cache
+from mrmae.shards.format import read_samples, write_samples
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.product import ProductCodebook, read_product
 from mrmae.shards.format.quantiser import Quantiser, measure, quantise, summarise
@@ -222,14 +223,13 @@ def test_extraction_does_not_go_on_with_a_requantised_cache(source: Path, tmp_pa
         assert f"run the same {command} command again" in told
 
 
+@pytest.mark.parametrize("column, value", [("sha256", "00" * 32), ("bytes", 1), ("label", "other")])
 def test_altered_images_of_the_source_are_told_as_the_sources(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, tmp_path: Path, column: str, value: object
 ) -> None:
-    rows = convert.read_sources(source)
-    altered = [dataclasses.replace(rows[0], sha256="00" * 32), *rows[1:]]
-    monkeypatch.setattr(convert, "read_sources", lambda _: altered)
-    with pytest.raises(
-        ValueError, match=rf"{source}/samples.arrow: its images are not those that the plan was made of"
-    ):
-        converted(source, tmp_path / "out")
+    altered = shutil.copytree(source, tmp_path / "source")
+    table = read_samples(altered)
+    write_samples(altered, {**table, column: [value, *table[column][1:]]})
+    with pytest.raises(ValueError, match=rf"{altered}/samples.arrow: its rows are not those of the manifest"):
+        converted(altered, tmp_path / "out")
     assert not (tmp_path / "out/plan.json").exists()

@@ -16,7 +16,7 @@ from mrmae.shards.format import (
     TeacherSpec,
     ViewRecipe,
     canonical_sources,
-    dataset_id,
+    listing_id,
 )
 from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, agree, negotiate
 
@@ -32,6 +32,11 @@ def images(names: str, sha256: str = "00" * 32) -> list[Source]:
     return canonical_sources(Source(f"{name}.png", None, 3, sha256) for name in names)
 
 
+def resized(rows: Sequence[Source], n_bytes: int) -> list[Source]:
+    """The same images of another size."""
+    return [dataclasses.replace(row, bytes=n_bytes) for row in rows]
+
+
 def teacher(name: str, **other: Any) -> TeacherSpec:
     about: dict[str, Any] = {
         "name": name, "library": "timm", "model": "m", "weights": "random", "tag": None, "weights_sha256": name,
@@ -43,8 +48,8 @@ def teacher(name: str, **other: Any) -> TeacherSpec:
 
 
 def plan(rows: Sequence[Source], **other: Any) -> Plan:
-    id = dataset_id(rows)
-    about: dict[str, Any] = {"dataset_id": id, "n_samples": len(rows), "recipe": ViewRecipe(8), "grid": (2, 2), "n_views": 1,
+    id = listing_id(rows)
+    about: dict[str, Any] = {"listing_id": id, "n_samples": len(rows), "recipe": ViewRecipe(8), "grid": (2, 2), "n_views": 1,
                              "shard_samples": 4, "dtype": "float16", "columns": (A,)}  # fmt: skip
     return Plan(**{**about, **other})
 
@@ -52,7 +57,7 @@ def plan(rows: Sequence[Source], **other: Any) -> Plan:
 def wanted(
     rows: Sequence[Source], *, append: bool = False, extend: bool = True, limit: int = 0, **other: Any
 ) -> Wanted:
-    return Wanted(plan(rows, **{"dataset_id": "", **other}), rows=rows, append=append, extend=extend, limit=limit)
+    return Wanted(plan(rows, **{"listing_id": "", **other}), rows=rows, append=append, extend=extend, limit=limit)
 
 
 A, B = teacher("a"), teacher("b")
@@ -88,7 +93,8 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("append again", GROWN, wanted(images("h"), append=True), APPEND),
     ("append and more views", FINISHED, wanted(MORE, append=True, n_views=2), APPEND),
     ("append to nothing", Found(CACHE), wanted(FIRST, append=True), "--append: there is no cache at /nowhere/c"),
-    ("append other bytes", FINISHED, wanted(images("a", "01" * 32), append=True), "image 'a.png' has other bytes"),
+    ("append other bytes", FINISHED, wanted(images("a", "01" * 32), append=True), "image 'a.png' has other bytes.*sha256 was 00.* now 01"),
+    ("append longer images", FINISHED, wanted(resized(images("a"), 4), append=True), "image 'a.png' has other bytes.*3 bytes then and 4 now"),
     ("append and options", FINISHED, wanted(MORE, append=True, dtype="int8"), "dtype is 'float16' there and 'int8'"),
     ("grown, the same command again", GROWN, wanted(MORE, append=True), ()),
     ("grown, without --append", GROWN, wanted(MORE), ()),
@@ -96,7 +102,10 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("grown, the first images", GROWN, wanted(FIRST), "with 7 images and this command has 5: 2 gone, 0 new"),
     ("more images", FINISHED, wanted(MORE), "0 gone, 2 new, 0 changed .new is .*add --append"),
     ("fewer images", FINISHED, wanted(images("abcd")), "1 gone, 0 new, 0 changed .gone is 'e.png'"),
-    ("changed images", FINISHED, wanted(images("abcde", "01" * 32)), "0 gone, 0 new, 5 changed"),
+    ("changed images", FINISHED, wanted(images("abcde", "01" * 32)), "0 gone, 0 new, 5 changed .changed is '..png', its sha256 was 00.* now 01"),
+    ("longer images", FINISHED, wanted(resized(FIRST, 4)), "0 gone, 0 new, 5 changed .changed is '..png', 3 bytes then and 4 now"),
+    ("images that are only listed", FINISHED, wanted(images("abcde", "")), ()),
+    ("images that were only listed", Found(CACHE, MADE, images("abcde", "")), wanted(FIRST), ()),
     ("the same limit", FINISHED, wanted(FIRST, limit=5), ()),
     ("a larger limit", FINISHED, wanted(MORE, limit=7), "2 new, .*--limit 7 takes the first in canonical order.*add --append"),
     ("a larger limit, append", FINISHED, wanted(MORE, limit=7, append=True), APPEND),
@@ -122,14 +131,15 @@ TABLE: list[tuple[str, Found, Wanted, Steps | str]] = [
     ("lost samples of a grown cache", Found(CACHE, GREW.plan, keys={n: row.key for n, row in enumerate(GREW.rows) if row.key}),
      wanted(MORE), ("write samples.arrow",)),
     ("lost samples of a grown cache, no sidecars", Found(CACHE, GREW.plan), wanted(MORE), "sidecars do not all tell"),
-    ("samples of another cache", Found(CACHE, plan(FIRST, dataset_id="sha256:0"), FIRST), wanted(FIRST), "not those that the plan"),
-    ("an altered hash in the samples", altered(sha256="01" * 32), wanted(FIRST), "samples.arrow: its images are not those that the plan"),
+    ("samples of another cache", Found(CACHE, plan(FIRST, listing_id="sha256:0"), FIRST), wanted(FIRST), "not those that the plan"),
+    ("an altered hash in the samples", altered(sha256="01" * 32), wanted(FIRST), "0 gone, 0 new, 1 changed .changed is '..png', its sha256 was 01"),
+    ("an altered length in the samples", altered(bytes=4), wanted(FIRST), "samples.arrow: its images are not those that the plan"),
     ("an altered key in the samples", altered(key="z"), wanted(FIRST), "samples.arrow: its images are not those that the plan"),
-    ("an altered hash, append", altered(sha256="01" * 32), wanted(MORE, append=True), "samples.arrow: its images are not those"),
+    ("an altered hash, append", altered(sha256="01" * 32), wanted(MORE, append=True), "image '..png' has other bytes"),
     ("an altered label", altered(label="x"), wanted(FIRST), "samples.arrow: the label of '..png' is 'x' there and None in IMAGES"),
     ("an altered label, append", altered(label="x"), wanted(MORE, append=True), "samples.arrow: the label of"),
-    ("ids of others", Found(CACHE), wanted(FIRST, dataset_id="sha256:0"), "dataset id is not that of these images"),
-    ("same images in other parts", GROWN, dataclasses.replace(wanted(MORE), plan=plan(MORE)), "dataset_id is 'sha256:"),
+    ("ids of others", Found(CACHE), wanted(FIRST, listing_id="sha256:0"), "listing id is not that of these images"),
+    ("same images in other parts", GROWN, dataclasses.replace(wanted(MORE), plan=plan(MORE)), "listing_id is 'sha256:"),
     ("a damaged plan", Found(CACHE, damage="plan.json: not readable"), wanted(FIRST), "plan.json: not readable"),
     ("something else", Found(CACHE, others=["thesis.tex"]), wanted(FIRST), "is no cache .no plan.json. and holds 'thesis.tex'"),
 ]  # fmt: skip
@@ -177,11 +187,11 @@ def test_options_are_refused_before_images_are_listed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["more images", "fewer images", "lost samples, too few", "lost samples, strangers",
                                   "lost samples of a grown cache, no sidecars", "a teacher less", "other weights"])  # fmt: skip
-def test_images_and_teachers_are_refused_before_images_are_hashed(name: str) -> None:
+def test_images_and_teachers_are_refused_before_images_are_read(name: str) -> None:
     _, found, asked, expected = next(row for row in TABLE if row[0] == name)
-    keys = [row.key for row in asked.rows or ()]
+    listed = [dataclasses.replace(row, sha256="") for row in asked.rows or ()]
     with pytest.raises(ValueError, match=str(expected)):
-        negotiate(found, dataclasses.replace(asked, rows=None, keys=keys))
+        negotiate(found, dataclasses.replace(asked, rows=listed))
 
 
 def test_an_appended_part_begins_with_a_shard_of_its_own() -> None:
@@ -239,7 +249,7 @@ def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path)
     assert (tmp_path / "samples.arrow").read_text() == "do not touch"
 
 
-def test_the_plans_dataset_id_must_be_that_of_the_images(tmp_path: Path) -> None:
+def test_the_plans_listing_id_must_be_that_of_the_images(tmp_path: Path) -> None:
     made = Plan("sha256:0", 1, ViewRecipe(size=8), (2, 2), 1, 1, "int8", ())
-    with pytest.raises(ValueError, match="dataset id is not that of these images"):
+    with pytest.raises(ValueError, match="listing id is not that of these images"):
         agree(tmp_path / "c", Wanted(made, rows=[Source("a", None, 1, "00" * 32)]))

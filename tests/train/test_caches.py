@@ -186,7 +186,7 @@ def test_a_run_goes_on_with_the_images_it_began_with_while_others_are_appended(
         stop_before(0, patch)
         assert train(path, tmp_path / "out")["step"] == 1
     new = Source("class 0/new.png", "class 0", 3, "00" * 32)
-    agree(path, Wanted(dataclasses.replace(load_plan(path), dataset_id=""), rows=[new], append=True))
+    agree(path, Wanted(dataclasses.replace(load_plan(path), listing_id=""), rows=[new], append=True))
     commit.create_columns(path, load_plan(path))
     assert len(open_cache(path, allow_partial=True).numbers) == 24
     with pytest.raises(ValueError, match="this cache is unfinished"):

@@ -119,12 +119,12 @@ def test_the_cache_is_the_same_and_a_repeated_command_reads_nothing_again(
 
 def test_a_tar_is_hashed_while_it_is_listed_and_kept(s3: Any, url: str, tars: Path, tmp_path: Path) -> None:
     kept, local = KeptIndices(tmp_path / "kept"), list_sources([tars / "photos-{0..1}.tar"])
-    expected = list(digest_images(local, range(N), [], tmp_path / "a", workers=1))
+    expected = list(digest_images(local, range(N), tmp_path / "a", workers=1))
     total = sum(file.stat().st_size for file in tars.iterdir())
     for reads in (1, 0):
         before, requests = s3.proxy.answer_bytes, s3.proxy.requests
         far = list_sources([f"{url}/tars/photos-{{0..1}}.tar"], kept=kept)
-        assert list(digest_images(far, range(N), [], tmp_path / "b", workers=1, kept=kept)) == expected
+        assert list(digest_images(far, range(N), tmp_path / "b", workers=1, kept=kept)) == expected
         assert s3.proxy.requests - requests == 2 + 2 * reads, "a HEAD for each, and one piece of each"
         assert reads * total <= s3.proxy.answer_bytes - before < reads * total + 10_000
     for file in (tmp_path / "kept").iterdir():
@@ -176,9 +176,9 @@ def test_an_object_that_goes_is_recorded_and_one_that_changes_is_an_error(
     put(s3, f"{url}/{far[1].key}", b"shorter")
     with pytest.raises(Unreadable, match="no such object"):
         read_image(far, 0)
-    assert digest_images(far, [0], [], tmp_path / "m", workers=1)[0].bytes == 0, "as a file that is gone"
+    assert digest_images(far, [0], tmp_path / "m", workers=1)[0].bytes == 0, "as a file that is gone"
     with pytest.raises(OSError, match=r"s3://passing-photos/p/.*: could not be read, 3 times: the object has changed"):
-        digest_images(far, [1], [], tmp_path / "m", workers=1)
+        digest_images(far, [1], tmp_path / "m", workers=1)
     tar = (tars / "photos-0.tar").read_bytes()
     put(s3, f"{url}/x.tar", tar)
     far = list_sources([f"{url}/x.tar"])

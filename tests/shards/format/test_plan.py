@@ -81,7 +81,7 @@ HOSTILE_PLANS: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "half a pixel": (("recipe", "size"), 16.5, "size"),
     "true for a number": (("n_views",), True, "n_views"),
     "text for a number": (("n_samples",), "6", "n_samples"),
-    "a number for text": (("dataset_id",), 6, "dataset_id"),
+    "a number for text": (("listing_id",), 6, "listing_id"),
     "a list for a format": (("format",), ["zarr"], "format"),
     "columns that are none": (("columns",), [1], "damaged"),
     "a teacher's name with a path": (("columns", 0, "name"), "../x", "teacher name"),
@@ -93,10 +93,10 @@ HOSTILE_PLANS: dict[str, tuple[tuple[str | int, ...], Any, str]] = {
     "an option of 100,000 letters": (("columns", 0, "model_options"), {"x" * 10**5: float("nan")}, "expected a finite number"),
     "a quantiser of 100,000 letters": (("quantisers", "x" * 10**5), {"dtype": "int8"}, "has no"),
     "a version of 100,000 letters": (("format_version",), "x" * 10**5, "format version"),
-    "appended images without end": (("appended",), [{"dataset_id": "x", "n_samples": 10**12}], "rows of samples"),
-    "appended gaps without end": (("appended",), [{"dataset_id": "x", "n_samples": 1}] * 6, "empty rows"),
-    "appended parts without end": (("appended",), [{"dataset_id": "x", "n_samples": 1}] * 3 * 10**5, "bytes"),
-    "fewer than no images": (("appended",), [{"dataset_id": "x", "n_samples": -1}], "n_samples"),
+    "appended images without end": (("appended",), [{"listing_id": "x", "n_samples": 10**12}], "rows of samples"),
+    "appended gaps without end": (("appended",), [{"listing_id": "x", "n_samples": 1}] * 6, "empty rows"),
+    "appended parts without end": (("appended",), [{"listing_id": "x", "n_samples": 1}] * 3 * 10**5, "bytes"),
+    "fewer than no images": (("appended",), [{"listing_id": "x", "n_samples": -1}], "n_samples"),
     "blocks without end": (("token_layout",), {"rule": "splitmix64", "seed": 0, "blocks": 10**18}, "blocks"),
 }  # fmt: skip
 

@@ -32,7 +32,7 @@ def rows() -> list[PixelRow]:
         good = key != "bad.jpg"
         view = View(i, 2, 8, 9, i % 2 == 0, 20, 30)
         out.append(PixelRow(5 + i, key, f"label {i}" if i else None, view if good else None,
-                            encode_view(pixels, JPEG) if good else None, None if good else "truncated"))  # fmt: skip
+                            encode_view(pixels, JPEG) if good else None, None if good else "truncated", f"{i:064x}"))  # fmt: skip
     return out
 
 
@@ -100,7 +100,8 @@ def test_equal_rows_make_equal_bytes(tmp_path: Path) -> None:
     for name in ("000000.tar", "000000.index.npz"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     # golden: the container's bytes, apart from JPEG bytes that depend on the encoder
-    plain = [PixelRow(0, "k", "l", View(0, 0, 1, 1, False, 1, 1), b"jpeg"), PixelRow(1, "z", None, None, None, "r")]
+    plain = [PixelRow(0, "k", "l", View(0, 0, 1, 1, False, 1, 1), b"jpeg", sha256="00" * 32),
+             PixelRow(1, "z", None, None, None, "r", "01" * 32)]  # fmt: skip
     write_pixel_tar(tmp_path / "c" / "000000.tar", plain)
     digest = hashlib.sha256((tmp_path / "c" / "000000.tar").read_bytes()).hexdigest()
     assert digest == "956a9019b784cf28d517f6dacc4d92b243625e7bf5496865da7acefda7efefb2"
