@@ -16,7 +16,16 @@ from processes import ends, forked
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import SAMPLES, Source, SourceTable, canonical_sources, dataset_id, read_samples, sample_values
+from mrmae.shards.format import (
+    SAMPLES,
+    Source,
+    SourceTable,
+    canonical_sources,
+    dataset_id,
+    listing_id,
+    read_samples,
+    sample_values,
+)
 from mrmae.shards.format.plan import load_plan
 
 ROWS = canonical_sources(
@@ -43,6 +52,14 @@ def test_dataset_id_is_golden_and_of_keys_and_bytes_not_of_labels() -> None:
     others: list[dict[str, Any]] = [{"sha256": "33" * 32}, {"bytes": 11}, {"key": "a.png"}]
     assert all(dataset_id([dataclasses.replace(ROWS[0], **other), *ROWS[1:]]) != expected for other in others)
     assert dataset_id(SourceTable.of(ROWS)[1:]) == dataset_id(ROWS[1:])
+
+
+def test_listing_id_is_golden_and_of_keys_and_sizes_alone() -> None:
+    expected = "sha256:401d6112173379dfc5d1304be90879c98792e5ea25bae7954b70fa230978e1d4"
+    unread = [dataclasses.replace(row, sha256="", label="x") for row in ROWS]
+    assert listing_id(ROWS) == listing_id(unread) == expected
+    others: list[dict[str, Any]] = [{"bytes": 11}, {"key": "a.png"}]
+    assert all(listing_id([dataclasses.replace(ROWS[0], **other), *ROWS[1:]]) != expected for other in others)
 
 
 def test_digests_are_golden_and_do_not_depend_on_where_in_an_array_rows_lie() -> None:
