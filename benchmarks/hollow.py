@@ -39,7 +39,7 @@ from mrmae.shards.format import (
 )
 from mrmae.shards.manifest import manifest_body
 from mrmae.shards.order import EpochOrder
-from mrmae.shards.store import unit_files
+from mrmae.shards.store import digest_of_hashes, unit_files
 
 SHARD = 3400  # samples: what 512 MB of int8 tokens of a ViT-B hold
 IN_TAR, BLOCK, CLASSES = 20_000, 512, 1000
@@ -141,7 +141,8 @@ def write_whole(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
         return
     arrays = codes(len(numbers), made.teacher(column), rng)
     quality = {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}
-    commit.store_column(path, made, view, column, shard, arrays, np.ones(len(numbers), bool), {"quality": quality})
+    of, valid = digest_of_hashes([EMPTY_SHA256] * len(numbers)), np.ones(len(numbers), bool)
+    commit.store_column(path, made, view, column, shard, arrays, valid, of, {"quality": quality})
 
 
 def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
@@ -160,16 +161,17 @@ def write_hollow(path: Path, made: Plan, unit: Unit, keys: Any) -> None:
             else:
                 content.truncate(2048 * n)
         files[file.relative_to(path).as_posix()] = {"bytes": file.stat().st_size, "sha256": EMPTY_SHA256}
-    about: dict[str, Any] = {"quality": {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}}
+    about: dict[str, Any] = {"sha256": hashlib.sha256(hashes).hexdigest()}
     if column == PIXELS:
-        about = {
+        about |= {
             "first": keys[numbers[0]],
             "last": keys[numbers[-1]],
             "heights": [375] * n,
             "widths": [500] * n,
-            "sha256": hashlib.sha256(hashes).hexdigest(),
             "bad": {},
         }
+    else:
+        about["quality"] = {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}
     record = {"format_version": plan.FORMAT_VERSION, "view": view, "column": column, "shard": shard, "id": made.ids[column],
               "files": files, "count": n, "valid": n, **about}  # fmt: skip
     record["record_id"] = commit.record_id(record)

@@ -19,7 +19,7 @@ from mrmae.shards.format import (
     views,
 )
 from mrmae.shards.plans import Wanted, agree
-from mrmae.shards.store import PixelRow
+from mrmae.shards.store import PixelRow, digest_of_hashes
 
 SHARD = 32
 
@@ -46,7 +46,8 @@ def write_cache(
         else:
             arrays = codes(len(mine), made.teacher(column), rng)
             quality = {"snr_db": 40.0, "p999_one_minus_cos": 0.0, "zero_tokens": 0}
-            commit.store_column(path, made, view, column, shard, arrays, np.ones(len(mine), bool), {"quality": quality})
+            of, valid = digest_of_hashes(sources[i].sha256 for i in mine), np.ones(len(mine), bool)
+            commit.store_column(path, made, view, column, shard, arrays, valid, of, {"quality": quality})
     commit.finalise(path, made)
     return path
 

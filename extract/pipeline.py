@@ -57,7 +57,7 @@ from mrmae.shards.format import (
     signed_hashes,
     summarise,
 )
-from mrmae.shards.store import PixelRow, Shards
+from mrmae.shards.store import PixelRow, Shards, digest_of_hashes
 
 WRITERS = 4  # threads that write a shard, each a column or the pixels of a view: benchmarks/bench_write.py
 TIMED_BATCHES = 10  # after the first one, which warms up
@@ -282,12 +282,13 @@ def known_pixels(job: ExtractJob) -> Callable[[int], StoredRows]:
 
 @dataclasses.dataclass
 class Gathered:
-    """What a shard of one (view, column) gathers batch by batch: rows for the pixels, arrays for a teacher."""
+    """What a shard of one (view, column) gathers batch by batch: rows for the pixels, arrays for a teacher, of images of these hashes."""
 
     rows: list[PixelRow] = dataclasses.field(default_factory=list)
     arrays: dict[str, list[Tensor]] = dataclasses.field(default_factory=lambda: defaultdict(list))
     measured: list[Measured] = dataclasses.field(default_factory=list)
     valid: list[bool] = dataclasses.field(default_factory=list)
+    hashes: list[str] = dataclasses.field(default_factory=list)
     seconds: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
 
 
@@ -301,6 +302,7 @@ def extract_shard(
     gathered = {unit: Gathered() for unit in units}
     for batch in batches:
         for (view, column), into in gathered.items():
+            into.hashes += [sample.rows[view].sha256 for sample in batch.samples]
             if column == PIXELS:
                 add_pixels(view, batch, into)
             elif column in job.maps:
@@ -415,7 +417,8 @@ def commit_unit(job: ExtractJob, shard: int, view: int, column: str, found: Gath
         about["quality"] = summarise(found.measured)
         if too_coarse(about["quality"]["snr_db"], job.options):
             raise HopelessQuality(hopeless_text(job, view, column, shard, about["quality"]["snr_db"]))
-    commits.store_column(job.path, job.plan, view, column, shard, arrays, found.valid, about)
+    made_of = digest_of_hashes(found.hashes)
+    commits.store_column(job.path, job.plan, view, column, shard, arrays, found.valid, made_of, about)
     progress.add(0, bytes=sum(array.nbytes for array in arrays.values()))
 
 

@@ -62,6 +62,7 @@ from mrmae.shards.manifest import (
 from mrmae.shards.store import (
     PixelRow,
     column_folder,
+    digest_of_hashes,
     index_path,
     read_hashes,
     read_index,
@@ -79,8 +80,8 @@ RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count",
 
 
 class RecordFields(TypedDict):
-    """A commit record: first, last, heights, widths, sha256 (digest of its images' hashes) and bad of the pixels, quality of columns;
-    from `seconds` on, what lies beside the shard and is in no id."""
+    """A commit record: sha256 is the digest of its images' hashes; first, last, heights, widths and bad of the pixels, quality of
+    columns; from `seconds` on, what lies beside the shard and is in no id."""
 
     format_version: int
     view: int
@@ -91,11 +92,11 @@ class RecordFields(TypedDict):
     count: int
     valid: int
     record_id: str
+    sha256: str
     first: NotRequired[str]
     last: NotRequired[str]
     heights: NotRequired[list[int]]
     widths: NotRequired[list[int]]
-    sha256: NotRequired[str]
     bad: NotRequired[dict[str, str]]
     quality: NotRequired[QualityFields | None]
     seconds: NotRequired[dict[str, float]]
@@ -111,11 +112,22 @@ class RecordFields(TypedDict):
 def store_pixels(
     path: Path, plan: Plan, view: int, shard: int, rows: Sequence[PixelRow], about: Mapping[str, Any] | None = None
 ) -> None:
-    """Write and commit the pixels of a shard, unless they are committed by now. about: more for the record."""
+    """Write and commit the pixels of a shard, unless they are committed by now. about: more for the record.
+
+    ValueError where a column of the shard is there that was made of other bytes: its pixels were lost, and an image changed since.
+    """
     expected = plan.ranges[shard]
     if [row.number for row in rows] != list(expected):
         raise ValueError(f"{tar_path(path, view, shard)}: the rows are not samples {expected.start} to "
                          f"{expected.stop - 1} in order; write whole shards")  # fmt: skip
+    now = digest_of_hashes(row.sha256 for row in rows)
+    for column in plan.quantisers:
+        record = valid_record(path, plan, view, column, shard)
+        if record is not None and record["sha256"] != now:
+            raise ValueError(f"{commit_path(path, view, column, shard)}: this column was made of images with other bytes (the digest of their "
+                             f"sha256 is {record['sha256']}) than those that are there now ({now}), and its pixels are lost; restore the "
+                             f"image that changed (of {len(rows)}, in canonical order {rows[0].key!r} to {rows[-1].key!r}), or delete this record, by which the column is "
+                             "computed anew, and run the same extract-features command again")  # fmt: skip
     store(path, plan, (view, PIXELS, shard), about,
           lambda: write_pixel_tar(tar_path(path, view, shard), rows, pixels_of(plan, view, shard),
                                   extension=plan.recipe.stored.extension))  # fmt: skip
@@ -123,12 +135,12 @@ def store_pixels(
 
 def store_column(
     path: Path, plan: Plan, view: int, column: str, shard: int,
-    arrays: Mapping[str, Array], valid: Sequence[bool] | Array, about: Mapping[str, Any] | None = None,
+    arrays: Mapping[str, Array], valid: Sequence[bool] | Array, sha256: str, about: Mapping[str, Any] | None = None,
 ) -> None:  # fmt: skip
     """Write and commit a shard of a teacher's column, unless it is committed by now; its pixels are there already.
 
-    arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. about: more for the record,
-    `quality` among it.
+    arrays, valid: as the storage's write_column_shard takes them, but patches in raster order. sha256: the digest of the hashes of
+    the images that it was made of. about: more for the record, `quality` among it.
     """
     folder, layout = column_folder(path, plan, view, column), plan.layout(column)
     storage_of(plan).create_column(folder, layout, column_attributes(plan, view, column))
@@ -138,7 +150,7 @@ def store_column(
         len(plan.ranges[shard]),
     )
     arrays = stored_order(plan, view, arrays, keys)
-    store(path, plan, (view, column, shard), about,
+    store(path, plan, (view, column, shard), {**(about or {}), "sha256": sha256},
           lambda: storage_of(plan).write_column_shard(folder, shard, arrays, valid, keys, id=id, count=count))  # fmt: skip
 
 
@@ -237,14 +249,16 @@ def wrong_in_record(plan: Plan, unit: Unit, record: Mapping[str, Any]) -> str:
         return f"it tells {shown(unknown[0])}, which no commit record does, so it was edited"
     if record["record_id"] != record_id(record):
         return "it does not match its own id, so it was edited or damaged"
+    if "sha256" not in record:
+        return "it does not tell of which images it was made"
     counted = column != PIXELS or counts_images(record, numbers)
     return "" if counted else "its sizes and bad images are not those of its samples, so it was edited"
 
 
 def counts_images(record: Mapping[str, Any], numbers: range) -> bool:
-    """Whether the record of a pixel shard has a size for each of its samples, a digest of their hashes, and bad images among them."""
+    """Whether the record of a pixel shard has a size for each of its samples, and bad images among them."""
     bad = record.get("bad", {"": ""})
-    return ("sha256" in record and (not bad or set(bad) <= set(map(str, numbers))) and record["valid"] == len(numbers) - len(bad)
+    return ((not bad or set(bad) <= set(map(str, numbers))) and record["valid"] == len(numbers) - len(bad)
             and all(len(record.get(name, ())) == len(numbers) and 0 <= min(record[name]) and max(record[name]) < 2**31
                     for name in ("heights", "widths")))  # fmt: skip
 
@@ -423,7 +437,7 @@ def refuse_other_samples(path: Path, plan: Plan) -> None:
 
 
 def refuse_disagreement(path: Path, records: Mapping[Unit, Mapping[str, Any]]) -> None:
-    """ValueError when a view or a column counts other bad images than the pixels of view 0, or a view was made of other bytes."""
+    """ValueError when a view or a column counts other bad images than the pixels of view 0, or was made of other bytes."""
     for (view, column, shard), record in records.items():
         first = records[0, PIXELS, shard]
         if made_of_others(record, first):
@@ -442,8 +456,8 @@ def counts_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
 
 
 def made_of_others(record: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
-    """Whether the record of a pixel shard tells of images with other bytes than view 0's record does."""
-    return bool(record.get("sha256", first["sha256"]) != first["sha256"])
+    """Whether a record tells of images with other bytes than that of view 0's pixels does."""
+    return bool(record["sha256"] != first["sha256"])
 
 
 def recorded_hashes(path: Path, plan: Plan, view: int, shard: int, record: Mapping[str, Any]) -> Array:

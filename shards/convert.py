@@ -140,7 +140,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
         copy_unit(cache, out, plan, unit, record)
     else:
         arrays, valid, quality = converted_arrays(cache, plan, unit, record.get("quality"))
-        commits.store_column(out, plan, view, column, shard, arrays, valid, record | quality)
+        commits.store_column(out, plan, view, column, shard, arrays, valid, record["sha256"], record | quality)
     return sum(size_of(file) for file in unit_files(out, plan, *unit))
 
 

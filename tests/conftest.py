@@ -32,7 +32,7 @@ from mrmae.shards.format.spec import TeacherSpec, ViewRecipe, encoding_of, key_h
 from mrmae.shards.format.tail import write_tail
 from mrmae.shards.plans import Wanted, agree
 from mrmae.shards.store import reader
-from mrmae.shards.store.tar import PixelRow
+from mrmae.shards.store.tar import PixelRow, digest_of_hashes
 
 TEACHERS: Mapping[str, Mapping[str, Any]] = {
     "a": {"width": 8, "has_cls": True, "has_attention": True},
@@ -106,7 +106,8 @@ def write_synthetic_cache(
         if column in drawn:
             values = np.stack([drawn[column](row.key, view) for row in here])
             kept = np.array([row.stored is not None for row in here])
-            commit.store_column(path, made, view, column, shard, {"map": values}, kept, {"quality": None})
+            of = digest_of_hashes(row.sha256 for row in here)
+            commit.store_column(path, made, view, column, shard, {"map": values}, kept, of, {"quality": None})
         else:
             write_unit(path, made, view, column, shard, here)
     for spec in specs:
@@ -128,7 +129,8 @@ def write_unit(path: Path, made: Plan, view: int, column: str, shard: int, rows:
     stored = {"tokens": codes.numpy(), **{name: array.half().numpy() for name, array in arrays.items()}}
     kept = None if scale is None else scale[keep]
     quality = quality_of(tokens[keep], codes[keep], kept, quantiser) if keep.any() else None
-    commit.store_column(path, made, view, column, shard, stored, keep.numpy(), {"quality": quality})
+    of = digest_of_hashes(row.sha256 for row in rows)
+    commit.store_column(path, made, view, column, shard, stored, keep.numpy(), of, {"quality": quality})
 
 
 def smooth_images(n: int, seed: int, labels: bool) -> dict[str, bytes]:

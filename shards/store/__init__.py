@@ -7,6 +7,7 @@ from mrmae.shards.store.storage import STORAGES, Shard, column_folder, storage_o
 from mrmae.shards.store.tar import (
     PixelRow,
     TarIndex,
+    digest_of_hashes,
     index_path,
     parse_row,
     read_hashes,
@@ -25,6 +26,7 @@ __all__ = [
     "Shards",
     "TarIndex",
     "column_folder",
+    "digest_of_hashes",
     "foreign_entries",
     "index_path",
     "parse_row",

@@ -12,7 +12,7 @@ import io
 import math
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict, TypeVar
 
@@ -117,7 +117,7 @@ def write_pixel_tar(
         "last": rows[-1].key,
         "heights": [row.view.source_height if row.view else 0 for row in rows],
         "widths": [row.view.source_width if row.view else 0 for row in rows],
-        "sha256": hashlib.sha256(hashes).hexdigest(),
+        "sha256": digest_of_hashes(row.sha256 for row in rows),
         "bad": {str(row.number): row.reason for row in rows if row.view is None},
     }
 
@@ -202,6 +202,11 @@ def sidecar(tar: Published, members: Sequence[Member], of: Mapping[str, Any], mo
     arrays: dict[str, Any] = {"about": np.frombuffer(canonical_json(about), np.uint8), "members": table, **more}
     np.savez(content, **arrays)
     return content.getvalue()
+
+
+def digest_of_hashes(hashes: Iterable[str]) -> str:
+    """sha256, in hex, of the hashes (in hex) of a shard's images, one after the other."""
+    return hashlib.sha256(bytes.fromhex("".join(hashes))).hexdigest()
 
 
 def read_index(path: Path, extensions: Sequence[str] = ("jpg", "json")) -> TarIndex:

@@ -206,27 +206,58 @@ def test_an_unfinished_cache_knows_what_it_read_and_a_whole_part_of_it_the_data_
     assert open_cache(cache, views=1).ids["dataset"] == manifest["dataset_ids"][0]
 
 
-def test_views_of_other_bytes_are_named_and_not_finished(extract: Extract, images: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("view", "column", "folder"), [(1, "pixels", "pixels"), (0, "vit.pre_tail", "vit.pre_tail.zarr")]
+)
+def test_what_is_made_of_other_bytes_is_named_and_not_finished(
+    extract: Extract, images: Path, tmp_path: Path, view: int, column: str, folder: str
+) -> None:
     """As two writers on a file system without locks may leave them."""
     for name, times in (("c", 0), ("other", 1)):
         for _ in range(times):
             change(images, "class 0/broken.png")
         extract(images, tmp_path / name, VIT, views=2, shard_samples=32)
-    for part in ("commits/1/pixels", "views/1/pixels"):
+    for part in (f"commits/{view}/{column}", f"views/{view}/{folder}"):
         shutil.rmtree(tmp_path / "c" / part)
         shutil.copytree(tmp_path / "other" / part, tmp_path / "c" / part)
     problems = check.find_problems(tmp_path / "c")
     assert [(problem.file, problem.unit) for problem in problems] == [
-        ("commits/1/pixels/000000.json", (1, "pixels", 0))
+        (f"commits/{view}/{column}/000000.json", (view, column, 0))
     ]
     assert "other bytes than those that view 0 was made of" in str(problems[0])
     plan = load_plan(tmp_path / "c")
-    with pytest.raises(ValueError, match="commits/1/pixels/000000.json: its images have other bytes"):
+    with pytest.raises(ValueError, match=f"commits/{view}/{column}/000000.json: its images have other bytes"):
         commit.finalise(tmp_path / "c", plan)
     change(images, "class 0/broken.png")
     prepare_repair(tmp_path / "c", problems)
     extract(images, tmp_path / "c", VIT, views=2)
     assert not check.find_problems(tmp_path / "c", full=True)
+
+
+def test_pixels_that_are_made_again_are_of_the_bytes_that_their_columns_are_of(
+    extract: Extract, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else tells of which bytes a shard was made that lost its pixels before the cache was finished."""
+    cache, record = tmp_path / "c", re.escape(str(commit_path(tmp_path / "c", 0, "vit.pre_tail", 0)))
+
+    def go() -> None:
+        extract(images, cache, VIT, shard_samples=8, workers=1, dtype="float16")
+
+    killed_after(monkeypatch, 2, go)
+    (cache / "views/0/pixels/000000.tar").unlink()
+    key = next(row.key for row in read_sources(cache) if (images / row.key).exists())
+    change(images, key)
+    left = commit.committed(cache, load_plan(cache))
+    with pytest.raises(
+        ValueError,
+        match=rf"{record}: this column was made of images with other bytes .* restore the image that changed",
+    ):
+        go()
+    assert commit.committed(cache, load_plan(cache)) == left == {(0, "vit.pre_tail", 0)}
+    change(images, key)
+    go()
+    extract(images, tmp_path / "once", VIT, shard_samples=8, dtype="float16")
+    assert contents_without_records(cache) == contents_without_records(tmp_path / "once")
 
 
 def test_hashes_that_are_not_the_records_are_named(extract: Extract, images: Path, tmp_path: Path) -> None:
