@@ -21,6 +21,7 @@ from mrmae.shards.format import (
     codebook_path,
     content_id,
     dataset_ids,
+    expect_kind,
     kept_path,
     plain,
     read_json,
@@ -92,16 +93,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     todo = "run the same extract-features command again to write it anew"
     try:
-        manifest: dict[str, Any] = read_json(file, ManifestFields, MOST_MANIFEST_BYTES)
-        body = {name: value for name, value in manifest.items() if name != "manifest_id"}
-        version, intact = manifest["format_version"], content_id(body) == manifest["manifest_id"]
+        manifest: dict[str, Any] = read_json(file, dict[str, Any], MOST_MANIFEST_BYTES)
+        version = manifest.get("format_version", FORMAT_VERSION)
+        if version == FORMAT_VERSION:
+            expect_kind(manifest, ManifestFields)
     except ValueError as error:
         raise ValueError(f"{file}: damaged ({error}); {todo}") from None
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION:  # another one's fields are others
         raise ValueError(
             f"{file}: format version {shown(version)}; this mrmae reads {FORMAT_VERSION}; extract the cache anew"
         )
-    if not intact:
+    if (
+        content_id({name: value for name, value in manifest.items() if name != "manifest_id"})
+        != manifest["manifest_id"]
+    ):
         raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
     if wrong := misnamed(manifest):
         raise ValueError(f"{file}: it is no manifest that mrmae writes ({wrong}), so it was edited; {todo}")

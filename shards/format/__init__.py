@@ -59,7 +59,7 @@ from mrmae.shards.format.samples import (
     write_samples,
     write_sources,
 )
-from mrmae.shards.format.shape import parsed, read_json
+from mrmae.shards.format.shape import expect_kind, parsed, read_json
 from mrmae.shards.format.spec import (
     ENCODING_FORM,
     FACET_TAP,
@@ -167,6 +167,7 @@ __all__ = [
     "draw_view",
     "encode_view",
     "encoding_of",
+    "expect_kind",
     "first_rows",
     "freeze_quantisers",
     "grown_id",

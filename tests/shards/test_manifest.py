@@ -11,6 +11,7 @@ import pytest
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format.spec import content_id
+from mrmae.shards.manifest import read_manifest
 from mrmae.shards.repair import prepare_repair
 
 
@@ -53,6 +54,17 @@ def test_a_manifest_that_disagrees_with_the_records_is_named_whatever_its_id(
         (problem,) = check.find_problems(tmp_path / "c", full=full)
         assert problem.file == "manifest.json" and "in the commit records, so it was edited" in problem.what
     assert prepare_repair(tmp_path / "c", [problem]) == [tmp_path / "c/manifest.json"], "no shard is written again"
+
+
+def test_a_manifest_of_another_format_version_is_not_called_damaged(every_kind: Path, tmp_path: Path) -> None:
+    """Its fields are others, and extracting with the same command does not mend it."""
+    manifest = json.loads((every_kind / "manifest.json").read_bytes())
+    del manifest["dataset_ids"]
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 3}))
+    with pytest.raises(
+        ValueError, match=r"manifest\.json: format version 3; this mrmae reads 4; extract the cache anew"
+    ):
+        read_manifest(tmp_path)
 
 
 def altered(tiny_cache: Path, to: Path, change: Callable[[dict[str, Any]], Any], file: str) -> Path:
