@@ -152,7 +152,7 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
         if transform == "position"
         else (f"{name}-{blr}-{transform}", f"{name}-{blr}")
     )
-    if name == "muon" and blr in ("12e-3", "36e-3", "108e-3"):
+    if name == "muon" and blr in ("12e-3", "36e-3", "108e-3", "324e-3"):
         against = f"adamw-{blr}"
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
@@ -201,6 +201,7 @@ CHOICES: list[Arm] = [
     *(optimiser("adamw", "12e-3", seed, "ln0") for seed in range(3)),
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(optimiser(name, blr, seed) for blr in ("36e-3", "108e-3") for seed in range(3) for name in ("adamw", "muon")),
+    *(optimiser(name, "324e-3") for name in ("adamw", "muon")),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip
@@ -210,7 +211,7 @@ SEEDS = range(3)
 FAST: list[Arm] = [fast(arm) for arm in (
     *(decoder(*how, seed) for seed in SEEDS for how in ((4, "self", 48), (2, "self", 16), (1, "self", 16), (1, "cross", 16))),
     *(blocks(1, seed) for seed in SEEDS),
-    *(each for seed in SEEDS for each in (pair("views-4", cache="both-k4", seed=seed)[1], blocks(4, seed))),
+    *(each for seed in SEEDS for each in (*pair("views-4", cache="both-k4", seed=seed), blocks(4, seed))),
     *(target(transform, seed=seed) for seed in SEEDS for transform in ("none", "channel", "position+ln0")),
     *(each for recipe in ("mimic-only", "mimic-masked") for seed in SEEDS for each in pair(recipe, recipe, seed=seed)),
     *(target("position+phi_s", seed=seed) for seed in SEEDS),
@@ -235,6 +236,7 @@ FAST += [fast(arm) for arm in (
     *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for each in pair("vit-tiny")),
 )]  # fmt: skip
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
+FAST += [probed_more(f"fast-mimic-only-position-s{seed}", "fast-decoder-4-self-48") for seed in SEEDS]
 
 
 # In the order of their worth: whatever has run when time is up can be reported.
