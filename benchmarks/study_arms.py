@@ -152,7 +152,7 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
         if transform == "position"
         else (f"{name}-{blr}-{transform}", f"{name}-{blr}")
     )
-    if name == "muon" and blr in ("12e-3", "36e-3", "108e-3", "324e-3"):
+    if name != "adamw" and blr in ("12e-3", "36e-3", "108e-3", "324e-3"):
         against = f"adamw-{blr}"
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
@@ -202,6 +202,7 @@ CHOICES: list[Arm] = [
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(optimiser(name, blr, seed) for blr in ("36e-3", "108e-3") for seed in range(3) for name in ("adamw", "muon")),
     *(optimiser(name, "324e-3") for name in ("adamw", "muon")),
+    *(optimiser("schedule-free", blr) for blr in ("12e-3", "36e-3")),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip

@@ -308,12 +308,13 @@ def draw_due_panels(run: Run, loop: Loop) -> None:
     if loop.log is None or run.update > 0 or run.epoch == 0 or panels_path(run, run.epoch).exists():
         return
     if due(run.epoch, epochs, math.ceil(epochs / 10) if every is None else every):
-        loop.log.attempt("panels", lambda: draw_run_panels(run, run.epoch))
+        loop.log.attempt("panels", lambda: draw_run_panels(run.evaluated(), run.epoch))
 
 
 def held_out_row(run: Run, done: int) -> dict[str, Any]:
     """What the images held out say after `done` epochs, nothing where there are none, and the probes when due."""
     found: dict[str, Any] = {}
+    run = run.evaluated()
     if len(run.held_out):
         found["held_out"] = held_out_loss(run)
     if due(done, run.recipe.optim.epochs, run.cadence.probe_every):
@@ -382,6 +383,7 @@ def draw_report(run: Run, log: RunLog) -> None:
 
 def write_results(run: Run) -> Path:
     """Write OUT/student and, if asked for, OUT/published.pth; returns the student's folder."""
+    run = run.evaluated()
     export_student(run.model, run.out / "student", source=report.card_source(run))
     for kind in run.setup.export:
         name, write = EXPORTS[kind]

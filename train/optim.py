@@ -1,11 +1,11 @@
-"""Learning rate, parameter groups, and one step of AdamW, or of Muon beside it, that skips itself when a gradient is not finite.
+"""Learning rate, parameter groups, and one step of AdamW, of Muon beside it or of schedule-free AdamW, that skips itself when a gradient is not finite.
 
 MAE's optimiser (arXiv 2111.06377, appendix A.1) with the guard of a long bf16 run: whether a step is finite is decided and
 acted upon on the device, so nothing waits for the host.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -89,13 +89,87 @@ class MuonAndAdamW:
         self.adamw.load_state_dict(state["adamw"])
 
 
-Optimizer = torch.optim.AdamW | MuonAndAdamW
+class ScheduleFreeAdamW:
+    """AdamW whose learning rate need not fall (arXiv 2405.15682, algorithm 1), so that a run may end after any update.
+
+    The model's own parameters are y, at which gradients are taken. z makes AdamW's steps without momentum, and x, the mean of all z by their squared
+    rates, is what is evaluated, exported and saved as the weights. y is made anew from x and z in every step: these two suffice to go on to the same bits.
+    """
+
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float], decay: float) -> None:
+        self.betas = betas
+        self.param_groups: list[dict[str, Any]] = [{**g, "lr": 0.0} for g in parameter_groups(model, decay=decay)]
+        self.y: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self.slots: list[dict[str, Tensor]] = []
+        zero = torch.zeros((), dtype=torch.float64, device=self.y[0].device)
+        self.sums = {"steps": zero, "squared_rates": zero.clone()}
+
+    def state(self) -> dict[int, dict[str, Tensor]]:
+        """Every tensor beside y: x, z and the second moment of each parameter, then two sums; they begin where the model's weights are by now."""
+        if not self.slots:
+            start = [p.detach() for p in self.y]
+            self.slots = [{"x": p.clone(), "z": p.clone(), "exp_avg_sq": torch.zeros_like(p)} for p in start]
+        return dict(enumerate([*self.slots, self.sums]))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        slots, beta = dict(zip(map(id, self.y), self.state().values())), self.betas[1]
+        self.sums["steps"] += 1
+        rate = self.param_groups[0]["lr"] * (1 - beta ** self.sums["steps"]).sqrt()
+        self.sums["squared_rates"] += rate**2
+        share = rate**2 / self.sums["squared_rates"].clamp_min(1e-300)  # both are 0 at the beginning of a warm-up
+        for group in self.param_groups:
+            if not (y := [p for p in group["params"] if p.grad is not None]):
+                continue
+            x, z, v = ([slots[id(p)][name] for p in y] for name in ("x", "z", "exp_avg_sq"))
+            gradients = [p.grad for p in y]
+            torch._foreach_mul_(v, beta)
+            torch._foreach_addcmul_(v, gradients, gradients, 1 - beta)
+            root = torch._foreach_sqrt(v)
+            torch._foreach_add_(root, 1e-8)
+            move = torch._foreach_div(gradients, root)
+            torch._foreach_add_(move, y, alpha=group["weight_decay"])
+            torch._foreach_mul_(move, -rate.to(y[0].dtype))
+            torch._foreach_add_(z, move)
+            move = torch._foreach_sub(z, x)
+            torch._foreach_mul_(move, share.to(y[0].dtype))
+            torch._foreach_add_(x, move)
+        self.place()
+
+    @torch.no_grad()
+    def place(self) -> None:
+        """Bring the model's parameters to y, between x and z."""
+        torch._foreach_copy_(self.y, [slot["x"] for slot in self.slots])
+        torch._foreach_lerp_(self.y, [slot["z"] for slot in self.slots], 1 - self.betas[0])
+
+    def averaged(self, model: nn.Module) -> dict[str, Tensor]:
+        """The state dict of `model` with x instead of y."""
+        x = {id(p): slot["x"] for p, slot in zip(self.y, self.state().values())}
+        return {name: x.get(id(t), t.detach()) for name, t in model.state_dict(keep_vars=True).items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.y:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": self.state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for mine, saved in zip(self.state().values(), state["state"].values(), strict=True):
+            for name, tensor in mine.items():
+                tensor.copy_(saved[name])
+        self.place()
+
+
+Optimizer = torch.optim.AdamW | MuonAndAdamW | ScheduleFreeAdamW
 
 
 def build_optimizer(model: nn.Module, *, betas: tuple[float, float], decay: float, name: str = "adamw") -> Optimizer:
-    """`adamw` over `parameter_groups`, fused: it is the variant that can skip a step without asking the host; or `muon` beside it."""
+    """`adamw` over `parameter_groups`, fused: it is the variant that can skip a step without asking the host; or `muon` beside it, or `schedule-free`."""
     if name == "muon":
         return MuonAndAdamW(model, betas=betas, decay=decay)
+    if name == "schedule-free":
+        return ScheduleFreeAdamW(model, betas=betas, decay=decay)
     return torch.optim.AdamW(parameter_groups(model, decay=decay), lr=0.0, betas=betas, fused=True)
 
 
@@ -121,20 +195,29 @@ def guarded_step(optimizer: Optimizer, norm: Tensor) -> Tensor:
     """Update, unless `norm` is not finite: then weights, moments and step counts stay as they are.
 
     Returns 1.0 on the device where the update was skipped, else 0.0. All ranks of a data-parallel run hold the same
-    reduced gradients, hence the same norm, and decide alike. Muon's matrices and momenta are copied for as long as the step takes (0.7 GB of
-    a ViT-B).
+    reduced gradients, hence the same norm, and decide alike. What Muon or schedule-free AdamW changes is copied for as long as the step takes
+    (of a ViT-B 0.7 GB and 1 GB).
     """
     skipped = (~torch.isfinite(norm)).to(torch.float32)
+    if isinstance(optimizer, ScheduleFreeAdamW):
+        step_unless(skipped, optimizer.step, [x for slot in optimizer.state().values() for x in slot.values()])
+        optimizer.place()
+        return skipped
     adamw = optimizer.adamw if isinstance(optimizer, MuonAndAdamW) else optimizer
     # The fused step reads this attribute on the device; torch.amp.GradScaler uses the same road.
     adamw.found_inf = skipped  # type: ignore[attr-defined]
     adamw.step()
     if isinstance(optimizer, MuonAndAdamW):  # it has no such road
         touched = [x for matrix, slot in optimizer.muon.state.items() for x in (matrix, slot["momentum_buffer"])]
-        before = [x.clone() for x in touched]
-        optimizer.muon.step()  # type: ignore[no-untyped-call]
-        keep_where(skipped, touched, before)
+        step_unless(skipped, optimizer.muon.step, touched)
     return skipped
+
+
+def step_unless(skipped: Tensor, step: Callable[[], Any], touched: Sequence[Tensor]) -> None:
+    """`step`, undone on the device where it was to be skipped. touched: all that it changes."""
+    before = [x.clone() for x in touched]
+    step()
+    keep_where(skipped, touched, before)
 
 
 def skipped_in_a_row(before: Tensor, skipped: Tensor) -> Tensor:

@@ -23,6 +23,11 @@ from mrmae.train.kernel_choice import choice_words
 from mrmae.train.method import MAP, MaskedConvViT, Optim, partner_targets, reads_saliency, to_dict
 from mrmae.train.run import Run, cache_ids, maps_read, random_teachers, teacher_specs
 
+OPTIMISERS = {
+    "muon": "Muon for the matrices of blocks, AdamW for the rest",
+    "schedule-free": "schedule-free AdamW; evaluated and exported are averaged weights",
+}
+
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
@@ -144,9 +149,9 @@ def plan_lines(run: Run, costs: Mapping[str, str] | None = None) -> list[str]:
         "features read": f"{feature_bytes(run) / 1024:.1f} KiB per image{blocks_words(run)}, and its stored view",
         "batch": f"{counted(o.batch_size, 'image')} per update{split}; {counted(run.updates, 'update')} per epoch, {run.total:,} in"
         f" {counted(o.epochs, 'epoch')}; {left_out(len(run.numbers) - run.updates * o.batch_size)}",
-        **({"optimiser": "Muon for the matrices of blocks, AdamW for the rest"} if o.name == "muon" else {}),
+        **({"optimiser": OPTIMISERS[o.name]} if o.name in OPTIMISERS else {}),
         "learning rate": f"{optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule):.3g} = {o.lr_per_256:g} x {batches_words(o)}{scale_words(o)},"
-        f" warm-up {counted(o.warmup_epochs, 'epoch')}, cosine to {o.min_lr:g}",
+        f" warm-up {counted(o.warmup_epochs, 'epoch')}, {'then constant' if o.name == 'schedule-free' else f'cosine to {o.min_lr:g}'}",
         "device": f"{run.device}, {run.precision}",
         **({"kernels": choice_words(run.choice)} if run.choice is not None and run.device.type == "cuda" else {}),
         **{f"baseline {name}": baseline_words(run, name) for name in run.baselines},

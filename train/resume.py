@@ -157,7 +157,7 @@ def check_continues(state: checkpoint.State, run: Run) -> None:
 def save(run: Run) -> Path:
     """Write the run's state to `checkpoints/`."""
     state = {
-        "model": run.model.state_dict(),
+        "model": run.weights(),
         "optimizer": run.optimizer.state_dict(),
         "epoch": run.epoch,
         "update": run.update,

@@ -1,5 +1,6 @@
 """A run before its first step: what is trained, on what, on which device, and how far it is."""
 
+import copy
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -104,9 +105,24 @@ class Run:
         """The learning rate of the update that follows `step` updates."""
         o = self.recipe.optim
         peak = optim.base_lr(o.lr_per_256, o.batch_size, o.lr_scale, o.lr_rule)
+        lowest = peak if o.name == "schedule-free" else o.min_lr
         return optim.lr_at(
-            step / self.updates, peak=peak, warmup_epochs=o.warmup_epochs, epochs=o.epochs, min_lr=o.min_lr
+            step / self.updates, peak=peak, warmup_epochs=o.warmup_epochs, epochs=o.epochs, min_lr=lowest
         )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The model's state dict as it is evaluated, exported and saved: averaged where the optimiser averages."""
+        if isinstance(self.optimizer, optim.ScheduleFreeAdamW):
+            return self.optimizer.averaged(self.model)
+        return self.model.state_dict()
+
+    def evaluated(self) -> "Run":
+        """The run to evaluate, draw and export: itself, or one whose model is a copy with the averaged `weights`."""
+        if not isinstance(self.optimizer, optim.ScheduleFreeAdamW):
+            return self
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.weights())
+        return replace(self, model=model)
 
 
 def build_run(

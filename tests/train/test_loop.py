@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from training import train_quietly
 
+from mrmae.probe.students import locate_student, read_student
 from mrmae.shards.cache import open_cache
 from mrmae.shards.order import view_of
 from mrmae.train import checkpoint, loop, optim, pictures, resume
@@ -148,18 +149,74 @@ def test_killed_in_mid_epoch_and_resumed_gives_the_same_bits(tiny_cache: Path, t
     _assert_same_bits(tmp_path / "out", whole)
 
 
-def test_muon_stopped_in_mid_epoch_and_resumed_gives_the_same_bits(
-    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("optimiser", ["muon", "schedule-free"])
+def test_other_optimisers_stopped_in_mid_epoch_and_resumed_give_the_same_bits(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, optimiser: str
 ) -> None:
-    recipe = quick("mr-mae", "optim.name=muon", "optim.epochs=2")
+    recipe = quick("mr-mae", f"optim.name={optimiser}", "optim.epochs=2")
     _train(tiny_cache, tmp_path / "whole", recipe)
     with monkeypatch.context() as context:
         _raise_signal_at(8, "SIGTERM", context)
-        assert not _train(tiny_cache, tmp_path / "out", recipe)["finished"]
+        assert not _train(tiny_cache, tmp_path / "out", recipe, probe_every=1)["finished"]
     assert _train(tiny_cache, tmp_path / "out", recipe)["finished"]
     _assert_same_bits(tmp_path / "out", tmp_path / "whole")
     first, last = _epoch_losses(tmp_path / "whole")
     assert all(last[2][name] < loss for name, loss in first[2].items())
+
+
+def test_averaged_weights_are_what_a_cut_run_saves_evaluates_draws_and_exports(
+    tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gradients: list[Tensor] = []
+    seen: dict[str, dict[str, Tensor]] = {}
+    guarded_step, name = optim.guarded_step, "student.blocks.1.mlp.fc1.weight"
+
+    def noted_step(optimizer: Any, norm: Tensor) -> Tensor:
+        gradients.append(runs_of[0].model.get_parameter(name).grad.double().clone())
+        return guarded_step(optimizer, norm)
+
+    def noted_build(*args: Any, **options: Any) -> runs.Run:
+        runs_of.append(runs.build_run(*args, **options))
+        return runs_of[-1]
+
+    def note(what: str, given: Any) -> None:
+        seen[what] = {key: x.clone() for key, x in getattr(given, "model", given).state_dict().items()}
+
+    runs_of: list[runs.Run] = []
+    monkeypatch.setattr(resume, "build_run", noted_build)
+    for what in ("draw_run_panels", "export_student"):
+        monkeypatch.setattr(loop, what, lambda given, *_, what=what, **__: note(what, given))
+    monkeypatch.setattr(loop, "held_out_loss", lambda run: note("held out", run) or {"loss": 0.0})
+    monkeypatch.setattr(loop, "probe_student", lambda run: note("probed", run) or {})
+    recipe = quick("mr-mae", "optim.name=schedule-free", "optim.epochs=2")
+    options = {"hold_out": 0.2, "probe_every": 1, "panels_every": 1, "log_every": 1}
+    with monkeypatch.context() as patch:
+        patch.setattr(optim, "guarded_step", noted_step)
+        _raise_signal_at(6, "SIGTERM", patch)
+        assert not _train(tiny_cache, tmp_path / "out", recipe, **options)["finished"]
+    first, cut = (checkpoint.read_checkpoint(p) for p in checkpoint.list_checkpoints(tmp_path / "out" / "checkpoints"))
+    assert cut["step"] == 7 and cut["update"] > 0 and sorted(seen) == ["draw_run_panels", "held out", "probed"]
+    assert all(torch.equal(x, weights[key]) for weights in seen.values() for key, x in first["model"].items())
+
+    rates = [row["lr"] for row in read_rows(tmp_path / "out" / "log.jsonl", "step")]
+    peak, n = 0.1 * 4 / 256, runs_of[0].updates
+    assert rates == [peak * min(step / n, 1) for step in range(7)]
+    x = z = build_model(recipe, runs_of[0].info).get_parameter(name).detach().double()
+    y, v, total = x, torch.zeros_like(x), 0.0
+    for t, (g, lr) in enumerate(zip(gradients, rates), 1):  # arXiv 2405.15682, algorithm 1
+        v, rate = 0.95 * v + 0.05 * g * g, lr * (1 - 0.95**t) ** 0.5
+        z, total = z - rate * (g / (v.sqrt() + 1e-8) + 0.05 * y), total + rate**2
+        x = x + (rate**2 / total if total else 0.0) * (z - x)
+        y = 0.1 * z + 0.9 * x
+    read = read_student(locate_student(tmp_path / "out")).model
+    student = read.get_parameter(name.removeprefix("student.")).detach().double()
+    assert (student - x).norm() < 1e-6 * x.norm() and (student - y).norm() > 1e-4 * x.norm()
+
+    assert _train(tiny_cache, tmp_path / "out", recipe, **options)["finished"]
+    last = _state(tmp_path / "out")["model"]
+    assert all(torch.equal(x, seen["export_student"][key]) for key, x in last.items())
+    for weights in seen.values():
+        assert all(torch.equal(x, weights[key]) for key, x in last.items())
 
 
 def test_a_cache_of_tars_trains_to_the_same_bits(make_cache: Callable[..., Path], tmp_path: Path, whole: Path) -> None:

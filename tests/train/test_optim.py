@@ -1,6 +1,7 @@
 """The schedule, the groups and the guarded step, each against its own restatement."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -99,6 +100,45 @@ def test_muon_moves_matrices_of_blocks_adamw_the_rest_and_a_skipped_step_leaves_
     moved, ideal = inner.detach() - starts[0], _muon(starts[0], [g[inner] for g in gradients], 0.01, 0.05) - starts[0]
     assert torch.cosine_similarity(moved.flatten(), ideal.flatten(), dim=0) > 0.95
     assert 0.7 < moved.norm() / ideal.norm() < 1.2
+
+
+def _schedule_free(
+    weight: torch.Tensor, gradient: Callable[[torch.Tensor], torch.Tensor], rates: list[float], decay: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(y, x) of schedule-free AdamW (arXiv 2405.15682, algorithm 1), betas (0.9, 0.95), after an update at each of `rates`."""
+    z = x = weight
+    v, total = torch.zeros_like(weight), 0.0
+    for t, lr in enumerate(rates, 1):
+        y = 0.1 * z + 0.9 * x
+        g = gradient(y)
+        v = 0.95 * v + 0.05 * g * g
+        rate = lr * (1 - 0.95**t) ** 0.5
+        z = z - rate * g / (v.sqrt() + 1e-8) - rate * decay * y
+        total += rate**2
+        c = rate**2 / total if total else 0.0
+        x = (1 - c) * x + c * z
+    return 0.1 * z + 0.9 * x, x
+
+
+def test_schedule_free_steps_equal_the_paper_restated_and_a_skipped_one_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3, dtype=torch.float64)
+    starts = {p: p.detach().clone() for p in model.parameters()}
+    slopes = {p: torch.randn_like(p) for p in model.parameters()}
+    optimizer = optim.build_optimizer(model, betas=(0.9, 0.95), decay=0.5, name="schedule-free")
+    rates = [0.0, 0.05, 0.1, 0.1, 0.1]  # the first update of a warm-up is at 0
+    for lr, poison in [(0.0, True), (0.0, False), (0.05, False), (0.05, True), *((lr, False) for lr in rates[2:])]:
+        optim.set_lr(optimizer, lr)
+        for p in model.parameters():
+            p.grad = torch.full_like(p, math.nan) if poison else slopes[p] * p.detach().exp()
+        before = model.weight.detach().clone()
+        assert optim.guarded_step(optimizer, optim.gradient_norm(model.parameters())).item() == poison
+        assert not poison or torch.equal(model.weight, before)
+    averaged = optimizer.averaged(model)  # type: ignore[union-attr]
+    for name, p, decay in (("weight", model.weight, 0.5), ("bias", model.bias, 0.0)):
+        y, x = _schedule_free(starts[p], lambda at, p=p: slopes[p] * at.exp(), rates, decay)  # type: ignore[misc]
+        torch.testing.assert_close(p.detach(), y, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(averaged[name], x, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_above_the_norm_are_scaled_to_it_and_others_left() -> None:

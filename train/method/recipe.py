@@ -275,7 +275,8 @@ class TermRecipe:
 class Optim:
     """The peak learning rate is `lr_per_256 * batch_size / 256 * lr_scale`. batch_size: images per update, over all ranks.
 
-    name: AdamW, or Muon (arXiv 2502.16982) for the matrices of blocks beside AdamW for the rest.
+    name: AdamW, or Muon (arXiv 2502.16982) for the matrices of blocks beside AdamW for the rest, or schedule-free AdamW (arXiv 2405.15682), whose
+    rate stays at its peak.
     lr_rule: `sqrt` takes the root of `batch_size / 256` instead. ema: the momentum of the copy that terms with target `ema` predict, at the first update
     and at the end, along half a cosine.
     clip_norm: gradients of a larger norm, all of them together, are scaled to it; null: none are.
@@ -293,7 +294,7 @@ class Optim:
     clip_norm: float | None = None
     lr_rule: Literal["linear", "sqrt"] = "linear"
     ema: tuple[float, float] = (0.996, 1.0)
-    name: Literal["adamw", "muon"] = "adamw"
+    name: Literal["adamw", "muon", "schedule-free"] = "adamw"
 
 
 @dataclass(frozen=True)
@@ -450,6 +451,9 @@ def _rules(recipe: Recipe) -> Iterable[Rule]:
     yield from _decoder_rules(recipe.student.decoder) if recipe.student.decoder is not None else ()
     yield from _box_rules(recipe.student.boxes, recipe.student) if recipe.student.boxes is not None else ()
     yield from _optim_rules(recipe.optim)
+    averaged = recipe.optim.name == "schedule-free"
+    told = "adamw or muon was expected with head predictor, whose batch norms' statistics would not be those of averaged weights"
+    yield "optim.name", not averaged or all(term.head != "predictor" for term in recipe.terms.values()), told
     for name, term in recipe.terms.items():
         for rules in (_tap_rules, _position_rules, _target_rules, _distance_rules, _special_rules, _weight_rules):
             yield from rules(recipe, f"terms.{name}", term)
@@ -548,6 +552,8 @@ def _optim_rules(optim: Optim) -> Iterable[Rule]:
     yield "optim.ema", all(0 <= momentum <= 1 for momentum in optim.ema), "two numbers in [0, 1] were expected"
     yield "optim.lr_scale", optim.lr_scale > 0, "a number above 0 was expected"
     yield "optim.clip_norm", optim.clip_norm is None or optim.clip_norm > 0, "a number above 0, or null, was expected"
+    falls = optim.name != "schedule-free" or optim.min_lr == 0
+    yield "optim.min_lr", falls, "0 was expected with optim.name schedule-free, whose rate does not fall"
     yield "optim.epochs", optim.epochs >= 1, "at least 1 was expected"
     yield "optim.batch_size", optim.batch_size >= 1, "at least 1 was expected"
 

@@ -230,6 +230,7 @@ def test_the_names_recipes_allow_are_the_ones_that_exist() -> None:
         ("optim.betas=[0.9, 1.0]", "numbers in [0, 1)"),
         ("optim.epochs=0", "at least 1"),
         ("optim.clip_norm=0", "a number above 0, or null"),
+        ("optim={name: schedule-free, min_lr: 1e-5}", "0 was expected with optim.name schedule-free"),
         ("optim.lr_scale=0", "a number above 0"),
         ("student.init_values=0", "a number above 0, or null"),
         ("student.positions=sincos2d", "did you mean sincos"),
@@ -317,6 +318,13 @@ def test_differences_are_named_and_equal_recipes_have_none() -> None:
     found = {field: (before, after) for field, before, after in difference(old, new)}
     assert found["optim.epochs"] == (200, 400) and found["terms.pixels.tap"] == ("decoder", None)
     assert not [field for field in found if not field.startswith(("optim.epochs", "terms.pixels."))]
+
+
+def test_averaged_weights_are_refused_with_batch_norms() -> None:
+    with pytest.raises(
+        ValueError, match="optim.name is 'schedule-free'; adamw or muon was expected with head predictor"
+    ):
+        load_recipe("lut", ["optim.name=schedule-free"])
 
 
 def test_recipes_cannot_be_changed_by_accident() -> None:
