@@ -119,6 +119,7 @@ def test_names_in_a_run_never_become_markup_and_its_slider_goes_through_the_epoc
         assert page.evaluate(shown) == 0 and page.locator(".slider output").inner_text() == "epoch 1"
 
 
+@pytest.mark.drawn
 def test_a_real_run_ends_with_its_page(open_page: Open, tiny_cache: Path, tiny_recipe: Any, tmp_path: Path) -> None:
     train_quietly(tiny_cache, tmp_path / "out", tiny_recipe("mr-mae", "optim={epochs: 2, batch_size: 8, warmup_epochs: 1}"), page=True,
                   panels_every=1, hold_out=0.2, log_every=1)  # fmt: skip
