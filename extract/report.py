@@ -81,5 +81,5 @@ def shared_line(cache: Cache, column: str) -> str | None:
     return (
         f"  {column}: {position:.0%} of its layer-normalised energy is the same in every image ({constant:.0%} one constant, the rest one"
         f" more per position; {n:,} images), which a student can predict without looking; inspect-cache stats {cache.path}, then"
-        " train-mrmae --set terms.mimic.transform=position leaves it out (better from the ViTs of our study, worse from its CNN)"
+        " train-mrmae --set terms.mimic.transform=position leaves it out (better from the ViTs of our study, level or worse from its CNN)"
     )
