@@ -30,6 +30,12 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """Models begin with the same weights, whatever ran before."""
+    torch.manual_seed(0)
+
+
 def views(size: int = 64) -> torch.Tensor:
     return torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
