@@ -46,6 +46,14 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
         f"gal-{dtype}": ("eurosat", 1, f"--teacher {GALILEO} --dtype {dtype}", "")
         for dtype in ("int8", "pq4", "pq", "pq16")
     },
+    **{
+        name: made
+        for dtype in ("int8", "pq4", "pq")
+        for name, made in {
+            f"cnn-{dtype}": ("eurosat", 1, f"--teacher {TEACHER.format(size=128)} --dtype {dtype}", ""),
+            f"dino-{dtype}": ("small", 1, f"{DINO} --dtype {dtype}", ""),
+        }.items()
+    },
     "both-blocks": ("eurosat", 1, f"{BOTH} --token-layout blocks", ""),
     "both-blocks-k4": ("eurosat", 4, f"{BOTH} --token-layout blocks", "both-blocks"),
 }
@@ -133,15 +141,37 @@ def tested(of: str, against: str) -> Arm:
     return arm(f"{of}-test", "tested", "", source=f"WORK/{of}", cache="both-k1", **how)
 
 
-def codes(dtype: str, seed: int) -> Arm:
-    """`mr-mae` on centred targets of Galileo from a cache of this dtype, tested on the test part."""
+def codes(dtype: str, seed: int, teacher: str = "gal") -> Arm:
+    """`mr-mae` from a cache of this dtype, tested on the test part: on centred targets of Galileo, or at the better rate on `ln0` of another teacher."""
     how: dict[str, Any] = {
         "seed": seed,
-        "cache": f"gal-{dtype}",
+        "cache": f"{teacher}-{dtype}",
         "test": TEST,
         "probes": ("knn", "linear", "attentive"),
     }
-    return chosen(f"codes-{dtype}-s{seed}", "codes", options=CENTRED, against="codes-int8", **how)
+    if teacher == "gal":
+        return chosen(f"codes-{dtype}-s{seed}", "codes", options=CENTRED, against="codes-int8", **how)
+    others: dict[str, Any] = {"epochs": 2 * EPOCHS if teacher == "dino" else EPOCHS, "against": f"codes-{teacher}-int8"}
+    return chosen(f"codes-{teacher}-{dtype}-s{seed}", "codes", options="--blr 12e-3", **others, **how)
+
+
+def photos(transform: str, seed: int, teacher: str = "") -> Arm:
+    """`mr-mae` on the photographs with another target transform, from both teachers there or one."""
+    named = f" --set terms.mimic.teachers=[{teacher}]" if teacher else ""
+    label = f"photos-{teacher}" if teacher else "photos"
+    how: dict[str, Any] = {
+        "seed": seed,
+        "cache": "small-k1",
+        "epochs": 2 * EPOCHS,
+        "test": TEST,
+        "against": f"{label}-ln0",
+    }
+    return chosen(
+        f"{label}-{transform.replace('+', '-')}-s{seed}",
+        "others",
+        options=f"--set terms.mimic.transform={transform}{named}",
+        **how,
+    )
 
 
 def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -> Arm:
@@ -202,7 +232,8 @@ CHOICES: list[Arm] = [
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(optimiser(name, blr, seed) for blr in ("36e-3", "108e-3") for seed in range(3) for name in ("adamw", "muon")),
     *(optimiser(name, "324e-3") for name in ("adamw", "muon")),
-    *(optimiser("schedule-free", blr) for blr in ("12e-3", "36e-3")),
+    *(optimiser("schedule-free", blr) for blr in ("12e-3", "36e-3", "108e-3")),
+    *(optimiser("schedule-free", "36e-3", seed) for seed in (1, 2)),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip
@@ -223,8 +254,7 @@ FAST: list[Arm] = [fast(arm) for arm in (
 
 FAST += [fast(arm) for arm in (
     *(each for seed in SEEDS for each in pair("photos", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
-    *(chosen(f"photos-{transform.replace('+', '-')}-s{seed}", "others", options=f"--set terms.mimic.transform={transform}", against="photos-ln0",
-             seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST) for transform in ("position+ln0", "channel") for seed in SEEDS),
+    *(photos(transform, seed) for transform in ("position+ln0", "channel") for seed in SEEDS),
     *(each | {"options": f"{each['options']} --set terms.mimic.teachers=[{teacher}]"} for seed in SEEDS for teacher in ("cnn", "dino")
       for each in pair(f"photos-{teacher}", seed=seed, cache="small-k1", epochs=2 * EPOCHS, test=TEST)),
     *(each | {"options": f"{each['options']} --set terms.mimic.teachers=[dino] --set terms.cls.teachers=[dino]"} for seed in SEEDS
@@ -235,6 +265,13 @@ FAST += [fast(arm) for arm in (
         each["options"].replace("mimic", f"layer{i}") for i in range(8, 13))} for each in pair("maskalign", "maskalign", cache="small-taps", test=TEST)),
     *pair("epochs-100", epochs=5 * EPOCHS),
     *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for each in pair("vit-tiny")),
+)]  # fmt: skip
+FAST += [fast(arm) for arm in (
+    *(target(transform, teacher, seed) for transform in TRANSFORMS for teacher in ("gal", "cnn") for seed in SEEDS),
+    *(photos(transform, seed) for transform in ("none", "position+phi_s") for seed in SEEDS),
+    *(photos(transform, seed, teacher) for transform in TRANSFORMS for teacher in ("cnn", "dino") for seed in SEEDS),
+    *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for seed in (1, 2) for each in pair("vit-tiny", seed=seed)),
+    *(each for seed in (1, 2) for each in pair("epochs-100", epochs=5 * EPOCHS, seed=seed)),
 )]  # fmt: skip
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 FAST += [probed_more(f"fast-mimic-only-position-s{seed}", "fast-decoder-4-self-48") for seed in SEEDS]
@@ -268,6 +305,12 @@ ARMS: list[Arm] = [
     *FAST,
     *(codes(dtype, seed) for seed in range(3) for dtype in ("int8", "pq")),
     *(codes(dtype, seed) for seed in range(3) for dtype in ("pq16", "pq4")),
+    *(
+        codes(dtype, seed, teacher)
+        for seed in range(3)
+        for dtype in ("int8", "pq", "pq4")
+        for teacher in ("cnn", "dino")
+    ),
     attended("none"),
     attended("sampled", "mr-mae-focused"),
     attended("weighed", options="--set terms.mimic.focus=true"),
