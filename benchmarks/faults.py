@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from mrmae.shards import check
 from mrmae.shards.cache import open_cache
-from mrmae.shards.format import PIXELS, Plan, Unit, commit_path, content_id, units
+from mrmae.shards.format import PIXELS, Plan, Unit, Values, commit_path, content_id, units, write_arrow
+from mrmae.shards.shard_table import SHARD_TABLE, ShardTable, table_file
 from mrmae.shards.store import unit_files
 
 Rng = np.random.Generator
@@ -134,6 +136,28 @@ def edit_manifest(path: Path, made: Plan, rng: Rng) -> Fault:
     return change(path, "edited manifest", "manifest.json", json.dumps(manifest).encode())
 
 
+def edit_shards(path: Path, made: Plan, rng: Rng) -> Fault:
+    """A value of the manifest's table of shards is another one; half of the time manifest.json is made to fit."""
+    file = table_file(path, 0)
+    table = pa.ipc.open_file(file.read_bytes()).read_all()
+    name = table.column_names[int(rng.integers(table.num_columns))]
+    values, row = table[name].to_pylist(), int(rng.integers(table.num_rows))
+    values[row] = rng.bytes(32) if isinstance(values[row], bytes) else values[row] + ("x" if name == "column" else 1)
+    table = table.set_column(
+        table.column_names.index(name), table.schema.field(name), pa.array(values, table.schema.field(name).type)
+    )
+    names = [file, path / "manifest.json"]
+    before = tuple(file.read_bytes() for file in names)
+    columns = {name: Values(table[name].combine_chunks(), name) for name in table.column_names}
+    write_arrow(file, columns, SHARD_TABLE)
+    if rng.random() < 0.5:
+        manifest = json.loads(before[1])
+        manifest["shards"][0] = ShardTable.of(columns).digests
+        manifest["manifest_id"] = content_id({k: v for k, v in manifest.items() if k != "manifest_id"})
+        names[1].write_text(json.dumps(manifest))
+    return Fault("edited table of shards", tuple(check.relative(path, file) for file in names), before)
+
+
 def flip_metadata(path: Path, made: Plan, rng: Rng) -> Fault:
     """One bit of plan, manifest or a tail."""
     names = ["plan.json", "manifest.json", *(f"tail/{t.name}.safetensors" for t in made.columns)]
@@ -154,6 +178,7 @@ KINDS: dict[str, Callable[[Path, Plan, Rng], Fault]] = {
     "deleted shard": delete_shard,
     "deleted commit record": delete_record,
     "edited manifest": edit_manifest,
+    "edited table of shards": edit_shards,
     "bit flip in metadata": flip_metadata,
 }
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from synthetic import codes, pixel_row
 
-from mrmae.common.files import publish
 from mrmae.extract.images import Sources
 from mrmae.shards import commit
 from mrmae.shards.format import (
@@ -29,7 +28,6 @@ from mrmae.shards.format import (
     ViewRecipe,
     canonical_json,
     commit_path,
-    content_id,
     load_plan,
     plan,
     read_samples,
@@ -37,7 +35,7 @@ from mrmae.shards.format import (
     signed_hashes,
     units,
 )
-from mrmae.shards.manifest import manifest_body
+from mrmae.shards.manifest import write_manifest
 from mrmae.shards.order import EpochOrder
 from mrmae.shards.store import digest_of_hashes, unit_files
 
@@ -218,5 +216,4 @@ def write_finished(path: Path, n: int) -> None:
         for unit in units(made)
         if (record := commit.valid_record(path, made, *unit))
     }
-    body = manifest_body(path, made, records, read_samples(path))
-    publish(path / "manifest.json", plan.readable_json({**body, "manifest_id": content_id(body)}))
+    write_manifest(path, made, records, read_samples(path))

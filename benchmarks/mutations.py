@@ -22,12 +22,14 @@ import numpy as np
 import pyarrow as pa
 
 from mrmae.shards.commit import record_id
-from mrmae.shards.format import content_id, read_samples
+from mrmae.shards.format import Unit, Values, content_id, load_plan, read_samples
 from mrmae.shards.manifest import samples_digests
+from mrmae.shards.shard_table import shard_tables, write_shard_tables
 
 Rng = np.random.Generator
 FILES = {  # which files, how often
-    "manifest.json": 5,
+    "manifest.json": 4,
+    "manifest/*.arrow": 3,
     "plan.json": 5,
     "samples.arrow": 4,
     "commits/*/*/*.json": 5,
@@ -187,11 +189,11 @@ def edit_text(text: str, rng: Rng) -> tuple[str, str]:
     return "in a list", f"[{text}]"
 
 
-# --- samples.arrow
+# --- samples.arrow, and the tables of shards
 
 
 def mutate_arrow(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
-    """Another table of samples."""
+    """Another table."""
     table = table_of(before)
     name = pick(rng, list(table.column_names), [4] + [1] * (table.num_columns - 1))
     at, values = table.column_names.index(name), table[name].to_pylist()
@@ -223,13 +225,15 @@ def mutate_arrow(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
     elif what == "one row less":
         table = table.slice(0, len(values) - 1)
     elif what == "hashes":
-        hashes = table["hash"].to_pylist()
-        table = table.set_column(1, "hash", pa.array([*hashes[1:], hashes[0]], pa.int64()))
+        name = "hash" if "hash" in table.column_names else "sha256"
+        at, hashes = table.column_names.index(name), table[name].to_pylist()
+        table = table.set_column(at, name, pa.array([*hashes[1:], hashes[0]], table.schema.field(name).type))
     elif what == "bomb":
         table = pa.table([pa.repeat(pa.scalar(None, field.type), ROWS) for field in table.schema], table.schema)
     elif what == "long text":
         long = pa.array(["x" * 2**26] * len(values)).dictionary_encode()
-        table = table.set_column(table.column_names.index("reason"), "reason", long.cast(pa.large_string()))
+        name = "reason" if "reason" in table.column_names else "column"
+        table = table.set_column(table.column_names.index(name), name, long.cast(pa.large_string()))
     out = io.BytesIO()
     packed = pa.ipc.IpcWriteOptions(compression="zstd" if what in ("bomb", "long text") or rng.random() < 0.3 else None)
     with pa.ipc.new_file(out, table.schema, options=packed) as writer:
@@ -420,9 +424,8 @@ def forge(cache: Path, name: str) -> bool:
         changed = [record for file, record in records.items() if cover_record(cache, file, record, name, about)]
         if manifest is not None:
             cover(cache, name, manifest, about)
-            for record in changed:
-                entry = manifest["shards"][str(record["view"])][record["column"]][record["shard"]]
-                entry["record_id"] = record["record_id"]
+            if changed:
+                cover_shards(cache, manifest, {unit_of(record): record for record in records.values()})
             manifest["manifest_id"] = content_id({key: v for key, v in manifest.items() if key != "manifest_id"})
             (cache / "manifest.json").write_text(json.dumps(manifest))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OSError, MemoryError):
@@ -453,18 +456,24 @@ def cover(cache: Path, name: str, manifest: dict[str, Any], about: dict[str, Any
         manifest.update({key: value for key, value in plan.items() if key not in ("columns", "quantisers")})
     elif name == "samples.arrow":
         manifest["samples"] = samples_digests(read_samples(cache))
-    elif name.startswith("commits/"):
-        record = json.loads((cache / name).read_bytes())
-        _, view, column, shard = name.split("/")
-        entry = manifest["shards"][view][column][int(shard.partition(".")[0])]
-        entry.update({key: record[key] for key in entry})
+    elif name.startswith("manifest/"):
+        table = table_of((cache / name).read_bytes())
+        manifest["shards"][0] = {key: Values(table[key].combine_chunks(), key).digest for key in table.column_names}
     for column in manifest["columns"]:
         if column["tail"] and column["tail"]["file"] == name:
             column["tail"].update(about)
-    for columns in manifest["shards"].values():
-        for entry in (entry for entries in columns.values() for entry in entries):
-            if name in entry["files"]:
-                entry["files"][name] = about
+
+
+def cover_shards(cache: Path, manifest: dict[str, Any], records: dict[Unit, Any]) -> None:
+    """Have the manifest and its tables of shards say what these records do."""
+    tables = shard_tables(load_plan(cache), records)
+    write_shard_tables(cache, tables)
+    manifest["shards"] = [table.digests for table in tables]
+
+
+def unit_of(record: dict[str, Any]) -> Unit:
+    """The unit of work that a commit record is of."""
+    return record["view"], record["column"], record["shard"]
 
 
 NOT_VERIFIED = (

@@ -1,6 +1,5 @@
 """How long it takes to open caches of 1,000 shards, for bench_cache.py."""
 
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,12 +15,11 @@ from mrmae.shards.format import (
     Unit,
     View,
     ViewRecipe,
-    content_id,
     plan,
     samples,
     units,
 )
-from mrmae.shards.manifest import manifest_body
+from mrmae.shards.manifest import write_manifest
 from mrmae.shards.store import PixelRow, index_path, read_index, unit_files, write_pixel_tar
 
 SHARDS = 1000
@@ -86,8 +84,7 @@ def hollow_cache(path: Path, n: int) -> Path:
     (path / "plan.json").write_bytes(plan.readable_json(made.to_json()))
     commit.create_columns(path, made)
     records = {unit: hollow_shard(path, made, unit) for unit in units(made)}
-    body = manifest_body(path, made, records, rows)
-    (path / "manifest.json").write_text(json.dumps({**body, "manifest_id": content_id(body)}))
+    write_manifest(path, made, records, rows)
     return path
 
 

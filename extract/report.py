@@ -1,13 +1,13 @@
 """How an extraction ended: what was made, and which images cannot be read."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from mrmae.common.progress import counted, human_bytes, human_time
 from mrmae.extract.made_maps import made_in_words
 from mrmae.extract.pipeline import ExtractJob
 from mrmae.shards import commit as commits
 from mrmae.shards.cache import Cache, open_cache
+from mrmae.shards.manifest import Manifest
 from mrmae.shards.stats import SHARED_IMAGES, shared_energy
 
 SHOWN_BAD = 100
@@ -42,10 +42,9 @@ def bad_list(job: ExtractJob, bad: Mapping[int, str]) -> str:
     return "\n".join(lines[:SHOWN_BAD] + more)
 
 
-def summary(job: ExtractJob, manifest: Mapping[str, Any], seconds: float, *, nothing_done: bool) -> str:
+def summary(job: ExtractJob, manifest: Manifest, seconds: float, *, nothing_done: bool) -> str:
     """What was made, how large it is, and how faithful the stored features are."""
-    size = sum(file["bytes"] for columns in manifest["shards"].values() for shards in columns.values()
-               for shard in shards for file in shard["files"].values())  # fmt: skip
+    size = sum(int(table.arrays["bytes"].sum()) for table in manifest.tables())
     held = f"{counted(manifest['n_valid'], 'image')}, {counted(job.plan.n_views, 'view')}"
     head = f"{job.path}: {held}, {human_bytes(size)}"
     lines = [head + (", complete before; nothing was left to do" if nothing_done else f", {human_time(seconds)}")]

@@ -24,7 +24,7 @@ from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
 from mrmae.shards.format import SourceTable
-from mrmae.shards.manifest import read_manifest
+from mrmae.shards.manifest import Manifest, read_manifest
 from mrmae.shards.plans import (
     DIGESTS,
     TARS,
@@ -93,7 +93,7 @@ def is_finished(job: ExtractJob) -> bool:
     return exists(job.path / "manifest.json") and not commits.missing(job.path, job.plan)
 
 
-def finish_cache(job: ExtractJob, *, by_others: bool = False) -> dict[str, Any]:
+def finish_cache(job: ExtractJob, *, by_others: bool = False) -> Manifest:
     """The manifest, once every shard is committed, by whomever. by_others: where there is one by now, as there was none, it is theirs."""
     wait_for_shards(job.path, job.plan)
     with take_the_plan(job.path):

@@ -51,7 +51,7 @@ from mrmae.shards.format import (
     tail_path,
     units,
 )
-from mrmae.shards.manifest import read_manifest
+from mrmae.shards.manifest import Manifest, read_manifest
 from mrmae.shards.near import NearFolder, NearShards, near_folder, near_samples
 from mrmae.shards.store import Shards, refuse_foreign_entries
 
@@ -111,7 +111,7 @@ class Cache:
     """
 
     def __init__(
-        self, path: Path, plan: Plan, manifest: dict[str, Any], table: SampleTable, readable: Flags, threads: int,
+        self, path: Path, plan: Plan, manifest: Manifest, table: SampleTable, readable: Flags, threads: int,
         near: NearFolder | None = None,
     ) -> None:  # fmt: skip
         self.path, self.plan, self.manifest, self.threads = path, plan, manifest, threads
@@ -457,7 +457,7 @@ def open_cache(
     if files:
         refuse_foreign_entries(path)
     plan, threads = load_plan(path), threads or min(8, os.cpu_count() or 1)
-    manifest = read_manifest(path) if exists(path / "manifest.json") else {}
+    manifest = read_manifest(path) if exists(path / "manifest.json") else Manifest({}, path)
     table = near_samples(near, path, plan, manifest)
     if not manifest:
         done = committed(path, plan)
@@ -491,4 +491,4 @@ def open_unfinished(
     for number, reason in bad_in(records).items():
         readable[number], reasons[number] = False, reason
     told = {"reason": sample_values(reasons, "reason"), "sha256": known_hashes(path, plan, SourceTable(table), records)}
-    return Cache(path, plan, {}, {**table, **told}, readable, threads, near)
+    return Cache(path, plan, Manifest({}, path), {**table, **told}, readable, threads, near)

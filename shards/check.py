@@ -47,7 +47,8 @@ from mrmae.shards.format import (
     shown,
     units,
 )
-from mrmae.shards.manifest import Manifest, entry_of, manifest_body, plan_fields, read_manifest, samples_digests
+from mrmae.shards.manifest import Manifest, manifest_body, plan_fields, read_manifest, samples_digests
+from mrmae.shards.shard_table import n_tables, shard_tables, table_file
 from mrmae.shards.store import (
     MOST_METADATA_BYTES,
     Damaged,
@@ -98,8 +99,11 @@ class Described:
     finished: bool
 
     def entry(self, unit: Unit) -> dict[str, Any]:
-        """What the manifest says of a shard; empty where it says nothing."""
-        return entry_of(self.manifest, unit) if self.manifest else {}
+        """What the manifest says of a shard; empty where it says nothing, or where that is damaged."""
+        try:
+            return self.manifest.entry(self.plan, unit) if self.manifest else {}
+        except ValueError:
+            return {}
 
 
 # --- when a cache is opened: nothing is read but the plan, the manifest and the samples
@@ -127,7 +131,9 @@ def wrong_ids(plan: Plan, manifest: Manifest, table: SampleTable) -> Iterator[Pr
 
 def wrong_files(path: Path, plan: Plan, manifest: Manifest) -> Iterator[Problem]:
     """What can be wrong with files without a look into them."""
-    yield from strange_names(path, plan, manifest)
+    if damaged := [*wrong_tables(plan, manifest)]:
+        yield from damaged
+        return
     for file, n_bytes in promised_sizes(path, plan, manifest):
         try:
             if (size := size_of(file)) != n_bytes:
@@ -145,20 +151,29 @@ def other_samples(manifest: Manifest, table: SampleTable, columns: Sequence[str]
         )
 
 
-def strange_names(path: Path, plan: Plan, manifest: Manifest) -> Iterator[Problem]:
-    """Names in the manifest's shards that are none of their files."""
-    for unit in units(plan):
-        for name in sorted(set(entry_of(manifest, unit).get("files", {})) - {*shard_names(path, plan, unit)}):
-            yield Problem("manifest.json", f"{shown(name)} is no file of shard {unit[2]} of {unit[1]}, view {unit[0]}")
+def wrong_tables(plan: Plan, manifest: Manifest) -> Iterator[Problem]:
+    """The tables of shards that are not those that the manifest was written with."""
+    if len(manifest["shards"]) != (wanted := n_tables(plan)):
+        yield Problem(
+            "manifest.json",
+            f"it tells of {counted(len(manifest['shards']), 'table')} of shards; the plan wants {wanted}",
+        )
+        return
+    for number in range(len(manifest["shards"])):
+        try:
+            manifest.table(number)
+        except ValueError as error:
+            file = table_file(manifest.path, number)
+            yield Problem(relative(manifest.path, file), reason(error, file))
 
 
 def promised_sizes(path: Path, plan: Plan, manifest: Manifest) -> Iterator[tuple[Path, int | None]]:
     """Every shard file and tail of the plan, and how many bytes the manifest says that it has; None where it does not say.
 
-    The plan tells where files lie; a name in the manifest is only compared, never opened.
+    The plan tells where files lie.
     """
     for unit in units(plan):
-        files = entry_of(manifest, unit).get("files", {})
+        files = manifest.entry(plan, unit).get("files", {})
         for name, file in shard_names(path, plan, unit).items():
             yield file, files.get(name, {}).get("bytes")
     for file, tail, _ in tails_of(path, plan, manifest):
@@ -202,6 +217,7 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
         *wrong_plan,
         *unfinished_problems(cache),
         *wrong_samples,
+        *(wrong_tables(plan, manifest) if manifest else ()),
         *shard_problems(cache, full=full),
         *metadata_problems(path, plan, full=full),
         *tail_problems(cache, full=full),
@@ -478,7 +494,8 @@ def edited_samples(cache: Described) -> Iterator[Problem]:
 def edited_manifest(cache: Described) -> Iterator[Problem]:
     """manifest.json, where it is not what plan, records and samples say; only for a cache in which nothing else is wrong."""
     assert cache.manifest is not None and cache.table is not None, "else this was a problem already"
-    body = plain(manifest_body(cache.path, cache.plan, cache.records, cache.table))
+    tables = shard_tables(cache.plan, cache.records)
+    body = plain(manifest_body(cache.path, cache.plan, cache.records, cache.table, tables))
     told = {name: cache.manifest.get(name) for name in body}
     try:
         compare_specs(told, body, "manifest.json")

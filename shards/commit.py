@@ -42,7 +42,6 @@ from mrmae.shards.format import (
     read_product,
     read_samples,
     read_tail,
-    readable_json,
     sample_values,
     shown,
     signed_hashes,
@@ -53,11 +52,12 @@ from mrmae.shards.format import (
 from mrmae.shards.manifest import (
     MOST_MANIFEST_BYTES,
     FileFields,
+    Manifest,
     ManifestFields,
     QualityFields,
     file_summary,
-    manifest_body,
     samples_digests,
+    write_manifest,
 )
 from mrmae.shards.store import (
     PixelRow,
@@ -362,7 +362,7 @@ def bad_in(records: Mapping[Unit, Mapping[str, Any]]) -> dict[int, str]:
     return {int(n): reason for record in pixels for n, reason in record["bad"].items()}
 
 
-def finalise(path: Path, plan: Plan) -> dict[str, Any]:
+def finalise(path: Path, plan: Plan) -> Manifest:
     """The manifest, written with the final samples.arrow once every shard is committed.
 
     It holds nothing of time, host or versions: equal runs give equal manifests.
@@ -376,9 +376,7 @@ def finalise(path: Path, plan: Plan) -> dict[str, Any]:
     refuse_other_tails(path, plan)
     table = {**read_samples(path, plan.numbers), **decoded_columns(path, plan, complete)}
     write_samples(path, table)
-    body = manifest_body(path, plan, complete, table)
-    manifest = {**body, "manifest_id": content_id(body)}
-    publish(path / "manifest.json", readable_json(manifest), replace=True)
+    manifest = write_manifest(path, plan, complete, table)
     remove_leftovers(path)
     remove_locks(path)
     return manifest

@@ -42,7 +42,6 @@ from mrmae.shards.format import (
     write_codebook,
     write_tail,
 )
-from mrmae.shards.manifest import entry_of
 from mrmae.shards.plans import Wanted, agree, look, negotiate
 from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
@@ -127,7 +126,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
     """Bytes of the shard that was written and committed."""
     view, column, shard = unit
     record = commits.valid_record(cache.path, cache.plan, *unit)
-    if record is None or record["record_id"] != entry_of(cache.manifest, unit)["record_id"]:
+    if record is None or record["record_id"] != cache.manifest.entry(cache.plan, unit)["record_id"]:
         raise ValueError(f"{commit_path(cache.path, *unit)}: the commit record is missing, or is not the one that was written; "
                          f"run inspect-cache repair {cache.path}")  # fmt: skip
     origin = record.get("extracted") or {name: record[name] for name in NOT_COPIED[2:] if name in record}
@@ -146,7 +145,7 @@ def convert_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, about: Mapping
 
 def copy_unit(cache: Cache, out: Path, plan: Plan, unit: Unit, record: Mapping[str, Any]) -> None:
     """Copy and commit a shard whose files stay as they are, each checked against the manifest's sha256."""
-    told = entry_of(cache.manifest, unit)["files"]
+    told = cache.manifest.entry(cache.plan, unit)["files"]
 
     def copied(file: Path) -> Published:
         name = file.relative_to(cache.path).as_posix()

@@ -1,14 +1,16 @@
 """manifest.json: what a finished cache holds, by size, hash and id. It follows from the plan, the samples and the commit records.
 
-docs/format.md, "Manifest". Commit records come first: where they and the manifest disagree, the manifest is written anew.
+What it says of shards stands in tables beside it (shard_table.py). docs/format.md, "Manifest". Commit records come first: where they
+and the manifest disagree, the manifest is written anew.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
 from mrmae.common.backend import exists, read_bytes
+from mrmae.common.files import publish
 from mrmae.shards.format import (
     FORMAT_VERSION,
     SAMPLES,
@@ -25,13 +27,21 @@ from mrmae.shards.format import (
     kept_path,
     plain,
     read_json,
+    readable_json,
     shown,
     tail_name,
     tail_path,
 )
+from mrmae.shards.shard_table import (
+    SHARDS_IN_TABLE,
+    ShardTable,
+    read_shard_table,
+    shard_tables,
+    unit_names,
+    write_shard_tables,
+)
 
-Manifest = dict[str, Any]
-MOST_MANIFEST_BYTES = 1 << 29  # a KB for each shard of the largest plan
+MOST_MANIFEST_BYTES = 1 << 26  # a KB for each part of a cache that grew every hour for years
 
 
 class FileFields(TypedDict):
@@ -66,15 +76,6 @@ class ColumnFields(TypedDict):
     tail: TailFields | None
 
 
-class ShardFields(TypedDict):
-    """A shard in the manifest."""
-
-    count: int
-    valid: int
-    record_id: str
-    files: dict[str, FileFields]
-
-
 class ManifestFields(TypedDict):
     """manifest.json, beside the plan's fields."""
 
@@ -84,11 +85,38 @@ class ManifestFields(TypedDict):
     n_valid: int
     samples: dict[str, str]
     columns: list[ColumnFields]
-    shards: dict[str, dict[str, list[ShardFields]]]
+    shards: list[dict[str, str]]
     manifest_id: str
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
+class Manifest(dict[str, Any]):
+    """The fields of manifest.json, and the tables of shards that it holds the digests of, each read when it is asked for. Empty: there is none."""
+
+    def __init__(self, fields: Mapping[str, Any], path: Path) -> None:
+        super().__init__(fields)
+        self.path = path
+        self._tables: dict[int, ShardTable] = {}
+
+    def table(self, number: int) -> ShardTable:
+        """One of the tables. ValueError where it is not the one that the manifest was written with."""
+        if number not in self._tables:
+            self._tables[number] = read_shard_table(self.path, number, self["shards"][number])
+        return self._tables[number]
+
+    def tables(self) -> Iterator[ShardTable]:
+        """All of them."""
+        return (self.table(number) for number in range(len(self.get("shards", ()))))
+
+    def entry(self, plan: Plan, unit: Unit) -> dict[str, Any]:
+        """What is said of a unit: count, valid, record_id, and files by name; empty where nothing is, and without files where they are not as many."""
+        number = unit[2] // SHARDS_IN_TABLE
+        if number >= len(self.get("shards", ())) or not (told := self.table(number).entry(unit)):
+            return {}
+        names, files = unit_names(plan, unit), told["files"]
+        return told | {"files": dict(zip(names, files)) if len(names) == len(files) else {}}
+
+
+def read_manifest(path: Path) -> Manifest:
     """The manifest of a finished cache. ValueError when it was edited, is damaged or of another format version."""
     file = path / "manifest.json"
     todo = "run the same extract-features command again to write it anew"
@@ -110,7 +138,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: it does not match its own id, so it was edited or damaged; {todo}")
     if wrong := misnamed(manifest):
         raise ValueError(f"{file}: it is no manifest that mrmae writes ({wrong}), so it was edited; {todo}")
-    return manifest
+    return Manifest(manifest, path)
 
 
 def misnamed(manifest: Mapping[str, Any]) -> str:
@@ -129,13 +157,6 @@ def misnamed(manifest: Mapping[str, Any]) -> str:
     return ""
 
 
-def entry_of(manifest: Mapping[str, Any], unit: Unit) -> dict[str, Any]:
-    """What the manifest says of a unit: count, valid, files; empty where it says nothing."""
-    view, column, shard = unit
-    entries = manifest["shards"].get(str(view), {}).get(column, [])
-    return dict(entries[shard]) if shard < len(entries) else {}
-
-
 def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """plan.json's fields, as a manifest repeats them."""
     not_there = ("dataset_ids", "geometry_id", "n_valid", "samples", "shards", "manifest_id", "columns")
@@ -146,18 +167,28 @@ def plan_fields(manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def write_manifest(path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], samples: SampleTable) -> Manifest:
+    """The manifest, written with its tables of shards, which come first."""
+    tables = shard_tables(plan, records)
+    write_shard_tables(path, tables)
+    body = manifest_body(path, plan, records, samples, tables)
+    manifest = Manifest({**body, "manifest_id": content_id(body)}, path)
+    publish(path / "manifest.json", readable_json(manifest), replace=True)
+    return manifest
+
+
 def manifest_body(
-    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], table: SampleTable
-) -> dict[str, Any]:
-    """All of the manifest but its own id. records: of every unit; table: the final samples."""
+    path: Path, plan: Plan, records: Mapping[Unit, Mapping[str, Any]], samples: SampleTable, tables: Sequence[ShardTable]
+) -> dict[str, Any]:  # fmt: skip
+    """All of the manifest but its own id. records: of every unit; samples: the final ones."""
     return {
         **{name: value for name, value in plan.to_json().items() if name not in ("columns", "quantisers")},
-        "dataset_ids": dataset_ids(plan, SourceTable(table)),
+        "dataset_ids": dataset_ids(plan, SourceTable(samples)),
         "geometry_id": plan.geometry_id,
-        "n_valid": int(table["valid"].numpy().sum()),
-        "samples": samples_digests(table),
+        "n_valid": int(samples["valid"].numpy().sum()),
+        "samples": samples_digests(samples),
         "columns": [column_summary(path, plan, teacher.column, records) for teacher in plan.columns],
-        "shards": shard_table(records),
+        "shards": [table.digests for table in tables],
     }
 
 
@@ -173,15 +204,6 @@ def column_summary(path: Path, plan: Plan, column: str, records: Mapping[Unit, M
         "quality": worst_quality([record for unit, record in records.items() if unit[1] == column]),
         "tail": file_summary(path, tail) if exists(tail) else None,
     }
-
-
-def shard_table(records: Mapping[Unit, Mapping[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Count, valid count, the record's id, and size and sha256 of every file, by view and column, in the order of shards."""
-    table: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    for (view, column, _), record in sorted(records.items(), key=lambda item: (item[0][0], item[0][2])):
-        entry = {name: record[name] for name in ("count", "valid", "record_id", "files")}
-        table.setdefault(str(view), {}).setdefault(column, []).append(entry)
-    return table
 
 
 def worst_quality(records: Sequence[Mapping[str, Any]]) -> dict[str, float | int] | None:

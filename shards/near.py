@@ -30,7 +30,7 @@ from mrmae.common.progress import bytes_in, human_bytes
 from mrmae.shards.claims import Claim, say_once, take
 from mrmae.shards.commit import valid_record
 from mrmae.shards.format import SAMPLES_FILE, Plan, Unit, Values, content_id, read_samples
-from mrmae.shards.manifest import FileFields, Manifest, entry_of, samples_digests
+from mrmae.shards.manifest import FileFields, Manifest, samples_digests
 from mrmae.shards.store import Damaged, unit_files
 
 UNIT_NAME = re.compile(r"[0-9a-f]{64}")
@@ -101,7 +101,7 @@ class NearShards:
         """
         if unit not in self._promised:
             places = [file.relative_to(self.path) for file in unit_files(self.path, self.plan, *unit)]
-            told = self.manifest and entry_of(self.manifest, unit) or valid_record(self.path, self.plan, *unit) or {}
+            told = self.manifest.entry(self.plan, unit) or valid_record(self.path, self.plan, *unit) or {}
             files = told.get("files", {})
             whole = (
                 set(files) == {place.as_posix() for place in places}

@@ -188,15 +188,14 @@ def comparable(path: Path, *, finished: bool) -> Flat:
         columns = {f"{c['name']}.{c['tap']}": {"teacher": c} for c in fields.pop("columns")}
         quantisers = fields.pop("quantisers")
         return flattened({**fields, "columns": {n: {**c, "quantiser": quantisers.get(n)} for n, c in columns.items()}})
-    manifest = read_manifest(path)
-    shards = manifest.pop("shards")
-    manifest["columns"] = {column["name"]: column for column in manifest["columns"]}
-    hashes = {
-        f"shards.view {view}.{column}": [[file["sha256"] for file in entry["files"].values()] for entry in entries]
-        for view, columns in shards.items()
-        for column, entries in columns.items()
-    }
-    return flattened(manifest) | hashes
+    manifest, plan = read_manifest(path), load_plan(path)
+    fields = {name: value for name, value in manifest.items() if name != "shards"}
+    fields["columns"] = {column["name"]: column for column in manifest["columns"]}
+    hashes: dict[str, list[list[str]]] = {}
+    for unit in units(plan):
+        files = manifest.entry(plan, unit).get("files", {})
+        hashes.setdefault(f"shards.view {unit[0]}.{unit[1]}", []).append([file["sha256"] for file in files.values()])
+    return flattened(fields) | hashes
 
 
 def flattened(value: Any, field: str = "") -> Flat:

@@ -54,8 +54,10 @@ from mrmae.shards.format.samples import (
     grown_id,
     hash_values,
     listing_id,
+    read_arrow,
     read_samples,
     sample_values,
+    write_arrow,
     write_samples,
     write_sources,
 )
@@ -189,6 +191,7 @@ __all__ = [
     "read_json",
     "read_product",
     "read_samples",
+    "read_arrow",
     "read_sources",
     "read_tail",
     "readable_json",
@@ -204,6 +207,7 @@ __all__ = [
     "units",
     "write_samples",
     "write_sources",
+    "write_arrow",
     "write_tail",
     "keep_tail",
 ]

@@ -37,7 +37,7 @@ ROWS_AT_ONCE = 1 << 16  # rows that become Python's at a time
 
 
 class Values(Sequence[Any]):
-    """A column of the table: an Arrow array that reads as a sequence of text (sha256: hex), numbers or truth, None where null.
+    """A column of a table: an Arrow array that reads as a sequence of text (hashes: hex), numbers or truth, None where null.
 
     file: where it is mapped from, if it is: it is mapped anew where it is unpickled. mapped: the mapping. origin: what `file` is a copy of, which may be
     gone by then. ValueError, naming the file, for text that is damaged.
@@ -87,15 +87,20 @@ class Values(Sequence[Any]):
             raise ValueError(
                 f"{self.file or SAMPLES_FILE}: its column {self.name} is damaged ({error}); restore it"
             ) from None
-        return ["" if value is None else value.hex() for value in values] if self.name == "sha256" else values
+        return ["" if value is None else value.hex() for value in values] if self.is_hash else values
+
+    @property
+    def is_hash(self) -> bool:
+        """Whether the values are 32 bytes each."""
+        return bool(pa.types.is_fixed_size_binary(self.array.type))
 
     def head(self, n: int) -> "Values":
         """The first n rows."""
         return Values(self.array.slice(0, n), self.name, self.file, self.mapped, self.origin)
 
     def numpy(self) -> Array:
-        """Numbers, or truth (null: False), as an array, without a copy of numbers; of sha256 the bytes, [rows, 32]."""
-        if self.name == "sha256":
+        """Numbers, or truth (null: False), as an array, without a copy of numbers; of hashes the bytes, [rows, 32]."""
+        if self.is_hash:
             return np.frombuffer(self.array.buffers()[1], np.uint8).reshape(-1, 32)[self.array.offset :][: len(self)]
         if pa.types.is_boolean(self.array.type):
             return np.asarray(pc.fill_null(self.array, False).to_numpy(zero_copy_only=False))
@@ -112,7 +117,7 @@ class Values(Sequence[Any]):
             part = array.slice(start, ROWS_AT_ONCE)
             if text:
                 digest.update(pc.fill_null(pc.binary_length(part), -1).to_numpy())
-            elif pa.types.is_fixed_size_binary(array.type):
+            elif self.is_hash:
                 digest.update(part.buffers()[1].slice(32 * part.offset, 32 * len(part)))
             else:
                 digest.update(
@@ -242,13 +247,18 @@ def write_samples(path: Path, table: Mapping[str, Any]) -> None:
     columns = {name: sample_values(values, name) for name, values in table.items()}
     if "hash" not in columns:
         columns["hash"] = sample_values(signed_hashes(columns["key"]), "hash")
-    batch = pa.record_batch([columns[name].array for name in SAMPLES.names], SAMPLES)
+    write_arrow(path / SAMPLES_FILE, columns, SAMPLES)
+
+
+def write_arrow(file: Path, columns: SampleTable, schema: pa.Schema) -> None:
+    """Publish an Arrow file of one record batch, not compressed, in the place of one that is there."""
+    batch = pa.record_batch([columns[name].array for name in schema.names], schema)
 
     def write(file: Path) -> None:
-        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, SAMPLES) as writer:
+        with pa.OSFile(str(file), "wb") as out, pa.ipc.new_file(out, schema) as writer:
             writer.write_batch(batch)
 
-    publish_by(path / SAMPLES_FILE, write)
+    publish_by(file, write)
 
 
 def write_sources(path: Path, sources: Sequence[Source]) -> None:
@@ -268,7 +278,7 @@ def read_samples(path: Path, parts: Sequence[range] | None = None, copy: Path | 
     """
     origin, file = path / SAMPLES_FILE, copy or path / SAMPLES_FILE
     try:
-        batch, mapped = read_batch(file)
+        batch, mapped = read_arrow(file, SAMPLES, ALWAYS)
         n = len(batch) if parts is None else parts[-1].stop
         if not 0 < n <= len(batch):
             raise ValueError(f"it has {len(batch)} rows; the plan says {n}")
@@ -283,8 +293,9 @@ def read_samples(path: Path, parts: Sequence[range] | None = None, copy: Path | 
     return table
 
 
-def read_batch(file: Path) -> tuple[pa.RecordBatch, mmap.mmap | None]:
-    """The table of samples in a file, mapped, and the mapping; of an object read whole, and None. ValueError, or Arrow's, where it is none.
+def read_arrow(file: Path, schema: pa.Schema, always: Sequence[str]) -> tuple[pa.RecordBatch, mmap.mmap | None]:
+    """The table in a file, mapped, and the mapping; of an object read whole, and None. ValueError, or Arrow's, where it is not of this schema.
+    always: columns without nulls.
 
     Read as the stream that an Arrow file holds: what its footer says beside that is nobody's to check.
     """
@@ -293,16 +304,16 @@ def read_batch(file: Path) -> tuple[pa.RecordBatch, mmap.mmap | None]:
     if {content[: len(ARROW_MAGIC)].to_pybytes(), content[-len(ARROW_MAGIC) :].to_pybytes()} != {ARROW_MAGIC}:
         raise ValueError("it is no whole Arrow file")
     messages = pa.ipc.MessageReader.open_stream(content.slice(8))
-    schema, first, *more = [*itertools.islice(messages, 3), None, None]
-    if schema is None or first is None or first.type != "record batch" or any(more):
+    head, first, *more = [*itertools.islice(messages, 3), None, None]
+    if head is None or first is None or first.type != "record batch" or any(more):
         raise ValueError("it does not hold one part")
-    if not pa.ipc.read_schema(schema).equals(SAMPLES):
-        raise ValueError(f"its columns are {shown(pa.ipc.read_schema(schema).names)}; expected {SAMPLES.names}")
+    if not pa.ipc.read_schema(head).equals(schema):
+        raise ValueError(f"its columns are {shown(pa.ipc.read_schema(head).names)}; expected {schema.names}")
     if is_compressed(first.metadata.to_pybytes()):  # it may unpack to more than the memory
         raise ValueError("it is compressed")
-    batch = pa.ipc.read_record_batch(first, SAMPLES)
+    batch = pa.ipc.read_record_batch(first, schema)
     batch.validate()
-    for name in ALWAYS:
+    for name in always:
         if batch[name].null_count:
             raise ValueError(f"its column {name} has rows without a value")
     return batch, held if isinstance(held, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") else None
@@ -336,8 +347,8 @@ def mapped_file(file: Path) -> Any:
 def mapped_again(file: Path, name: str, n: int, origin: Path) -> Values:
     """The first n rows of a column, from its file, or from what that was a copy of."""
     try:
-        batch, mapped = read_batch(file)
+        batch, mapped = read_arrow(file, SAMPLES, ALWAYS)
     except FileNotFoundError:
         file = origin
-        batch, mapped = read_batch(file)
+        batch, mapped = read_arrow(file, SAMPLES, ALWAYS)
     return Values(batch[name].slice(0, n), name, file, mapped, origin)

@@ -6,7 +6,7 @@ from pathlib import Path
 from mrmae.common.backend import Url
 
 FILES = ("plan.json", "samples.arrow", "manifest.json")
-FOLDERS = ("tail", "codebooks", "stats", "views", "commits")
+FOLDERS = ("tail", "codebooks", "stats", "views", "commits", "manifest")
 
 
 def foreign_entries(path: Path) -> dict[str, str]:

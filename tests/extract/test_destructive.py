@@ -51,7 +51,11 @@ def test_drop_says_what_goes_and_nothing_goes_unasked(cache: Path) -> None:
     assert code == 0 and "b.pre_tail is gone" in text
     left = contents(cache)
     assert set(before) - set(left) == doomed
-    assert {name for name in left if left[name] != before[name]} == {"plan.json", "manifest.json"}
+    assert {name for name in left if left[name] != before[name]} == {
+        "plan.json",
+        "manifest.json",
+        "manifest/000000.arrow",
+    }
 
 
 def test_drop_removes_what_a_killed_drop_left(cache: Path, tmp_path: Path, make_cache: Make) -> None:

@@ -317,6 +317,43 @@ def test_any_pool_makes_the_same_bytes(cluster: Any, photo_folder: Path, tmp_pat
 
 
 @pytest.mark.soak
+def test_several_nodes_share_an_extraction_and_one_may_be_lost(
+    photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three nodes as Ray understands them, each with processes and an object store of its own, at an address; all see one folder."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'mrmae[ray]'")
+    from ray.cluster_utils import Cluster
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    extract_features(options_of(photo_folder, tmp_path / "a", shard_samples=1), say=lambda _: None)
+    nodes = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    lost = [nodes.add_node(num_cpus=1) for _ in range(2)][-1]
+    ended, gone = threading.Event(), list[str]()
+
+    def lose_one() -> None:
+        while not list((tmp_path / "b").glob("commits/*/*/*.json")) and not ended.wait(0.05):
+            pass
+        if not ended.is_set():
+            nodes.remove_node(lost, allow_graceful=False)
+            gone.append(lost.node_id)
+
+    thread = threading.Thread(target=lose_one)
+    thread.start()
+    said: list[str] = []
+    try:
+        cache = options_of(photo_folder, tmp_path / "b", shard_samples=1)
+        with connected(RayPool(address=nodes.address)) as ray:
+            assert sized(ray, RayPool(gpus=0), "cpu").workers == 3, "one actor per node"
+            manifest = extract_on_ray(cache, RayPool(gpus=0, address=nodes.address), say=said.append)
+            assert sum(node["Alive"] for node in ray.nodes()) == 2
+    finally:
+        ended.set()
+        thread.join(60)
+        nodes.shutdown()
+    assert gone and manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
+
+
+@pytest.mark.soak
 def test_twenty_actors_are_killed_at_work_and_the_bytes_are_the_same(
     cluster: Any, photo_folder: Path, tmp_path: Path
 ) -> None:

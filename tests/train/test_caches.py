@@ -142,7 +142,8 @@ def test_a_run_on_an_unfinished_cache_continues_with_the_same_images_only(
         train(unfinished, tmp_path / "out", allow_partial=True)
     (unfinished / "aside.json").rename(record)
     whole = make_cache(tmp_path / "whole")
-    for name in ("commits/0/b.pre_tail/000001.json", "manifest.json", "samples.arrow"):
+    (unfinished / "manifest").mkdir()
+    for name in ("commits/0/b.pre_tail/000001.json", "manifest.json", "manifest/000000.arrow", "samples.arrow"):
         (unfinished / name).write_bytes((whole / name).read_bytes())
     with pytest.raises(ValueError, match="16 of 24 images .* then, all images now"):
         train(unfinished, tmp_path / "out")
