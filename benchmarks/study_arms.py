@@ -184,6 +184,8 @@ def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -
     )
     if name != "adamw" and blr in ("12e-3", "36e-3", "108e-3", "324e-3"):
         against = f"adamw-{blr}"
+    if (name, blr) == ("schedule-free", "108e-3"):
+        against = "adamw-36e-3"  # each at its best rate
     return chosen(f"{label}-s{seed}", "optimiser", options=options, seed=seed, against=against)
 
 
@@ -232,8 +234,8 @@ CHOICES: list[Arm] = [
     *(optimiser(*how, seed) for seed in (1, 2) for how in (("muon", "4e-3"), ("muon", "12e-3"), ("adamw", "12e-3"))),
     *(optimiser(name, blr, seed) for blr in ("36e-3", "108e-3") for seed in range(3) for name in ("adamw", "muon")),
     *(optimiser(name, "324e-3") for name in ("adamw", "muon")),
-    *(optimiser("schedule-free", blr) for blr in ("12e-3", "36e-3", "108e-3")),
-    *(optimiser("schedule-free", "36e-3", seed) for seed in (1, 2)),
+    *(optimiser("schedule-free", blr) for blr in ("12e-3", "36e-3", "108e-3", "324e-3")),
+    *(optimiser("schedule-free", "108e-3", seed) for seed in (1, 2)),
     *(tested(f"{teachers}-{t}-s{seed}", f"{teachers}-ln0") for teachers in ("both", "gal", "cnn") for seed in range(3)
       for t in ("ln0", "position", "position-ln0")),
 ]  # fmt: skip
