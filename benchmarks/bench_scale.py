@@ -36,11 +36,11 @@ from measure import ROOT, machine, memory_mark, memory_peak, status_bytes
 from rows import append
 
 from mrmae.extract import run
-from mrmae.extract.images import list_sources
+from mrmae.extract.images import KeptIndices, list_sources
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import commit_path, load_plan, units
-from mrmae.shards.plans import Wanted, look, negotiate, write_agreed
+from mrmae.shards.plans import TARS, Wanted, look, negotiate, write_agreed
 from mrmae.train import batches
 
 BATCH = 256
@@ -52,9 +52,9 @@ def plan(folder: Path, n: int) -> Told:
     """List the images, order them, agree on a plan, write it."""
     began = time.perf_counter()
     tars = sorted(folder.glob("images/*.tar"))
-    sources = list_sources(tars) if tars else listed_images(n)
-    listed = time.perf_counter()
     path = folder / "cache"
+    sources = list_sources(tars, kept=KeptIndices(near=path / TARS)) if tars else listed_images(n)
+    listed = time.perf_counter()
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
     agreed = negotiate(look(path), Wanted(asked_plan(len(sources)), sources.rows))
     write_agreed(path, agreed)

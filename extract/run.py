@@ -1,6 +1,7 @@
 """extract-features as a function, from above downwards: options, disk, images, teachers, plan, shards, manifest."""
 
 import contextlib
+import functools
 import hashlib
 import os
 import time
@@ -71,8 +72,9 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
 
 
 def kept_indices(options: Options) -> KeptIndices:
-    """Where what is in tars at URLs is kept, and the lock that lets one process at a time read them."""
-    return KeptIndices(options.cache / TARS, lambda: take_the_plan(options.cache), headers_only=True)
+    """The memory of what is in tars, and the lock that lets one process at a time read those at URLs."""
+    alone = functools.partial(take_the_plan, options.cache)
+    return KeptIndices(options.cache / TARS, of_this_machine(options, TARS), alone, headers_only=True)
 
 
 def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple[Sources, Teachers, Wanted]:
@@ -160,12 +162,17 @@ def refuse_changed_images(options: Options, sources: Sources, agreed: Agreed) ->
 
 
 def memory_of(options: Options) -> Path:
-    """Where this machine remembers the hashes of images: in the cache; where that is at a URL, which no line can be added to, in the user's folder."""
+    """Where this machine remembers the hashes of images: a file to which lines are added."""
+    return of_this_machine(options, DIGESTS)
+
+
+def of_this_machine(options: Options, name: str) -> Path:
+    """Where a memory of this machine lies: in the cache, or where that is at a URL, in the user's folder."""
     if not isinstance(options.cache, Url):
-        return options.cache / DIGESTS
+        return options.cache / name
     here = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrmae"
     make_folder(here)
-    return here / f"digests-{hashlib.sha256(str(options.cache).encode()).hexdigest()[:16]}"
+    return here / f"{name[1:]}-{hashlib.sha256(str(options.cache).encode()).hexdigest()[:16]}"
 
 
 def job_of(options: Options, sources: Sources, teachers: Teachers, agreed: Agreed) -> ExtractJob:

@@ -105,7 +105,7 @@ def open_part(
 ) -> Split:  # fmt: skip
     if exists(locate(path) / "plan.json"):
         return cache_part(name, path, include, partial, near)
-    kept = KeptIndices(home / "digests" / "tars")
+    kept = KeptIndices(home / "digests" / "tars", home / "digests" / "near")
     try:
         sources = list_sources([path], include, kept=kept)
     except ValueError as error:

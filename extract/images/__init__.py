@@ -3,9 +3,10 @@
 from mrmae.extract.images.bands import decoded_as
 from mrmae.extract.images.decode import MAX_PIXELS, decoded
 from mrmae.extract.images.digest import OF_NOTHING, digest_images, remember_hashes
-from mrmae.extract.images.list import BAND_SUFFIXES, SUFFIXES, Sources, list_sources, matches, read_image
-from mrmae.extract.images.objects import KeptIndices
+from mrmae.extract.images.list import Sources, list_sources, matches, read_image
+from mrmae.extract.images.names import BAND_SUFFIXES, SUFFIXES
 from mrmae.extract.images.patience import Unreadable
+from mrmae.extract.images.tar_images import KeptIndices
 
 __all__ = [
     "BAND_SUFFIXES",

@@ -19,8 +19,9 @@ import pyarrow as pa
 from mrmae.common.files import explained, publish, remove
 from mrmae.common.progress import Progress
 from mrmae.extract.images.list import UNKNOWN, Sources, read_image
-from mrmae.extract.images.objects import THREADS, KeptIndices, hashed_members
+from mrmae.extract.images.objects import THREADS
 from mrmae.extract.images.patience import Unreadable
+from mrmae.extract.images.tar_images import KeptIndices
 from mrmae.shards.format import ROWS_AT_ONCE, Array, Numbers, SourceTable, Values, hash_values
 
 # Key, bytes and sha256 (hex) of an image, and the time and place of the image that they were computed of.
@@ -42,7 +43,7 @@ def digest_images(
     """
     digests, order = Digests(sources), np.asarray(order, np.int64)
     if kept is not None and sources.far:
-        for members in hashed_members(kept):
+        for members in kept.hashed():
             digests.learn_lines(members)
     clean = all([digests.learn_lines(lines).all() for lines in remember(memory)])
     if len(wanted := order[~digests.known[order]]):

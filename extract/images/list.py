@@ -4,15 +4,13 @@ Nothing is decoded and nothing is extracted to disk here: a tar is indexed once,
 """
 
 import array
-import dataclasses
 import errno
 import fnmatch
 import functools
 import os
 import stat
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple, TypeGuard
 
@@ -23,24 +21,13 @@ from braceexpand import braceexpand
 
 from mrmae.common.backend import About, Url, locate
 from mrmae.common.progress import counted
-from mrmae.extract.images.objects import (
-    KeptIndices,
-    index_of,
-    is_url,
-    objects_below,
-    objects_named,
-    read_object,
-    read_tars,
-)
+from mrmae.extract.images.names import FRAMES, SUFFIXES, LeftOut, checked_key, is_image, parent_label, visible
+from mrmae.extract.images.objects import is_url, objects_below, objects_named, read_object, read_tars
 from mrmae.extract.images.patience import FACTS, Unreadable, patiently
-from mrmae.extract.images.tars import TarHeader, cls_texts, file_member, is_tar, read_headers, read_range
+from mrmae.extract.images.tar_images import KeptIndices, TarImages, images_of_tar, stamp_of
+from mrmae.extract.images.tars import is_tar, read_headers, read_range
 from mrmae.shards.format import ROWS_AT_ONCE, Numbers, SourceTable, Values, signed_hashes
 
-SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".tif", ".tiff", ".gif", ".bmp", ".ppm",
-            ".pgm", ".pbm", ".pnm")  # fmt: skip
-BAND_SUFFIXES = (*SUFFIXES, ".npy")  # where views keep a file's bands
-FRAMES = (".gif", ".apng", ".webp", ".avif", ".tif", ".tiff")  # may hold several frames or pages
-NAMES_SHOWN = 3  # names in a note
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
@@ -67,108 +54,87 @@ ListedImage = tuple[SourceImage, ImagePlace]
 UNKNOWN = -(2**63)  # a size, time or offset that there is none of
 
 
-@dataclasses.dataclass
-class LeftOut:
-    """What lies among the images and is not used, or not as one may think.
+class Listed:
+    """Images as they are found, gathered into columns: a million objects take a gigabyte.
 
-    suffixes: files that are no images, by suffix. special: FIFOs, sockets and devices with an image's name, never opened.
-    Of tars: labels that no image takes, images without one, with several that differ, and with one that others take too.
+    n, sample: how many there were, and one's key, before --include chose.
     """
 
-    suffixes: Counter[str] = dataclasses.field(default_factory=Counter)
-    special: list[str] = dataclasses.field(default_factory=list)
-    labels: list[str] = dataclasses.field(default_factory=list)
-    unlabelled: list[str] = dataclasses.field(default_factory=list)
-    unclear: list[str] = dataclasses.field(default_factory=list)
-    shared: list[str] = dataclasses.field(default_factory=list)
-
-    def note_other(self, name: str) -> None:
-        """Count a file that is no image."""
-        self.suffixes[PurePosixPath(name).suffix.lower() or name] += 1
-
-    def note_labels(self, labels: Sequence[str], texts: Mapping[str, Mapping[str, str]]) -> None:
-        """Keep what is odd about a tar's `.cls` members. texts: by image, those that fit its name, the taken one first."""
-        taken = {name: next(iter(fit)) for name, fit in texts.items() if fit}
-        users = Counter(taken.values())
-        fitting = {cls for fit in texts.values() for cls in fit}
-        self.labels += [name for name in labels if name not in fitting]
-        self.unlabelled += [name for name in texts if labels and name not in taken]
-        self.unclear += [name for name, fit in texts.items() if len(set(fit.values())) > 1]
-        self.shared += [name for name, cls in taken.items() if users[cls] > 1]
-
-    def notes(self) -> list[str]:
-        """What a person should hear about it, line by line."""
-        others = counted(self.suffixes.total(), "file that is no image was", "files that are no images were")
-        notes = [f"{others} passed over ({' '.join(sorted(self.suffixes))})"] if self.suffixes else []
-        for names, one, many, what in (
-            (self.special, "name of an image that is no regular file was", "names of images that are no regular files were",
-             "passed over, unopened"),
-            (self.labels, "label (.cls) is empty or belongs to", "labels (.cls) are empty or belong to", "no image of its tar"),
-            (self.unlabelled, "image has", "images have",
-             "no label (.cls) in a tar that has some; the folder's name is taken, where there is one"),
-            (self.unclear, "image has", "images have",
-             "several labels (.cls) that differ; that of the longest name is taken"),
-            (self.shared, "image shares its", "images share their",
-             "label (.cls) with another image, as webdataset groups names at the first dot"),
-        ):  # fmt: skip
-            notes += [f"{counted(len(names), one, many)} {what}: {some(names)}"] if names else []
-        return notes
-
-
-class Listed:
-    """Images as they are found, gathered into columns: a million objects take a gigabyte."""
-
-    def __init__(self) -> None:
-        self.texts: dict[str, list[pa.Array]] = {"key": [], "label": []}
+    def __init__(self, include: Sequence[str] = ()) -> None:
+        self.include, self.n, self.sample = include, 0, ""
         self.rows: list[tuple[str, str | None]] = []  # not in the columns yet
-        self.numbers = array.array("q")  # size, time, offset and root of each, one image behind the other
+        self.places = array.array("q")  # size, time, offset and root of each of them, one image behind the other
+        self.parts: list[tuple[pa.Array, pa.Array, Numbers, Numbers]] = []  # keys, labels, hashes, places
         self.roots: dict[str, int] = {}
 
     def add(self, image: SourceImage, place: ImagePlace) -> None:
         """One more. Of a whole file the path without its key is kept."""
+        self.n, self.sample = self.n + 1, self.sample or image.key
+        if not matches(image.key, self.include):
+            return
         self.rows.append((image.key, image.label))
         root = place.path if place.offset is not None else place.path.removesuffix(image.key)
-        at = self.roots.setdefault(root, len(self.roots))
-        for value in (image.size_bytes, place.mtime_ns, place.offset, at):
-            self.numbers.append(UNKNOWN if value is None else value)
+        for value in (image.size_bytes, place.mtime_ns, place.offset, self.root(root)):
+            self.places.append(UNKNOWN if value is None else value)
         if len(self.rows) == ROWS_AT_ONCE:
             self.gather()
 
+    def add_tar(self, path: str, version: int, rows: pa.RecordBatch) -> None:
+        """Those of a tar. version: its time, or that of an object."""
+        self.gather()
+        self.n, self.sample = self.n + len(rows), self.sample or next(iter(rows["key"][:1].to_pylist()), "")
+        if self.include:
+            rows = rows.filter(pa.array([matches(key, self.include) for key in rows["key"].to_pylist()], pa.bool_()))
+        if not len(rows):
+            return
+        places = np.empty((len(rows), 4), np.int64)
+        places[:, 0], places[:, 1], places[:, 2], places[:, 3] = rows["bytes"], version, rows["offset"], self.root(path)
+        self.parts.append((rows["key"], rows["label"], rows["hash"].to_numpy(), places))
+
+    def root(self, path: str) -> int:
+        return self.roots.setdefault(path, len(self.roots))
+
     def gather(self) -> None:
         """Make columns of the rows."""
-        for name, values in zip(self.texts, zip(*self.rows)):
-            self.texts[name].append(pa.array(values, pa.large_string()))
-        self.rows.clear()
+        if self.rows:
+            keys, labels = (pa.array(values, pa.large_string()) for values in zip(*self.rows))
+            places = np.frombuffer(self.places, np.int64).reshape(-1, 4)
+            self.parts.append((keys, labels, signed_hashes(Values(keys, "key")), places))
+            self.rows, self.places = [], array.array("q")
 
     def columns(self) -> tuple[dict[str, Values], Numbers, list[str]]:
-        """Keys and labels, numbers [images, 4], both sorted by key, and the roots. ValueError where a key occurs twice."""
+        """Keys, labels and hashes, numbers [images, 4], all sorted by key, and the roots. ValueError where a key occurs twice."""
         self.gather()
-        keys = pa.concat_arrays(self.texts["key"])
-        order, numbers = pc.array_sort_indices(keys), np.frombuffer(self.numbers, np.int64).reshape(-1, 4)
-        texts = {name: pa.concat_arrays(self.texts.pop(name)).take(order) for name in ("key", "label")}
-        found = {name: Values(texts[name], name) for name in texts}
-        numbers, roots = numbers[order.to_numpy()], list(self.roots)
-        twice = np.flatnonzero(pc.equal(texts["key"][1:], texts["key"][:-1]).to_numpy(zero_copy_only=False))
+        keys, labels, hashes, places = zip(*self.parts)
+        self.parts.clear()
+        order = pc.array_sort_indices(joined_keys := pa.concat_arrays(keys))
+        found = {"key": joined_keys.take(order)}
+        del joined_keys, keys
+        found |= {"label": pa.concat_arrays(labels).take(order), "hash": pa.array(np.concatenate(hashes)[order])}
+        del labels, hashes
+        numbers, roots = np.concatenate(places)[order.to_numpy()], list(self.roots)
+        twice = np.flatnonzero(pc.equal(found["key"][1:], found["key"][:-1]).to_numpy(zero_copy_only=False))
         if len(twice):
-            first, key = int(twice[0]), found["key"][int(twice[0])]
+            first, key = int(twice[0]), found["key"][int(twice[0])].as_py()
             one, other = (
                 roots[at] + key * (offset == UNKNOWN) for *_, offset, at in numbers[first : first + 2].tolist()
             )
             raise ValueError(f"{key!r}: two images have this key, in {one} and {other}; keys must be unique "
                              "(a key is the path below the root); give one common parent folder, or rename")  # fmt: skip
-        return found, numbers, roots
+        return {name: Values(array, name) for name, array in found.items()}, numbers, roots
 
 
 class Sources:
     """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread.
 
-    keys, labels: of every image. notes: what a person should hear about the listing.
+    keys, labels: of every image. notes: what a person should hear about the listing. columns: key, label, and where they are known
+    the hashes of the keys.
     """
 
     def __init__(
         self, columns: Mapping[str, Values], numbers: Numbers, roots: Sequence[str], notes: Sequence[str] = ()
     ) -> None:
-        self.keys, self.labels, self.notes = columns["key"], columns["label"], tuple(notes)
+        self.keys, self.labels, self.notes, self._columns = columns["key"], columns["label"], tuple(notes), columns
         self._numbers, self._roots = numbers, roots
 
     def __len__(self) -> int:
@@ -192,7 +158,7 @@ class Sources:
     @functools.cached_property
     def hashes(self) -> Numbers:
         """Hash of every key, as signed 64-bit integers."""
-        return signed_hashes(self.keys)
+        return self._columns["hash"].numpy() if "hash" in self._columns else signed_hashes(self.keys)
 
     @functools.cached_property
     def canonical(self) -> Numbers:
@@ -229,8 +195,7 @@ class Sources:
             return self
         note = f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample"
         at = np.sort(self.canonical[:n])
-        texts = {"key": self.keys, "label": self.labels}
-        columns = {name: Values(values.array.take(pa.array(at)), name) for name, values in texts.items()}
+        columns = {name: Values(values.array.take(pa.array(at)), name) for name, values in self._columns.items()}
         return Sources(columns, self._numbers[at], self._roots, [*self.notes, note])
 
     def place(self, i: int) -> ImagePlace:
@@ -282,34 +247,28 @@ def list_sources(
     (paths relative to the text file), or the URL of a prefix, a `.tar` or a pattern.
     include: shell patterns on the whole key; `*` also crosses `/`, so `train/*` is the whole subtree. Any may match.
     suffixes: what images are called.
-    kept: where the indices of tars at URLs are kept, whose images are hashed on the way; None: nowhere, and only headers are read.
+    kept: the memory of tars; None: there is none, and of tars at URLs only headers are read.
     The label is the parent folder's name, None directly below the root. Hidden files, `__MACOSX` and, in folders and
     tars, files without an image suffix are passed over, and so is what is no regular file, whatever its name.
     Raises ValueError for a missing path, no images, two images with one key, and tars that are compressed or damaged;
     OSError or Unreachable for what cannot be read.
     """
-    if kept is None:
-        with tempfile.TemporaryDirectory(prefix="mrmae-") as folder:
-            return list_sources(images, include, suffixes, KeptIndices(Path(folder), headers_only=True))
-    left_out, listed, n, sample, kinds = LeftOut(), Listed(), 0, "", Counter[str]()
-    for image, place in list_all(expand(images), left_out, suffixes, kept):
-        n, sample = n + 1, sample or image.key
-        if matches(image.key, include):
-            listed.add(image, place)
-            if image.key.lower().endswith(FRAMES):
-                kinds[PurePosixPath(image.key).suffix.lower()] += 1
-    if not n:
+    kept = kept or KeptIndices(headers_only=True)
+    left_out, listed = LeftOut(), Listed(include)
+    list_all(expand(images), listed, left_out, suffixes, kept)
+    if not listed.n:
         there = "".join(f"\n  {note}" for note in left_out.notes())
         raise ValueError(
             f"{joined(images)}: no images found; expected files ending in {' '.join(suffixes)}; check the path{there}"
         )
     if not listed.roots:
         raise ValueError(
-            f"--include {' '.join(include)}: matches none of the {counted(n, 'image')}; "
-            f"keys look like {sample!r}; correct the pattern"
+            f"--include {' '.join(include)}: matches none of the {counted(listed.n, 'image')}; "
+            f"keys look like {listed.sample!r}; correct the pattern"
         )
-    frames = notes_on_frames(kinds) if suffixes == SUFFIXES else []  # where bands are kept, pages are bands
-    return Sources(*listed.columns(), [*left_out.notes(), *frames])
+    columns, numbers, roots = listed.columns()
+    frames = notes_on_frames(columns["key"]) if suffixes == SUFFIXES else []  # where bands are kept, pages are bands
+    return Sources(columns, numbers, roots, [*left_out.notes(), *frames, *kept.notes()])
 
 
 def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
@@ -325,15 +284,23 @@ def expand(images: Sequence[str | os.PathLike[str]]) -> list[Path]:
 
 
 def list_all(
-    paths: Sequence[Path], left_out: LeftOut, suffixes: tuple[str, ...], kept: KeptIndices
-) -> Iterator[ListedImage]:
-    """The images of all paths; tars at URLs are read side by side."""
-    tars = read_tars([path for path in paths if is_far_tar(path)], kept, lambda name: wanted(name, suffixes))
+    paths: Sequence[Path], listed: Listed, left_out: LeftOut, suffixes: tuple[str, ...], kept: KeptIndices
+) -> None:
+    """Gather the images of all paths; tars at URLs are read side by side."""
+    tars = read_tars([path for path in paths if is_far_tar(path)], kept, suffixes)
     for path in paths:
         if is_far_tar(path):
-            yield from index_far_tar(path, tars[path], left_out, suffixes, kept)
+            add_tar(path, tars[path][0].version, tars[path][1], listed, left_out)
+        elif not isinstance(path, Url) and path.is_file() and holds_tar(path):
+            add_tar(path, *read_tar(path, suffixes, kept), listed, left_out)
         else:
-            yield from list_one(path, left_out, suffixes)
+            for image, place in list_one(path, left_out, suffixes):
+                listed.add(image, place)
+
+
+def add_tar(path: PurePath, version: int, found: TarImages, listed: Listed, left_out: LeftOut) -> None:
+    listed.add_tar(str(path), version, found.rows)
+    left_out.add(found.left_out)
 
 
 def is_far_tar(path: PurePath) -> TypeGuard[Url]:
@@ -347,35 +314,21 @@ def list_one(root: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> Iterab
         return walk(root, left_out, suffixes)
     if kind := special_kind(root.stat().st_mode):
         raise ValueError(f"{root}: is {kind}; expected a folder, a .tar or a text file of paths; check IMAGES")
-    with open(root, "rb") as file:
+    return read_list(root)
+
+
+def holds_tar(path: Path) -> bool:
+    """Whether a file is a tar. ValueError for a compressed one."""
+    with open(path, "rb") as file:
         head = file.read(8)
     for magic, name in COMPRESSED.items():
         if head.startswith(magic):
-            raise ValueError(f"{root}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
-    if head and is_tar(root):
-        return index_tar(root, left_out, suffixes)
-    return read_list(root)
+            raise ValueError(f"{path}: is compressed with {name}; images are read by offset; unpack it to a plain .tar")
+    return bool(head) and is_tar(path)
 
 
 def matches(key: str, include: Sequence[str]) -> bool:
     return not include or any(fnmatch.fnmatchcase(key, pattern) for pattern in include)
-
-
-def visible(key: str) -> bool:
-    """False for hidden files and folders (.DS_Store, ._photo.jpg, .git/…) and macOS's resource copies."""
-    if not key.startswith(".") and "/." not in key and "__MACOSX" not in key:
-        return True
-    hidden = (part.startswith(".") and part not in (".", "..") for part in key.split("/"))
-    return not any(hidden) and "__MACOSX" not in key.split("/")
-
-
-def wanted(key: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a member of a tar is taken for an image."""
-    return is_image(key, suffixes) and visible(key)
-
-
-def is_image(key: str, suffixes: tuple[str, ...]) -> bool:
-    return key.lower().endswith(suffixes)
 
 
 def special_kind(mode: int) -> str | None:
@@ -393,35 +346,13 @@ def open_regular(path: str, flags: int) -> int:
     return descriptor
 
 
-def notes_on_frames(kinds: Counter[str]) -> list[str]:
-    """That only first frames are taken, where there may be more. kinds: images by suffix."""
+def notes_on_frames(keys: Values) -> list[str]:
+    """That only first frames are taken, where there may be more."""
+    ends, kinds = pc.value_counts(pc.utf8_slice_codeunits(keys.array, -max(map(len, FRAMES)))), Counter[str]()
+    for end, n in zip(ends.field(0).to_pylist(), ends.field(1).to_pylist()):
+        kinds[next((suffix for suffix in FRAMES if end.lower().endswith(suffix)), "")] += n
     several = [f"{kinds[suffix]} {suffix}" for suffix in FRAMES if kinds[suffix]]
     return [f"of files with several frames or pages the first is taken ({', '.join(several)})"] if several else []
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more
-
-
-def parent_label(key: str) -> str | None:
-    return name_of_folder(key.rpartition("/")[0])
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def name_of_folder(folder: str) -> str | None:
-    return PurePosixPath(folder).name or None
-
-
-def checked_key(key: str, where: object) -> str:
-    try:
-        key.encode()
-    except UnicodeEncodeError:
-        raise ValueError(
-            f"{where}: the name {os.fsencode(key)!r} is not valid UTF-8; keys are UTF-8; rename the file"
-        ) from None
-    return key
 
 
 # --- folders
@@ -540,50 +471,19 @@ def read_list(path: Path) -> Iterator[ListedImage]:
 # --- tars
 
 
-def index_tar(path: Path, left_out: LeftOut, suffixes: tuple[str, ...]) -> list[ListedImage]:
-    """Images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
+def read_tar(path: Path, suffixes: tuple[str, ...], kept: KeptIndices) -> tuple[int, TarImages]:
+    """Time and images of a plain or webdataset tar, without extracting: names are only keys, whatever they contain.
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
     """
-    mtime_ns, members = path.stat().st_mtime_ns, read_headers(path)
-    with open(path, "rb", buffering=0) as file:
-        read = functools.partial(read_range, file.fileno(), where=str(path))
-        found = images_of_tar(path, members, left_out, suffixes, read)
-    return [(image, ImagePlace(str(path), offset, mtime_ns)) for image, offset in found]
-
-
-def index_far_tar(
-    path: Url, about: About, left_out: LeftOut, suffixes: tuple[str, ...], kept: KeptIndices
-) -> list[ListedImage]:
-    """The same of a tar at a URL that read_tars has read."""
-    members = index_of(path, about, kept, lambda name: wanted(name, suffixes))
-
-    def read(offset: int, size_bytes: int) -> bytes:
-        return read_object(str(path), About(size_bytes, about.version), offset)
-
-    found = images_of_tar(path, members, left_out, suffixes, read)
-    return [(image, ImagePlace(str(path), offset, about.version)) for image, offset in found]
-
-
-def images_of_tar(
-    path: PurePath, members: dict[str, TarHeader], left_out: LeftOut, suffixes: tuple[str, ...], read: Callable[[int, int], bytes]
-) -> list[tuple[SourceImage, int]]:  # fmt: skip
-    """The images among the members of a tar, and where their bytes begin. read: the bytes at (offset, bytes)."""
-    found, texts = [], {}
-    labels = [name for name in members if name.lower().endswith(".cls")]
-    for name in members:
-        if not wanted(name, suffixes):
-            continue
-        data = file_member(members, name, path)
-        if data.special:
-            left_out.special += [f"{name} ({data.special})"] if data.special != "a folder" else []
-            continue
-        texts[name] = cls_texts(members, name, path, read) if labels else {}
-        label = next(iter(texts[name].values()), None) or parent_label(name)
-        found.append((SourceImage(checked_key(name, path), label, data.size_bytes), data.offset))
-    if labels:
-        left_out.note_labels([name for name in labels if visible(name)], texts)
-    return found
+    stamp = stamp_of(path)
+    if (found := kept.recall(path, stamp, suffixes)) is None:
+        members = read_headers(path)
+        with open(path, "rb", buffering=0) as file:
+            read = functools.partial(read_range, file.fileno(), where=str(path))
+            found = images_of_tar(path, members, suffixes, read)
+        kept.keep(path, stamp, suffixes, found)
+    return stamp[1], found
 
 
 def joined(images: Sequence[str | os.PathLike[str]]) -> str:

@@ -3,23 +3,19 @@
 A tar's index is in its headers, all over it; so all of it passes once, its images are hashed on the way, and what was learnt is kept.
 """
 
-import contextlib
-import dataclasses
 import errno
 import hashlib
-import json
 import os
-import re
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, cast
 
-from mrmae.common.backend import About, Bucket, Url, bucket_of, exists, files_below, locate, read_bytes
-from mrmae.common.files import publish
+from mrmae.common.backend import About, Bucket, Url, bucket_of, locate
 from mrmae.common.progress import Progress
+from mrmae.extract.images.names import wanted
 from mrmae.extract.images.patience import Unreadable, patiently
+from mrmae.extract.images.tar_images import KeptIndices, TarImages, images_of_tar
 from mrmae.extract.images.tars import LABEL_BYTES, TarHeader, any_headers
 
 THREADS = 16  # requests under way at once where nothing is decoded; each waits for the network most of its time
@@ -28,22 +24,7 @@ HEADERS_BYTES = (
     4096  # where only headers are read, and lie further apart than what passes while a request is under way:
 )
 REQUEST_BYTES = 256 << 10  # 20 ms at 12 MB/s, each of sixteen
-NO_UTF8 = re.compile(
-    "[\ud800-\udfff]"
-)  # bytes of a name that are not, as Python shows them; the listing refuses such images
 FoundObject = tuple[str, About]  # URL, size and version
-
-
-@dataclasses.dataclass(frozen=True)
-class KeptIndices:
-    """Where the indices of tars are kept, a file each. alone: held while tars are read, so that processes do not all read them.
-
-    headers_only: nothing is hashed, so that of tars with large images only the headers need be read.
-    """
-
-    folder: Path
-    alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-    headers_only: bool = False
 
 
 def bucket_and_key(url: str) -> tuple[Bucket, str]:
@@ -165,31 +146,37 @@ class ObjectFile:
             self.passed()
 
 
-def read_tars(urls: Sequence[Url], kept: KeptIndices, hashed: Callable[[str], bool]) -> dict[Url, About]:
-    """What each tar is now, once the index of every one lies in `kept`. hashed: of which members the sha256 is wanted, by name, if of any."""
+def read_tars(urls: Sequence[Url], kept: KeptIndices, suffixes: tuple[str, ...]) -> dict[Url, tuple[About, TarImages]]:
+    """What each tar is now, and its images, as they are kept or else read side by side."""
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda url: about_if_there(str(url)), urls))
         if gone := [url for url, about in zip(urls, found) if about is None]:
             raise ValueError(
                 f"{gone[0]}: does not exist ({len(gone)} of {len(urls)} tars at URLs do not); check IMAGES"
             )
-        abouts = {url: about for url, about in zip(urls, found) if about is not None}
+        abouts, tars = {url: about for url, about in zip(urls, found) if about is not None}, dict[Url, TarImages]()
 
-        def missing() -> list[Url]:
-            return [url for url in abouts if not exists(index_file(url, abouts[url], kept))]
+        def learn() -> list[Url]:
+            """Those that are not kept, of those not known yet."""
+            todo = [url for url in abouts if url not in tars]
+            there = pool.map(lambda url: kept.recall(url, abouts[url], suffixes), todo)
+            tars.update({url: images for url, images in zip(todo, there) if images is not None})
+            return [url for url in todo if url not in tars]
 
-        if missing():
+        if learn():
             with kept.alone():
-                todo = missing()  # another process may have read some meanwhile
+                todo = learn()  # another process may have read some meanwhile
                 pieces = sum(-(-abouts[url].size_bytes // PIECE_BYTES) for url in todo)
                 with Progress("reading tars", pieces, "x 8 MB") as progress:
                     passed = Passed(progress)
                     try:
-                        list(pool.map(lambda url: keep_index(url, abouts[url], kept, hashed, passed), todo))
+                        tars |= zip(
+                            todo, pool.map(lambda url: read_far_tar(url, abouts[url], kept, suffixes, passed), todo)
+                        )
                     finally:  # one cannot be read, or the command is stopped: the others need not go on to their ends
                         passed.stopped = True
                         pool.shutdown(cancel_futures=True)
-    return abouts
+    return {url: (abouts[url], tars[url]) for url in abouts}
 
 
 class Passed:
@@ -204,10 +191,24 @@ class Passed:
         self.progress.add()
 
 
-def keep_index(
+def read_far_tar(
+    url: Url, about: About, kept: KeptIndices, suffixes: tuple[str, ...], passed: Callable[[], None]
+) -> TarImages:
+    """Read a tar once and keep its images. ValueError as read_headers; OSError or Unreachable where it cannot be read."""
+    members = far_headers(url, about, kept, lambda name: wanted(name, suffixes), passed)
+
+    def read(offset: int, size_bytes: int) -> bytes:
+        return read_object(str(url), About(size_bytes, about.version), offset)
+
+    found = images_of_tar(url, members, suffixes, read)
+    kept.keep(url, about, suffixes, found)
+    return found
+
+
+def far_headers(
     url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], bool], passed: Callable[[], None]
-) -> None:
-    """Read a tar once and write its index. ValueError as read_headers; OSError or Unreachable where it cannot be read."""
+) -> dict[str, TarHeader]:
+    """Name -> member, with texts of labels. hashed: of which members the sha256 is wanted, by name, if of any. Raises as read_far_tar."""
     file = ObjectFile(url, about, passed, skips=kept.headers_only)
 
     def looked_at(name: str, member: TarHeader) -> TarHeader:
@@ -225,50 +226,4 @@ def keep_index(
             left -= PIECE_BYTES
         return member._replace(sha256=digest.hexdigest())
 
-    members = any_headers(cast(IO[bytes], file), about.size_bytes, url, looked_at)
-    text = json.dumps([about.version, [[name, *member] for name, member in members.items()]]).encode()
-    publish(index_file(url, about, kept), b"%08x %s" % (zlib.crc32(text), text), replace=True)
-
-
-def index_of(url: Url, about: About, kept: KeptIndices, hashed: Callable[[str], bool]) -> dict[str, TarHeader]:
-    """The index of a tar that read_tars has read, which is read again where what was kept is damaged."""
-    file = index_file(url, about, kept)
-    if (found := kept_index(file)) is None:
-        keep_index(url, about, kept, hashed, lambda: None)
-        found = kept_index(file)
-    assert found is not None
-    return found[1]
-
-
-def hashed_members(kept: KeptIndices) -> Iterator[list[tuple[str, int, str, int, int]]]:
-    """(key, bytes, sha256, version of the tar, offset in it) of what was hashed, tar by tar."""
-    for file in (file for file in files_below(kept.folder) if file.match("*.json")):
-        version, members = kept_index(file) or (0, {})
-        yield [(name, m.size_bytes, m.sha256, version, m.offset) for name, m in members.items()
-               if m.sha256 and not NO_UTF8.search(name)]  # fmt: skip
-
-
-def kept_index(file: Path) -> tuple[int, dict[str, TarHeader]] | None:
-    """Version and members of a tar as they were kept; None where that is damaged."""
-    try:
-        checksum, _, text = read_bytes(file).partition(b" ")
-        if int(checksum, 16) != zlib.crc32(text):
-            return None
-        version, rows = json.loads(text)
-        return int(version), {
-            str(name): TarHeader(int(offset), int(size), *map(text_or_none, rest)) for name, offset, size, *rest in rows
-        }
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        return None
-
-
-def text_or_none(value: object) -> str | None:
-    if isinstance(value, str) or value is None:
-        return value
-    raise TypeError(value)
-
-
-def index_file(url: Url, about: About, kept: KeptIndices) -> Path:
-    """Where the index of this version of a tar is kept."""
-    told = "\n".join([str(url), *map(str, about)])
-    return kept.folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    return any_headers(cast(IO[bytes], file), about.size_bytes, url, looked_at)

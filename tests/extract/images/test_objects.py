@@ -19,8 +19,8 @@ from mrmae.extract.cli import main
 from mrmae.extract.images import objects, patience
 from mrmae.extract.images.digest import digest_images
 from mrmae.extract.images.list import Sources, list_sources, read_image
-from mrmae.extract.images.objects import KeptIndices
 from mrmae.extract.images.patience import Unreadable
+from mrmae.extract.images.tar_images import KeptIndices
 from mrmae.extract.images.tars import read_headers
 from mrmae.shards.plans import DIGESTS, TARS
 
@@ -249,8 +249,8 @@ def test_pieces_of_any_size_give_one_index(
 
     monkeypatch.setattr(objects, "PIECE_BYTES", piece_bytes)
     monkeypatch.setattr(objects, "read_object", read)
-    url, about, kept = Url("s3://bucket/x.tar"), About(tar.stat().st_size, 1), KeptIndices(tmp_path / "kept")
-    found = objects.index_of(url, about, kept, lambda name: name.endswith(".png"))
+    url, about = Url("s3://bucket/x.tar"), About(tar.stat().st_size, 1)
+    found = objects.far_headers(url, about, KeptIndices(), lambda name: name.endswith(".png"), lambda: None)
     plain = read_headers(tar)
     assert {name: member[:4] for name, member in found.items()} == {name: member[:4] for name, member in plain.items()}
     for name, member in found.items():
