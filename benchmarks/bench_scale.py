@@ -5,7 +5,7 @@
     python benchmarks/bench_scale.py --samples 100000000 --folder /tmp --open      # the rank's side alone
 
 Each step in a process of its own, which is then thrown away: wall seconds, processor seconds, and the most memory beyond what was resident after
-imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000. `plan` and `resume` are all that a command does
+imports. One view, one teacher, shards of 3,400 samples. Images are one block each in tars of 20,000. `plan`, `resume` and `append` are all that a command does
 before its first shard but building teachers and calibrating. With --listed there are no tars: images are columns already, as listing makes them. With --open the table and the manifest are written as finalising would, from
 columns on disk, and ranks open them. Memory-mapped pages of files count as memory while they are resident. Appended to results/scale.csv.
 """
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,13 @@ from typing import Any
 import click
 import numpy as np
 from hollow import (
+    BLOCK,
+    IN_TAR,
     WINDOW,
     asked_plan,
+    headers,
     listed_images,
+    name_of,
     write_finished,
     write_shards,
     write_tars,
@@ -45,18 +49,20 @@ from mrmae.train import batches
 
 BATCH = 256
 MISSING = 100  # one shard in so many is missing when `resume` is measured
+MORE = 100  # one image to so many that are there is new when `append` is measured
 Told = dict[str, Any]
 
 
-def plan(folder: Path, n: int) -> Told:
-    """List the images, order them, agree on a plan, write it."""
+def plan(folder: Path, n: int, *, more: bool = False) -> Told:
+    """List the images, order them, agree on a plan, write it. more: another hundredth of images is appended."""
     began = time.perf_counter()
-    tars = sorted(folder.glob("images/*.tar"))
+    tars = sorted(folder.glob("images/*.tar")) + sorted(folder.glob("more/*.tar"))
     path = folder / "cache"
-    sources = list_sources(tars, kept=KeptIndices(near=path / TARS)) if tars else listed_images(n)
+    sources = list_sources(tars, kept=KeptIndices(near=path / TARS)) if tars else listed_images(n + more * (n // MORE))
     listed = time.perf_counter()
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
-    agreed = negotiate(look(path), Wanted(asked_plan(len(sources)), sources.rows))
+    agreed = negotiate(look(path), Wanted(asked_plan(len(sources)), sources.rows, append=more))
+    assert agreed.new == len(sources) - n or not more
     write_agreed(path, agreed)
     images = run.images_of(options, sources, agreed)
     assert images.rows[0].key
@@ -71,6 +77,11 @@ def resume(folder: Path, n: int) -> Told:
     missing = commit.missing(path, load_plan(path))
     assert 0 < len(missing) <= 2 + 2 * n // 3400 // MISSING, len(missing)
     return told | {"missing_s": time.perf_counter() - began}
+
+
+def append_more(folder: Path, n: int) -> Told:
+    """The same with --append of a hundredth of new images, all others given again; not that these are hashed, or were remembered."""
+    return plan(folder, n, more=True)
 
 
 def finalise(folder: Path, n: int) -> Told:
@@ -102,6 +113,7 @@ def first_batch(folder: Path, n: int) -> Told:
 
 STEPS: dict[str, Callable[[Path, int], Told]] = {
     "plan": plan, "finalise": finalise, "open": opened, "first batch": first_batch, "resume": resume,
+    "append": append_more,
 }  # fmt: skip
 
 
@@ -133,6 +145,14 @@ def prepared(step: str, folder: Path, n: int, kind: str) -> None:
             if unit[2] % MISSING == 0:
                 commit_path(path, *unit).unlink()
 
+    elif step == "append" and kind == "tars":
+        (folder / "more").mkdir()
+        for start in range(n, n + n // MORE, IN_TAR):
+            numbers = range(start, min(start + IN_TAR, n + n // MORE))
+            blocks = np.zeros((2 * len(numbers) + 2, BLOCK), np.uint8)
+            blocks[:-2:2] = headers([name_of(i) for i in numbers])
+            blocks.tofile(folder / "more" / f"{start}.tar")
+
 
 def in_a_process(step: str, folder: Path, n: int, kind: str, what: str) -> Told:
     """`measured` or `prepared` in a process of its own."""
@@ -163,9 +183,12 @@ def in_a_process(step: str, folder: Path, n: int, kind: str, what: str) -> Told:
 @click.option("--open", "kind", flag_value="open", help="Opening and the first batch.")
 @click.option("--step", type=click.Choice([*STEPS]), hidden=True)
 @click.option("--what", type=click.Choice(["measure", "prepare"]), hidden=True)
+@click.option("--without", multiple=True, type=click.Choice(list(STEPS)), help="A step to leave out.")
 @click.option("--keep", is_flag=True, help="Leave the data there.")
 @click.option("--out", default=ROOT / "results" / "scale.csv", type=click.Path(path_type=Path))
-def main(n: int, folder: Path, kind: str, step: str | None, what: str | None, keep: bool, out: Path) -> None:
+def main(
+    n: int, folder: Path, kind: str, step: str | None, what: str | None, without: Sequence[str], keep: bool, out: Path
+) -> None:
     """Print and append a row per step."""
     if step:
         told = measured(step, folder, n) if what == "measure" else prepared(step, folder, n, kind) or {}
@@ -176,6 +199,8 @@ def main(n: int, folder: Path, kind: str, step: str | None, what: str | None, ke
     work.mkdir(parents=True)
     about = machine("cpu")
     for name in ("open", "first batch") if kind == "open" else STEPS:
+        if name in without:
+            continue
         before = in_a_process(name, work, n, kind, "prepare")
         row = before if "error" in before else in_a_process(name, work, n, kind, "measure")
         row = {"samples": n, "step": name, "from": kind, **row, "load": os.getloadavg()[0], **{k: about[k] for k in ("device", "commit", "date")}}  # fmt: skip

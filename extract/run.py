@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from mrmae.common.backend import Url, exists, files_below
 from mrmae.common.files import make_folder
@@ -24,7 +25,7 @@ from mrmae.extract.report import refuse_too_many_bad, summary
 from mrmae.extract.workers import plan_of_others, take_the_plan, wait_for_shards
 from mrmae.shards import claims
 from mrmae.shards import commit as commits
-from mrmae.shards.format import SourceTable
+from mrmae.shards.format import SourceTable, Values
 from mrmae.shards.manifest import Manifest, read_manifest
 from mrmae.shards.plans import (
     DIGESTS,
@@ -124,9 +125,11 @@ def begin(
         wanted = asked(options, found.plan, wanted.plan.columns, wanted.rows, wanted.maps)
         agreed = negotiate(found, wanted)
         if options.append and teachers.maps:
-            there = {row.key for row in found.rows or ()}
+            there = SourceTable.of(found.rows or ()).columns["key"].array
+            given_keys = sources.keys.array
+            new = Values(given_keys.filter(pc.invert(pc.is_in(given_keys, value_set=there))), "key")
             for given in teachers.maps.values():
-                given.refuse_lacking([key for key in sources.keys if key not in there])
+                given.refuse_lacking(new)
         say_plan(options, sources, wanted, say)  # not before it is agreed to, and before anything is read for hours
         if options.append:
             refuse_changed_images(options, sources, agreed)
@@ -157,8 +160,7 @@ def refuse_changed_images(options: Options, sources: Sources, agreed: Agreed) ->
     found = digest_images(sources, at[asked], memory_of(options), workers=options.workers)
     then, now = told.columns["sha256"].numpy()[asked], found.columns["sha256"].numpy()
     if len(changed := np.flatnonzero((then != now).any(axis=1))):
-        keys = [found.columns["key"][int(i)] for i in changed]
-        refuse_changed(path, keys, told[int(asked[changed[0]])], found[int(changed[0])])
+        refuse_changed(path, told[int(asked[changed[0]])], found[int(changed[0])], len(changed))
 
 
 def memory_of(options: Options) -> Path:

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NoReturn
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from mrmae.common.backend import Url, exists, files_below
@@ -19,13 +21,17 @@ from mrmae.shards.claims import CACHE_LOCK, PLAN_LOCK
 from mrmae.shards.commit import withdraw_manifest
 from mrmae.shards.format import (
     Appended,
+    Array,
+    Numbers,
     Plan,
     Source,
     SourceTable,
     Values,
     canonical_sources,
+    canonical_table,
     compare_specs,
     grown_id,
+    joined_sources,
     listing_id,
     listing_ids,
     load_plan,
@@ -81,6 +87,22 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compared:
+    """The cache's images, `there`, and a command's, `rows`, which may be in any order.
+
+    at: of every row its place in `there`, -1 where it holds no image or a new one. gone: places in `there` of what is not among the rows;
+    new, changed: rows that are not there, or are with another size, or another hash where both are known.
+    """
+
+    there: SourceTable
+    rows: SourceTable
+    at: Numbers
+    gone: Numbers
+    new: Numbers
+    changed: Numbers
+
+
+@dataclasses.dataclass(frozen=True)
 class Agreed:
     """The plan that a command goes on with, and the steps that make it so on disk, in their order.
 
@@ -107,12 +129,14 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
     if wanted.rows is None:
         plan = extended(old, wanted, where)
         return Agreed(plan, (), 0, steps_to(old, plan), old)
-    there = images_there(found, old, wanted.rows)
-    new = refuse_other_images(found, there, wanted, wanted.rows)
+    there, rows = (SourceTable.of(each) for each in (images_there(found, old, wanted.rows), wanted.rows))
+    compared = compare(there, rows)
+    refuse_other_images(found.path, old, wanted, compared)
     plan = extended(old, wanted, where)
-    refuse_other_rows(found.path, old, wanted, there)
-    plan, rows = grown(plan, there, [row for row in wanted.rows if row.key in new] if new else (), wanted.maps)
-    return Agreed(plan, rows, len(new), steps_to(old, plan, samples=found.rows is None or bool(new)), old)
+    refuse_other_rows(found.path, old, wanted, compared)
+    plan, rows = grown(plan, there, rows.take(compared.new), wanted.maps)
+    n_new = len(compared.new)
+    return Agreed(plan, rows, n_new, steps_to(old, plan, samples=found.rows is None or n_new > 0), old)
 
 
 def begun(found: Found, wanted: Wanted) -> Agreed:
@@ -203,38 +227,66 @@ def images_there(found: Found, plan: Plan, wanted: Sequence[Source]) -> Sequence
     return there
 
 
-def refuse_other_images(found: Found, there: Sequence[Source], wanted: Wanted, rows: Sequence[Source]) -> set[str]:
-    """Keys of the wanted `rows` that are new, which only --append may bring. ValueError, with an example, for other images.
+def compare(there: SourceTable, rows: SourceTable) -> Compared:
+    """Which of these images are there. ValueError where the columns of a file are damaged."""
+    none, n = np.zeros(0, np.int64), len(rows)
+    if same_images(there, rows):
+        keys = rows.columns["key"].array
+        return Compared(there, rows, np.where(holds_image(keys), np.arange(n), -1), none, none, none)
+    then, now = (table.columns["key"].checked() for table in (there, rows))
+    at = pc.fill_null(pc.index_in(now, value_set=then), -1).to_numpy().astype(np.int64)
+    here = holds_image(now)
+    at[~here] = -1
+    gone = holds_image(then)
+    gone[at[at >= 0]] = False
+    known = np.flatnonzero(at >= 0)
+    changed = known[unlike(there, rows, at[known], known)]
+    return Compared(there, rows, at, np.flatnonzero(gone), np.flatnonzero(here & (at < 0)), changed)
+
+
+def holds_image(keys: pa.Array) -> Array:
+    """Where rows hold an image, [rows]."""
+    return np.array(pc.not_equal(keys, "").to_numpy(zero_copy_only=False))
+
+
+def unlike(one: SourceTable, other: SourceTable, of_one: Numbers, of_other: Numbers) -> Array:
+    """Where images have another size or, where both are known, another hash, [pairs]. of_one, of_other: the pairs' rows."""
+    then, now = (table.columns["bytes"].numpy()[at] for table, at in ((one, of_one), (other, of_other)))
+    found: Array = then != now
+    then, now = (table.columns["sha256"].array for table in (one, other))
+    if then.null_count < len(then) and now.null_count < len(now):
+        other_hash = pc.not_equal(then.take(pa.array(of_one)), now.take(pa.array(of_other)))
+        found |= pc.fill_null(other_hash, False).to_numpy(zero_copy_only=False)
+    return found
+
+
+def refuse_other_images(path: Path, plan: Plan, wanted: Wanted, compared: Compared) -> None:
+    """ValueError, with an example, for other images than the cache's; only --append may bring new ones.
 
     With --append those that the cache has may be left out, without it they must be the cache's own. Where they differ, the
     cache's table of them is suspected first.
     """
-    assert found.plan
-    path = found.path
-    if same_images(there, rows):
-        return set()
-    then, now = ({row.key: row for row in each if row.key} for each in (there, rows))
-    gone, new = [key for key in then if key not in now], [key for key in now if key not in then]
-    changed = [key for key in now if key in then and differ(then[key], now[key])]
-    if changed or not wanted.append and (gone or new):
-        refuse_altered_samples(path, found.plan, there)
-    if wanted.append and changed:
-        refuse_changed(path, changed, then[changed[0]], now[changed[0]])
-    if not wanted.append and (gone or new or changed):
-        example = next(f"{what} {keys[0]!r}" for what, keys in
-                       (("gone is", gone), ("new is", new), ("changed is", changed)) if keys)  # fmt: skip
-        if not gone and not new:
-            example += f", {differ(then[changed[0]], now[changed[0]])}"
-        added = ", add --append to append the new ones" if new and not changed and wanted.extend else ""
-        limit = (
-            f" (--limit {wanted.limit} takes the first in canonical order of all that IMAGES are now)"
-            if wanted.limit
-            else ""
-        )
-        raise ValueError(f"{path}: it was begun with {counted(len(then), 'image')} and this command has {len(now)}: {len(gone)} gone, "
-                         f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images{limit}; "
-                         f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
-    return set(new)
+    there, rows, gone, new, changed = compared.there, compared.rows, compared.gone, compared.new, compared.changed
+    if not len(changed) and (wanted.append or not len(gone) and not len(new)):
+        return
+    refuse_altered_samples(path, plan, there)
+    then, now = ((there[int(compared.at[changed[0]])], rows[int(changed[0])]) if len(changed) else (EMPTY_ROW, EMPTY_ROW))  # fmt: skip
+    if wanted.append:
+        refuse_changed(path, then, now, len(changed))
+    n_then, n_now = (int(holds_image(table.columns["key"].array).sum()) for table in (there, rows))
+    what, key = (
+        ("gone", there[int(gone[0])].key) if len(gone) else ("new", rows[int(new[0])].key) if len(new) else ("changed", now.key)
+    )  # fmt: skip
+    example = f"{what} is {key!r}" + (f", {differ(then, now)}" if what == "changed" else "")
+    added = ", add --append to append the new ones" if len(new) and not len(changed) and wanted.extend else ""
+    limit = (
+        f" (--limit {wanted.limit} takes the first in canonical order of all that IMAGES are now)"
+        if wanted.limit
+        else ""
+    )
+    raise ValueError(f"{path}: it was begun with {counted(n_then, 'image')} and this command has {n_now}: {len(gone)} gone, "
+                     f"{len(new)} new, {len(changed)} changed ({example}); a cache belongs to one set of images{limit}; "
+                     f"give the same images{added}, or write to a new folder (nothing was changed)")  # fmt: skip
 
 
 def differ(then: Source, now: Source) -> str:
@@ -245,10 +297,10 @@ def differ(then: Source, now: Source) -> str:
     return f"its sha256 was {then.sha256} and is now {now.sha256}" if other else ""
 
 
-def refuse_changed(path: Path, changed: Sequence[str], then: Source, now: Source) -> NoReturn:
-    """ValueError for images under known keys whose bytes are others. then, now: of the first."""
-    raise ValueError(f"{path}: image {changed[0]!r} has other bytes than the image of that key in the cache ({differ(then, now)}; "
-                     f"{len(changed)} such images); a key names one image, and what is cached stays; rename it, leave it out with "
+def refuse_changed(path: Path, then: Source, now: Source, n: int) -> NoReturn:
+    """ValueError for n images under known keys whose bytes are others. then, now: the first."""
+    raise ValueError(f"{path}: image {now.key!r} has other bytes than the image of that key in the cache ({differ(then, now)}; "
+                     f"{n} such images); a key names one image, and what is cached stays; rename it, leave it out with "
                      "--include, or write to a new folder (nothing was changed)")  # fmt: skip
 
 
@@ -280,38 +332,40 @@ def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> N
                          "listing id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
 
 
-def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, there: Sequence[Source]) -> None:
+def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, compared: Compared) -> None:
     """ValueError where the plan's ids are not those of its images, or `wanted` has other labels or ids for the same images."""
+    there, rows, at = compared.there, compared.rows, compared.at
     refuse_altered_samples(path, plan, there)
-    if same_columns(there, wanted.rows or (), "key", "label"):
-        return
-    then = {row.key: row.label for row in there if row.key}  # no id is made of labels
-    if other := [row for row in wanted.rows or () if row.key and then.get(row.key, row.label) != row.label]:
-        key, label = other[0].key, other[0].label
-        raise ValueError(f"{path / 'samples.arrow'}: the label of {key!r} is {shown(then[key])} there and {shown(label)} in IMAGES "
-                         f"({len(other)} such images); an image keeps its label; give the images with their labels of then, or if that "
-                         "file was damaged, restore it from a copy or remove it: the same command writes it again")  # fmt: skip
+    if not same_columns(there, rows, "key", "label"):  # no id is made of labels
+        known = np.flatnonzero(at >= 0)
+        then, now = (table.columns["label"].checked() for table in (there, rows))
+        then, now = then.take(pa.array(at[known])), now.take(pa.array(known))
+        other = pc.fill_null(pc.not_equal(then, now), False).to_numpy(zero_copy_only=False)
+        other = other | (then.is_null().to_numpy(zero_copy_only=False) != now.is_null().to_numpy(zero_copy_only=False))
+        if len(where := np.flatnonzero(other)):
+            first = rows[int(known[where[0]])]
+            raise ValueError(f"{path / 'samples.arrow'}: the label of {first.key!r} is {shown(then[int(where[0])].as_py())} there and {shown(first.label)} in IMAGES "
+                             f"({len(where)} such images); an image keeps its label; give the images with their labels of then, or if that "
+                             "file was damaged, restore it from a copy or remove it: the same command writes it again")  # fmt: skip
     if wanted.plan.listing_id:
         before, now = ({name: each.to_json().get(name, []) for name in ("listing_id", "n_samples", "appended")}
                        for each in (plan, wanted.plan))  # fmt: skip
         compare_specs(before, now, str(path / "plan.json"))
 
 
-def grown(
-    plan: Plan, there: Sequence[Source], new: Sequence[Source], maps: Mapping[str, str]
-) -> tuple[Plan, Sequence[Source]]:
+def grown(plan: Plan, there: SourceTable, new: SourceTable, maps: Mapping[str, str]) -> tuple[Plan, SourceTable]:
     """(the plan with these images as a part of their own, all images by number), the same where there are none.
 
     maps: the sha256 of the values that are given for them, by column.
     """
-    if not new:
+    if not len(new):
         return plan, there
-    ordered = canonical_sources(new)
+    ordered = canonical_table(new)
     id = grown_id(plan.parts[-1].listing_id, listing_id(ordered))
     other = {name: sha256 for name, sha256 in maps.items() if sha256 != plan.teacher(name).weights_sha256}
     plan = dataclasses.replace(plan, appended=(*plan.appended, Appended(id, len(ordered), other)))
     gap = plan.parts[-1].numbers.start - len(there)
-    return plan, [*there, *[EMPTY_ROW] * gap, *ordered]
+    return plan, joined_sources([there, SourceTable.of([EMPTY_ROW] * gap), ordered])
 
 
 def made_of(plan: Plan, rows: Sequence[Source]) -> bool:

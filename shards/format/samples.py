@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 
 from mrmae.common.backend import Url, read_bytes, size_of
 from mrmae.common.files import publish_by
-from mrmae.shards.format.spec import FORMAT_VERSION, Array, canonical_order, content_id, shown, signed_hashes
+from mrmae.shards.format.spec import FORMAT_VERSION, Array, Numbers, canonical_order, content_id, shown, signed_hashes
 
 SAMPLES_FILE, ARROW_MAGIC = "samples.arrow", b"ARROW1"
 SAMPLES = pa.schema([
@@ -80,14 +80,19 @@ class Values(Sequence[Any]):
 
     def plain(self, array: pa.Array) -> list[Any]:
         """Rows of this column as Python's."""
+        values: list[Any] = self.checked(array).to_pylist()
+        return ["" if value is None else value.hex() for value in values] if self.is_hash else values
+
+    def checked(self, array: pa.Array | None = None) -> pa.Array:
+        """The array, or rows of it, every value of which can be read. ValueError where it is damaged."""
+        array = self.array if array is None else array
         try:
             array.validate(full=True)  # offsets of a damaged file lead anywhere
-            values: list[Any] = array.to_pylist()
-        except (pa.ArrowException, UnicodeDecodeError) as error:
+        except pa.ArrowException as error:
             raise ValueError(
                 f"{self.file or SAMPLES_FILE}: its column {self.name} is damaged ({error}); restore it"
             ) from None
-        return ["" if value is None else value.hex() for value in values] if self.is_hash else values
+        return array
 
     @property
     def is_hash(self) -> bool:
@@ -187,6 +192,11 @@ class SourceTable(Sequence[Source]):
             return SourceTable({name: Values(v.array[which], name) for name, v in self.columns.items()})
         return Source(**{name: values[which] for name, values in self.columns.items()})
 
+    def take(self, which: Numbers) -> "SourceTable":
+        """These rows, in this order."""
+        at = pa.array(which)
+        return SourceTable({name: Values(values.array.take(at), name) for name, values in self.columns.items()})
+
     def __iter__(self) -> Iterator[Source]:
         return (Source(*row) for row in zip(*self.columns.values()))
 
@@ -217,6 +227,22 @@ def canonical_sources(sources: Iterable[Source]) -> list[Source]:
     """The sources in canonical order: position = sample number. ValueError names duplicate keys."""
     sources = list(sources)
     return [sources[i] for i in canonical_order([source.key for source in sources])]
+
+
+def canonical_table(rows: SourceTable) -> SourceTable:
+    """The same of columns."""
+    keys = rows.columns["key"]
+    by_key = np.asarray(pc.array_sort_indices(keys.array))
+    ordered = rows.take(by_key[np.argsort(signed_hashes(keys)[by_key].view(np.uint64), kind="stable")])
+    again = ordered.columns["key"].array
+    if pc.any(pc.equal(again[1:], again[:-1])).as_py():
+        canonical_order(keys)  # names it
+    return ordered
+
+
+def joined_sources(parts: Sequence[SourceTable]) -> SourceTable:
+    """The images of several tables, one behind the other."""
+    return SourceTable({f.name: Values(pa.concat_arrays([part.columns[f.name].array for part in parts]), f.name) for f in SOURCE})  # fmt: skip
 
 
 def dataset_id(rows: Sequence[Source]) -> str:
