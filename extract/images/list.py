@@ -163,7 +163,10 @@ class Sources:
     @functools.cached_property
     def canonical(self) -> Numbers:
         """Positions of the images in canonical order. Images with one hash are sorted by key already."""
-        return np.argsort(self.hashes.view(np.uint64), kind="stable")
+        hashes = self.hashes.view(np.uint64)
+        order = np.argsort(hashes)  # in a third of a stable sort's time
+        again = hashes[order]
+        return np.argsort(hashes, kind="stable") if (again[1:] == again[:-1]).any() else order
 
     @functools.cached_property
     def in_order(self) -> Values:
