@@ -87,7 +87,7 @@ class Wanted:
 
 
 @dataclasses.dataclass(frozen=True)
-class Compared:
+class Differences:
     """The cache's images, `there`, and a command's, `rows`, which may be in any order.
 
     at: of every row its place in `there`, -1 where it holds no image or a new one. gone: places in `there` of what is not among the rows;
@@ -130,12 +130,12 @@ def negotiate(found: Found, wanted: Wanted) -> Agreed:
         plan = extended(old, wanted, where)
         return Agreed(plan, (), 0, steps_to(old, plan), old)
     there, rows = (SourceTable.of(each) for each in (images_there(found, old, wanted.rows), wanted.rows))
-    compared = compare(there, rows)
-    refuse_other_images(found.path, old, wanted, compared)
+    differences = compare(there, rows)
+    refuse_other_images(found.path, old, wanted, differences)
     plan = extended(old, wanted, where)
-    refuse_other_rows(found.path, old, wanted, compared)
-    plan, rows = grown(plan, there, rows.take(compared.new), wanted.maps)
-    n_new = len(compared.new)
+    refuse_other_rows(found.path, old, wanted, differences)
+    plan, rows = grown(plan, there, rows.take(differences.new), wanted.maps)
+    n_new = len(differences.new)
     return Agreed(plan, rows, n_new, steps_to(old, plan, samples=found.rows is None or n_new > 0), old)
 
 
@@ -227,12 +227,12 @@ def images_there(found: Found, plan: Plan, wanted: Sequence[Source]) -> Sequence
     return there
 
 
-def compare(there: SourceTable, rows: SourceTable) -> Compared:
+def compare(there: SourceTable, rows: SourceTable) -> Differences:
     """Which of these images are there. ValueError where the columns of a file are damaged."""
     none, n = np.zeros(0, np.int64), len(rows)
     if same_images(there, rows):
         keys = rows.columns["key"].array
-        return Compared(there, rows, np.where(holds_image(keys), np.arange(n), -1), none, none, none)
+        return Differences(there, rows, np.where(holds_image(keys), np.arange(n), -1), none, none, none)
     then, now = (table.columns["key"].checked() for table in (there, rows))
     at = pc.fill_null(pc.index_in(now, value_set=then), -1).to_numpy().astype(np.int64)
     here = holds_image(now)
@@ -241,7 +241,7 @@ def compare(there: SourceTable, rows: SourceTable) -> Compared:
     gone[at[at >= 0]] = False
     known = np.flatnonzero(at >= 0)
     changed = known[unlike(there, rows, at[known], known)]
-    return Compared(there, rows, at, np.flatnonzero(gone), np.flatnonzero(here & (at < 0)), changed)
+    return Differences(there, rows, at, np.flatnonzero(gone), np.flatnonzero(here & (at < 0)), changed)
 
 
 def holds_image(keys: pa.Array) -> Array:
@@ -260,17 +260,18 @@ def unlike(one: SourceTable, other: SourceTable, of_one: Numbers, of_other: Numb
     return found
 
 
-def refuse_other_images(path: Path, plan: Plan, wanted: Wanted, compared: Compared) -> None:
+def refuse_other_images(path: Path, plan: Plan, wanted: Wanted, differences: Differences) -> None:
     """ValueError, with an example, for other images than the cache's; only --append may bring new ones.
 
     With --append those that the cache has may be left out, without it they must be the cache's own. Where they differ, the
     cache's table of them is suspected first.
     """
-    there, rows, gone, new, changed = compared.there, compared.rows, compared.gone, compared.new, compared.changed
+    there, rows = differences.there, differences.rows
+    gone, new, changed = differences.gone, differences.new, differences.changed
     if not len(changed) and (wanted.append or not len(gone) and not len(new)):
         return
     refuse_altered_samples(path, plan, there)
-    then, now = ((there[int(compared.at[changed[0]])], rows[int(changed[0])]) if len(changed) else (EMPTY_ROW, EMPTY_ROW))  # fmt: skip
+    then, now = ((there[int(differences.at[changed[0]])], rows[int(changed[0])]) if len(changed) else (EMPTY_ROW, EMPTY_ROW))  # fmt: skip
     if wanted.append:
         refuse_changed(path, then, now, len(changed))
     n_then, n_now = (int(holds_image(table.columns["key"].array).sum()) for table in (there, rows))
@@ -332,9 +333,9 @@ def refuse_altered_samples(path: Path, plan: Plan, there: Sequence[Source]) -> N
                          "listing id; restore it from a copy, or remove it: the same command writes it again")  # fmt: skip
 
 
-def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, compared: Compared) -> None:
+def refuse_other_rows(path: Path, plan: Plan, wanted: Wanted, differences: Differences) -> None:
     """ValueError where the plan's ids are not those of its images, or `wanted` has other labels or ids for the same images."""
-    there, rows, at = compared.there, compared.rows, compared.at
+    there, rows, at = differences.there, differences.rows, differences.at
     refuse_altered_samples(path, plan, there)
     if not same_columns(there, rows, "key", "label"):  # no id is made of labels
         known = np.flatnonzero(at >= 0)

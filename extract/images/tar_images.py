@@ -66,7 +66,7 @@ class KeptIndices:
         try:
             if not isinstance(file, Url):
                 size_of(file)  # a regular file: a pipe would be waited for
-            about, found = in_columns(read_bytes(file))
+            about, found = parsed_memory(read_bytes(file))
         except FileNotFoundError:
             return None
         except (ValueError, OSError) as error:
@@ -81,7 +81,7 @@ class KeptIndices:
         if (file := self.file_of(tar, suffixes)) is None:
             return
         if isinstance(tar, Url) or time.time_ns() - max(stamp[1:3]) > SETTLED_NS:
-            publish(file, in_bytes(told_of(tar, stamp, suffixes), found), replace=True)
+            publish(file, memory_bytes(told_of(tar, stamp, suffixes), found), replace=True)
 
     def notes(self) -> list[str]:
         """What a person should hear about it."""
@@ -96,7 +96,7 @@ class KeptIndices:
         """(key, bytes, sha256, version of the tar, offset in it) of what was hashed in tars at URLs, tar by tar."""
         for file in files_below(self.folder) if self.folder is not None else ():
             with contextlib.suppress(ValueError, FileNotFoundError):
-                about, (rows, _) = in_columns(read_bytes(file))
+                about, (rows, _) = parsed_memory(read_bytes(file))
                 table = rows.filter(rows["sha256"].is_valid()).to_pydict()
                 columns = (table[name] for name in ("key", "bytes", "sha256", "offset"))
                 yield [(key, size, sha256.hex(), about["stamp"][1], at) for key, size, sha256, at in zip(*columns)]
@@ -117,7 +117,7 @@ def stamp_of(tar: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
 
 
-def in_bytes(about: dict[str, Any], found: TarImages) -> bytes:
+def memory_bytes(about: dict[str, Any], found: TarImages) -> bytes:
     """A memory: the checksum of what follows, then a stream of Arrow."""
     told = json.dumps({**about, "left_out": dataclasses.asdict(found.left_out)})
     batch, sink = found.rows.replace_schema_metadata({"about": told}), pa.BufferOutputStream()
@@ -127,7 +127,7 @@ def in_bytes(about: dict[str, Any], found: TarImages) -> bytes:
     return b"%-16x" % zlib.crc32(content) + content
 
 
-def in_columns(content: bytes) -> tuple[dict[str, Any], TarImages]:
+def parsed_memory(content: bytes) -> tuple[dict[str, Any], TarImages]:
     """The memory that these bytes are, what it tells and the images. ValueError where they are none."""
     try:
         if int(content[:CHECKSUM_BYTES], 16) != zlib.crc32(memoryview(content)[CHECKSUM_BYTES:]):
@@ -168,10 +168,10 @@ def images_of_tar(
         found.append(data)
     if labels:
         left_out.note_labels([name for name in labels if visible(name)], texts)
-    return TarImages(rows_of(keys, names, found), left_out)
+    return TarImages(tar_rows(keys, names, found), left_out)
 
 
-def rows_of(keys: list[str], labels: list[str | None], members: list[TarHeader]) -> pa.RecordBatch:
+def tar_rows(keys: list[str], labels: list[str | None], members: list[TarHeader]) -> pa.RecordBatch:
     hashes: Numbers = signed_hashes(keys)
     columns = [keys, labels, [m.size_bytes for m in members], [m.offset for m in members], hashes,
                [m.sha256 and bytes.fromhex(m.sha256) for m in members]]  # fmt: skip

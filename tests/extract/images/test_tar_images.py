@@ -155,8 +155,8 @@ def test_a_memory_of_other_columns_of_another_tar_or_a_pipe_is_not_taken(
     first, second = sorted((tmp_path / "kept").iterdir())
     first.write_bytes(second.read_bytes())
     assert told(list_sources(tars, kept=kept)) == expected and len(reads) == 3
-    about, found = tar_images.in_columns(second.read_bytes())
-    second.write_bytes(tar_images.in_bytes(about, found._replace(rows=found.rows.drop_columns(["hash"]))))
+    about, found = tar_images.parsed_memory(second.read_bytes())
+    second.write_bytes(tar_images.memory_bytes(about, found._replace(rows=found.rows.drop_columns(["hash"]))))
     assert told(list_sources(tars, kept=kept))[:3] == expected[:3] and len(reads) == 4
     second.unlink()
     os.mkfifo(second)
