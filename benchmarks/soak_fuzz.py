@@ -80,7 +80,7 @@ TRAIN = ["--set", "student.model=test_vit", "--set", "student.decoder={depth: 1,
          "0", "--allow-partial"]  # fmt: skip
 KINDS = ("crashed", "slow", "memory", "outside", "ran", "unclear", "wrong", "missed")
 NAMED = re.compile(
-    r"\.json\b|\.jsonl\b|\.lock\b|\.digests\b|pictures\.png\b|report\.html\b|\.npy\b|\.arrow\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|codebooks|stats)\b|\b(commits|views|tail|codebooks)/|^(commits|views|tail|codebooks|stats)[:(]",
+    r"\.json\b|\.jsonl\b|\.lock\b|\.digests\b|pictures\.png\b|report\.html\b|\.npy\b|\.arrow\b|\.tar\b|\.safetensors\b|/c/\d|/(commits|views|tail|codebooks|stats|manifest)\b|\b(commits|views|tail|codebooks|manifest)/|^(commits|views|tail|codebooks|stats|manifest)[:(]|\bis not finished\b|: its bytes changed since the cache was begun",
     re.M,
 )
 
