@@ -26,7 +26,9 @@ import click
 import numpy as np
 from hollow import (
     BLOCK,
+    EMPTY_SHA256,
     IN_TAR,
+    SHARD,
     WINDOW,
     asked_plan,
     headers,
@@ -40,11 +42,11 @@ from measure import ROOT, machine, memory_mark, memory_peak, status_bytes
 from rows import append
 
 from mrmae.extract import run
-from mrmae.extract.images import KeptIndices, list_sources
+from mrmae.extract.images import KeptIndices, Sources, digest_images, list_sources, remember_hashes
 from mrmae.shards import commit
 from mrmae.shards.cache import open_cache
 from mrmae.shards.format import commit_path, load_plan, units
-from mrmae.shards.plans import TARS, Wanted, look, negotiate, write_agreed
+from mrmae.shards.plans import DIGESTS, TARS, Wanted, look, negotiate, write_agreed
 from mrmae.train import batches
 
 BATCH = 256
@@ -53,12 +55,16 @@ MORE = 100  # one image to so many that are there is new when `append` is measur
 Told = dict[str, Any]
 
 
+def images_below(folder: Path, n: int) -> Sources:
+    """The images, listed from tars, where there are some."""
+    tars = sorted(folder.glob("images/*.tar")) + sorted(folder.glob("more/*.tar"))
+    return list_sources(tars, kept=KeptIndices(near=folder / "cache" / TARS)) if tars else listed_images(n)
+
+
 def plan(folder: Path, n: int, *, more: bool = False) -> Told:
     """List the images, order them, agree on a plan, write it. more: another hundredth of images is appended."""
-    began = time.perf_counter()
-    tars = sorted(folder.glob("images/*.tar")) + sorted(folder.glob("more/*.tar"))
-    path = folder / "cache"
-    sources = list_sources(tars, kept=KeptIndices(near=path / TARS)) if tars else listed_images(n + more * (n // MORE))
+    began, path = time.perf_counter(), folder / "cache"
+    sources = images_below(folder, n + more * (n // MORE))
     listed = time.perf_counter()
     options: Any = SimpleNamespace(append=False, cache=path, workers=1, max_pixels=1 << 20)
     agreed = negotiate(look(path), Wanted(asked_plan(len(sources)), sources.rows, append=more))
@@ -82,6 +88,12 @@ def resume(folder: Path, n: int) -> Told:
 def append_more(folder: Path, n: int) -> Told:
     """The same with --append of a hundredth of new images, all others given again; not that these are hashed, or were remembered."""
     return plan(folder, n, more=True)
+
+
+def recall(folder: Path, n: int) -> Told:
+    """The hashes of all images from the memory of them: what --append asks of those that are given again."""
+    assert len(digest_images(images_below(folder, n), np.arange(n), folder / DIGESTS, workers=1)) == n
+    return {}
 
 
 def finalise(folder: Path, n: int) -> Told:
@@ -113,7 +125,7 @@ def first_batch(folder: Path, n: int) -> Told:
 
 STEPS: dict[str, Callable[[Path, int], Told]] = {
     "plan": plan, "finalise": finalise, "open": opened, "first batch": first_batch, "resume": resume,
-    "append": append_more,
+    "recall": recall, "append": append_more,
 }  # fmt: skip
 
 
@@ -145,6 +157,11 @@ def prepared(step: str, folder: Path, n: int, kind: str) -> None:
             if unit[2] % MISSING == 0:
                 commit_path(path, *unit).unlink()
 
+    elif step == "recall":
+        sources = images_below(folder, n)
+        for start in range(0, n, SHARD):
+            shard = sources.canonical[start : start + SHARD].tolist()
+            remember_hashes(sources, [(i, EMPTY_SHA256) for i in shard], folder / DIGESTS)
     elif step == "append" and kind == "tars":
         (folder / "more").mkdir()
         for start in range(n, n + n // MORE, IN_TAR):
