@@ -26,6 +26,7 @@ OF_TAR = pa.schema([
     ("sha256", pa.binary(32)),
 ])  # fmt: skip
 CHECKSUM_BYTES = 16  # before the columns, which thus lie as Arrow wants them
+RULES = 1  # which members are images, and what their labels are; another number where that changes
 SETTLED_NS = 2 * 10**9  # the coarsest clock of a file system: what is younger may change again under the same time
 Stamp = tuple[int, ...]  # what changes with a tar: size, times and inode; at a URL size and version
 
@@ -108,7 +109,7 @@ def name_of(tar: PurePath) -> str:
 
 def told_of(tar: PurePath, stamp: Stamp, suffixes: tuple[str, ...]) -> dict[str, Any]:
     """What a memory tells of its tar, as JSON has it."""
-    return {"tar": os.fsencode(name_of(tar)).hex(), "stamp": list(stamp), "suffixes": list(suffixes)}
+    return {"rules": RULES, "tar": os.fsencode(name_of(tar)).hex(), "stamp": list(stamp), "suffixes": list(suffixes)}
 
 
 def stamp_of(tar: Path) -> Stamp:

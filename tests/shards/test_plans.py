@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from contents import contents
 
@@ -13,12 +14,13 @@ from mrmae.shards.format import (
     Plan,
     Quantiser,
     Source,
+    SourceTable,
     TeacherSpec,
     ViewRecipe,
     canonical_sources,
     listing_id,
 )
-from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, agree, negotiate
+from mrmae.shards.plans import EMPTY_ROW, Agreed, Found, Wanted, agree, compare, differ, negotiate
 
 CACHE = Path("/nowhere/c")
 Steps = tuple[str, ...]
@@ -247,6 +249,28 @@ def test_a_folder_of_something_else_is_refused(make_cache: Make, tmp_path: Path)
     with pytest.raises(ValueError, match="no cache .* holds 'samples.arrow'"):
         make_cache(tmp_path, **SMALL)
     assert (tmp_path / "samples.arrow").read_text() == "do not touch"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_differences_by_columns_are_those_by_objects(seed: int) -> None:
+    """Gaps before appended parts, lengths and hashes that changed or are not known, in either table, in any order."""
+    rng = np.random.default_rng(seed)
+
+    def table() -> list[Source]:
+        names = rng.permutation([f"é{i}.png" for i in rng.choice(30, 20, replace=False)] + [""] * 4)
+        hashes = ["", "00" * 32, "01" * 32]
+        return [Source(name, None, int(rng.choice([3, 3, 3, 4])) * bool(name), hashes[rng.integers(3)] if name else "")
+                for name in names.tolist()]  # fmt: skip
+
+    there, rows = table(), table()
+    found = compare(SourceTable.of(there), SourceTable.of(rows))
+    then, now = ({row.key: row for row in each if row.key} for each in (there, rows))
+    assert [there[i].key for i in found.gone] == [key for key in then if key not in now]
+    assert [rows[i].key for i in found.new] == [key for key in now if key not in then]
+    assert [rows[i].key for i in found.changed] == [k for k in now if k in then and differ(then[k], now[k])]
+    assert [there[i].key if i >= 0 else None for i in found.at] == [
+        row.key if row.key in then else None for row in rows
+    ]
 
 
 def test_the_plans_listing_id_must_be_that_of_the_images(tmp_path: Path) -> None:

@@ -126,6 +126,16 @@ def test_a_tar_that_changed_a_moment_ago_is_not_remembered(
     assert len(reads) == 2 and not (tmp_path / "kept").exists()
 
 
+def test_a_memory_made_by_other_rules_is_not_taken(
+    tmp_path: Path, reads: list[str], kept: KeptIndices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tar = write_tar(tmp_path / "0.tar", FILES)
+    for rules in (1, 2, 2):
+        monkeypatch.setattr(tar_images, "RULES", rules)
+        list_sources([tar], kept=kept)
+    assert len(reads) == 2
+
+
 def lines_of(content: bytes) -> bytes:
     return b"\n%08x %s\n" % (0, content[:40])
 

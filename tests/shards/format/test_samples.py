@@ -21,7 +21,9 @@ from mrmae.shards.format import (
     Source,
     SourceTable,
     canonical_sources,
+    canonical_table,
     dataset_id,
+    joined_sources,
     listing_id,
     read_samples,
     sample_values,
@@ -52,6 +54,16 @@ def test_dataset_id_is_golden_and_of_keys_and_bytes_not_of_labels() -> None:
     others: list[dict[str, Any]] = [{"sha256": "33" * 32}, {"bytes": 11}, {"key": "a.png"}]
     assert all(dataset_id([dataclasses.replace(ROWS[0], **other), *ROWS[1:]]) != expected for other in others)
     assert dataset_id(SourceTable.of(ROWS)[1:]) == dataset_id(ROWS[1:])
+
+
+def test_columns_are_ordered_as_objects_are() -> None:
+    rows = [Source(f"é/{i}.png", str(i), i, f"{i:064x}") for i in range(300)]
+    assert canonical_table(SourceTable.of(rows)) == canonical_sources(rows) != rows
+    with pytest.raises(ValueError, match="'é/7.png': this key occurs twice .1 such keys."):
+        canonical_table(SourceTable.of([*rows, rows[7]]))
+    gap = SourceTable.of([Source("", None, 0, "")] * 2)
+    parts = [SourceTable.of(rows[:5]), gap, SourceTable.of(rows[5:])]
+    assert joined_sources(parts) == [*rows[:5], *gap, *rows[5:]]
 
 
 def test_listing_id_is_golden_and_of_keys_and_sizes_alone() -> None:
