@@ -22,8 +22,9 @@ demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py $(if $(IMAGES),--images '$(IMAGES)') --out '$(OUT)' $(DEMO)
 
 # One thread per process: PyTorch's spinning workers and two test processes on two cores are many times slower.
+# Modules are compiled once, also where the environment forbids to keep that: processes that tests start would do it again.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -2,14 +2,13 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 SOAK = Path(__file__).parents[1] / "benchmarks" / "soak_fuzz.py"
 
 
-def test_commands_meet_damaged_and_hostile_caches(tmp_path: Path) -> None:
-    command = [sys.executable, str(SOAK), "--cases", "14", "--seed", "1", "--folder", str(tmp_path)]
+def test_commands_meet_damaged_and_hostile_caches(tmp_path: Path, warm: list[str]) -> None:
+    command = [*warm, str(SOAK), "--cases", "14", "--seed", "1", "--folder", str(tmp_path)]
     done = subprocess.run([*command, "--out", str(tmp_path / "rows.csv")], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr[-5000:]
     with open(tmp_path / "rows.csv", newline="") as file:

@@ -2,15 +2,16 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
-def test_killed_commands_continue_to_the_same_bytes_also_where_two_write_one_shard(tmp_path: Path) -> None:
+def test_killed_commands_continue_to_the_same_bytes_also_where_two_write_one_shard(
+    tmp_path: Path, warm: list[str]
+) -> None:
     kinds = ("append", "convert to fp8", "train", "two on one shard, clocks apart")
-    command = [sys.executable, str(BENCHMARKS / "soak_kills.py"), "--kills", str(len(kinds)), "--disks", "0"]
+    command = [*warm, str(BENCHMARKS / "soak_kills.py"), "--kills", str(len(kinds)), "--disks", "0"]
     command += [word for kind in kinds for word in ("--only", kind)]
     command += ["--out", str(tmp_path / "kills.csv"), "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=250)

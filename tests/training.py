@@ -1,18 +1,27 @@
-"""Training in tests: on the CPU, without pictures and TensorBoard, options given flat; targets and distances by their formulas."""
+"""Training in tests: a student of three blocks, on the CPU, without pictures and TensorBoard, options given flat; targets and distances by their formulas."""
 
 import dataclasses
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from mrmae.train import loop
 from mrmae.train.method import Recipe
 from mrmae.train.method.phi_s import phi_s
 from mrmae.train.setup import Cadence, Setup
+
+
+@register_model
+def test_vit_of_3(**options: Any) -> VisionTransformer:
+    """timm's `test_vit` with half its blocks."""
+    return timm.create_model("test_vit", **{"depth": 3} | options)
 
 
 def train_quietly(

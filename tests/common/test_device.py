@@ -22,8 +22,8 @@ print(asked)
 
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="Linux's and glibc's")
-def test_a_process_on_a_cpu_keeps_its_memory() -> None:
-    done = subprocess.run([sys.executable, "-c", ASKED], capture_output=True, text=True, check=True, timeout=120)
+def test_a_process_on_a_cpu_keeps_its_memory(warm: list[str]) -> None:
+    done = subprocess.run([*warm, "-c", ASKED], capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.strip() == "[(-1, 1073741824, 1), (-3, 33554432, 1)]", "1: glibc took it"
 
 

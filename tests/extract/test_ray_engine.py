@@ -389,23 +389,21 @@ def killer(killed: list[int], cache: Path, *, at_most: int) -> Iterator[None]:
         thread.join(60)
 
 
-def test_ray_itself_makes_the_bytes_that_one_process_makes(cluster: Any, photo_folder: Path, tmp_path: Path) -> None:
+def test_ray_itself_makes_the_bytes_that_one_process_makes_here_and_at_a_url(
+    s3: Any, cluster: Any, photo_folder: Path, tmp_path: Path
+) -> None:
+    """At a URL actors share nothing but the store; `s3` comes first, as they inherit the environment of the cluster."""
     extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
+    here = contents(tmp_path / "a")
     said: list[str] = []
     manifest = extract_on_ray(options_of(photo_folder, tmp_path / "b"), RayPool(2, gpus=0), say=said.append)
-    assert manifest["n_valid"] == 20 and contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert manifest["n_valid"] == 20 and here == contents(tmp_path / "b")
     extract_on_ray(options_of(photo_folder, tmp_path / "b"), RayPool(1, gpus=0), say=said.append)
     assert "nothing was left to do" in said[-1]
-
-
-def test_ray_itself_makes_them_at_a_url(s3: Any, cluster: Any, photo_folder: Path, tmp_path: Path) -> None:
-    """Actors share nothing but the store; `s3` comes first, as they inherit the environment of the cluster."""
     s3.ask("PUT", "ray")
     url = locate("s3://ray/c")
-    extract_features(options_of(photo_folder, tmp_path / "a"), say=lambda _: None)
     extract_on_ray(options_of(photo_folder, url), RayPool(2, gpus=0), say=lambda _: None)
     far = {file.relative_to(url).as_posix(): read_bytes(file) for file in files_below(url)}
-    here = contents(tmp_path / "a")
     assert {name: data for name, data in far.items() if not name.startswith("commits/")} == {
         name: data for name, data in here.items() if name != ".digests"
     }

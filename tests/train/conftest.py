@@ -2,25 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
-import timm
 import torch
-from timm.models import register_model
-from timm.models.vision_transformer import VisionTransformer
 from training import facet_tail
 
 from mrmae.shards.stats import Stats
 from mrmae.train.method.recipe import Recipe, load_recipe
 from mrmae.train.method.targets import NEEDS_STATISTICS, Batch, CacheInfo, GivenBoxes, TeacherInfo
-
-
-@register_model
-def test_vit_of_3(**options: Any) -> VisionTransformer:
-    """timm's `test_vit` with half its blocks."""
-    return timm.create_model("test_vit", **{"depth": 3} | options)
-
 
 TINY = [
     "student.decoder.depth=1",

@@ -33,7 +33,7 @@ from mrmae.train.method.recipe import load_recipe
 from mrmae.train.rehearsal import dry_run
 from mrmae.train.setup import Setup
 
-QUICK = ("student.model=test_vit", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "optim.epochs=1",
+QUICK = ("student.model=test_vit_of_3", "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}", "optim.epochs=1",
          "optim.batch_size=8", "optim.warmup_epochs=0.5")  # fmt: skip
 SMALL_RUN = [word for text in QUICK for word in ("--set", text)]
 

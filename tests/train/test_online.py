@@ -23,7 +23,7 @@ from mrmae.train.run import build_run
 from mrmae.train.setup import Setup
 
 QUICK = (
-    "student.model=test_vit",
+    "student.model=test_vit_of_3",
     "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
     "optim.epochs=1",
     "optim.batch_size=4",

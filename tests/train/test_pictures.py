@@ -21,7 +21,7 @@ from mrmae.train.setup import Setup
 GRID = (4, 3)
 SIZE = (32, 24)
 QUICK = (
-    "student.model=test_vit",
+    "student.model=test_vit_of_3",
     "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
     "optim.epochs=2",
     "optim.batch_size=8",

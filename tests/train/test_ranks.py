@@ -2,8 +2,8 @@
 
 import functools
 import json
-import multiprocessing
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +23,7 @@ from mrmae.train.method.recipe import load_recipe
 from mrmae.train.ranks import Ranks
 
 QUICK = (
-    "student.model=test_vit",
+    "student.model=test_vit_of_3",
     "student.decoder={depth: 1, width: 16, heads: 2, mlp_ratio: 2.0}",
     "optim.epochs=4",
     "optim.batch_size=4",
@@ -39,6 +39,8 @@ os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str
                    "TORCHELASTIC_RESTART_COUNT": "0"})
 import torch
 torch.set_num_threads(1)
+sys.path.append(tests)
+import training  # the student
 from pathlib import Path
 from mrmae.train import loop, ranks, run
 from mrmae.train.setup import Cadence, Setup
@@ -79,38 +81,28 @@ except BaseException as error:
 """
 
 
-@pytest.fixture(scope="module")
-def forks() -> Any:
-    """Where ranks are forked from: a process that has imported everything once, so that a rank costs no imports."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mrmae.train.loop"])
-    return context
-
-
 @pytest.fixture
-def launch(forks: Any, tiny_cache: Path, tmp_path: Path) -> Iterator[Callable[..., list[int]]]:
+def launch(warm: list[str], tiny_cache: Path, tmp_path: Path) -> Iterator[Callable[..., list[int]]]:
     """`launch(size, out)`: that many ranks, as torchrun sets them up, their store kept by this process; their exit codes."""
-    started: list[Any] = []
+    started: list[subprocess.Popen[bytes]] = []
 
     def run(
         size: int, out: Path, *, event: str = "", event_step: int = -1, more: tuple[str, ...] = (), **options: Any
     ) -> list[int]:
         store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         given = {"size": size, "port": store.port, "folder": str(tmp_path), "cache": str(tiny_cache), "out": str(out),
-                 "recipe": [*QUICK, *more], "options": options, "event": event, "event_step": event_step}  # fmt: skip
-        own = [forks.Process(target=exec, args=(RANK, given | {"rank": rank})) for rank in range(size)]
+                 "tests": str(Path(__file__).parents[1]), "recipe": [*QUICK, *more], "options": options, "event": event, "event_step": event_step}  # fmt: skip
+        own = [
+            subprocess.Popen([*warm, "-c", f"globals().update({given | {'rank': rank}})\n{RANK}"])
+            for rank in range(size)
+        ]
         started.extend(own)
-        for process in own:
-            process.start()
         end = time.monotonic() + 120
-        for process in own:
-            process.join(max(0.0, end - time.monotonic()))
-        return [process.exitcode for process in own]
+        return [process.wait(max(0.0, end - time.monotonic())) for process in own]
 
     yield run
     for process in started:
-        if process.is_alive():
-            process.kill()
+        process.kill()
 
 
 @pytest.fixture(scope="module")

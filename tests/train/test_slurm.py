@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import shlex
 import signal
 import socket
 import subprocess
@@ -28,14 +29,16 @@ RECIPE = (
 STUBS = {
     "srun": '#!/bin/sh\nexec "$@"\n',
     "scontrol": '#!/bin/sh\n[ "$1" = show ] && echo localhost && echo other || echo "$*" >> "$ASKED"\n',
-    "torchrun": f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n',
-    "extract-features": f'#!/bin/sh\nexec {sys.executable} -m mrmae.extract.cli "$@"\n',
+    "torchrun": f'#!/bin/sh\nPYTHON_EXEC="$(dirname "$0")/python-of-a-rank" exec {sys.executable} -m torch.distributed.run "$@"\n',
+    # The first rank imports all it needs; the others have it. torchrun says -u.
+    "python-of-a-rank": f'#!/bin/sh\n[ "$LOCAL_RANK" = 0 ] && exec {sys.executable} "$@"\nshift\nexec WARM "$@"\n',
+    "extract-features": '#!/bin/sh\nexec WARM -m mrmae.extract.cli "$@"\n',
 }
 Submit = Callable[..., subprocess.Popen[bytes]]
 
 
 @pytest.fixture
-def submit(tmp_path: Path) -> Iterator[Submit]:
+def submit(tmp_path: Path, warm: list[str]) -> Iterator[Submit]:
     """`submit(*arguments, **stubs)`: a script as a job of two processes on one node; its output goes to tmp_path/said.
 
     array: the task's number and how many there are.
@@ -48,6 +51,7 @@ def submit(tmp_path: Path) -> Iterator[Submit]:
         folder = tmp_path / "bin"
         folder.mkdir(exist_ok=True)
         for name, text in {**STUBS, **stubs}.items():
+            text = text.replace("WARM", shlex.join(warm))
             if not (folder / name).exists() or (folder / name).read_text() != text:  # another job may be running it
                 (folder / name).write_text(text)
                 (folder / name).chmod(0o755)
@@ -134,19 +138,22 @@ def test_tasks_of_an_array_share_an_extraction_and_all_see_it_finished(
     assert read_manifest(cache)["n_valid"] == 8 and not (tmp_path / "asked").exists()
 
 
-def test_pods_of_a_kubernetes_job_share_an_extraction(images: Path, tmp_path: Path) -> None:
-    """The example's own words as two processes, with its paths and teacher exchanged for small ones."""
+def test_pods_of_a_kubernetes_job_share_an_extraction(images: Path, tmp_path: Path, warm: list[str]) -> None:
+    """The example's own words as two processes, with its paths and teacher exchanged for small ones; the first is the installed command."""
     spec = yaml.safe_load((EXAMPLES / "kubernetes-extract.yaml").read_text())["spec"]
     (container,) = spec["template"]["spec"]["containers"]
     assert spec["completionMode"] == "Indexed" and container["command"] == ["extract-features"]
     mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
     folder, cache, teacher, *options = container["args"]
     assert {f"/{Path(word).parts[1]}" for word in (folder, cache)} < mounted and teacher == "--teacher"
-    words = [sys.executable, "-m", "mrmae.extract.cli", str(images), str(tmp_path / "c"), *options[1:], *OPTIONS]
+    words = [str(images), str(tmp_path / "c"), *options[1:], *OPTIONS]
+    programs = [[str(Path(sys.executable).with_name("extract-features"))], [*warm, "-m", "mrmae.extract.cli"]]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     pods = [
-        subprocess.Popen(words, env={**environment, "JOB_COMPLETION_INDEX": str(i)}, stderr=subprocess.DEVNULL)
-        for i in range(2)
+        subprocess.Popen(
+            [*program, *words], env={**environment, "JOB_COMPLETION_INDEX": str(i)}, stderr=subprocess.DEVNULL
+        )
+        for i, program in enumerate(programs)
     ]
     try:
         assert [pod.wait(150) for pod in pods] == [0, 0]
