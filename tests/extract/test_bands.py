@@ -12,7 +12,8 @@ from PIL import Image
 
 from mrmae.common.files import publish
 from mrmae.extract.images.bands import decoded_as
-from mrmae.extract.images.list import BAND_SUFFIXES, list_sources
+from mrmae.extract.images.list import list_sources
+from mrmae.extract.images.names import BAND_SUFFIXES
 from mrmae.extract.inspect.cli import main as inspect_cli
 from mrmae.extract.run import Options, extract_features
 from mrmae.shards.cache import Cache, open_cache
