@@ -4,7 +4,8 @@ Each case is the launch that the `triton_*.py` files would start for the shapes 
 sm_90 and sm_100 with the launcher's own hints (an argument of 1 is a constant, a multiple of 16 is declared as one), then read back with
 `cuobjdump` and `nvdisasm`: registers, stack, local (spill) instructions, shared memory in bytes, barriers, the widest global load and
 store in bits, how many offsets are multiplied in 64 bits (those of samples), the patches or tokens of a program, and how many loads and stores of
-each width its code has. Rows with code `before` are those of the kernels that these took the place of.
+each width its code has. Rows with code `before` are those of the kernels that these took the place of, `words` those of the pixel kernels
+in between, which read every image in words of 64 bits.
 """
 
 import csv
@@ -58,6 +59,11 @@ def image_batch(dtype: torch.dtype, *, channels: int = 3, side: int = 224, chann
     if channels_last:
         return torch.zeros(N, side, side, channels, dtype=dtype).permute(0, 3, 1, 2)
     return torch.zeros(N, channels, side, side, dtype=dtype)
+
+
+def cropped_batch(width: int) -> Tensor:
+    """224 columns and rows of interleaved images: 229 rows, so that the launcher cannot tell that images are an even number of words apart."""
+    return torch.zeros(N, 229, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)[:, :, 3:227, width - 224 :]
 
 
 def gather_case(image: Tensor, dtype: torch.dtype, patch: int = 16) -> Launch:
@@ -130,6 +136,9 @@ CASES: dict[str, Callable[[], Launch]] = {
     "gather u8 NHWC -> bf16": lambda: gather_case(image_batch(U8, channels_last=True), BF16),
     "gather fp32 NCHW -> fp32": lambda: gather_case(image_batch(FP32), FP32),
     "gather u8 NHWC -> bf16, patch 14": lambda: gather_case(image_batch(U8, channels_last=True), BF16, 14),
+    "gather u8 NHWC -> bf16, patch 8": lambda: gather_case(image_batch(U8, channels_last=True), BF16, 8),
+    "gather u8 NHWC -> bf16, rows of 720 bytes": lambda: gather_case(cropped_batch(240), BF16),
+    "gather u8 NHWC -> bf16, rows of 696 bytes": lambda: gather_case(cropped_batch(232), BF16),  # 8 x 87
     "gather fp32 NCHW -> bf16, 13 channels, patch 8": lambda: gather_case(
         image_batch(FP32, channels=13, side=112), BF16, 8
     ),
@@ -138,6 +147,12 @@ CASES: dict[str, Callable[[], Launch]] = {
     "pixel forward u8 NHWC, bf16": lambda: pixel_case(image_batch(U8, channels_last=True), BF16, backward=False),
     "pixel backward u8 NCHW, bf16": lambda: pixel_case(image_batch(U8), BF16, backward=True),
     "pixel backward u8 NHWC, bf16": lambda: pixel_case(image_batch(U8, channels_last=True), BF16, backward=True),
+    "pixel forward u8 NHWC, bf16, 4 channels": lambda: pixel_case(
+        image_batch(U8, channels=4, channels_last=True), BF16, backward=False
+    ),
+    "pixel backward u8 NHWC, bf16, patch 32": lambda: pixel_case(
+        image_batch(U8, channels_last=True), BF16, backward=True, patch=32
+    ),
     "pixel forward u8 NHWC, bf16, patch 14": lambda: pixel_case(
         image_batch(U8, channels_last=True), BF16, backward=False, patch=14
     ),

@@ -3,7 +3,8 @@
 
 A run of 8 pixels is C words of 64 bits: one lane loads them, takes its bytes apart in registers and has 8 neighbouring values of every
 channel, which is how the (c, p, q) rows of predictions and patches lie. Nothing passes through shared memory. A patch of 16 is
-one warp, and a program holds a patch per warp. Rules and definitions as in `triton_patches.py`.
+one warp, and a program holds a patch per warp. Where images and rows begin at multiples of 16 bytes, words are loaded in pairs, 128 bits at once:
+the three words of an RGB run lie in two pairs, whose fourth word is a neighbour's. Rules and definitions as in `triton_patches.py`.
 """
 
 from typing import Any
@@ -19,17 +20,30 @@ NORM_PIX_EPS = tl.constexpr(1e-6)
 
 
 @triton.jit
-def words_at(words, place, mask, C: tl.constexpr):
-    """The C words of every run, the first in the place of those that are not there: read once, before anything is stored."""
-    w0 = tl.load(words + place, mask=mask, other=0)
-    w1, w2, w3 = w0, w0, w0
-    if C > 1:
-        w1 = tl.load(words + (place + 1), mask=mask, other=0)
-    if C > 2:
-        w2 = tl.load(words + (place + 2), mask=mask, other=0)
-    if C > 3:
-        w3 = tl.load(words + (place + 3), mask=mask, other=0)
-    return w0, w1, w2, w3
+def words_at(words, image, place, mask, C: tl.constexpr, PAIRS: tl.constexpr):
+    """The C words of every run at `place` of its image, others in the place of those that are not there: read once, before anything is stored."""
+    if PAIRS:
+        # Shifted out and in again, both offsets are even for the compiler too, whatever it knows of the strides.
+        pair = words + (image >> 1 << 1) + (place >> 1 << 1)[:, :, None] + tl.arange(0, 2)[None, None, :]
+        w0, w1 = tl.split(tl.load(pair, mask=mask[:, :, None], other=0))
+        w2, w3 = w0, w1
+        if C > 2:
+            w2, w3 = tl.split(tl.load(pair + 2, mask=mask[:, :, None], other=0))
+        if C == 3:  # every second run of a row begins in the middle of a pair, behind a word of its neighbour
+            odd = tl.arange(0, place.shape[1])[None, :] & 1 == 1
+            w0, w1, w2 = tl.where(odd, w1, w0), tl.where(odd, w2, w1), tl.where(odd, w3, w2)
+        return w0, w1, w2, w3
+    else:
+        words += image
+        w0 = tl.load(words + place, mask=mask, other=0)
+        w1, w2, w3 = w0, w0, w0
+        if C > 1:
+            w1 = tl.load(words + (place + 1), mask=mask, other=0)
+        if C > 2:
+            w2 = tl.load(words + (place + 2), mask=mask, other=0)
+        if C > 3:
+            w3 = tl.load(words + (place + 3), mask=mask, other=0)
+        return w0, w1, w2, w3
 
 
 @triton.jit
@@ -76,7 +90,7 @@ def runs_of_patches(
 @triton.jit
 def gather_runs_kernel(
     words, ids, scale, shift, out, n_images, n_patches, n_groups, grid_w, stride_b, stride_h, ids_stride_v, ids_stride_n,
-    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """ROWS patches of one row of ids per program."""
     row, slot, alive, image, place = runs_of_patches(
@@ -85,7 +99,7 @@ def gather_runs_kernel(
     values: tl.constexpr = C * PATCH * PATCH
     within = tl.arange(0, PATCH * PATCH // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     target = out + row.to(tl.int64) * n_patches * values + (slot[:, None, None] * values + within)
-    w0, w1, w2, w3 = words_at(words + image, place, alive[:, None] & (place >= 0), C)
+    w0, w1, w2, w3 = words_at(words, image, place, alive[:, None] & (place >= 0), C, PAIRS)
     for c in tl.static_range(C):
         x = channel_of(w0, w1, w2, w3, scale, shift, C, c)
         tl.store(target + c * PATCH * PATCH, x.to(out.dtype.element_ty), mask=alive[:, None, None])
@@ -95,7 +109,7 @@ def gather_runs_kernel(
 def pixel_runs_kernel(
     words, pred, ids, scale, shift, loss, stats, n_images, n_patches, n_groups, n_total, grid_w, stride_b, stride_h,
     pred_stride_v, pred_stride_m, pred_stride_d, ids_stride_v, ids_stride_n,
-    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr, NORM_PIX: tl.constexpr,
+    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr, NORM_PIX: tl.constexpr,
 ):  # fmt: skip
     """Loss, mean and 1 / sqrt(var + eps) of ROWS patches."""
     row, slot, alive, image, place = runs_of_patches(
@@ -104,7 +118,7 @@ def pixel_runs_kernel(
     values: tl.constexpr = C * PATCH * PATCH
     within = tl.arange(0, PATCH * PATCH // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     source = pred + row.to(tl.int64) * pred_stride_v + (slot[:, None, None] * pred_stride_m + within * pred_stride_d)
-    w0, w1, w2, w3 = words_at(words + image, place, alive[:, None] & (place >= 0), C)
+    w0, w1, w2, w3 = words_at(words, image, place, alive[:, None] & (place >= 0), C, PAIRS)
     mean = tl.zeros((ROWS,), tl.float32)
     rstd = mean + 1.0
     if NORM_PIX:
@@ -138,7 +152,7 @@ def over_patch(x):
 def pixel_runs_backward_kernel(
     grad, words, pred, ids, scale, shift, stats, out, n_images, n_patches, n_groups, n_total, grid_w, grad_stride_v, grad_stride_m,
     stride_b, stride_h, pred_stride_v, pred_stride_m, pred_stride_d, ids_stride_v, ids_stride_n,
-    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr,
+    C: tl.constexpr, PATCH: tl.constexpr, ROWS: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     """2 g (pred - t) / P of ROWS patches from the saved statistics; nothing is reduced."""
     row, slot, alive, image, place = runs_of_patches(
@@ -148,7 +162,7 @@ def pixel_runs_backward_kernel(
     within = tl.arange(0, PATCH * PATCH // 8)[None, :, None] * 8 + tl.arange(0, 8)[None, None, :]
     source = pred + row.to(tl.int64) * pred_stride_v + (slot[:, None, None] * pred_stride_m + within * pred_stride_d)
     target = out + row.to(tl.int64) * n_patches * values + (slot[:, None, None] * values + within)
-    w0, w1, w2, w3 = words_at(words + image, place, alive[:, None] & (place >= 0), C)
+    w0, w1, w2, w3 = words_at(words, image, place, alive[:, None] & (place >= 0), C, PAIRS)
     at = row * n_patches + slot
     mean = tl.load(stats + at, mask=alive, other=0)[:, None, None]
     rstd = tl.load(stats + n_total + at, mask=alive, other=0)[:, None, None]
@@ -173,6 +187,12 @@ def words_of(image: Tensor, patch: int) -> Tensor | None:
     return rows.view(torch.int64)
 
 
+def in_pairs(words: Tensor, channels: int, patch: int) -> bool:
+    """Whether `words_at` may read two words at once: runs, or two neighbours of a patch, are whole pairs, and images and rows begin at multiples of 16 bytes."""
+    whole = channels in (2, 4) or (channels == 3 and patch > 8)
+    return whole and not any(x % 2 for x in (words.data_ptr() // 8, *words.stride()[:2]))
+
+
 def runs_launch(
     kernel: Any, words: Tensor, image: Tensor, ids: Tensor, patch: int, arguments: dict[str, Any], **constants: Any
 ) -> Launch:
@@ -183,5 +203,6 @@ def runs_launch(
         "words": words, "ids": ids, "n_images": image.shape[0], "n_patches": ids.shape[1], "n_groups": n_groups, "grid_w": image.shape[3] // patch,
         "stride_b": words.stride(0), "stride_h": words.stride(1), **strides("ids_stride", ids, "vn"),
     }  # fmt: skip
-    constants = {"C": image.shape[1], "PATCH": patch, "ROWS": rows, **constants}
+    c = image.shape[1]
+    constants = {"C": c, "PATCH": patch, "ROWS": rows, "PAIRS": in_pairs(words, c, patch), **constants}
     return Launch(kernel, ids.shape[0] * n_groups, common | arguments, constants, WARPS, rows)

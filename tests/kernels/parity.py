@@ -24,6 +24,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 B, GRID_H, GRID_W, L = 2, 2, 3, 6
 Result = tuple[str, float, float]
 SHIFT = 0  # elements by which inputs are moved off their alignment
+ROADS: list[dict[str, Any]] = []  # compile-time constants of the launches so far
 
 
 def garbage(dtype: torch.dtype) -> float:
@@ -43,6 +44,7 @@ def padded_like(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def guarded_run(launch: Launch) -> None:
     """Run a launch on guarded copies of its tensors, then check and copy its outputs back."""
+    ROADS.append(launch.constants)
     written = ("loss", "stats") if "loss" in launch.arguments else ("out",)
     arguments, outputs = dict(launch.arguments), []
     for name, x in launch.arguments.items():
@@ -91,11 +93,13 @@ def some_ids(rows: int, n: int, l: int = L) -> Tensor:
 
 
 def picture(layout: str, dtype: torch.dtype, channels: int, patch: int) -> Tensor:
-    """A [b, c, h, w] view with the strides of the named layout; a crop starts at an odd pixel of a larger image, one of runs at a multiple of 8 bytes."""
+    """A [b, c, h, w] view with the strides of the named layout; a crop starts at an odd pixel of a larger image, one of runs or pairs after 8 or 16."""
     h, w = GRID_H * patch, GRID_W * patch
     wide = (h + 5, w + 7) if "crop" in layout else (h, w)
-    if layout.endswith("of runs"):
-        return draw(B, h + 5, w + 8, channels, dtype=dtype).permute(0, 3, 1, 2)[:, :, 3 : 3 + h, 8 : 8 + w]
+    if "crop of" in layout:
+        beside = 8 if layout.endswith("runs") else 16
+        whole = draw(B, h + 5, w + beside, channels, dtype=dtype).permute(0, 3, 1, 2)
+        return whole[:, :, 3 : 3 + h, beside : beside + w]
     if layout.startswith("NHWC"):
         image = draw(B, *wide, channels, dtype=dtype).permute(0, 3, 1, 2)
     else:
@@ -150,6 +154,33 @@ def pixel(
             reference.pixel_loss(*arguments, patch=patch, norm_pix=norm_pix).sum(), truth_pred
         )
         yield compare("gradient of the sum", grad[:, 4:, ::2] if wide_pred else grad[:, 4:], truth_grad)
+
+
+def both_roads(patch: int, *, channels: int, m: int = 5) -> Iterator[Result]:
+    """Bytes read in pairs of words, and the same bytes read word by word because they begin 8 bytes later: patches, loss and gradient are the same bits."""
+    wide = draw(B, GRID_H * patch, 4 * patch, channels, dtype=torch.uint8)
+    narrow = torch.zeros(wide.numel() + 8, dtype=torch.uint8, device=DEVICE)[8:].view(wide.shape).copy_(wide)
+    ids, scale, shift = some_ids(B, m, 4 * GRID_H), draw(channels), draw(channels)
+    pred = draw(B, m, channels * patch**2).requires_grad_()
+    found = []
+    whole = channels in (2, 4) or (channels, patch) in ((3, 16), (3, 32))
+    for image, in_pairs in ((wide.permute(0, 3, 1, 2), whole), (narrow.permute(0, 3, 1, 2), False)):
+        ROADS.clear()
+        patches = pixels.gather_patches(image, ids, scale, shift, patch, torch.float32)
+        loss = pixels.pixel_loss(image, pred, ids, scale, shift, patch, True)
+        found.append((patches, loss, *torch.autograd.grad(loss.sum(), pred)))
+        assert [road["PAIRS"] for road in ROADS] == [in_pairs] * 3, ROADS
+    assert all(torch.equal(a, b) for a, b in zip(*found)), "the two roads gave other bits"
+    truth = reference.pixel_loss(
+        wide.permute(0, 3, 1, 2).double(),
+        pred.double(),
+        ids,
+        scale.double(),
+        shift.double(),
+        patch=patch,
+        norm_pix=True,
+    )
+    yield compare("loss", found[0][1], truth)
 
 
 def embed(dtype: torch.dtype, position_dtype: torch.dtype, *, k: int, d: int) -> Iterator[Result]:
@@ -302,6 +333,12 @@ def cases() -> dict[str, Callable[[], Iterator[Result]]]:
         {"r": 1, "m": 1},
     ):
         add("decode", decoding, **option)
+    crops = (("NHWC crop of pairs", 3, 16), ("NHWC crop of runs", 3, 16), ("NHWC crop of pairs", 2, 8))
+    for layout, channels, patch in crops:
+        add("gather", gather, layout, torch.uint8, patch, channels=channels, out=torch.float16)
+        add("pixel", pixel, layout, torch.uint8, patch, channels=channels, m=5, pred_dtype=torch.bfloat16)
+    for channels, patch in product((1, 2, 3, 4), (8, 16, 32)):
+        add("pixel roads", both_roads, patch, channels=channels)
     return found
 
 
