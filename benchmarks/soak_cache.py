@@ -23,7 +23,7 @@ from mrmae.shards.store import STORAGES
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent / "tests"))
-from synthetic import TEACHERS, write_synthetic_cache  # noqa: E402
+from small_caches import TEACHERS, write_synthetic_cache  # noqa: E402
 
 
 def tiny_cache(folder: Path, format: str) -> Path:

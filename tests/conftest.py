@@ -146,7 +146,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 @pytest.fixture(scope="session")
 def make_cache() -> Callable[..., Path]:
     """The function that writes a synthetic cache: make_cache(path, n=24, size=32, grid=4, ...)."""
-    from synthetic import write_synthetic_cache
+    from small_caches import write_synthetic_cache
 
     return write_synthetic_cache
 
@@ -154,7 +154,7 @@ def make_cache() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished cache: 24 images of 32 px, grid 4 x 4, 2 views, teachers a (CLS, attention) and b. Do not change it."""
-    from synthetic import write_synthetic_cache
+    from small_caches import write_synthetic_cache
 
     return write_synthetic_cache(tmp_path_factory.mktemp("caches") / "tiny")
 
@@ -162,7 +162,7 @@ def tiny_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_images() -> dict[str, bytes]:
     """The encoded images that `tiny_cache` was made from, by key."""
-    from synthetic import smooth_images
+    from small_caches import smooth_images
 
     return smooth_images(24, seed=0, labels=True)
 
