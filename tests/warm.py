@@ -1,6 +1,6 @@
 """Processes that need not import torch and timm: forked from one that has imported them, and done nothing else.
 
-`python warm.py serve NAME OWNER` is that process, with one thread; it ends when the process OWNER does. NAME is a socket's.
+`python warm.py serve NAME OWNER` is that process, with one thread and the imports of benchmarks/zygote.py; it ends when the process OWNER does. NAME is a socket's.
 `python warm.py NAME -m MODULE|-c CODE|FILE ARGUMENTS...` is what `python -m MODULE ARGUMENTS...` would be, with its own
 folder, environment and open files, but for the imports. Signals are passed on, and it ends as the forked process does; where it is
 killed, so is that. Linux's only, like everything here that forks.
@@ -18,8 +18,7 @@ import sys
 import traceback
 from pathlib import Path
 
-IMPORTED = ("mrmae.extract.inspect.show", "mrmae.extract.run", "mrmae.extract.teachers.open_clip", "mrmae.extract.teachers.timm", "mrmae.probe.run",
-            "mrmae.train.loop", "torch.utils.tensorboard")  # fmt: skip
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -42,12 +41,10 @@ def ask(name: str, words: list[str]) -> int:
 
 def serve(name: str, owner: int) -> None:
     """Fork for whoever asks, until the owner ends. Says when it is ready."""
-    for module in IMPORTED:
-        importlib.import_module(module)
-    threads = {Path(f"/proc/self/task/{thread}/comm").read_text().strip() for thread in os.listdir("/proc/self/task")}
-    assert len(threads - {"jemalloc_bg_thd"}) == 1, (
-        f"a process with threads cannot be forked, pyarrow's own excepted: {threads}"
-    )
+    importlib.import_module("torch.utils.tensorboard")
+    sys.path.append(str(BENCHMARKS))
+    importlib.import_module("zygote").import_everything()
+    sys.path.remove(str(BENCHMARKS))
     gc.collect()
     gc.freeze()
     wakes, waking = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -132,7 +129,11 @@ def ran(words: list[str]) -> int:
     import atexit
     import runpy
     import threading
+    import warnings
 
+    warnings.filterwarnings(
+        "ignore", category=RuntimeWarning, module="runpy"
+    )  # that a module to run is imported already
     kind, *rest = words
     try:
         if kind == "-m":
