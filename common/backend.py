@@ -42,6 +42,7 @@ CREDENTIALS = {
     "": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (for a public bucket AWS_SKIP_SIGNATURE=true)",
 }  # fmt: skip
 COPY_SETTING = "AWS_COPY_IF_NOT_EXISTS"
+ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT", "AZURE_ENDPOINT")
 Place = tuple[int, int]  # offset, bytes
 Answer = TypeVar("Answer")
 
@@ -165,7 +166,7 @@ class Bucket:
         except ImportError:
             raise ValueError(f"{root}: URLs are read with obstore, which is not installed; {INSTALL}") from None
         self.obstore = obstore
-        options: Any = {**CLIENT, "allow_http": plain_http_endpoint()}
+        options: Any = {**CLIENT, "allow_http": plain_http_endpoint(root)}
         quick: Any = {**options, **QUICK}
         retries: Any = {**RETRIES, **QUICK_RETRIES}
         # S3 copies on a condition only as an upload in parts; some stores of its kind by a header, which the environment may name.
@@ -258,8 +259,10 @@ def bucket_of(root: str) -> Bucket:
 
 
 def cause(error: Exception) -> str:
-    """The first line of an error, without queries and without the values of secret environment variables."""
+    """The first line of an error and the store's own word for it, without queries and without the values of secret environment variables."""
     line = str(error).partition("\n")[0] or type(error).__name__
+    if code := re.search(r"<Code>(\w+)</Code>", str(error)):  # of an answer in XML, which may have lines
+        line = f"{line.partition('<?xml')[0].rstrip(': ')}: {code[1]}"
     for name, value in os.environ.items():
         if SECRET.search(name.upper()) and len(value) >= 4:
             for form in {value, urllib.parse.quote(value, safe="")}:
@@ -290,10 +293,12 @@ def no_credentials(said: str) -> str:
     return f"there are no credentials in the environment; {todo}, then run the same command again"
 
 
-def plain_http_endpoint() -> bool:
-    """Whether the environment names an endpoint without encryption, such as a server on this machine."""
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
-    return endpoint.startswith("http://")
+def plain_http_endpoint(root: str) -> bool:
+    """Whether the environment may name an endpoint without encryption, such as a server on this machine, for the bucket at `root`.
+
+    Google's endpoint may stand in the file of a service account; without one the client's own is https.
+    """
+    return root.startswith("gs:") or any(os.environ.get(name, "").startswith("http://") for name in ENDPOINTS)
 
 
 class RemoteFile:

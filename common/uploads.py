@@ -25,7 +25,8 @@ STORE_WAITS_SECONDS = (
     5.0,
     20.0,
 )  # before a store that stumbled is asked again, beside obstore's own five attempts
-PASSES = re.compile(r"status code: (408|409|429|5(?!01)\d\d)")  # what a store says when it may say otherwise later
+PASSES = re.compile(r"code: (408|409|429|5(?!01)\d\d)")  # what a store says when it may say otherwise later
+DENIED = re.compile(r"code: (40[13]|AccessDenied)")
 Tag = dict[str, str]  # what tells one version of an object from another: its ETag, its generation
 Replied = TypeVar("Replied")
 
@@ -218,7 +219,8 @@ def ask_store(
 
 def passes(said: str) -> bool:
     """Whether a store may say otherwise when it is asked again: it is busy, or the connection was lost."""
-    return bool(PASSES.search(said)) or "status code" not in said and not no_credentials(said)
+    final = DENIED.search(said) or "status code" in said or no_credentials(said)
+    return bool(PASSES.search(said)) or not final
 
 
 def in_writing(path: Url, said: str, done: str, todo: str) -> str:
@@ -229,7 +231,7 @@ def writing_advice(said: str) -> str:
     """What to do about an error of writing."""
     if found := no_credentials(said):
         return found
-    if re.search(r"status code: 40[13]", said):
+    if DENIED.search(said):
         return "the credentials in the environment may not write there; correct them, then run the same command again"
     if "status code: 501" in said or "not implemented" in said.lower() or "NotSupported" in said:
         return "this store has no conditional writes, which keep two writers apart; extract to a folder, then copy that there, manifest.json last"

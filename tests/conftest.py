@@ -3,7 +3,6 @@
 import fcntl
 import functools
 import gc
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import browser
 import pytest
+import stores
 
 gc.disable()  # while libraries are imported and tests collected, a quarter of whose time the collector took
 
@@ -64,30 +64,66 @@ def s3_server() -> Iterator[Any]:
     """A local S3 server. Skips where moto or obstore is not installed."""
     for module in ("obstore", "moto.server", "flask"):
         pytest.importorskip(module, reason=f"NO S3 SERVER: {module} is not installed; pip install -e '.[dev]'")
-    spec = importlib.util.spec_from_file_location("s3", Path(__file__).with_name("s3.py"))
-    assert spec and spec.loader
-    module_s3 = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module_s3)
-    server = module_s3.S3()
+    yield from running(stores.S3)
+
+
+def running(make: Callable[[], Any]) -> Iterator[Any]:
+    """A server, until it is not needed any more."""
+    server = make()
     yield server
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def google_server() -> Iterator[Any]:
+    """A stand-in for Google Cloud Storage. Skips where obstore is not installed."""
+    pytest.importorskip("obstore", reason="NO S3 SERVER: obstore is not installed; pip install -e '.[dev]'")
+    yield from running(stores.Google)
+
+
+@pytest.fixture(scope="session")
+def azure_server() -> Iterator[Any]:
+    """Azurite. Skips where it or obstore is not installed."""
+    pytest.importorskip("obstore", reason="NO S3 SERVER: obstore is not installed; pip install -e '.[dev]'")
+    if not stores.AZURITE:
+        pytest.skip("NO AZURITE: npm install -g azurite, or set AZURITE to the path of its azurite-blob")
+    yield from running(stores.Azure)
+
+
+@pytest.fixture(scope="session", params=["s3", "gs", "az"])
+def store_server(request: pytest.FixtureRequest) -> Any:
+    """A server of each kind in turn."""
+    return request.getfixturevalue({"s3": "s3_server", "gs": "google_server", "az": "azure_server"}[request.param])
 
 
 @pytest.fixture
 def s3(s3_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """The local S3 server, with the environment that leads there."""
+    yield from entered(s3_server, monkeypatch, tmp_path_factory)
+
+
+@pytest.fixture
+def store(
+    store_server: Any, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Any]:
+    """A local server of each kind in turn, with the environment that leads there."""
+    yield from entered(store_server, monkeypatch, tmp_path_factory)
+
+
+def entered(server: Any, monkeypatch: pytest.MonkeyPatch, folders: pytest.TempPathFactory) -> Iterator[Any]:
+    """A server, with its environment and no other's."""
     from mrmae.common import backend, uploads
 
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
         monkeypatch.delenv(name)
-    for name, value in s3_server.environment.items():
+    for name, value in server.environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folders.mktemp("home")))
     for cached in (backend.bucket_of, uploads.expect_conditions):
         cached.cache_clear()
-    yield s3_server
-    s3_server.proxy.cuts = s3_server.proxy.refusals = 0
-    s3_server.proxy.deaf = False
+    yield server
+    server.proxy.cuts = server.proxy.refusals = 0
+    server.proxy.deaf = False
     backend.bucket_of.cache_clear()
 
 
@@ -130,11 +166,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.write_line(
             f"!! {len(unseen)} tests of pages SKIPPED: install chromium and playwright", red=True
         )
-    without = [r for r in terminalreporter.stats.get("skipped", []) if "NO S3 SERVER" in str(r.longrepr)]
-    if without:
-        terminalreporter.write_line(
-            f"!! {len(without)} tests of caches at URLs SKIPPED: install the dev extra", red=True
-        )
+    for missing, todo in (
+        ("NO S3 SERVER", "install the dev extra"),
+        ("NO AZURITE", "npm install -g azurite (needs node)"),
+    ):
+        without = [r for r in terminalreporter.stats.get("skipped", []) if missing in str(r.longrepr)]
+        if without:
+            terminalreporter.write_line(f"!! {len(without)} tests of caches at URLs SKIPPED: {todo}", red=True)
     reports = [r for kind in terminalreporter.stats.values() for r in kind if getattr(r, "when", "") == "call"]
     found = [value for report in reports for name, value in report.user_properties if name == "real file"]
     if found.count(False):

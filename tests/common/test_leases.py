@@ -42,12 +42,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Time:
 
 
 @pytest.fixture
-def cache(s3: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Url]:
+def cache(store: Any, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Url]:
     """An empty folder at a URL."""
     monkeypatch.setattr(uploads, "STORE_WAITS_SECONDS", ())
     monkeypatch.setitem(backend.RETRIES, "backoff", {"init_backoff": timedelta(milliseconds=1), "base": 2})
-    s3.ask("PUT", "leased")
-    url = locate(f"s3://leased/{request.node.name}")
+    url = locate(f"{store.bucket('leased')}/{request.node.name}")
     assert isinstance(url, Url)
     yield url
     leases.held.clear()
@@ -134,17 +133,17 @@ def test_what_is_sent_in_parts_gets_no_name_where_the_lease_was_lost_meanwhile(
     assert files_below(locate(str(cache))) == [locate(str(cache / "x.lock"))]
 
 
-def test_a_store_that_was_away_for_a_while_costs_no_lease(s3: Any, clock: Time, cache: Url) -> None:
+def test_a_store_that_was_away_for_a_while_costs_no_lease(store: Any, clock: Time, cache: Url) -> None:
     """Though it had heard the renewals whose answers were lost."""
     lease = take_lease(cache / "x.lock", cache, "one")
-    s3.proxy.refusals = 10**9
+    store.proxy.refusals = 10**9
     clock.pass_by(50)
     assert lease and not lease.fresh
     with pytest.raises(
         NotStored, match="x.lock: could not be renewed for .* seconds, and others may have taken it over"
     ):
         expect_held(locate(str(cache / "x")))
-    s3.proxy.refusals = 0
+    store.proxy.refusals = 0
     publish(locate(str(cache / "waits for the renewal")), b"1")
     assert lease.fresh
 

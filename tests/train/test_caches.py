@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from rich.console import Console
+from stores import others_soak
 from training import train_quietly
 
 from mrmae.common.progress import human_bytes
@@ -58,8 +59,9 @@ def unfinished(make_cache: Callable[..., Path], tmp_path: Path) -> Path:
     return path
 
 
-def test_training_and_probing_at_a_url_are_what_they_are_locally(s3: Any, tiny_cache: Path, tmp_path: Path) -> None:
-    url = s3.upload(tiny_cache, "train-photos")
+@others_soak
+def test_training_and_probing_at_a_url_are_what_they_are_locally(store: Any, tiny_cache: Path, tmp_path: Path) -> None:
+    url = store.upload(tiny_cache, "train-photos")
     train(tiny_cache, tmp_path / "near")
     train(url, tmp_path / "far")
     near, far = weights(tmp_path / "near"), weights(tmp_path / "far")
@@ -85,17 +87,20 @@ def test_training_and_probing_at_a_url_are_what_they_are_locally(s3: Any, tiny_c
     assert answers[0] == answers[1]
 
 
-def test_training_through_a_local_cache_is_the_same_and_fetches_once(s3: Any, tiny_cache: Path, tmp_path: Path) -> None:
-    url, folder = s3.upload(tiny_cache, "near-photos"), tmp_path / "shards"
+@others_soak
+def test_training_through_a_local_cache_is_the_same_and_fetches_once(
+    store: Any, tiny_cache: Path, tmp_path: Path
+) -> None:
+    url, folder = store.upload(tiny_cache, "near-photos"), tmp_path / "shards"
     train(tiny_cache, tmp_path / "plain")
     expected = weights(tmp_path / "plain")
     read, console = [], Console(file=io.StringIO())
     for workers in (1, 3):
-        before = s3.proxy.answer_bytes
+        before = store.proxy.answer_bytes
         train(
             url, tmp_path / f"{workers}", console=console, local_cache=folder, local_cache_bytes="1MB", workers=workers
         )
-        read.append(s3.proxy.answer_bytes - before)
+        read.append(store.proxy.answer_bytes - before)
         found = weights(tmp_path / f"{workers}")
         assert all(torch.equal(expected[name], found[name]) for name in expected)
     files = [file for file in folder.rglob("*") if file.is_file()]

@@ -61,27 +61,23 @@ def tars(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(s3_server: Any, photos: Path, tars: Path) -> str:
+def url(store_server: Any, photos: Path, tars: Path) -> str:
     """A bucket with the photographs below photos/ and the tars below tars/."""
-    s3_server.upload(photos, "many-photos", "photos")
-    s3_server.upload(tars, "many-photos", "tars")
+    store_server.upload(photos, "many-photos", "photos")
+    store_server.upload(tars, "many-photos", "tars")
     for marker in ("photos/", "photos/class 0/"):  # as consoles make them, for folders
-        s3_server.ask("PUT", f"many-photos/{marker}", b"")
+        store_server.ask("PUT", f"many-photos/{marker}", b"")
     for other in ("photos/.hidden/x.png", "photos/readme.txt", "photos-of-others/x.png", "top.jpg"):
-        s3_server.ask("PUT", f"many-photos/{other}", b"1")
-    return "s3://many-photos"
+        store_server.ask("PUT", f"many-photos/{other}", b"1")
+    return f"{store_server.scheme}://many-photos"
 
 
 def content(sources: Sources) -> list[tuple[Any, bytes]]:
     return [(image, read_image(sources, i)) for i, image in enumerate(sources)]
 
 
-def put(s3: Any, url: str, data: bytes) -> None:
-    s3.ask("PUT", url.removeprefix("s3://"), data)
-
-
 def test_a_prefix_tars_and_a_list_give_what_local_ones_give(
-    s3: Any, url: str, photos: Path, tars: Path, tmp_path: Path
+    store: Any, url: str, photos: Path, tars: Path, tmp_path: Path
 ) -> None:
     local = list_sources([photos])
     far = list_sources([f"{url}/photos/"])
@@ -106,33 +102,33 @@ def of_cache(path: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("kind", ["tar", pytest.param("prefix", marks=pytest.mark.soak)])
 def test_the_cache_is_the_same_and_a_repeated_command_reads_nothing_again(
-    s3: Any, url: str, photos: Path, tars: Path, tmp_path: Path, extract: Callable[..., dict[str, Any]], kind: str
+    store: Any, url: str, photos: Path, tars: Path, tmp_path: Path, extract: Callable[..., dict[str, Any]], kind: str
 ) -> None:
     near, far = (tars / "photos-0.tar", f"{url}/tars/photos-0.tar") if kind == "tar" else (photos, f"{url}/photos")
     extract(near, tmp_path / "local", shard_samples=4)
     extract(far, tmp_path / "far", shard_samples=4)
     assert of_cache(tmp_path / "far") == of_cache(tmp_path / "local") and len(of_cache(tmp_path / "far")) > 10
-    before = s3.proxy.requests
+    before = store.proxy.requests
     extract(far, tmp_path / "far")
-    assert s3.proxy.requests - before == 1, "the listing, or a HEAD of the tar"
+    assert store.proxy.requests - before == 1, "the listing, or a HEAD of the tar"
 
 
-def test_a_tar_is_hashed_while_it_is_listed_and_kept(s3: Any, url: str, tars: Path, tmp_path: Path) -> None:
+def test_a_tar_is_hashed_while_it_is_listed_and_kept(store: Any, url: str, tars: Path, tmp_path: Path) -> None:
     kept, local = KeptIndices(tmp_path / "kept"), list_sources([tars / "photos-{0..1}.tar"])
     expected = list(digest_images(local, range(N), tmp_path / "a", workers=1))
     total = sum(file.stat().st_size for file in tars.iterdir())
     for reads in (1, 0):
-        before, requests = s3.proxy.answer_bytes, s3.proxy.requests
+        before, requests = store.proxy.answer_bytes, store.proxy.requests
         far = list_sources([f"{url}/tars/photos-{{0..1}}.tar"], kept=kept)
         assert list(digest_images(far, range(N), tmp_path / "b", workers=1, kept=kept)) == expected
-        assert s3.proxy.requests - requests == 2 + 2 * reads, "a HEAD for each, and one piece of each"
-        assert reads * total <= s3.proxy.answer_bytes - before < reads * total + 10_000
+        assert store.proxy.requests - requests == 2 + 2 * reads, "a HEAD for each, and one piece of each"
+        assert reads * total <= store.proxy.answer_bytes - before < reads * total + 10_000
     for file in (tmp_path / "kept").iterdir():
         file.write_bytes(file.read_bytes().replace(b"label", b"lapel"))
     assert content(list_sources([f"{url}/tars/photos-{{0..1}}.tar"], kept=kept)) == content(local), "damage is noticed"
 
 
-def test_of_a_tar_that_is_only_listed_the_headers_pass(s3: Any, url: str, tmp_path: Path) -> None:
+def test_of_a_tar_that_is_only_listed_the_headers_pass(store: Any, url: str, tmp_path: Path) -> None:
     """Where nothing is kept, as before a dry run, large images stay where they are; a label is read all the same."""
     with tarfile.open(tmp_path / "large.tar", "w") as tar:
         for i in range(5):
@@ -140,64 +136,64 @@ def test_of_a_tar_that_is_only_listed_the_headers_pass(s3: Any, url: str, tmp_pa
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    s3.ask("PUT", "many-photos/large.tar", (tmp_path / "large.tar").read_bytes())
-    before = s3.proxy.answer_bytes
+    store.put(f"{url}/large.tar", (tmp_path / "large.tar").read_bytes())
+    before = store.proxy.answer_bytes
     far, near = list_sources([f"{url}/large.tar"]), list_sources([tmp_path / "large.tar"])
-    assert s3.proxy.answer_bytes - before < 60_000, "of 2 MB"
+    assert store.proxy.answer_bytes - before < 60_000, "of 2 MB"
     assert [(s.key, s.label) for s in far] == [(s.key, s.label) for s in near] and far[3].label == "label 3"
     assert read_image(far, 4) == bytes(400_004)
 
 
 @pytest.mark.parametrize("trouble", ["cuts", "refusals"])
 def test_a_store_that_stumbles_changes_nothing_and_one_that_stays_away_is_named(
-    s3: Any, url: str, tars: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+    store: Any, url: str, tars: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
 ) -> None:
     expected = content(list_sources([tars / "photos-0.tar"]))
-    setattr(s3.proxy, trouble, 6)
+    setattr(store.proxy, trouble, 6)
     far = list_sources([f"{url}/tars/photos-0.tar"])
-    setattr(s3.proxy, trouble, 6)
+    setattr(store.proxy, trouble, 6)
     assert content(far) == expected
-    setattr(s3.proxy, trouble, 10**9)
-    before = s3.proxy.requests
-    with pytest.raises(Unreachable, match=r"s3://many-photos/tars/photos-0\.tar: cannot be read: .*same command again"):
+    setattr(store.proxy, trouble, 10**9)
+    before = store.proxy.requests
+    with pytest.raises(Unreachable, match=r"://many-photos/tars/photos-0\.tar: cannot be read: .*same command again"):
         read_image(far, 0)
-    assert s3.proxy.requests - before == 15, "3 times 5"
+    assert store.proxy.requests - before == 15, "3 times 5"
     said = CliRunner().invoke(main, [f"{url}/tars/photos-0.tar", "/nonexistent/c", "--dry-run"])
     assert said.exit_code == 1 and "photos-0.tar: cannot be read" in said.output, said.output
-    setattr(s3.proxy, trouble, 0)
+    setattr(store.proxy, trouble, 0)
 
 
 def test_an_object_that_goes_is_recorded_and_one_that_changes_is_an_error(
-    s3: Any, photos: Path, tars: Path, tmp_path: Path
+    store: Any, photos: Path, tars: Path, tmp_path: Path
 ) -> None:
-    url = s3.upload(photos, "passing-photos", "p")
+    url = store.upload(photos, "passing-photos", "p")
     far = list_sources([url])
-    s3.ask("DELETE", f"passing-photos/p/{far[0].key}")
-    put(s3, f"{url}/{far[1].key}", b"shorter")
+    store.remove(f"{url}/{far[0].key}")
+    store.put(f"{url}/{far[1].key}", b"shorter")
     with pytest.raises(Unreadable, match="no such object"):
         read_image(far, 0)
     assert digest_images(far, [0], tmp_path / "m", workers=1)[0].bytes == 0, "as a file that is gone"
-    with pytest.raises(OSError, match=r"s3://passing-photos/p/.*: could not be read, 3 times: the object has changed"):
+    with pytest.raises(OSError, match=r"://passing-photos/p/.*: could not be read, 3 times: the object has changed"):
         digest_images(far, [1], tmp_path / "m", workers=1)
     tar = (tars / "photos-0.tar").read_bytes()
-    put(s3, f"{url}/x.tar", tar)
+    store.put(f"{url}/x.tar", tar)
     far = list_sources([f"{url}/x.tar"])
-    put(s3, f"{url}/x.tar", tar[::-1])
+    store.put(f"{url}/x.tar", tar[::-1])
     with pytest.raises(OSError, match=r"x\.tar: .*could not be read, 3 times: the object has changed"):
         read_image(far, 0)
     for cut in (tar[: len(tar) // 2], tar[:-10000], b"", b"\x1f\x8b" + tar):
-        put(s3, f"{url}/x.tar", cut)
-        with pytest.raises(ValueError, match=r"s3://passing-photos/p/x\.tar: (is not a whole tar|has no end mark)"):
+        store.put(f"{url}/x.tar", cut)
+        with pytest.raises(ValueError, match=r"://passing-photos/p/x\.tar: (is not a whole tar|has no end mark)"):
             list_sources([f"{url}/x.tar"])
 
 
-def test_what_is_not_there_or_no_images_is_said(s3: Any, url: str, tmp_path: Path) -> None:
+def test_what_is_not_there_or_no_images_is_said(store: Any, url: str, tmp_path: Path) -> None:
     for given, message in (
-        ("/nothing", "there is no such object, and none below s3://many-photos/nothing/"),
+        ("/nothing", f"there is no such object, and none below {url}/nothing/"),
         ("/tars/photos-9.tar", r"photos-9\.tar: does not exist"),
         ("/top.jpg", "is one object; expected a plain .tar, or a prefix"),
-        ("/tars", r"s3://many-photos/tars: no images found"),
-        ("-not/x", "s3://many-photos-not/x: cannot be read: .*is the URL right"),
+        ("/tars", r"://many-photos/tars: no images found"),
+        ("-not/x", "://many-photos-not/x: cannot be read: .*is the URL right"),
     ):
         with pytest.raises((ValueError, Unreachable), match=message):
             list_sources([url + given])
@@ -206,7 +202,7 @@ def test_what_is_not_there_or_no_images_is_said(s3: Any, url: str, tmp_path: Pat
     text = tmp_path / "list.txt"
     for lines, message in (
         (f"{url}/photos/class 1/1.png\nx.png", "1 of 2 lines are no URLs, first 'x.png'"),
-        (f"{url}/photos/class 1/1.png\n{url}/photos/9.png", "1 of 2 listed objects do not exist, first s3://many-photos/photos/9.png"),
+        (f"{url}/photos/class 1/1.png\n{url}/photos/9.png", f"1 of 2 listed objects do not exist, first {url}/photos/9.png"),
         ("s3://a/x.png\ngs://a/x.png", "has URLs of gs and s3; expected one kind"),
     ):  # fmt: skip
         text.write_text(lines)
@@ -215,14 +211,15 @@ def test_what_is_not_there_or_no_images_is_said(s3: Any, url: str, tmp_path: Pat
 
 
 def test_no_credentials_stop_the_command_and_record_nothing(
-    s3: Any, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Any, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url = s3.upload(photos, "private-photos", "photos")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:9")
     backend.bucket_of.cache_clear()
     words = [
-        f"{url}/photos",
+        url,
         str(tmp_path / "c"),
         "--teacher",
         "vit=timm:test_vit/random",
@@ -232,7 +229,7 @@ def test_no_credentials_stop_the_command_and_record_nothing(
         "4",
     ]
     said = CliRunner().invoke(main, words)
-    assert said.exit_code == 1 and "s3://many-photos/photos: cannot be read" in said.output, said.output
+    assert said.exit_code == 1 and "s3://private-photos/photos: cannot be read" in said.output, said.output
     assert "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in said.output and not (tmp_path / "c/plan.json").exists()
 
 
