@@ -16,6 +16,7 @@ import numpy as np
 
 from mrmae.common.backend import About, Url, exists, file_pieces, size_of
 from mrmae.common.files import is_still, publish, remove, remove_leftovers
+from mrmae.common.leases import expect_held
 from mrmae.shards.claims import remove_locks
 from mrmae.shards.format import (
     FORMAT_VERSION,
@@ -159,7 +160,8 @@ def store(
 ) -> None:
     """Clear what a killed run left of a unit, write its files and commit them, unless it is committed by now.
 
-    Where another writer came between, which only a file system without locks allows, the attempt starts again.
+    Where another writer came between, which only a file system without locks allows, the attempt starts again. At a URL one may come whose
+    claim was taken over: LeaseLost, whether the store tells equal bytes of two writers apart (Azure) or not (S3).
     """
     for attempt in range(STORE_ATTEMPTS):
         if valid_record(path, plan, *unit) is not None:
@@ -171,6 +173,8 @@ def store(
             commit(path, plan, *unit, {**written_in(began, about), **record})
             return
         except FileExistsError:
+            if isinstance(path, Url):
+                expect_held(commit_path(path, *unit))
             if attempt == STORE_ATTEMPTS - 1:
                 raise
             time.sleep(random.uniform(0, WAIT_SECONDS * 2**attempt))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -59,10 +60,34 @@ def test_a_store_that_is_asked_too_often_is_asked_again(store: Any, place: Any) 
     store.proxy.refusal = b"503 Slow Down"
 
 
+def test_other_variables_lead_to_an_endpoint_too(
+    store: Any, place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in store.environment:
+        monkeypatch.delenv(name)
+    if store.scheme == "s3":
+        environment = {
+            **store.environment,
+            "AWS_ENDPOINT": store.environment["AWS_ENDPOINT_URL"],
+            "AWS_ENDPOINT_URL": "",
+        }
+    elif store.scheme == "gs":
+        (tmp_path / "account.json").write_text(store.environment["GOOGLE_SERVICE_ACCOUNT_KEY"])
+        environment = {"GOOGLE_SERVICE_ACCOUNT": str(tmp_path / "account.json")}
+    else:
+        url = f"http://127.0.0.1:{store.proxy.port}"
+        environment = {"AZURE_STORAGE_USE_EMULATOR": "true", "AZURITE_BLOB_STORAGE_URL": url}
+    for name, value in environment.items():
+        if value:
+            monkeypatch.setenv(name, value)
+    publish(place / "x", BIG)
+    assert read_bytes(place / "x") == BIG
+
+
 def test_a_refusal_within_a_batch_is_final() -> None:
     """How obstore tells of an object that could not be removed in a request for several, as it removes at S3 and Azure."""
-    for code, message in (("403", "not authorized"), ("AccessDenied", "Access Denied")):
-        said = f"Bulk delete request failed for key a/x: {message} (code: {code})"
+    for request, code in (("Bulk delete", "403"), ("DeleteObjects", "AccessDenied")):
+        said = f"{request} request failed for key a/x: not authorized (code: {code})"
         assert not uploads.passes(said) and "may not write there" in uploads.writing_advice(said)
     assert uploads.passes("Bulk delete request failed for key a/x: busy (code: 503)")
 

@@ -218,6 +218,25 @@ def test_a_cache_is_not_begun_where_nothing_can_be_written(
         extract(images, f"{bucket}/c", VIT)
 
 
+def test_who_was_taken_over_is_told_so_though_the_shard_is_written_by_now(
+    store: Any, bucket: str, make_cache: Any, tmp_path: Path
+) -> None:
+    """Also where a store tells its objects from the same bytes of whoever took over."""
+    folder = make_cache(tmp_path / "c", n=8, n_views=1)
+    opened, url = open_cache(folder), locate(f"{bucket}/c")
+    lease = leases.take_lease(url / "x.lock", url, "one")  # type: ignore[arg-type]
+    assert lease
+
+    def another_writes() -> Any:
+        store.upload(folder, bucket.removeprefix(f"{store.scheme}://"), "c")
+        lease.lost = True
+        raise FileExistsError
+
+    with pytest.raises(leases.LeaseLost, match="another process has taken this over"):
+        commits.store(url, opened.plan, (0, "a.pre_tail", 0), None, another_writes)
+    assert commits.valid_record(url, opened.plan, 0, "a.pre_tail", 0) is not None
+
+
 @pytest.mark.soak
 def test_workers_that_are_killed_beside_others_leave_the_cache_of_a_folder(
     store: Any, bucket: str, images: Path, near: Path, tmp_path: Path
