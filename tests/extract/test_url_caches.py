@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from stores import others_soak
 
 from mrmae.common import backend, leases, uploads
 from mrmae.common.backend import files_below, locate, read_bytes
@@ -119,6 +120,7 @@ def test_a_killed_extraction_to_a_url_is_continued(
     expect_equal(url, near)
 
 
+@others_soak
 def test_two_workers_share_an_extraction_to_a_url(
     bucket: str, extract: Any, images: Path, near: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

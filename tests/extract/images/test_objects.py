@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from stores import others_soak
 
 from mrmae.common import backend
 from mrmae.common.backend import About, Unreachable, Url
@@ -100,6 +101,7 @@ def of_cache(path: Path) -> dict[str, bytes]:
     return {str(f): (path / f).read_bytes() for f in files if "commits" not in f.parts and f.name != "manifest.json"}
 
 
+@others_soak
 @pytest.mark.parametrize("kind", ["tar", pytest.param("prefix", marks=pytest.mark.soak)])
 def test_the_cache_is_the_same_and_a_repeated_command_reads_nothing_again(
     store: Any, url: str, photos: Path, tars: Path, tmp_path: Path, extract: Callable[..., dict[str, Any]], kind: str
