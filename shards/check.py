@@ -173,9 +173,9 @@ def promised_sizes(path: Path, plan: Plan, manifest: Manifest) -> Iterator[tuple
     The plan tells where files lie.
     """
     for unit in units(plan):
-        files = manifest.entry(plan, unit).get("files", {})
-        for name, file in shard_names(path, plan, unit).items():
-            yield file, files.get(name, {}).get("bytes")
+        files, told = unit_files(path, plan, *unit), manifest.told(unit).get("files", [])
+        sizes = [about["bytes"] for about in told] if len(told) == len(files) else [None] * len(files)
+        yield from zip(files, sizes)
     for file, tail, _ in tails_of(path, plan, manifest):
         yield file, tail["bytes"]
 

@@ -107,13 +107,17 @@ class Manifest(dict[str, Any]):
         """All of them."""
         return (self.table(number) for number in range(len(self.get("shards", ()))))
 
-    def entry(self, plan: Plan, unit: Unit) -> dict[str, Any]:
-        """What is said of a unit: count, valid, record_id, and files by name; empty where nothing is, and without files where they are not as many."""
+    def told(self, unit: Unit) -> dict[str, Any]:
+        """What is said of a unit: count, valid, record_id, and files in the order of the plan; empty where nothing is."""
         number = unit[2] // SHARDS_IN_TABLE
-        if number >= len(self.get("shards", ())) or not (told := self.table(number).entry(unit)):
-            return {}
-        names, files = unit_names(plan, unit), told["files"]
-        return told | {"files": dict(zip(names, files)) if len(names) == len(files) else {}}
+        return self.table(number).entry(unit) if number < len(self.get("shards", ())) else {}
+
+    def entry(self, plan: Plan, unit: Unit) -> dict[str, Any]:
+        """The same with files by name; without any where they are not as many as the plan's."""
+        if told := self.told(unit):
+            names = unit_names(plan, unit)
+            told["files"] = dict(zip(names, told["files"])) if len(names) == len(told["files"]) else {}
+        return told
 
 
 def read_manifest(path: Path) -> Manifest:
