@@ -72,10 +72,12 @@ def extract_features(options: Options, *, dry_run: bool = False, say: Say = prin
     return manifest
 
 
-def kept_indices(options: Options) -> KeptIndices:
+def kept_indices(options: Options, *, read_only: bool) -> KeptIndices:
     """The memory of what is in tars, and the lock that lets one process at a time read those at URLs."""
     alone = functools.partial(take_the_plan, options.cache)
-    return KeptIndices(options.cache / TARS, of_this_machine(options, TARS), alone, headers_only=True)
+    return KeptIndices(
+        options.cache / TARS, of_this_machine(options, TARS), alone, headers_only=True, read_only=read_only
+    )
 
 
 def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple[Sources, Teachers, Wanted]:
@@ -85,7 +87,7 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
     suffixes = SUFFIXES if options.recipe.stored.as_shown else BAND_SUFFIXES
     if isinstance(options.cache, Url) and not dry_run:
         make_folder(options.cache)  # refused before tars are read, where the store lets two writers mix
-    kept = kept_indices(options) if not dry_run or files_below(options.cache / TARS) else None
+    kept = kept_indices(options, read_only=dry_run) if not dry_run or files_below(options.cache / TARS) else None
     sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
     teachers = asked_teachers(options, found.plan, sources.in_order, say)
     return sources, teachers, asked(options, found.plan, teachers.specs, sources.rows, teachers.map_sha256)

@@ -46,7 +46,7 @@ from mrmae.shards.format import (
 from mrmae.shards.store import read_index, refuse_foreign_entries
 
 DIGESTS = ".digests"  # which images were hashed when: what extract-features --append need not read again
-TARS = ".tars"  # a folder, likewise: what is in tars at URLs
+TARS = ".tars"  # a folder, likewise: what is in tars
 EMPTY_ROW = Source("", None, 0, "")  # before an appended part, which begins with a shard of its own
 Step = Literal["remove manifest.json", "write samples.arrow", "begin plan.json", "replace plan.json"]
 

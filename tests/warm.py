@@ -7,6 +7,7 @@ killed, so is that. Linux's only, like everything here that forks.
 """
 
 import array
+import contextlib
 import gc
 import importlib
 import json
@@ -87,21 +88,23 @@ def ended(clients: dict[int, socket.socket], watched: selectors.BaseSelector) ->
         client = clients.pop(pid)
         if client in watched.get_map():
             watched.unregister(client)
-            client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+            with contextlib.suppress(OSError):  # it is gone
+                client.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         client.close()
 
 
 def forked_for(client: socket.socket) -> int:
     """The id of a process that runs what a client asks for."""
     size, ancillary, *_ = client.recvmsg(4, socket.CMSG_SPACE(12))
-    files = array.array("i", ancillary[0][2])
+    files = array.array("i", ancillary[0][2] if ancillary else b"")
     asked = bytearray()
-    while len(asked) < int.from_bytes(size):
-        asked += client.recv(1 << 20)
+    while len(asked) < int.from_bytes(size) and (more := client.recv(1 << 20)):
+        asked += more
     if pid := os.fork():
         for file in files:
             os.close(file)
-        client.sendall(f"{pid}\n".encode())
+        with contextlib.suppress(OSError):  # it is gone, which is noticed where its end is read
+            client.sendall(f"{pid}\n".encode())
         return pid
     code = 1
     try:

@@ -9,6 +9,7 @@ import fnmatch
 import functools
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
@@ -479,13 +480,13 @@ def read_tar(path: Path, suffixes: tuple[str, ...], kept: KeptIndices) -> tuple[
 
     ValueError where the tar is cut (also exactly between two members), or another tar is appended to it.
     """
-    stamp = stamp_of(path)
+    looked_ns, stamp = time.time_ns(), stamp_of(path)
     if (found := kept.recall(path, stamp, suffixes)) is None:
         members = read_headers(path)
         with open(path, "rb", buffering=0) as file:
             read = functools.partial(read_range, file.fileno(), where=str(path))
             found = images_of_tar(path, members, suffixes, read)
-        kept.keep(path, stamp, suffixes, found)
+        kept.keep(path, stamp, suffixes, found, looked_ns)
     return stamp[1], found
 
 

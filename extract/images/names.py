@@ -37,8 +37,9 @@ class LeftOut:
 
     def add(self, other: "LeftOut") -> None:
         """Keep what was kept of another part, too."""
-        for field in dataclasses.fields(self):
-            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
+        self.suffixes.update(other.suffixes)
+        for field in dataclasses.fields(self)[1:]:
+            getattr(self, field.name).extend(getattr(other, field.name))
 
     def note_labels(self, labels: Sequence[str], texts: Mapping[str, Mapping[str, str]]) -> None:
         """Keep what is odd about a tar's `.cls` members. texts: by image, those that fit its name, the taken one first."""

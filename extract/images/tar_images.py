@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import time
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -45,6 +44,7 @@ class KeptIndices:
     folder: of tars at URLs; near: of those in folders of this machine. None: nowhere.
     alone: held while tars at URLs are read, so that processes do not all read them.
     headers_only: nothing is hashed, so that of tars with large images only the headers need be read.
+    read_only: nothing is kept.
     damaged: tars of which the memory could not be used.
     """
 
@@ -52,6 +52,7 @@ class KeptIndices:
     near: Path | None = None
     alone: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
     headers_only: bool = False
+    read_only: bool = False
     damaged: set[str] = dataclasses.field(default_factory=set)
 
     def file_of(self, tar: PurePath, suffixes: tuple[str, ...]) -> Path | None:
@@ -77,12 +78,19 @@ class KeptIndices:
             return None
         return found if about == told_of(tar, stamp, suffixes) else None
 
-    def keep(self, tar: PurePath, stamp: Stamp, suffixes: tuple[str, ...], found: TarImages) -> None:
-        """Keep the images of a tar; not of one that changed a moment ago. OSError as in publish."""
-        if (file := self.file_of(tar, suffixes)) is None:
+    def keep(
+        self, tar: PurePath, stamp: Stamp, suffixes: tuple[str, ...], found: TarImages, looked_ns: int = 0
+    ) -> None:
+        """Keep the images of a tar; of this machine not those of one that had changed a moment before it was looked at (`looked_ns`),
+        and not where that cannot be written: nobody needs it. At a URL OSError as in publish."""
+        if self.read_only or (file := self.file_of(tar, suffixes)) is None:
             return
-        if isinstance(tar, Url) or time.time_ns() - max(stamp[1:3]) > SETTLED_NS:
-            publish(file, memory_bytes(told_of(tar, stamp, suffixes), found), replace=True)
+        content = memory_bytes(told_of(tar, stamp, suffixes), found)
+        if isinstance(file, Url):
+            publish(file, content, replace=True)
+        elif isinstance(tar, Url) or looked_ns - max(stamp[1:3]) > SETTLED_NS:
+            with contextlib.suppress(OSError):
+                publish(file, content, replace=True)
 
     def notes(self) -> list[str]:
         """What a person should hear about it."""

@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,29 @@ def test_a_tar_that_changed_a_moment_ago_is_not_remembered(
     for _ in range(2):
         list_sources([tar], kept=kept)
     assert len(reads) == 2 and not (tmp_path / "kept").exists()
+
+
+def test_the_moment_is_the_one_before_a_tar_is_read(
+    tmp_path: Path, kept: KeptIndices, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Reading a large tar takes longer than a file system's clock ticks; meanwhile it may have changed under the same time."""
+    tar, passed, real, headers = write_tar(tmp_path / "0.tar", FILES), [0], time.time_ns, listing.read_headers
+    monkeypatch.setattr(time, "time_ns", lambda: real() + sum(passed))
+    monkeypatch.setattr(listing, "read_headers", lambda path: passed.append(10**11) or headers(path))
+    list_sources([tar], kept=kept)
+    assert not (tmp_path / "kept").exists()
+    list_sources([tar], kept=kept)
+    assert (tmp_path / "kept").exists(), "by now it is old"
+
+
+def test_what_cannot_be_remembered_or_may_not_be_is_read(tmp_path: Path, reads: list[str]) -> None:
+    """A cache of somebody else, a full disk, a dry run."""
+    tar = write_tar(tmp_path / "0.tar", FILES)
+    (tmp_path / "kept").write_text("a file where a folder is wanted")
+    expected = told(list_sources([tar]))
+    assert told(list_sources([tar], kept=KeptIndices(near=tmp_path / "kept")))[:3] == expected[:3]
+    assert told(list_sources([tar], kept=KeptIndices(near=tmp_path / "dry", read_only=True))) == expected
+    assert len(reads) == 3 and not (tmp_path / "dry").exists()
 
 
 def test_a_memory_made_by_other_rules_is_not_taken(
