@@ -231,7 +231,7 @@ def mutate_arrow(before: bytes, outside: Path, rng: Rng) -> tuple[str, bytes]:
     elif what == "bomb":
         table = pa.table([pa.repeat(pa.scalar(None, field.type), ROWS) for field in table.schema], table.schema)
     elif what == "long text":
-        long = pa.array(["x" * min(2**26, 2**29 // len(values))] * len(values)).dictionary_encode()
+        long = pa.array(["x" * min(2**26, 2**30 // len(values))] * len(values)).dictionary_encode()
         name = "reason" if "reason" in table.column_names else "column"
         table = table.set_column(table.column_names.index(name), name, long.cast(pa.large_string()))
     out = io.BytesIO()
