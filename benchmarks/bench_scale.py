@@ -160,7 +160,7 @@ def prepared(step: str, folder: Path, n: int, kind: str) -> None:
     elif step == "recall":
         sources = images_below(folder, n)
         for start in range(0, n, SHARD):
-            shard = sources.canonical[start : start + SHARD].tolist()
+            shard = range(start, min(start + SHARD, n))
             remember_hashes(sources, [(i, EMPTY_SHA256) for i in shard], folder / DIGESTS)
     elif step == "append" and kind == "tars":
         (folder / "more").mkdir()

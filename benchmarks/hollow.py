@@ -14,6 +14,8 @@ import pyarrow.compute as pc
 from synthetic import codes, pixel_row
 
 from mrmae.extract.images import Sources
+from mrmae.extract.images.list import Listed
+from mrmae.extract.images.tar_images import OF_TAR
 from mrmae.shards import commit
 from mrmae.shards.format import (
     PIXELS,
@@ -105,12 +107,14 @@ def keys_of(numbers: Numbers) -> Values:
 
 
 def listed_images(n: int) -> Sources:
-    """n images as listing gives them, of one block each in one tar."""
-    keys, at = keys_of(np.arange(n)), np.arange(n)
-    numbers = np.stack([np.full(n, BLOCK), np.zeros(n, np.int64), (2 * at + 1) * BLOCK, np.zeros(n, np.int64)], axis=1)
-    return Sources(
-        {"key": keys, "label": Values(pc.utf8_slice_codeunits(keys.array, 0, 9), "label")}, numbers, ["images.tar"]
-    )
+    """n images as listing gives them, of one block each, but that no tar is there."""
+    listed = Listed()
+    for start in range(0, n, IN_TAR):
+        keys = keys_of(np.arange(start, min(start + IN_TAR, n)))
+        columns = [keys.array, pc.utf8_slice_codeunits(keys.array, 0, 9), np.full(len(keys), BLOCK), (2 * np.arange(len(keys)) + 1) * BLOCK,
+                   signed_hashes(keys), pa.nulls(len(keys), pa.binary(32))]  # fmt: skip
+        listed.add_tar(f"{start // IN_TAR:06d}.tar", 0, pa.record_batch([pa.array(c) for c in columns], OF_TAR))
+    return Sources(*listed.columns())
 
 
 def write_shards(path: Path) -> None:

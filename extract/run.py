@@ -89,7 +89,7 @@ def what_is_asked(options: Options, say: Say, *, dry_run: bool = False) -> tuple
         make_folder(options.cache)  # refused before tars are read, where the store lets two writers mix
     kept = kept_indices(options, read_only=dry_run) if not dry_run or files_below(options.cache / TARS) else None
     sources = list_sources(options.images, options.include, suffixes, kept).first(options.limit)
-    teachers = asked_teachers(options, found.plan, sources.in_order, say)
+    teachers = asked_teachers(options, found.plan, sources.keys, say)
     return sources, teachers, asked(options, found.plan, teachers.specs, sources.rows, teachers.map_sha256)
 
 

@@ -5,9 +5,10 @@ plan minus valid commits, so a killed extraction leaves nothing to clean up by h
 """
 
 import hashlib
+import os
 import random
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -321,20 +322,41 @@ def read_record(file: Path) -> dict[str, Any] | None:
 
 
 def valid_records(path: Path, plan: Plan, which: Iterable[Unit], *, few: bool = False) -> dict[Unit, dict[str, Any]]:
-    """The valid commit records among these units; at a URL all objects are listed, then many records are asked for side by side.
+    """The valid commit records among these units. few: as in each_valid."""
+    return dict(each_valid(path, plan, which, few=few))
 
-    few: hardly any of them are expected to be there, so that at a URL the records are listed, and a record's files looked at one by one.
+
+def each_valid(
+    path: Path, plan: Plan, which: Iterable[Unit], *, few: bool = False
+) -> Iterator[tuple[Unit, dict[str, Any]]]:
+    """The valid commit records among these units, one after the other: which there are is seen from listings, and only those are read.
+
+    At a URL all objects are listed, then many records are asked for side by side. few: hardly any of them are expected to be there, so
+    that at a URL the records are listed, and a record's files looked at one by one.
     """
-    which = list(which)
     if not isinstance(path, Url):
-        found = [valid_record(path, plan, *unit) for unit in which]
-    else:
-        listed = dict(path.bucket.below(object_name(path / "commits" if few else path)))
-        which = [unit for unit in which if object_name(commit_path(path, *unit)) in listed]
-        files = None if few else listed
-        with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
-            found = list(pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], files), which))
-    return {unit: record for unit, record in zip(which, found) if record is not None}
+        listings: dict[Path, set[str]] = {}
+        for unit in which:
+            file = commit_path(path, *unit)
+            if (names := listings.get(file.parent)) is None:
+                names = listings[file.parent] = names_in(file.parent)
+            if file.name in names and (record := valid_record(path, plan, *unit)) is not None:
+                yield unit, record
+        return
+    listed = dict(path.bucket.below(object_name(path / "commits" if few else path)))
+    there = [unit for unit in which if object_name(commit_path(path, *unit)) in listed]
+    files = None if few else listed
+    with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
+        found = pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], files), there)
+        yield from ((unit, record) for unit, record in zip(there, found) if record is not None)
+
+
+def names_in(folder: Path) -> set[str]:
+    """What is called how in a folder; nothing where there is none, or it may not be listed."""
+    try:
+        return set(os.listdir(folder))
+    except OSError:
+        return set()
 
 
 def object_name(file: Path) -> str:
@@ -345,13 +367,13 @@ def object_name(file: Path) -> str:
 
 def committed(path: Path, plan: Plan) -> set[Unit]:
     """The units of work that are validly committed."""
-    return set(valid_records(path, plan, units(plan)))
+    return {unit for unit, _ in each_valid(path, plan, units(plan))}
 
 
 def missing(path: Path, plan: Plan, shards: Collection[int] | None = None) -> list[Unit]:
     """The units of work (of these shards) that still have to be done, by view, then shard, pixels before teachers."""
     asked = [unit for unit in units(plan) if shards is None or unit[2] in shards]
-    there = valid_records(path, plan, asked)
+    there = {unit for unit, _ in each_valid(path, plan, asked)}
     return [unit for unit in asked if unit not in there]
 
 
@@ -372,7 +394,7 @@ def finalise(path: Path, plan: Plan) -> Manifest:
     It holds nothing of time, host or versions: equal runs give equal manifests.
     Raises ValueError when shards are missing, or disagree about which images are bad.
     """
-    complete = valid_records(path, plan, units(plan))
+    complete = {unit: compact(record) for unit, record in each_valid(path, plan, units(plan))}
     if absent := [unit for unit in units(plan) if unit not in complete]:
         raise ValueError(f"{path}: {len(absent)} of {len(absent) + len(complete)} shards are not committed, the first is view "
                          f"{absent[0][0]}, {absent[0][1]}, shard {absent[0][2]}; run the same command again")  # fmt: skip
@@ -384,6 +406,11 @@ def finalise(path: Path, plan: Plan) -> Manifest:
     remove_leftovers(path)
     remove_locks(path)
     return manifest
+
+
+def compact(record: dict[str, Any]) -> dict[str, Any]:
+    """A commit record with its images' sizes as int32: as Python's numbers, those of a hundred million images take gigabytes."""
+    return {**record, **{name: np.array(record[name], np.int32) for name in ("heights", "widths") if name in record}}
 
 
 def withdraw_manifest(path: Path, plan: Plan) -> None:

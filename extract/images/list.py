@@ -3,17 +3,17 @@
 Nothing is decoded and nothing is extracted to disk here: a tar is indexed once, then its members are read by offset.
 """
 
-import array
 import errno
 import fnmatch
 import functools
+import itertools
 import os
 import stat
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NamedTuple, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -27,7 +27,7 @@ from mrmae.extract.images.objects import is_url, objects_below, objects_named, r
 from mrmae.extract.images.patience import FACTS, Unreadable, patiently
 from mrmae.extract.images.tar_images import KeptIndices, TarImages, images_of_tar, stamp_of
 from mrmae.extract.images.tars import is_tar, read_headers, read_range
-from mrmae.shards.format import ROWS_AT_ONCE, Numbers, SourceTable, Values, signed_hashes
+from mrmae.shards.format import ROWS_AT_ONCE, Numbers, SourceTable, Values, nulls, signed_hashes
 
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
@@ -53,6 +53,10 @@ class ImagePlace(NamedTuple):
 
 ListedImage = tuple[SourceImage, ImagePlace]
 UNKNOWN = -(2**63)  # a size, time or offset that there is none of
+PLACES = ("bytes", "version", "offset", "root")  # numbers of a listed image; version: a file's time
+AS_LISTED = pa.schema([("key", pa.large_string()), ("label", pa.large_string()), ("hash", pa.int64()), *((name, pa.int64()) for name in PLACES)])  # fmt: skip
+ROWS_TOGETHER = 1 << 20
+LARGE = pa.system_memory_pool()  # gives large columns back at once, which Arrow's own keeps for a while
 
 
 class Listed:
@@ -63,9 +67,9 @@ class Listed:
 
     def __init__(self, include: Sequence[str] = ()) -> None:
         self.include, self.n, self.sample = include, 0, ""
-        self.rows: list[tuple[str, str | None]] = []  # not in the columns yet
-        self.places = array.array("q")  # size, time, offset and root of each of them, one image behind the other
-        self.parts: list[tuple[pa.Array, pa.Array, Numbers, Numbers]] = []  # keys, labels, hashes, places
+        self.rows: list[tuple[Any, ...]] = []  # not in the columns yet: key, label, and the four PLACES
+        self.parts: list[pa.RecordBatch] = []  # as AS_LISTED
+        self.few: list[pa.RecordBatch] = []  # parts of few rows, or within more of a file
         self.roots: dict[str, int] = {}
 
     def add(self, image: SourceImage, place: ImagePlace) -> None:
@@ -73,10 +77,9 @@ class Listed:
         self.n, self.sample = self.n + 1, self.sample or image.key
         if not matches(image.key, self.include):
             return
-        self.rows.append((image.key, image.label))
-        root = place.path if place.offset is not None else place.path.removesuffix(image.key)
-        for value in (image.size_bytes, place.mtime_ns, place.offset, self.root(root)):
-            self.places.append(UNKNOWN if value is None else value)
+        root = self.root(place.path if place.offset is not None else place.path.removesuffix(image.key))
+        places = (UNKNOWN if value is None else value for value in (image.size_bytes, place.mtime_ns, place.offset))
+        self.rows.append((image.key, image.label, *places, root))
         if len(self.rows) == ROWS_AT_ONCE:
             self.gather()
 
@@ -86,11 +89,9 @@ class Listed:
         self.n, self.sample = self.n + len(rows), self.sample or next(iter(rows["key"][:1].to_pylist()), "")
         if self.include:
             rows = rows.filter(pa.array([matches(key, self.include) for key in rows["key"].to_pylist()], pa.bool_()))
-        if not len(rows):
-            return
-        places = np.empty((len(rows), 4), np.int64)
-        places[:, 0], places[:, 1], places[:, 2], places[:, 3] = rows["bytes"], version, rows["offset"], self.root(path)
-        self.parts.append((rows["key"], rows["label"], rows["hash"].to_numpy(), places))
+        if len(rows):
+            versions, roots = (np.full(len(rows), value, np.int64) for value in (version, self.root(path)))
+            self.keep([rows["key"], rows["label"], rows["hash"], rows["bytes"], versions, rows["offset"], roots])
 
     def root(self, path: str) -> int:
         return self.roots.setdefault(path, len(self.roots))
@@ -98,44 +99,73 @@ class Listed:
     def gather(self) -> None:
         """Make columns of the rows."""
         if self.rows:
-            keys, labels = (pa.array(values, pa.large_string()) for values in zip(*self.rows))
-            places = np.frombuffer(self.places, np.int64).reshape(-1, 4)
-            self.parts.append((keys, labels, signed_hashes(Values(keys, "key")), places))
-            self.rows, self.places = [], array.array("q")
+            keys, labels, *places = zip(*self.rows)
+            self.rows = []
+            self.keep([keys, labels, signed_hashes(keys), *places])
+
+    def keep(self, columns: Sequence[Any]) -> None:
+        """Keep columns as AS_LISTED has them; joined where they are many, so that nothing else of the file that they are from stays."""
+        self.few.append(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, AS_LISTED)], AS_LISTED))
+        if sum(map(len, self.few)) >= ROWS_TOGETHER:
+            self.join()
+
+    def join(self) -> None:
+        self.parts += pa.Table.from_batches(self.few, AS_LISTED).combine_chunks(memory_pool=LARGE).to_batches()
+        self.few = []
 
     def columns(self) -> tuple[dict[str, Values], Numbers, list[str]]:
-        """Keys, labels and hashes, numbers [images, 4], all sorted by key, and the roots. ValueError where a key occurs twice."""
+        """Keys, labels and hashes, numbers [images, 4], all in canonical order, and the roots. ValueError where a key occurs twice.
+
+        One column after the other is put in order, so that one at a time is in memory twice.
+        """
         self.gather()
-        keys, labels, hashes, places = zip(*self.parts)
-        self.parts.clear()
-        order = pc.array_sort_indices(joined_keys := pa.concat_arrays(keys))
-        found = {"key": joined_keys.take(order)}
-        del joined_keys, keys
-        found |= {"label": pa.concat_arrays(labels).take(order), "hash": pa.array(np.concatenate(hashes)[order])}
-        del labels, hashes
-        numbers, roots = np.concatenate(places)[order.to_numpy()], list(self.roots)
-        twice = np.flatnonzero(pc.equal(found["key"][1:], found["key"][:-1]).to_numpy(zero_copy_only=False))
-        if len(twice):
-            first, key = int(twice[0]), found["key"][int(twice[0])].as_py()
-            one, other = (
-                roots[at] + key * (offset == UNKNOWN) for *_, offset, at in numbers[first : first + 2].tolist()
-            )
-            raise ValueError(f"{key!r}: two images have this key, in {one} and {other}; keys must be unique "
-                             "(a key is the path below the root); give one common parent folder, or rename")  # fmt: skip
-        return {name: Values(array, name) for name, array in found.items()}, numbers, roots
+        self.join()
+        unordered = dict(zip(AS_LISTED.names, pa.Table.from_batches(self.parts, AS_LISTED).columns))
+        self.parts = []
+        hashes = unordered.pop("hash").to_numpy()
+        order = np.argsort(hashes.view(np.uint64))  # in a third of a stable sort's time; what is equal is ordered below
+        hashes, found = hashes[order], {}
+        if len(same := np.flatnonzero(hashes[1:] == hashes[:-1])):
+            same = np.union1d(same, same + 1)
+            rows = order[same].tolist()
+            ordered = sorted(zip(hashes.view(np.uint64)[same].tolist(), unordered["key"].take(rows).to_pylist(), rows))
+            if twice := [(one, a, b) for (_, one, a), (_, two, b) in itertools.pairwise(ordered) if one == two]:
+                key, *rows = min(twice)
+                refuse_twice(key, *(self.path(key, unordered, row) for row in rows))
+            order[same] = [row for *_, row in ordered]
+        for name in ("key", "label"):
+            joined = pa.concat_arrays(unordered.pop(name).chunks, memory_pool=LARGE)
+            found[name] = pc.take(joined, pa.array(order), memory_pool=LARGE)
+            del joined
+        numbers = np.empty((len(order), len(PLACES)), np.int64)
+        for i, name in enumerate(PLACES):
+            numbers[:, i] = unordered.pop(name).to_numpy()[order]
+        found["hash"] = pa.array(hashes)
+        return {name: Values(array, name) for name, array in found.items()}, numbers, list(self.roots)
+
+    def path(self, key: str, columns: Mapping[str, pa.ChunkedArray], row: int) -> str:
+        """Where an image lies: its file, or its tar."""
+        root: str = list(self.roots)[columns["root"][row].as_py()]
+        return root if columns["offset"][row].as_py() != UNKNOWN else root + key
+
+
+def refuse_twice(key: str, one: str, other: str) -> NoReturn:
+    """ValueError for two images that have one key."""
+    raise ValueError(f"{key!r}: two images have this key, in {one} and {other}; keys must be unique "
+                     "(a key is the path below the root); give one common parent folder, or rename")  # fmt: skip
 
 
 class Sources:
-    """The listed images, sorted by key. `read(i)` gives the encoded bytes of image i and may be called from any thread.
+    """The listed images, in canonical order. `read(i)` gives the encoded bytes of image i and may be called from any thread.
 
-    keys, labels: of every image. notes: what a person should hear about the listing. columns: key, label, and where they are known
-    the hashes of the keys.
+    keys, labels, hashes (of the keys, signed): of every image. notes: what a person should hear about the listing.
     """
 
     def __init__(
         self, columns: Mapping[str, Values], numbers: Numbers, roots: Sequence[str], notes: Sequence[str] = ()
     ) -> None:
         self.keys, self.labels, self.notes, self._columns = columns["key"], columns["label"], tuple(notes), columns
+        self.hashes: Numbers = columns["hash"].numpy()
         self._numbers, self._roots = numbers, roots
 
     def __len__(self) -> int:
@@ -157,39 +187,19 @@ class Sources:
         return stamps
 
     @functools.cached_property
-    def hashes(self) -> Numbers:
-        """Hash of every key, as signed 64-bit integers."""
-        return self._columns["hash"].numpy() if "hash" in self._columns else signed_hashes(self.keys)
-
-    @functools.cached_property
-    def canonical(self) -> Numbers:
-        """Positions of the images in canonical order. Images with one hash are sorted by key already."""
-        hashes = self.hashes.view(np.uint64)
-        order = np.argsort(hashes)  # in a third of a stable sort's time
-        again = hashes[order]
-        return np.argsort(hashes, kind="stable") if (again[1:] == again[:-1]).any() else order
-
-    @functools.cached_property
-    def in_order(self) -> Values:
-        """The keys in canonical order."""
-        return Values(self.keys.array.take(pa.array(self.canonical)), "key")
-
-    @functools.cached_property
     def rows(self) -> SourceTable:
-        """The images in canonical order, as a plan begins with them: unread, and empty where their size is not known."""
-        sizes = self._numbers[self.canonical, 0]
-        labels = self.labels.array.take(pa.array(self.canonical))
-        columns = {"key": self.in_order.array, "label": labels, "bytes": pa.array(np.where(sizes == UNKNOWN, 0, sizes)),
-                   "sha256": pa.nulls(len(self), pa.binary(32))}  # fmt: skip
-        return SourceTable({name: Values(array, name) for name, array in columns.items()})
+        """The images as a plan begins with them: unread, and empty where their size is not known."""
+        sizes = self._numbers[:, 0]
+        columns = {"key": self.keys, "label": self.labels, "bytes": Values(pa.array(np.where(sizes == UNKNOWN, 0, sizes)), "bytes"),
+                   "sha256": Values(nulls(len(self), pa.binary(32)), "sha256")}  # fmt: skip
+        return SourceTable(columns, self._columns["hash"])
 
     def places(self, keys: pa.Array) -> Numbers:
         """Where these keys are among the images, -1 where they are not."""
-        order, hashes = self.canonical, self.hashes.view(np.uint64)
-        if keys.equals(self.in_order.array):
-            return order
+        if keys.equals(self.keys.array):
+            return np.arange(len(self))
         wanted = signed_hashes(Values(keys, "key")).view(np.uint64)
-        at = order[np.minimum(np.searchsorted(hashes, wanted, sorter=order), len(order) - 1)]
+        at = np.minimum(np.searchsorted(self.hashes.view(np.uint64), wanted), len(self) - 1)
         same = pc.equal(self.keys.array.take(pa.array(at)), keys).to_numpy(zero_copy_only=False)
         return np.where(same, at, -1)
 
@@ -198,9 +208,8 @@ class Sources:
         if not 0 < n < len(self):
             return self
         note = f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample"
-        at = np.sort(self.canonical[:n])
-        columns = {name: Values(values.array.take(pa.array(at)), name) for name, values in self._columns.items()}
-        return Sources(columns, self._numbers[at], self._roots, [*self.notes, note])
+        columns = {name: values.head(n) for name, values in self._columns.items()}
+        return Sources(columns, self._numbers[:n], self._roots, [*self.notes, note])
 
     def place(self, i: int) -> ImagePlace:
         """Where image i lies."""
@@ -244,7 +253,7 @@ def list_sources(
     images: Sequence[str | os.PathLike[str]], include: Sequence[str] = (), suffixes: tuple[str, ...] = SUFFIXES,
     kept: KeptIndices | None = None,
 ) -> Sources:  # fmt: skip
-    """Every image of the given folders, tars, brace patterns, lists and URLs, sorted by key.
+    """Every image of the given folders, tars, brace patterns, lists and URLs, in canonical order.
 
     images: a folder (searched recursively), a `.tar` (plain or webdataset: the label of `a.b.jpg` is in
     `a.b.cls`, else in `a.cls`), a pattern such as `train-{000..009}.tar`, a text file with one path or one URL per line

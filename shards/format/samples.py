@@ -166,12 +166,12 @@ SOURCE = dataclasses.fields(Source)
 
 
 class SourceTable(Sequence[Source]):
-    """Images as columns: key, label, bytes, sha256 by name."""
+    """Images as columns: key, label, bytes, sha256 by name. hashes: of their keys, where they are known."""
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __init__(self, columns: SampleTable) -> None:
-        self.columns = {field.name: columns[field.name] for field in SOURCE}
+    def __init__(self, columns: SampleTable, hashes: Values | None = None) -> None:
+        self.columns, self.hashes = {field.name: columns[field.name] for field in SOURCE}, hashes
 
     @staticmethod
     def of(rows: Sequence[Source]) -> "SourceTable":
@@ -221,6 +221,13 @@ def hash_values(hashes: Array, known: Array) -> Values:
     mask = None if known.all() else pa.py_buffer(np.packbits(known, bitorder="little"))
     data = pa.py_buffer(np.ascontiguousarray(hashes if mask is None else np.where(known[:, None], hashes, 0), np.uint8))
     return Values(pa.Array.from_buffers(pa.binary(32), len(hashes), [mask, data]), "sha256")
+
+
+def nulls(n: int, type: pa.DataType) -> pa.Array:
+    """A column of nulls, zeros beneath, of which a file gets every byte and the memory none: pages of zeros that nobody writes to."""
+    text = pa.types.is_large_string(type)
+    sizes = [(n + 7) // 8, 8 * (n + 1) if text else (n * type.bit_width + 7) // 8, *([0] if text else [])]
+    return pa.Array.from_buffers(type, n, [pa.py_buffer(np.zeros(size, np.uint8)) for size in sizes], null_count=n)
 
 
 def canonical_sources(sources: Iterable[Source]) -> list[Source]:
@@ -289,10 +296,10 @@ def write_arrow(file: Path, columns: SampleTable, schema: pa.Schema) -> None:
 
 def write_sources(path: Path, sources: Sequence[Source]) -> None:
     """Write samples.arrow with what is known before images are read; finalising fills in the rest."""
-    unknown = {
-        name: pa.nulls(len(sources), SAMPLES.field(name).type) for name in ("height", "width", "valid", "reason")
-    }
-    write_samples(path, {**SourceTable.of(sources).columns, **unknown})
+    table = SourceTable.of(sources)
+    unknown = {name: nulls(len(table), SAMPLES.field(name).type) for name in ("height", "width", "valid", "reason")}
+    known = {} if table.hashes is None else {"hash": table.hashes}
+    write_samples(path, {**table.columns, **known, **unknown})
 
 
 def read_samples(path: Path, parts: Sequence[range] | None = None, copy: Path | None = None) -> dict[str, Values]:

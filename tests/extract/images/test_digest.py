@@ -106,7 +106,11 @@ def test_what_is_not_there_or_not_allowed_is_a_fact(tmp_path: Path, reads: Count
     (images / "loop.png").symlink_to("loop.png")
     sources = list_sources([images])
     rows = digest_images(sources, range(3), tmp_path / "memory", workers=1)
-    assert [(row.key, row.bytes > 0) for row in rows] == [("000.png", True), ("gone.png", False), ("loop.png", False)]
+    assert sorted((row.key, row.bytes > 0) for row in rows) == [
+        ("000.png", True),
+        ("gone.png", False),
+        ("loop.png", False),
+    ]
     assert reads == {"000.png": 1, "gone.png": 1, "loop.png": 1}, "a fact is not asked for twice"
 
 
@@ -197,7 +201,7 @@ def test_a_damaged_memory_costs_reading_again_and_nothing_else(tmp_path: Path, r
         memory.write_bytes(damage)
         assert digest_images(sources, range(4), memory, workers=1) == expected
         assert memory.read_bytes() == whole, "one line per image again"
-    assert reads == {"003.png": 4}
+    assert reads == {sources.keys[3]: 4}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_bytes(b"mine")
     memory.unlink()

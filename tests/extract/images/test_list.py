@@ -6,10 +6,13 @@ import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
+from mrmae.extract.images import list as listing
 from mrmae.extract.images import tars
 from mrmae.extract.images.list import Unreadable, list_sources, read_image
+from mrmae.shards.format import canonical_order, signed_hashes
 
 
 def write_files(root: Path, files: dict[str, bytes]) -> Path:
@@ -30,18 +33,27 @@ def write_tar(path: Path, files: dict[str, bytes]) -> Path:
 
 
 def keys(sources) -> list[str]:
-    return [image.key for image in sources]
+    return sorted(image.key for image in sources)
 
 
-def test_a_folder_gives_sorted_keys_labels_and_bytes(tmp_path):
+def test_a_folder_gives_keys_labels_and_bytes_in_canonical_order(tmp_path):
     write_files(tmp_path, {"b/two words.JPG": b"2", "a/ünï/日本.png": b"11", "top.webp": b"", "a/notes.txt": b"x"})
     sources = list_sources([tmp_path])
-    assert [(i.key, i.label, i.size_bytes) for i in sources] == [
-        ("a/ünï/日本.png", "ünï", 2),
-        ("b/two words.JPG", "b", 1),
-        ("top.webp", None, 0),
-    ]
-    assert [sources.read(i) for i in range(3)] == [b"11", b"2", b""]
+    expected = [("a/ünï/日本.png", "ünï", 2, b"11"), ("b/two words.JPG", "b", 1, b"2"), ("top.webp", None, 0, b"")]
+    order = canonical_order([key for key, *_ in expected])
+    assert order != [0, 1, 2]
+    assert [(*image, sources.read(i)) for i, image in enumerate(sources)] == [expected[i] for i in order]
+    assert sources.places(pa.array(["top.webp", "gone", "a/ünï/日本.png"], pa.large_string())).tolist() == [order.index(2), -1, order.index(0)]  # fmt: skip
+
+
+def test_keys_with_one_hash_are_ordered_by_key(tmp_path, monkeypatch):
+    """As no two are known, hashes of two bits stand for them."""
+    monkeypatch.setattr(listing, "signed_hashes", lambda keys: signed_hashes(keys) & 3)
+    write_files(tmp_path, {f"{i}.jpg": bytes([i]) for i in range(40)})
+    sources = list_sources([tmp_path])
+    found = [(int(signed_hashes([key])[0]) & 3, key) for key in sources.keys]
+    assert found == sorted(found) and len({hash for hash, _ in found}) == 4
+    assert [sources.read(i)[0] for i in range(40)] == [int(key.removesuffix(".jpg")) for _, key in found]
 
 
 def test_hidden_files_and_resource_copies_are_passed_over(tmp_path):
@@ -184,7 +196,7 @@ def test_links_inside_a_tar_lead_to_their_bytes(tmp_path):
 def test_a_webdataset_tar_takes_its_labels_from_cls_members(tmp_path):
     files = {"000.jpg": b"0", "000.cls": b"7\n", "001.jpg": b"1", "n/002.seg.png": b"2", "n/002.cls": b"cat"}
     sources = list_sources([write_tar(tmp_path / "x.tar", files)])
-    assert [(i.key, i.label) for i in sources] == [("000.jpg", "7"), ("001.jpg", None), ("n/002.seg.png", "cat")]
+    assert sorted((i.key, i.label) for i in sources) == [("000.jpg", "7"), ("001.jpg", None), ("n/002.seg.png", "cat")]
 
 
 @pytest.mark.parametrize("image, members, expected", [
@@ -220,7 +232,9 @@ def test_a_brace_pattern_names_many_tars(tmp_path):
     for i in range(11):
         write_tar(tmp_path / f"{i:03}.tar", {f"{i}/x.jpg": b"%d" % i})
     sources = list_sources([f"{tmp_path}/{{000..010}}.tar"])
-    assert len(sources) == 11 and sources.read(1) == b"1"
+    assert {image.key: sources.read(i) for i, image in enumerate(sources)} == {
+        f"{i}/x.jpg": b"%d" % i for i in range(11)
+    }
     with pytest.raises(ValueError, match="011.tar: does not exist"):
         list_sources([f"{tmp_path}/{{000..011}}.tar"])
     literal = write_files(tmp_path / "{a,b}", {"x.jpg": b""})
@@ -279,7 +293,7 @@ def test_a_tar_that_shrank_after_listing_is_an_error_when_read(tmp_path):
 def test_a_list_gives_keys_relative_to_itself_or_to_the_common_folder(tmp_path):
     photos = write_files(tmp_path / "photos", {"a/x.jpg": b"1", "b/y z.jpg": b"2"})
     beside = write_files(photos, {"list.txt": b"a/x.jpg\nb/../b/y z.jpg\r\n\n"}) / "list.txt"
-    assert [(i.key, i.label) for i in list_sources([beside])] == [("a/x.jpg", "a"), ("b/y z.jpg", "b")]
+    assert sorted((i.key, i.label) for i in list_sources([beside])) == [("a/x.jpg", "a"), ("b/y z.jpg", "b")]
     away = write_files(tmp_path / "lists", {"l.txt": f"{photos}/a/x.jpg\n{photos}/b/y z.jpg".encode()}) / "l.txt"
     assert keys(list_sources([away])) == ["a/x.jpg", "b/y z.jpg"]
     beside.write_text("a/x.jpg\nc/gone.jpg\n")
@@ -293,7 +307,7 @@ def test_reading_works_from_many_threads_and_from_a_pickle(tmp_path):
     files = {f"{i:03}.jpg": bytes([i]) * (100 + i) for i in range(100)}
     sources = pickle.loads(pickle.dumps(list_sources([write_tar(tmp_path / "x.tar", files)])))
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(sources.read, range(100))) == list(files.values())
+        assert dict(zip(sources.keys, pool.map(sources.read, range(100)))) == files
 
 
 @pytest.mark.parametrize("name, train, test", [("clothing-small", 1500, 372), ("eurosat-rgb", 10000, 2000)])

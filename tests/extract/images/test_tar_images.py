@@ -60,7 +60,7 @@ def test_an_unchanged_tar_is_read_once_and_listed_alike(tmp_path: Path, reads: l
     assert reads == ["0.tar", "1.tar"] * 2, "without a memory, and once with"
     assert plain[2] == signed_hashes([image.key for image in plain[0]]).tolist() and len(plain[3]) == 3
     assert told(list_sources(tars, ["b/*"], kept=kept)) == told(list_sources(tars, ["b/*"]))
-    assert [image.key for image in list_sources(tars, (), BAND_SUFFIXES, kept)] == ["a/x.jpg", "b/p.jpg", "b/y.gif", "b/z.npy", "é/1.jpg"]  # fmt: skip
+    assert sorted(list_sources(tars, (), BAND_SUFFIXES, kept).keys) == ["a/x.jpg", "b/p.jpg", "b/y.gif", "b/z.npy", "é/1.jpg"]  # fmt: skip
     with pytest.raises(ValueError, match=r"--include c/\*: matches none of the 4 images; keys look like 'a/x.jpg'"):
         list_sources(tars, ["c/*"], kept=kept)
 
