@@ -11,11 +11,13 @@ in between, which read every image in words of 64 bits.
 import csv
 import io
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -205,13 +207,13 @@ def compile_for(launch: Launch, sm: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", sm, 32), options={"num_warps": launch.warps, **OPTIONS})
 
 
-def tool(name: str, cubin: bytes, *flags: str) -> str:
+def tool(name: str, content: bytes, *flags: str) -> str:
     """Output of one of the NVIDIA tools inside the triton wheel."""
     import triton
 
     path = Path(triton.__file__).parent / "backends/nvidia/bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
+        file.write(content)
         file.flush()
         return subprocess.run([path, *flags, file.name], check=True, capture_output=True, text=True).stdout
 
@@ -239,12 +241,36 @@ def row_multiplications(ttir: str) -> int:
     return len(re.findall(r"arith\.muli .*: (?:tensor<[\dx]*)?i64", ttir))
 
 
-def resources_of(launch: Launch, sm: int) -> dict[str, int | str]:
-    """One row of the table, without the name of its case."""
-    compiled = compile_for(launch, sm)
-    cubin = compiled.asm["cubin"]
-    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", cubin, "-res-usage")))
-    sass = tool("nvdisasm", cubin, "-c", "-ndf")
+def machine_code(cubin: bytes) -> bytes:
+    """The instructions of a cubin, which is a 64-bit ELF file: its sections `.text.*`, 16 bytes an instruction."""
+    (at,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, n, names = struct.unpack_from("<3H", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, at + i * size) for i in range(n)]
+    start = sections[names][4]
+    return b"".join(cubin[offset : offset + length] for name, _, _, _, offset, length in sections
+                    if cubin.startswith(b".text.", start + name))  # fmt: skip
+
+
+def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
+    """The instructions of each cubin as text, all from one call: nvdisasm takes a quarter of a second to begin."""
+    codes = [machine_code(cubin) for cubin in cubins]
+    text = tool("nvdisasm", b"".join(codes), "-c", "-ndf", "--binary", f"SM{sm}{'a' * (sm >= 90)}")
+    lines = iter(re.findall(r"^ +/\*[0-9a-f]{4,}\*/.*", text, re.M))
+    found = ["\n".join(islice(lines, len(code) // 16)) for code in codes]
+    assert all(found) and next(lines, None) is None, "nvdisasm gave other instructions than it was given"
+    return found
+
+
+def resources_of(launches: Sequence[Launch], sm: int) -> list[dict[str, int | str]]:
+    """Rows of the table, without the names of their cases."""
+    compiled = [compile_for(launch, sm) for launch in launches]
+    codes = disassembled([one.asm["cubin"] for one in compiled], sm)
+    return [seen_in(*each, sm=sm) for each in zip(launches, compiled, codes)]
+
+
+def seen_in(launch: Launch, compiled: Any, sass: str, *, sm: int) -> dict[str, int | str]:
+    """One row, from what the compiler made and its instructions."""
+    usage = dict(re.findall(r"(REG|STACK|SHARED|LOCAL):(\d+)", tool("cuobjdump", compiled.asm["cubin"], "-res-usage")))
     return {
         "sm": sm,
         "warps": launch.warps,
@@ -264,11 +290,8 @@ def resources_of(launch: Launch, sm: int) -> dict[str, int | str]:
 
 def gate_rows() -> list[dict[str, Any]]:
     """Every case on every architecture."""
-    return [
-        {"case": name, "code": "now", **resources_of(case(), sm)}
-        for name, case in CASES.items()
-        for sm in ARCHITECTURES
-    ]
+    found = [resources_of([case() for case in CASES.values()], sm) for sm in ARCHITECTURES]
+    return [{"case": name, "code": "now", **row} for name, rows in zip(CASES, zip(*found)) for row in rows]
 
 
 def as_csv(rows: list[dict[str, Any]]) -> str:
