@@ -6,6 +6,7 @@ is unused space to other readers, which go by the index; it tells us exchanged s
 docs/format.md, "Columns".
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,15 @@ def create_column(folder: Path, layout: Layout, attrs: Mapping[str, Any]) -> Non
 def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
     """The content of a column's zarr.json files, by path inside its folder."""
     memory: dict[str, Any] = {}
-    group = zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": layout.to_json()})
+    zarr.create_group(MemoryStore(memory), zarr_format=3, attributes={**attrs, "layout": layout.to_json()})
+    return {METADATA: memory[METADATA].to_bytes(), **metadata_of_arrays(layout)}
+
+
+@functools.lru_cache(maxsize=64)  # every view of a column has the same: 3 ms an array
+def metadata_of_arrays(layout: Layout) -> Mapping[str, bytes]:
+    """The same of a column's arrays. Do not change it."""
+    memory: dict[str, Any] = {}
+    group = zarr.create_group(MemoryStore(memory), zarr_format=3)
     for name, (shape, dtype) in layout.arrays().items():
         blocks = layout.blocks_of(name)
         group.create_array(
@@ -104,7 +113,7 @@ def metadata(layout: Layout, attrs: Mapping[str, Any]) -> dict[str, bytes]:
             ],
             attributes={"encoding": "e4m3fn"} if name == "tokens" and layout.dtype == "fp8" else None,
         )
-    return {name: content.to_bytes() for name, content in memory.items()}
+    return {name: content.to_bytes() for name, content in memory.items() if name != METADATA}
 
 
 def dimensions(layout: Layout, name: str) -> tuple[str, ...]:

@@ -72,7 +72,7 @@ def test_every_recipe_builds_and_each_of_its_terms_learns_what_predicting_zero_d
     assert all(part.dtype == torch.float32 and not part.requires_grad for part in parts.values())
     assert set(parts) == {term.name for term in model.terms}
     lr = 5e-4 if any(term.recipe.head == "mlp3_ln" for term in model.terms) else 5e-3
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, fused=True)
     losses, first = [loss.item()], parts
     for _ in range(16):
         loss, parts = model(batch, masks)
