@@ -1,11 +1,15 @@
 """Which device and precision a name means on this machine, and how a process behaves there, for extraction, training and probes alike."""
 
+import contextlib
 import ctypes
 import platform
 import resource
 import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 KEPT_BYTES, LARGEST_KEPT_BYTES = 1 << 30, 1 << 25  # the second is as large as glibc takes
@@ -56,3 +60,26 @@ def keep_memory(device: str) -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
         libc.mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BYTES)
+
+
+@contextlib.contextmanager
+def without_numbers() -> Iterator[None]:
+    """Inside, models are built without memory: their tensors have shapes and no numbers."""
+    with torch.device("meta"), Unfilled():
+        yield
+
+
+class Unfilled(TorchFunctionMode):
+    """Tensors without memory are not filled: operations in place, which on them are two thirds of building a model, do nothing."""
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
+        name = getattr(func, "__name__", "")
+        if (
+            name.endswith("_")
+            and not name.endswith("__")
+            and args
+            and isinstance(args[0], torch.Tensor)
+            and args[0].is_meta
+        ):
+            return args[0]
+        return func(*args, **(kwargs or {}))

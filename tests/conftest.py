@@ -3,6 +3,7 @@
 import fcntl
 import functools
 import gc
+import logging
 import os
 import subprocess
 import sys
@@ -14,6 +15,11 @@ import browser
 import pytest
 import stores
 
+# Of their tests some take seconds, most of which is a wait for other processes.
+LONG = ("test_demo.py", "test_docs.py", "test_fuzz.py", "test_gate.py", "test_kills.py", "test_ranks.py", "test_ray_engine.py", "test_slurm.py",
+        "test_triton.py")  # fmt: skip
+
+logging.getLogger("torch.__trace").propagate = False  # hundreds of records of a compilation, which pytest keeps as text
 gc.disable()  # while libraries are imported and tests collected, a quarter of whose time the collector took
 
 
@@ -23,6 +29,11 @@ def pytest_collection_finish() -> None:
     gc.freeze()
     gc.set_threshold(20_000, 10, 10)
     gc.enable()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests come first: at the end there are only short ones, and no process waits for another."""
+    items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(autouse=True)

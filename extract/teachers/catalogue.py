@@ -1,12 +1,9 @@
 """Which teachers there are: every model and tag that timm and open_clip know weights of, and what each gives for a grid."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
+from mrmae.common.device import without_numbers
 from mrmae.extract.teachers.address import parse_teacher
 
 MOST_MEASURED = 40  # models that are built (without memory, about a twentieth of a second each) to tell their size
@@ -40,29 +37,13 @@ def known_teachers() -> list[str]:
     ]
 
 
-class Uninitialised(TorchFunctionMode):
-    """Tensors without memory are not filled: operations in place, which on them are two thirds of building a model, do nothing."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-        name = getattr(func, "__name__", "")
-        if (
-            name.endswith("_")
-            and not name.endswith("__")
-            and args
-            and isinstance(args[0], torch.Tensor)
-            and args[0].is_meta
-        ):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
 def what_it_gives(name: str, grid: int) -> str:
     """What a teacher gives for a student of grid x grid, in words; the model is built without memory for its weights."""
     from mrmae.extract.teachers import open_clip, timm
 
     request = parse_teacher(f"teacher={name}")
     try:
-        with torch.device("meta"), Uninitialised():
+        with without_numbers():
             told = (timm.shape_of_timm if request.library == "timm" else open_clip.shape_of_open_clip)(request, grid)
     except Exception as error:  # of libraries' hundreds of models some cannot be built so
         return f"cannot be built without its weights ({type(error).__name__})"

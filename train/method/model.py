@@ -15,6 +15,7 @@ from jaxtyping import Float, Int64, Shaped
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from mrmae.common.device import without_numbers
 from mrmae.common.progress import counted
 from mrmae.kernels import dispatch
 from mrmae.kernels.ids import mix
@@ -584,7 +585,7 @@ def check_channels(recipe: Recipe, info: CacheInfo) -> None:
 
 def student_size(recipe: Recipe, info: CacheInfo) -> tuple[int, int]:
     """(width, depth) of the recipe's student; nothing is allocated. Raises ValueError like `build_student`."""
-    with torch.device("meta"):
+    with without_numbers():
         student = build_student(recipe, info)
     return student.embed_dim, len(student.blocks)
 
@@ -629,7 +630,7 @@ def usual_students() -> dict[str, str]:
     """Width, depth, heads and parameters (at 224 px) of the usual students, by name. They are built without numbers: no memory."""
     found = {}
     for name in USUAL_STUDENTS:
-        with torch.device("meta"):
+        with without_numbers():
             built = (
                 build_mcmae(name, patch=PATCH, grid=(14, 14))
                 if name in SIZES
