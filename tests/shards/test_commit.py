@@ -20,7 +20,7 @@ from mrmae.common import files as write
 from mrmae.shards import check, commit, convert
 from mrmae.shards.cache import open_cache
 from mrmae.shards.commit import committed, finalise, read_record, withdraw_manifest
-from mrmae.shards.format import commit_path, plan, read_samples, samples, tail, write_samples
+from mrmae.shards.format import commit_path, plan, read_samples, samples, tail, units, write_samples
 from mrmae.shards.format.plan import load_plan
 from mrmae.shards.format.spec import content_id
 from mrmae.shards.plans import Wanted, agree
@@ -185,6 +185,19 @@ def test_finalising_early_says_what_is_missing(make_cache: Make, tmp_path: Path)
     with pytest.raises(ValueError, match="1 of 6 shards are not committed, the first is view 0, b.pre_tail, shard 1"):
         commit.finalise(path, made)
     assert not (path / "manifest.json").exists()
+
+
+def test_which_records_there_are_is_seen_from_listings_and_no_other_is_asked_for(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, lost, asked = load_plan(path), (0, "a.pre_tail", 1), list[Path]()
+    commit_path(path, *lost).unlink()
+    shutil.rmtree(commit_path(path, 0, "b.pre_tail", 0).parent)
+    real = commit.read_record
+    monkeypatch.setattr(commit, "read_record", lambda file: asked.append(file) or real(file))
+    there = {(0, "pixels", 0), (0, "pixels", 1), (0, "a.pre_tail", 0)}
+    assert committed(path, made) == there == set(units(made)) - set(commit.missing(path, made))
+    assert sorted(asked) == sorted(2 * [commit_path(path, *unit) for unit in there])
 
 
 def test_bad_images_are_listed_before_and_after_the_end(make_cache: Make, tmp_path: Path) -> None:

@@ -20,13 +20,16 @@ from mrmae.shards.format import (
     SAMPLES,
     Source,
     SourceTable,
+    Values,
     canonical_sources,
     canonical_table,
     dataset_id,
     joined_sources,
     listing_id,
+    nulls,
     read_samples,
     sample_values,
+    write_arrow,
 )
 from mrmae.shards.format.plan import load_plan
 
@@ -97,6 +100,17 @@ def test_digests_are_golden_and_do_not_depend_on_where_in_an_array_rows_lie() ->
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mappings")
+@pytest.mark.parametrize("n", [0, 1, 8, 9, 100])
+@pytest.mark.parametrize("name", SAMPLES.names)
+def test_columns_of_nulls_are_arrows_to_the_byte(n: int, name: str, tmp_path: Path) -> None:
+    schema = pa.schema([SAMPLES.field(name)])
+    for file, column in (("ours", nulls(n, schema.types[0])), ("arrows", pa.nulls(n, schema.types[0]))):
+        column.validate(full=True)
+        assert column.null_count == n
+        write_arrow(tmp_path / file, {name: Values(column, name)}, schema)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "arrows").read_bytes()
+
+
 def test_what_a_digest_looks_over_does_not_stay_in_memory(tmp_path: Path) -> None:
     n = 300_000
     draw = np.random.default_rng(0)
