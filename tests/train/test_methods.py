@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from mrmae.common.device import without_numbers
 from mrmae.kernels import check
 from mrmae.shards.format import BEHIND, stored_tap
 from mrmae.shards.stats import Stats
@@ -97,7 +98,7 @@ def step_of(recipe: Recipe, info: CacheInfo, model: Pretrainer, mask: MaskRecipe
 def gmacs_of(recipe: Recipe) -> tuple[float, float]:
     """(forward, step) in GMAC per image, in the mean over a law of the ratio. Nothing is computed: tensors have shapes only."""
     info = full_info(recipe)
-    with torch.device("meta"):
+    with without_numbers():
         model = Pretrainer(recipe, info, "torch").eval()
     laws = [recipe.mask]
     if recipe.mask.law != "fixed":
