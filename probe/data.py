@@ -113,19 +113,20 @@ def open_part(
         raise ValueError(f"DATA: {error}{option if include else ''}") from None
     spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
     make_folder(spool.parent)
-    digests = digest_images(sources, range(len(sources)), spool, workers=workers, kept=kept)
-    return Split(name, list(digests), functools.partial(read_file, sources), notes=sources.notes)
+    order = sorted(range(len(sources)), key=lambda i: sources[i].key)
+    digests = digest_images(sources, order, spool, workers=workers, kept=kept)
+    return Split(name, list(digests), functools.partial(read_file, sources, order), notes=sources.notes)
 
 
 @contextlib.contextmanager
-def read_file(sources: Sources, i: int) -> Iterator[Pixels]:
-    """Image i, decoded. ValueError naming it where it does not decode: a probe never skips an image silently."""
+def read_file(sources: Sources, order: Sequence[int], i: int) -> Iterator[Pixels]:
+    """Image i of those in `order`, decoded. ValueError naming it where it does not decode: a probe never skips an image silently."""
     with contextlib.ExitStack() as held:
         try:
-            image = held.enter_context(decoded(sources.read(i)))
+            image = held.enter_context(decoded(sources.read(order[i])))
         except BadImage as error:
             raise ValueError(
-                f"{sources.where(i)}: {error.reason}; every image counts in a probe; repair or remove it"
+                f"{sources.where(order[i])}: {error.reason}; every image counts in a probe; repair or remove it"
             ) from None
         yield image
 
