@@ -70,13 +70,13 @@ def without_numbers() -> Iterator[None]:
 
 
 class Unfilled(TorchFunctionMode):
-    """Tensors without memory are not filled: operations in place, which on them are two thirds of building a model, do nothing."""
+    """Tensors without memory are not filled: FILLING operations, which on them are two thirds of building a model, do nothing."""
+
+    FILLING = frozenset("zero_ fill_ copy_ uniform_ normal_ erfinv_ add_ sub_ mul_ div_ clamp_".split())
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-        name = getattr(func, "__name__", "")
         if (
-            name.endswith("_")
-            and not name.endswith("__")
+            getattr(func, "__name__", "") in self.FILLING
             and args
             and isinstance(args[0], torch.Tensor)
             and args[0].is_meta

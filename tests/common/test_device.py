@@ -5,9 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 
-from mrmae.common.device import keep_memory
+from mrmae.common.device import keep_memory, without_numbers
 
 ASKED = """
 import ctypes
@@ -32,3 +33,16 @@ def test_beside_a_gpu_the_process_stays_as_it_was(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("ctypes.CDLL", lambda _: pytest.fail("was changed"))
     for device in ("auto", "cuda", "cuda:1"):
         keep_memory(device)
+
+
+def test_a_model_without_numbers_has_the_shapes_of_one_with_and_is_frozen_as_that() -> None:
+    def built() -> dict[str, tuple[torch.Size, bool]]:
+        model = timm.create_model("vit_tiny_patch16_224")
+        model.patch_embed.requires_grad_(False)
+        model.cls_token.data.squeeze_(0)
+        return {name: (x.shape, x.requires_grad) for name, x in model.named_parameters()}
+
+    with without_numbers():
+        hollow = built()
+        assert torch.zeros(2, 3).t_().shape == (3, 2)
+    assert hollow == built() and not hollow["patch_embed.proj.bias"][1]
