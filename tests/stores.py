@@ -80,6 +80,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+        one.close()  # the other direction closes the other
 
 
 class Store:
