@@ -72,7 +72,10 @@ def without_numbers() -> Iterator[None]:
 class Unfilled(TorchFunctionMode):
     """Tensors without memory are not filled: FILLING operations, which on them are two thirds of building a model, do nothing."""
 
-    FILLING = frozenset("zero_ fill_ copy_ uniform_ normal_ erfinv_ add_ sub_ mul_ div_ clamp_".split())
+    FILLING = frozenset(
+        "zero_ fill_ copy_ uniform_ normal_ trunc_normal_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_ erfinv_ add_ sub_ mul_ "
+        "div_ clamp_".split()
+    )
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
         if (

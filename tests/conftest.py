@@ -3,7 +3,6 @@
 import fcntl
 import functools
 import gc
-import logging
 import os
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import stores
 LONG = ("test_demo.py", "test_docs.py", "test_fuzz.py", "test_gate.py", "test_kills.py", "test_ranks.py", "test_ray_engine.py", "test_slurm.py",
         "test_triton.py")  # fmt: skip
 
-logging.getLogger("torch.__trace").propagate = False  # hundreds of records of a compilation, which pytest keeps as text
 gc.disable()  # while libraries are imported and tests collected, a quarter of whose time the collector took
 
 
