@@ -69,7 +69,8 @@ class Listed:
         self.include, self.n, self.sample = include, 0, ""
         self.rows: list[tuple[Any, ...]] = []  # not in the columns yet: key, label, and the four PLACES
         self.parts: list[pa.RecordBatch] = []  # as AS_LISTED
-        self.few: list[pa.RecordBatch] = []  # parts of few rows, or within more of a file
+        self.few: list[pa.RecordBatch] = []  # not joined yet: each may hold the whole file that it was read of
+        self.n_few = 0
         self.roots: dict[str, int] = {}
 
     def add(self, image: SourceImage, place: ImagePlace) -> None:
@@ -106,12 +107,13 @@ class Listed:
     def keep(self, columns: Sequence[Any]) -> None:
         """Keep columns as AS_LISTED has them; joined where they are many, so that nothing else of the file that they are from stays."""
         self.few.append(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, AS_LISTED)], AS_LISTED))
-        if sum(map(len, self.few)) >= ROWS_TOGETHER:
+        self.n_few += len(self.few[-1])
+        if self.n_few >= ROWS_TOGETHER:
             self.join()
 
     def join(self) -> None:
         self.parts += pa.Table.from_batches(self.few, AS_LISTED).combine_chunks(memory_pool=LARGE).to_batches()
-        self.few = []
+        self.few, self.n_few = [], 0
 
     def columns(self) -> tuple[dict[str, Values], Numbers, list[str]]:
         """Keys, labels and hashes, numbers [images, 4], all in canonical order, and the roots. ValueError where a key occurs twice.
