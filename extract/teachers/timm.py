@@ -3,7 +3,7 @@
 import contextlib
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import timm
@@ -13,7 +13,6 @@ from timm.layers.attention import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.overrides import TorchFunctionMode
 
 from mrmae.extract.teachers.address import INTERPOLATIONS, TeacherRequest
 from mrmae.extract.teachers.attention import checked_attention
@@ -37,9 +36,6 @@ from mrmae.shards.format import FACET_TAP, stored_tap
 HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 # timm's own note on weights that its default GELU does not reproduce.
 QUICKGELU_NOTE = "natively QuickGELU"
-DRAWS = frozenset(
-    "uniform_ normal_ trunc_normal_ erfinv_ kaiming_uniform_ kaiming_normal_ xavier_uniform_ xavier_normal_".split()
-)
 
 
 def build_timm(request: TeacherRequest, *, grid: int, allow_torchscript: bool) -> Tower:
@@ -184,14 +180,14 @@ def build_random(request: TeacherRequest, options: Mapping[str, Any]) -> nn.Modu
 def build_converting(
     request: TeacherRequest, options: Mapping[str, Any], weights: Mapping[str, Tensor], classifier: set[str]
 ) -> tuple[nn.Module, StateDict]:
-    """The model, its own weights not drawn, and `weights` under its names and shapes, by timm's conversion for it.
+    """The model, its own weights still random, and `weights` under its names and shapes, by timm's conversion for it.
 
     ValueError where timm cannot build it or convert them.
     """
     # With a classifier timm would cut its weights, or load them without asking whether the others fit.
     source = {"state_dict": dict(weights), "classifier": None}
     try:
-        with loading_noted() as noted, Undrawn():
+        with loading_noted() as noted:
             model = create_timm(request, options, pretrained=True, pretrained_cfg_overlay=source)
         model.pretrained_cfg.pop("state_dict")  # type: ignore[operator, union-attr]  # a copy of all weights
         return model, noted
@@ -200,18 +196,6 @@ def build_converting(
         fit_weights(plain, weights, where=request.where, classifier=classifier)  # says which tensor does not fit
         raise ValueError(f"{request.where}: timm cannot convert the weights ({first_line(error)}); choose the model they "
                          "were made for") from None  # fmt: skip
-
-
-class Undrawn(TorchFunctionMode):
-    """Parameters are not drawn, which takes seconds for those of a large model, but are zero: weights take their place."""
-
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> Any:  # fmt: skip
-        name, given = getattr(func, "__name__", ""), (*args, *(kwargs or {}).values())
-        if name in DRAWS and isinstance(given[0], nn.Parameter):
-            if name != "erfinv_":  # of what was drawn
-                given[0].detach().zero_()
-            return given[0]
-        return func(*args, **(kwargs or {}))
 
 
 def create_timm(request: TeacherRequest, options: Mapping[str, Any], **how: Any) -> nn.Module:
