@@ -264,7 +264,8 @@ FAST += [fast(arm) for arm in (
     *(each | {"options": each["options"].replace("mimic", "distil") + " --set terms.distil.teachers=[gal] --set terms.distil.positions=all --set terms.distil.teacher_tap=pre_tail"}
       for seed in SEEDS for each in pair("fd", "fd", seed=seed)),
     *(each | {"options": "--student vit_tiny_patch16_224 " + " ".join(
-        each["options"].replace("mimic", f"layer{i}") for i in range(8, 13))} for each in pair("maskalign", "maskalign", cache="small-taps", test=TEST)),
+        each["options"].replace("mimic", f"layer{i}") for i in range(8, 13))} for seed in SEEDS
+      for each in pair("maskalign", "maskalign", seed=seed, cache="small-taps", test=TEST)),
     *pair("epochs-100", epochs=5 * EPOCHS),
     *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for each in pair("vit-tiny")),
 )]  # fmt: skip
