@@ -278,7 +278,7 @@ FAST += [fast(arm) for arm in (
 )]  # fmt: skip
 FAST += [  # raw values weigh this teacher 13 times as much against the pixels: is it that?
     each | {"name": each["name"].replace("-s", "-weight-13-s"), "options": f"{each['options']} --set terms.mimic.weight=13"}
-    for transform in ("ln0", "channel") for seed in SEEDS for each in [fast(photos(transform, seed, "cnn"))]
+    for transform in ("ln0", "channel", "position") for seed in SEEDS for each in [fast(photos(transform, seed, "cnn"))]
 ]  # fmt: skip
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 FAST += [probed_more(f"fast-mimic-only-position-s{seed}", "fast-decoder-4-self-48") for seed in SEEDS]
