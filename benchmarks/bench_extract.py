@@ -41,7 +41,6 @@ from mrmae.extract.images import Sources, list_sources
 from mrmae.extract.options import Options
 from mrmae.extract.run import extract_features
 from mrmae.extract.teachers import Features, Teacher, build_teacher, normalise, parse_teacher
-from mrmae.shards.format import canonical_order
 
 CASES = {
     "cnn": "cnn=timm:mobilenetv2_100@{root}/weights/mobilenetv2_100_imagenet1k.safetensors"
@@ -206,7 +205,7 @@ def eta_row(case: str, text: str, folder: Path, work: Path) -> dict[str, Any]:
 def images_of(tar: Path, n: int, folder: Path) -> Path:
     """A folder with the first `n` training images of the tar, in canonical order, as they are."""
     sources = list_sources([tar], ("train/*",))
-    for i in canonical_order([image.key for image in sources])[:n]:
+    for i in range(len(sources))[:n]:
         file = folder / sources[i].key
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(sources.read(i))

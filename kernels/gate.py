@@ -255,10 +255,10 @@ def disassembled(cubins: Sequence[bytes], sm: int) -> list[str]:
     """The instructions of each cubin as text, all from one call: nvdisasm takes a quarter of a second to begin."""
     codes = [machine_code(cubin) for cubin in cubins]
     text = tool("nvdisasm", b"".join(codes), "-c", "-ndf", "--binary", f"SM{sm}{'a' * (sm >= 90)}")
-    lines = iter(re.findall(r"^ +/\*[0-9a-f]{4,}\*/.*", text, re.M))
-    found = ["\n".join(islice(lines, len(code) // 16)) for code in codes]
-    assert all(found) and next(lines, None) is None, "nvdisasm gave other instructions than it was given"
-    return found
+    lines = re.findall(r"^ +/\*[0-9a-f]{4,}\*/.*", text, re.M)
+    assert len(lines) == sum(map(len, codes)) // 16, "nvdisasm gave other instructions than it was given"
+    each = iter(lines)
+    return ["\n".join(islice(each, len(code) // 16)) for code in codes]
 
 
 def resources_of(launches: Sequence[Launch], sm: int) -> list[dict[str, int | str]]:

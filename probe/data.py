@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from jaxtyping import Int64, UInt8
 from PIL import Image
@@ -113,7 +114,7 @@ def open_part(
         raise ValueError(f"DATA: {error}{option if include else ''}") from None
     spool = home / "digests" / f"{content_id([path, list(include)])[7:23]}.jsonl"
     make_folder(spool.parent)
-    order = sorted(range(len(sources)), key=lambda i: sources[i].key)
+    order = pc.array_sort_indices(sources.keys.array).to_pylist()
     digests = digest_images(sources, order, spool, workers=workers, kept=kept)
     return Split(name, list(digests), functools.partial(read_file, sources, order), notes=sources.notes)
 

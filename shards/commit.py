@@ -75,6 +75,7 @@ from mrmae.shards.store import (
 
 STORE_ATTEMPTS, WAIT_SECONDS = 6, 0.5  # to write a unit beside another writer; the first wait at most, 30 s in all
 REMOTE_RECORDS = 32  # asked for at a time
+ASKED_BY_NAME = 16  # commit records at most; of more their folders are listed
 MOST_RECORD_BYTES = 1 << 26  # the largest shard's has 14 MB, and reasons of its bad images
 # What a record says of its shard. Time, host, versions and command are beside it, so that equal runs have equal ids.
 RECORDED = ("format_version", "view", "column", "shard", "id", "files", "count", "valid", "first", "last", "heights", "widths",
@@ -329,34 +330,38 @@ def valid_records(path: Path, plan: Plan, which: Iterable[Unit], *, few: bool = 
 def each_valid(
     path: Path, plan: Plan, which: Iterable[Unit], *, few: bool = False
 ) -> Iterator[tuple[Unit, dict[str, Any]]]:
-    """The valid commit records among these units, one after the other: which there are is seen from listings, and only those are read.
+    """The valid commit records among these units, one after the other: which there are is seen from a listing of each folder, where more than a
+    few are asked for, and only those are read.
 
     At a URL all objects are listed, then many records are asked for side by side. few: hardly any of them are expected to be there, so
     that at a URL the records are listed, and a record's files looked at one by one.
     """
+    which = list(which)
     if not isinstance(path, Url):
-        listings: dict[Path, set[str]] = {}
+        folders = {commit_path(path, *unit).parent for unit in which} if len(which) > ASKED_BY_NAME else ()
+        names = {folder: names_in(folder) for folder in folders}
         for unit in which:
             file = commit_path(path, *unit)
-            if (names := listings.get(file.parent)) is None:
-                names = listings[file.parent] = names_in(file.parent)
-            if file.name in names and (record := valid_record(path, plan, *unit)) is not None:
+            listed = names.get(file.parent)
+            if (listed is None or file.name in listed) and (record := valid_record(path, plan, *unit)) is not None:
                 yield unit, record
         return
-    listed = dict(path.bucket.below(object_name(path / "commits" if few else path)))
-    there = [unit for unit in which if object_name(commit_path(path, *unit)) in listed]
-    files = None if few else listed
+    objects = dict(path.bucket.below(object_name(path / "commits" if few else path)))
+    there = [unit for unit in which if object_name(commit_path(path, *unit)) in objects]
+    files = None if few else objects
     with ThreadPoolExecutor(REMOTE_RECORDS) as pool:
         found = pool.map(lambda unit: valid_record(path, plan, unit[0], unit[1], unit[2], files), there)
         yield from ((unit, record) for unit, record in zip(there, found) if record is not None)
 
 
-def names_in(folder: Path) -> set[str]:
-    """What is called how in a folder; nothing where there is none, or it may not be listed."""
+def names_in(folder: Path) -> set[str] | None:
+    """The names in a folder, none where there is no such folder; None where it cannot be listed, though a file in it may be read."""
     try:
         return set(os.listdir(folder))
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return set()
+    except OSError:
+        return None
 
 
 def object_name(file: Path) -> str:

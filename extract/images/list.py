@@ -6,7 +6,6 @@ Nothing is decoded and nothing is extracted to disk here: a tar is indexed once,
 import errno
 import fnmatch
 import functools
-import itertools
 import os
 import stat
 import time
@@ -105,7 +104,7 @@ class Listed:
             self.keep([keys, labels, signed_hashes(keys), *places])
 
     def keep(self, columns: Sequence[Any]) -> None:
-        """Keep columns as AS_LISTED has them; joined where they are many, so that nothing else of the file that they are from stays."""
+        """Keep columns as AS_LISTED has them; those of several tars are joined, so that nothing else of what was read of them stays."""
         self.few.append(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, AS_LISTED)], AS_LISTED))
         self.n_few += len(self.few[-1])
         if self.n_few >= ROWS_TOGETHER:
@@ -129,12 +128,13 @@ class Listed:
         hashes, found = hashes[order], {}
         if len(same := np.flatnonzero(hashes[1:] == hashes[:-1])):
             same = np.union1d(same, same + 1)
-            rows = order[same].tolist()
-            ordered = sorted(zip(hashes.view(np.uint64)[same].tolist(), unordered["key"].take(rows).to_pylist(), rows))
-            if twice := [(one, a, b) for (_, one, a), (_, two, b) in itertools.pairwise(ordered) if one == two]:
-                key, *rows = min(twice)
-                refuse_twice(key, *(self.path(key, unordered, row) for row in rows))
-            order[same] = [row for *_, row in ordered]
+            rows = pa.array(order[same])
+            equal = pa.table({"hash": hashes.view(np.uint64)[same], "key": unordered["key"].take(rows), "row": rows})
+            equal = equal.sort_by([(name, "ascending") for name in equal.column_names]).combine_chunks()
+            keys, order[same] = equal["key"], equal["row"].to_numpy()
+            if len(twice := np.flatnonzero(pc.equal(keys[1:], keys[:-1]).to_numpy())):
+                at, key = int(twice[0]), keys[int(twice[0])].as_py()
+                refuse_twice(key, *(self.path(key, unordered, row) for row in equal["row"][at : at + 2].to_pylist()))
         for name in ("key", "label"):
             joined = pa.concat_arrays(unordered.pop(name).chunks, memory_pool=LARGE)
             found[name] = pc.take(joined, pa.array(order), memory_pool=LARGE)
@@ -210,8 +210,9 @@ class Sources:
         if not 0 < n < len(self):
             return self
         note = f"{n:,} of {len(self):,} images are taken (--limit): the first in canonical order, a random sample"
-        columns = {name: values.head(n) for name, values in self._columns.items()}
-        return Sources(columns, self._numbers[:n], self._roots, [*self.notes, note])
+        at = pa.array(np.arange(n))  # copies: the others need not stay in memory
+        columns = {name: Values(values.array.take(at), name) for name, values in self._columns.items()}
+        return Sources(columns, self._numbers[:n].copy(), self._roots, [*self.notes, note])
 
     def place(self, i: int) -> ImagePlace:
         """Where image i lies."""

@@ -193,11 +193,34 @@ def test_which_records_there_are_is_seen_from_listings_and_no_other_is_asked_for
     made, lost, asked = load_plan(path), (0, "a.pre_tail", 1), list[Path]()
     commit_path(path, *lost).unlink()
     shutil.rmtree(commit_path(path, 0, "b.pre_tail", 0).parent)
-    real = commit.read_record
+    real, listed, names = commit.read_record, list[Path](), commit.names_in
     monkeypatch.setattr(commit, "read_record", lambda file: asked.append(file) or real(file))
+    monkeypatch.setattr(commit, "names_in", lambda folder: listed.append(folder) or names(folder))
+    monkeypatch.setattr(commit, "ASKED_BY_NAME", 5)
     there = {(0, "pixels", 0), (0, "pixels", 1), (0, "a.pre_tail", 0)}
     assert committed(path, made) == there == set(units(made)) - set(commit.missing(path, made))
     assert sorted(asked) == sorted(2 * [commit_path(path, *unit) for unit in there])
+    assert sorted(listed) == sorted(2 * [path / "commits" / "0" / column for column in ("pixels", "a.pre_tail", "b.pre_tail")])  # fmt: skip
+    assert len(commit.missing(path, made, [0])) == 1 and len(listed) == 6, "few are asked for by name"
+
+
+@pytest.mark.parametrize("error, counted", [(errno.EACCES, 6), (errno.EIO, 6), (errno.ESTALE, 6), (errno.ENOENT, 0)])
+def test_where_a_folder_cannot_be_listed_its_records_are_asked_for_by_name(
+    path: Path, monkeypatch: pytest.MonkeyPatch, error: int, counted: int
+) -> None:
+    def refusing(folder: Path) -> list[str]:
+        raise OSError(error, os.strerror(error), str(folder))
+
+    monkeypatch.setattr(commit, "ASKED_BY_NAME", 0)
+    monkeypatch.setattr(os, "listdir", refusing)
+    assert len(committed(path, load_plan(path))) == counted
+
+
+def test_a_compact_record_tells_the_same_sizes_in_four_bytes_each() -> None:
+    record = {"heights": [375, 0, 40_000], "widths": [500, 1, 2**31 - 1], "bad": {"1": "no image"}}
+    compact = commit.compact(record)
+    assert {name: list(value) for name, value in compact.items() if name != "bad"} == {name: record[name] for name in ("heights", "widths")}  # fmt: skip
+    assert compact["bad"] == record["bad"] and compact["heights"].nbytes == 12
 
 
 def test_bad_images_are_listed_before_and_after_the_end(make_cache: Make, tmp_path: Path) -> None:

@@ -46,6 +46,22 @@ def test_a_folder_gives_keys_labels_and_bytes_in_canonical_order(tmp_path):
     assert sources.places(pa.array(["top.webp", "gone", "a/ünï/日本.png"], pa.large_string())).tolist() == [order.index(2), -1, order.index(0)]  # fmt: skip
 
 
+@pytest.mark.parametrize("rows", [1, 7, 1000])
+def test_the_order_is_canonical_however_many_rows_are_joined_and_the_first_are_copies(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(listing, "ROWS_TOGETHER", rows)
+    monkeypatch.setattr(listing, "ROWS_AT_ONCE", rows)
+    write_files(tmp_path, {f"{i}/{i}.jpg": bytes([i]) for i in range(40)})
+    write_tar(tmp_path / "more.tar", {f"{i}.jpg": bytes([i]) for i in range(40, 60)})
+    write_tar(tmp_path / "most.tar", {f"{i}.jpg": bytes([i]) for i in range(60, 80)})
+    sources = list_sources([tmp_path, tmp_path / "more.tar", tmp_path / "most.tar"])
+    names = list(sources.keys)
+    assert len(names) == 80 and canonical_order(names) == list(range(80))
+    first = sources.first(30)
+    for some in (sources, first):
+        assert [some.read(i) for i in range(len(some))] == [bytes([int(Path(key).stem)]) for key in some.keys]
+    assert list(first.keys) == names[:30] and len(pickle.dumps(first)) < len(pickle.dumps(sources)) / 2
+
+
 def test_keys_with_one_hash_are_ordered_by_key(tmp_path, monkeypatch):
     """As no two are known, hashes of two bits stand for them."""
     monkeypatch.setattr(listing, "signed_hashes", lambda keys: signed_hashes(keys) & 3)

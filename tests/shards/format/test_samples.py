@@ -99,7 +99,6 @@ def test_digests_are_golden_and_do_not_depend_on_where_in_an_array_rows_lie() ->
     }
 
 
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mappings")
 @pytest.mark.parametrize("n", [0, 1, 8, 9, 100])
 @pytest.mark.parametrize("name", SAMPLES.names)
 def test_columns_of_nulls_are_arrows_to_the_byte(n: int, name: str, tmp_path: Path) -> None:
@@ -111,6 +110,7 @@ def test_columns_of_nulls_are_arrows_to_the_byte(n: int, name: str, tmp_path: Pa
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "arrows").read_bytes()
 
 
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux's account of mappings")
 def test_what_a_digest_looks_over_does_not_stay_in_memory(tmp_path: Path) -> None:
     n = 300_000
     draw = np.random.default_rng(0)
