@@ -130,7 +130,7 @@ class Listed:
             same = np.union1d(same, same + 1)
             rows = pa.array(order[same])
             equal = pa.table({"hash": hashes.view(np.uint64)[same], "key": unordered["key"].take(rows), "row": rows})
-            equal = equal.sort_by([(name, "ascending") for name in equal.column_names]).combine_chunks()
+            equal = equal.sort_by([(name, "ascending") for name in equal.column_names])
             keys, order[same] = equal["key"], equal["row"].to_numpy()
             if len(twice := np.flatnonzero(pc.equal(keys[1:], keys[:-1]).to_numpy())):
                 at, key = int(twice[0]), keys[int(twice[0])].as_py()
