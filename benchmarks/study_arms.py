@@ -14,17 +14,20 @@ TEACHER = "cnn=timm:mobilenetv2_100@DATA/../weights/mobilenetv2_100_imagenet1k.s
 GALILEO = "gal=timm:vit_tiny_patch16_224@DATA/../weights/galileo_nano_s2rgb_p8.safetensors?embed_dim=128&depth=4&num_heads=8&patch_size=8&class_token=False&global_pool=&fc_norm=False&mean=-0.306276,-0.177525,-0.160025&std=1.589351,1.328435,1.334842"
 # A DINOv2-S fine-tuned for saliency: a ViT with CLS, and hence attention, at 196 px.
 DINO = "--teacher dino=timm:vit_small_patch14_dinov2@DATA/../weights/dinov2s_saliency_finetuned_fp16.safetensors"
+TAPS = f"{DINO}?tap={','.join(f'block_{i}' for i in range(8, 13))}"
 BOTH = f"--teacher {GALILEO} --teacher {TEACHER.format(size=128)}"
-PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": "DATA/clothing-small.tar", "small": "DATA/clothing-small.tar"}
+CLOTHING = "DATA/clothing-small.tar"
+PHOTOS = {"eurosat": "DATA/eurosat-rgb.tar", "clothing": CLOTHING, "small": CLOTHING, "held": CLOTHING}
 
-# Keys end in a running number, so its last digit picks a share of every class.
-PRETRAIN = {"eurosat": "train/*[01].jpg", "clothing": "train/*", "small": "train/*"}
-IMAGES = {"eurosat": 1986, "clothing": 1500, "small": 1500}
+# Keys end in a running number (tiles) or in hexadecimal digits of chance (clothing), so the last one picks a share of every class.
+PRETRAIN = {"eurosat": "train/*[01].jpg", "clothing": "train/*", "small": "train/*", "held": "train/*[4-9a-f].jpg"}
+IMAGES = {"eurosat": 1986, "clothing": 1500, "small": 1500, "held": 1104}
 # Choices are made on these; no student and no probe has been trained on them.
-VALIDATION, TEST = "train/*2.jpg", "test/*"
-LABELLED = {"eurosat": "train/*[01].jpg", "clothing": "train/*", "small": "train/*"}
-VIEWS = {"eurosat": "--size 64 --grid 8", "clothing": "--size 224 --grid 14", "small": "--size 64 --grid 8"}
-TEACHER_SIZE = {"eurosat": 128, "clothing": 224, "small": 128}
+VALIDATION, HELD_OUT, TEST = "train/*2.jpg", "train/*[0-3].jpg", "test/*"
+LABELLED = PRETRAIN
+SMALL = "--size 64 --grid 8"
+VIEWS = {"eurosat": SMALL, "clothing": "--size 224 --grid 14", "small": SMALL, "held": SMALL}
+TEACHER_SIZE = {"eurosat": 128, "clothing": 224, "small": 128, "held": 128}
 BATCH, EPOCHS = 64, 20
 
 # name: (data, views, options, cache it grows from)
@@ -39,7 +42,11 @@ CACHES: dict[str, tuple[str, int, str, str]] = {
     "clothing-k1": ("clothing", 1, "", ""),
     "clothing-dino": ("clothing", 1, DINO, ""),
     "small-k1": ("small", 1, f"{DINO} --teacher {TEACHER.format(size=128)}", ""),
-    "small-taps": ("small", 1, f"{DINO}?tap={','.join(f'block_{i}' for i in range(8, 13))}", ""),
+    "small-taps": ("small", 1, TAPS, ""),
+    "held-k1": ("held", 1, f"{DINO} --teacher {TEACHER.format(size=128)}", ""),
+    "held-taps": ("held", 1, TAPS, ""),
+    "eurosat-dino": ("eurosat", 1, DINO, ""),
+    "eurosat-taps": ("eurosat", 1, TAPS, ""),
     "both-k1": ("eurosat", 1, BOTH, ""),
     "both-k4": ("eurosat", 4, BOTH, "both-k1"),
     **{
@@ -174,6 +181,20 @@ def photos(transform: str, seed: int, teacher: str = "") -> Arm:
     )
 
 
+def held(setting: str, transform: str, seed: int) -> Arm:
+    """Photographs with a validation part: trained on 1,104 for as many updates as forty epochs of all, tested on the other 396."""
+    recipe, options = SETTINGS[setting]
+    cache, epochs = "held-taps" if recipe == "maskalign" else "held-k1", 54
+    options = f"{options.format(transform=transform)} --blr 12e-3"
+    return arm(f"held-{setting}-{transform.replace('+', '-')}-s{seed}", "held", recipe, options, cache=cache, epochs=epochs,
+               seed=seed, test=HELD_OUT, against=f"held-{setting.removesuffix('-weight-13')}-ln0")  # fmt: skip
+
+
+def held_tested(of: str, against: str) -> Arm:
+    """A student of the photographs that was chosen on the validation part, probed on the test part."""
+    return tested(of, against) | {"part": "held tested", "cache": "held-k1", "epochs": 54}
+
+
 def optimiser(name: str, blr: str, seed: int = 0, transform: str = "position") -> Arm:
     """`mr-mae` on centred targets (or others) with another optimiser, or AdamW at another rate than the study's."""
     options = f"--set terms.mimic.transform={transform} --set optim.name={name} --blr {blr}"
@@ -211,6 +232,22 @@ def attended(name: str, recipe: str = "mr-mae", options: str = "", seed: int = 0
 
 
 CENTRED = "--set terms.mimic.transform=position"
+MIMIC, FROM_DINO = "--set terms.mimic.transform={transform}", "--set terms.mimic.teachers=[dino]"
+HEAVY = "--set terms.mimic.weight=13"
+# Other recipes and teachers on one data set: name, recipe, options.
+SETTINGS = {
+    "both": ("mr-mae", MIMIC),
+    "cnn": ("mr-mae", f"{MIMIC} --set terms.mimic.teachers=[cnn]"),
+    "dino": ("mr-mae", f"{MIMIC} {FROM_DINO}"),
+    "both-weight-13": ("mr-mae", f"{MIMIC} {HEAVY}"),
+    "cnn-weight-13": ("mr-mae", f"{MIMIC} --set terms.mimic.teachers=[cnn] {HEAVY}"),
+    "dino-weight-13": ("mr-mae", f"{MIMIC} {FROM_DINO} {HEAVY}"),
+    "mimic-only": ("mimic-only", MIMIC),
+    "mimic-masked": ("mimic-masked", MIMIC),
+    "fd": ("fd", "--set terms.distil.transform={transform} --set terms.distil.teachers=[dino] --set terms.distil.positions=all --set terms.distil.teacher_tap=pre_tail"),
+    "cls": ("mr-mae-cls", f"{MIMIC} {FROM_DINO} --set terms.cls.teachers=[dino]"),
+    "maskalign": ("maskalign", "--student vit_tiny_patch16_224 " + " ".join(f"--set terms.layer{i}.transform={{transform}}" for i in range(8, 13))),
+}  # fmt: skip
 TRANSFORMS = ("none", "channel", "position+ln0", "position+phi_s")
 CHOICES: list[Arm] = [
     *(target(transform, teachers) for teachers in ("both", "gal", "cnn") for transform in ("ln0", "position")),
@@ -280,6 +317,22 @@ FAST += [  # raw values weigh this teacher 13 times as much against the pixels: 
     each | {"name": each["name"].replace("-s", "-weight-13-s"), "options": f"{each['options']} --set terms.mimic.weight=13"}
     for transform in ("ln0", "channel", "position") for seed in SEEDS for each in [fast(photos(transform, seed, "cnn"))]
 ]  # fmt: skip
+HELD: list[Arm] = [held(*how) for how in (
+    *((teacher, transform, seed) for seed in SEEDS for transform in ("ln0", "position", *TRANSFORMS) for teacher in ("both", "cnn", "dino")),
+    *((f"{teacher}-weight-13", transform, seed) for teacher in ("cnn", "both", "dino") for seed in SEEDS for transform in ("ln0", "position", "channel")),
+    *((setting, transform, seed) for setting in ("mimic-only", "mimic-masked", "fd", "cls", "maskalign")
+      for seed in SEEDS for transform in ("ln0", "position")),
+)]  # fmt: skip
+HELD += [
+    held_tested(f"held-{setting}-{transform}-s{seed}", f"held-{setting.removesuffix('-weight-13')}-ln0")
+    for setting in ("both", "cnn", "dino", "both-weight-13", "cnn-weight-13", "dino-weight-13")
+    for transform in ("ln0", "position", "none", "channel")
+    for seed in SEEDS
+    if transform != "none" or "weight" not in setting
+]
+FAST += [fast(each | {"options": f"{SETTINGS[setting][1].format(transform=transform)}"})
+    for setting, cache in (("cls", "eurosat-dino"), ("maskalign", "eurosat-taps")) for seed in SEEDS
+    for each, transform in zip(pair(f"tiles-{setting}", SETTINGS[setting][0], cache=cache, seed=seed), ("ln0", "position"))]  # fmt: skip
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 FAST += [probed_more(f"fast-mimic-only-position-s{seed}", "fast-decoder-4-self-48") for seed in SEEDS]
 
@@ -310,6 +363,7 @@ ARMS: list[Arm] = [
     arm("weight-3", "4", "mr-mae", "--set terms.mimic.weight=3"),
     *CHOICES,
     *FAST,
+    *HELD,
     *(codes(dtype, seed) for seed in range(3) for dtype in ("int8", "pq")),
     *(codes(dtype, seed) for seed in range(3) for dtype in ("pq16", "pq4")),
     *(
