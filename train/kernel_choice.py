@@ -68,12 +68,12 @@ def measured_or_remembered(run: Run, name: str, *, warn: Tell, keep: bool) -> Ch
     calls, compiled = calls_of(run), run.setup.compile
     about = {"device": name, "compiled": compiled, "kernels": kernels_hash(), **versions()}
     path = memory_path(key_of(calls, about))
-    if (known := kept_choice(path, about, warn)) is not None:
+    if path is not None and (known := kept_choice(path, about, warn)) is not None:
         return known
     choice = tried_on(calls, str(run.device), compiled=compiled, name=name)
     for kernel in choice.failed:  # not remembered: it may be the machine's fault, and is said again next time
         warn(f"kernels: {kernel} is not right on {name}: {choice.why[kernel]}; the reference computes it")
-    if keep and not choice.failed:
+    if keep and path is not None and not choice.failed:
         keep_choice(path, about, choice, warn)
     return choice
 
@@ -94,10 +94,13 @@ def calls_of(run: Run) -> Calls:
     return calls
 
 
-def memory_path(key: str) -> Path:
-    """Where a choice is remembered: $XDG_CACHE_HOME/mrmae/kernels, by default ~/.cache."""
+def memory_path(key: str) -> Path | None:
+    """Where a choice is remembered: $XDG_CACHE_HOME/mrmae/kernels, by default ~/.cache; None for a user without a home, as containers have."""
     home = os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    try:
+        folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+    except RuntimeError:
+        return None
     return folder / "mrmae" / "kernels" / f"{key[:32]}.json"
 
 

@@ -157,6 +157,18 @@ def test_what_was_measured_is_remembered_by_device_versions_and_shapes(
     assert kernel_choice.kept_choice(path, about, said.append) is None and "other words" in said[1]
 
 
+def test_a_user_without_a_home_has_kernels_measured_every_time(
+    tiny_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(kernel_choice, "tried_on", lambda *_, **__: MEASURED)
+    assert kernel_choice.measured_or_remembered(a_run(tiny_cache), "GPU A", warn=pytest.fail, keep=True) == MEASURED
+
+
 def test_what_went_wrong_is_said_and_not_remembered(
     tiny_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
