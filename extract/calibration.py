@@ -155,9 +155,9 @@ def calibration_batches(job: ExtractJob) -> KeptBatches:
                 continue
             if here:
                 kept[batch.planned.place] = seen(job, batch)
+            progress.add(min(here, CALIBRATION_SAMPLES - readable))
             readable += here
             reason = next((s.rows[0].reason or "" for s in batch.samples if s.rows[0].reason), reason)
-            progress.add(len(batch.samples))
     if not readable:
         raise ValueError(f"{job.path}: none of the {job.plan.n_images} images can be read, the first says: {reason}; "
                          "expected photographs; check IMAGES")  # fmt: skip
