@@ -313,9 +313,10 @@ FAST += [fast(arm) for arm in (
     *(each | {"options": f"--student vit_tiny_patch16_224 {each['options']}"} for seed in (1, 2) for each in pair("vit-tiny", seed=seed)),
     *(each for seed in (1, 2) for each in pair("epochs-100", epochs=5 * EPOCHS, seed=seed)),
 )]  # fmt: skip
+FAST = [each | {"part": "fast photos"} if each["cache"].startswith("small") else each for each in FAST]
 FAST += [  # raw values weigh this teacher 13 times as much against the pixels: is it that?
     each | {"name": each["name"].replace("-s", "-weight-13-s"), "options": f"{each['options']} --set terms.mimic.weight=13"}
-    for transform in ("ln0", "channel", "position") for seed in SEEDS for each in [fast(photos(transform, seed, "cnn"))]
+    for transform in ("ln0", "channel", "position") for seed in SEEDS for each in [fast(photos(transform, seed, "cnn")) | {"part": "fast photos"}]
 ]  # fmt: skip
 HELD: list[Arm] = [held(*how) for how in (
     *((teacher, transform, seed) for seed in SEEDS for transform in ("ln0", "position", *TRANSFORMS) for teacher in ("both", "cnn", "dino")),

@@ -302,6 +302,7 @@ TABLES: dict[str, Callable[[Sequence[Row], Sequence[Row]], list[str]]] = {
     "fast blocks": functools.partial(against_table, "fast blocks", first=["adamw-12e-3", "fast-views-4-position"]),
     "fast targets": functools.partial(against_table, "fast targets", first=["adamw-12e-3-ln0", "adamw-12e-3"]),
     "fast others": functools.partial(against_table, "fast others"),
+    "fast photos": functools.partial(against_table, "fast photos"),
     "held": functools.partial(against_table, "held"),
     "held tested": functools.partial(against_table, "held tested", probes=("knn", "linear", "attentive")),
     "more": functools.partial(against_table, "more", probes=("attentive", "segment")),
