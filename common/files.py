@@ -171,6 +171,15 @@ def make_folder(path: Path) -> None:
         raise explained(error, path) from error
 
 
+def users_folder() -> Path | None:
+    """Where this user's machine remembers things: $XDG_CACHE_HOME/mrmae, by default below ~/.cache; None without a home, as in containers."""
+    told = os.environ.get("XDG_CACHE_HOME", "")
+    try:
+        return (Path(told) if os.path.isabs(told) else Path.home() / ".cache") / "mrmae"
+    except RuntimeError:
+        return None
+
+
 def sync_folder(path: Path) -> None:
     """Make the folder's entries durable; file systems that cannot fsync a folder are taken at their word."""
     descriptor = os.open(path, os.O_RDONLY)

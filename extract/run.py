@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import hashlib
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from mrmae.common.backend import Url, exists, files_below
-from mrmae.common.files import make_folder
+from mrmae.common.files import make_folder, users_folder
 from mrmae.extract.asked_teachers import Teachers, asked_teachers, write_tails
 from mrmae.extract.calibration import calibrated
 from mrmae.extract.estimate import cost_of_choices, estimate_text, measure_rates, plan_text
@@ -174,7 +173,9 @@ def of_this_machine(options: Options, name: str) -> Path:
     """Where a memory of this machine lies: in the cache, or where that is at a URL, in the user's folder."""
     if not isinstance(options.cache, Url):
         return options.cache / name
-    here = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mrmae"
+    if (here := users_folder()) is None:
+        raise ValueError(f"{options.cache}: this user has no home folder, where a cache at a URL keeps what this machine remembers of "
+                         "images; set XDG_CACHE_HOME to a folder on a disk of this machine")  # fmt: skip
     make_folder(here)
     return here / f"{name[1:]}-{hashlib.sha256(str(options.cache).encode()).hexdigest()[:16]}"
 

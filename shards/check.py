@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from mrmae.common.backend import Url, exists, file_pieces, read_bytes, size_of
+from mrmae.common.backend import Url, exists, file_pieces, files_below, read_bytes, size_of
 from mrmae.common.errors import shortened
 from mrmae.common.progress import counted
 from mrmae.shards.commit import (
@@ -39,6 +39,7 @@ from mrmae.shards.format import (
     compare_specs,
     kept_path,
     load_plan,
+    opened_moments,
     parsed,
     pixels_of,
     plain,
@@ -221,8 +222,19 @@ def find_problems(path: Path, *, full: bool = False) -> list[Problem]:
         *shard_problems(cache, full=full),
         *metadata_problems(path, plan, full=full),
         *tail_problems(cache, full=full),
+        *(damaged_moments(path) if full else ()),
     ]
     return found or [*edited_samples(cache), *edited_manifest(cache)]
+
+
+def damaged_moments(path: Path) -> Iterator[Problem]:
+    """The files of moments that are not as they were written; whether they are of these data is seen where they are used."""
+    for file in files_below(path / "stats"):
+        try:
+            if file.suffix == ".safetensors":
+                opened_moments(read_bytes(file))
+        except (ValueError, OSError) as error:
+            yield Problem(relative(path, file), f"{reason(error, file)}; inspect-cache stats computes moments anew")
 
 
 def read_records(path: Path, plan: Plan) -> dict[Unit, Record]:

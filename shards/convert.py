@@ -36,6 +36,7 @@ from mrmae.shards.format import (
     quantise,
     read_codebook,
     read_sources,
+    stats_path,
     summarise,
     tail_path,
     units,
@@ -43,7 +44,6 @@ from mrmae.shards.format import (
     write_tail,
 )
 from mrmae.shards.plans import Wanted, agree, look, negotiate
-from mrmae.shards.stats import stats_path
 from mrmae.shards.store import Damaged, unit_files
 
 NOT_COPIED = ("files", "quality", "seconds", "command", "folder", "written", "versions", "device")

@@ -21,10 +21,10 @@ from mrmae.shards.format import (
     product_path,
     read_samples,
     readable_json,
+    stats_path,
     tail_name,
     tail_path,
 )
-from mrmae.shards.stats import stats_path
 from mrmae.shards.store import column_folder, refuse_foreign_entries
 
 

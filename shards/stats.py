@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64
@@ -22,7 +20,17 @@ from torch import Tensor
 from mrmae.common.backend import exists, read_bytes
 from mrmae.common.files import publish
 from mrmae.shards.cache import Cache
-from mrmae.shards.format import FORMAT_VERSION, Numbers, content_id, parsed, shown
+from mrmae.shards.format import (
+    FORMAT_VERSION,
+    Numbers,
+    content_id,
+    load_plan,
+    opened_moments,
+    parsed,
+    sealed_moments,
+    shown,
+    stats_path,
+)
 
 DEAD = 1e-6  # of the largest standard deviation: below it is rounding
 TOKENS_AT_ONCE = 1 << 16  # bounds the float64 copy: 0.4 GB at 768 channels
@@ -81,11 +89,6 @@ def deviation(covariance: Float64[Tensor, "d d"]) -> Float64[Tensor, "d"]:
     """Standard deviations; 1 where nothing varies but rounding."""
     std = covariance.diagonal().clamp_min(0).sqrt()
     return torch.where(std > DEAD * std.max(), std, 1.0)
-
-
-def stats_path(path: Path, column: str) -> Path:
-    """Where a column's moments lie."""
-    return path / "stats" / f"{column}.safetensors"
 
 
 def stats_fields(cache: Cache, column: str) -> dict[str, Any]:
@@ -172,7 +175,7 @@ def write_stats(cache: Cache, column: str, stats: Stats) -> Path:
     about = {"stats_id": stats.id, "tokens": str(stats.n), "of": json.dumps(stats_fields(cache, column))}
     path = stats_path(cache.path, column)
     keep_other_stats(path, stats.id)
-    publish(path, safetensors.torch.save(tensors, about), replace=True)
+    publish(path, sealed_moments(tensors, about), replace=True)
     return path
 
 
@@ -182,22 +185,14 @@ def older_stats_path(path: Path, id: str) -> Path:
 
 
 def keep_other_stats(path: Path, id: str) -> None:
-    """Set moments of other data than `id` aside, where there are any that tell what they are of."""
+    """Set moments of other data than `id` aside, where there are any and they are whole."""
     try:
         data = read_bytes(path)
-        told = stats_header(data)["stats_id"]
-    except (OSError, ValueError, KeyError, TypeError):
+        told = opened_moments(data)[1]["stats_id"]
+    except (OSError, ValueError, KeyError):
         return
     if isinstance(told, str) and told != id and re.fullmatch("sha256:[0-9a-f]{64}", told):
         publish(older_stats_path(path, told), data, replace=True)
-
-
-def stats_header(data: bytes) -> dict[str, Any]:
-    """What a file of moments says of itself. ValueError or KeyError where it does not."""
-    told: dict[str, Any] = parsed(data[8 : 8 + int.from_bytes(data[:8], "little")], dict[str, dict[str, Any]])[
-        "__metadata__"
-    ]
-    return told
 
 
 def read_stats(cache: Cache, column: str) -> Stats:
@@ -213,15 +208,17 @@ def read_stats(cache: Cache, column: str) -> Stats:
     if spec.has_cls:
         shapes |= {"cls.position_mean": (1, spec.width), "cls.residual_covariance": 2 * (spec.width,)}
     try:
-        data = read_bytes(path)
-        about = stats_header(data)
-        tensors = moments_in(safetensors.torch.load(data), shapes)
+        stored, about = opened_moments(read_bytes(path))
+        tensors = moments_in(stored, shapes)
         id, n, of = about["stats_id"], int(about["tokens"]), about["of"]
-    except (OSError, ValueError, safetensors.SafetensorError, KeyError, TypeError, RuntimeError) as error:
+    except FileNotFoundError:
+        raise ValueError(f"{path}: there are no moments of this column; {todo}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: there are no moments of this column ({error}); {todo}") from None
     if id != wanted:
-        of_fewer = {"--views": cache.n_views, "--images": cache.plan.n_images}  # also where a run is pinned to them
-        todo += "".join(f" {name} {n}" for name, n in of_fewer.items())
+        whole = load_plan(cache.path)  # a run may be pinned to what the cache held before it grew
+        sizes = {"--views": (cache.n_views, whole.n_views), "--images": (cache.plan.n_images, whole.n_images)}
+        todo += "".join(f" {name} {mine}" for name, (mine, now) in sizes.items() if mine != now)
         raise ValueError(
             f"{path}: these moments are of other data ({differing(of, stats_fields(cache, column))}); {todo}"
         )

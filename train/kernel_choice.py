@@ -5,7 +5,6 @@ cache folder, a file per device, versions and shapes.
 """
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from mrmae.common.files import publish
+from mrmae.common.files import publish, users_folder
 from mrmae.common.versions import versions
 from mrmae.kernels.calls import Calls
 from mrmae.kernels.choose import Choice, kernels_hash, key_of, tried_on
@@ -95,13 +94,9 @@ def calls_of(run: Run) -> Calls:
 
 
 def memory_path(key: str) -> Path | None:
-    """Where a choice is remembered: $XDG_CACHE_HOME/mrmae/kernels, by default ~/.cache; None for a user without a home, as containers have."""
-    home = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        folder = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
-    except RuntimeError:
-        return None
-    return folder / "mrmae" / "kernels" / f"{key[:32]}.json"
+    """Where a choice is remembered; None where nothing can be."""
+    folder = users_folder()
+    return folder and folder / "kernels" / f"{key[:32]}.json"
 
 
 def kept_choice(path: Path, about: dict[str, object], warn: Tell) -> Choice | None:

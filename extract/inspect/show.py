@@ -23,10 +23,10 @@ from mrmae.shards.format import (
     plain,
     read_samples,
     read_tail,
+    stats_path,
     units,
 )
 from mrmae.shards.manifest import read_manifest, worst_quality
-from mrmae.shards.stats import stats_path
 from mrmae.shards.store import refuse_foreign_entries
 
 SHOWN_VALUE = 60  # characters of a value in a table of differences

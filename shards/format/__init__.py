@@ -3,6 +3,7 @@
 from mrmae.shards.format.blocks import IN_BLOCKS, BlockRule, in_blocks
 from mrmae.shards.format.codebook import codebook_path, codebook_sha256, kept_path, read_codebook, write_codebook
 from mrmae.shards.format.layout import Layout
+from mrmae.shards.format.moments import opened_moments, sealed_moments, stats_path
 from mrmae.shards.format.plan import (
     PIXELS,
     Appended,
@@ -106,6 +107,9 @@ from mrmae.shards.format.tail import (
 from mrmae.shards.format.views import FILTERS, BadImage, Pixels, View, decode_view, draw_view, encode_view, render
 
 __all__ = [
+    "stats_path",
+    "sealed_moments",
+    "opened_moments",
     "Array",
     "Numbers",
     "Appended",

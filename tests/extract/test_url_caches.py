@@ -314,3 +314,13 @@ def waited_for(ready: Any, seconds: float = 90) -> bool:
     while not (found := ready()) and time.monotonic() < end:
         time.sleep(0.1)
     return bool(found)
+
+
+def test_a_user_without_a_home_is_told_what_to_set(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(ValueError, match="no home folder.*set XDG_CACHE_HOME"):
+        run.of_this_machine(run.Options(images=["images"], cache=locate(f"{bucket}/c")), run.DIGESTS)

@@ -652,7 +652,11 @@ def _target_rules(recipe: Recipe, at: str, term: TermRecipe) -> Iterable[Rule]:
     told = "pixels: none, norm_pix or norm_pix_biased; hog, labels, ids, boxes, sources, views: none; self, ema and numbers of a map: none, ln0 or l2"
     yield f"{at}.transform", fits, f"{told}; teachers: {names}"
     on_cls = term.at("cls") and term.transform in ("channel", "phi_s")
-    yield f"{at}.transform", not on_cls, "statistics of patch tokens do not describe CLS; none, ln0, l2 or position"
+    yield (
+        f"{at}.transform",
+        not on_cls,
+        "statistics of patch tokens do not describe CLS; none, ln0, l2, position, position+ln0 or position+phi_s",
+    )
     yield f"{at}.map", on_map == (term.map is not None), "the name of a map was expected with target map, else null"
     enough = term.classes is None or (on_map and 2 <= term.classes <= 2**16)
     yield f"{at}.classes", enough, "2 to 65536 was expected of a map of ids, else null"
