@@ -332,8 +332,8 @@ HELD += [
     if transform != "none" or "weight" not in setting
 ]
 FAST += [fast(each | {"options": f"{SETTINGS[setting][1].format(transform=transform)}"})
-    for setting, cache in (("cls", "eurosat-dino"), ("maskalign", "eurosat-taps")) for seed in SEEDS
-    for each, transform in zip(pair(f"tiles-{setting}", SETTINGS[setting][0], cache=cache, seed=seed), ("ln0", "position"))]  # fmt: skip
+    for setting, cache, epochs in (("cls", "eurosat-dino", EPOCHS), ("maskalign", "eurosat-taps", EPOCHS // 2)) for seed in SEEDS
+    for each, transform in zip(pair(f"tiles-{setting}", SETTINGS[setting][0], cache=cache, seed=seed, epochs=epochs), ("ln0", "position"))]  # fmt: skip
 FAST += [fast(decoder(1, "self", 16, seed, width)) for width in (48, 32) for seed in SEEDS]
 FAST += [probed_more(arm["name"], "fast-decoder-4-self-48") for arm in FAST if arm["part"] == "fast decoder"]
 FAST += [probed_more(f"fast-mimic-only-position-s{seed}", "fast-decoder-4-self-48") for seed in SEEDS]
