@@ -19,7 +19,8 @@ def draw(results: Path, docs: Path = study_report.DOCS) -> None:
     if rows:
         draw_curves(docs / "pictures" / "study_curves.png", rows, cost)
         draw_arms(docs / "pictures" / "study_arms.png", rows)
-        draw_choices(docs / "pictures" / "study_choices.png", rows)
+        draw_choices(docs / "pictures" / "study_choices.png", rows, study_arms.VALIDATION, "validation tiles")
+        draw_choices(docs / "pictures" / "study_photographs.png", rows, study_arms.HELD_OUT, "validation photographs")
         draw_cost(docs / "pictures" / "study_cost.png", rows, cost)
 
 
@@ -79,15 +80,15 @@ def draw_arms(path: Path, rows: Sequence[Row]) -> None:
         draw_differences(path, rows, arms, titles)
 
 
-def draw_choices(path: Path, rows: Sequence[Row]) -> None:
-    """What was tried with two teachers, each minus what it is compared with, over the seeds that both have."""
+def draw_choices(path: Path, rows: Sequence[Row], test: str, title: str) -> None:
+    """What was chosen on these images, each minus what it is compared with, over the seeds that both have."""
     arms = {}
     for arm in ARMS:
         label = study_report.without_seed(arm["name"])
-        if arm["against"] not in ("", label) and arm["test"] == study_arms.VALIDATION:
+        if arm["against"] not in ("", label) and arm["test"] == test:
             pair = (study_report.of_all_seeds(name) for name in (label, arm["against"]))
             arms[f"{label} − {arm['against']}"] = tuple([one["name"] for one in side] for side in pair)
-    draw_differences(path, rows, arms, dict.fromkeys(DRAWN, "validation tiles"))
+    draw_differences(path, rows, arms, dict.fromkeys(DRAWN, title))
 
 
 def draw_differences(path: Path, rows: Sequence[Row], arms: Mapping[str, Any], titles: Mapping[str, str]) -> None:
