@@ -238,9 +238,9 @@ def test_stats_are_numpys_in_float64(extracted: Path, copy: Path) -> None:
         read_stats(open_cache(extracted), "vit.pre_tail")
     assert "no such column" in inspect("stats", copy, "--column", "x.y")[1]
     pinned = open_cache(copy).narrowed(None, 1)
-    with pytest.raises(ValueError, match=f"run inspect-cache stats {copy} --views 1 --images {pinned.plan.n_images}$"):
+    with pytest.raises(ValueError, match=f"run inspect-cache stats {copy} --views 1$"):
         read_stats(pinned, "vit.pre_tail")
-    assert "320 tokens" in inspect("stats", copy, "--views", 1, "--images", pinned.plan.n_images)[1]
+    assert "320 tokens" in inspect("stats", copy, "--views", 1)[1]
     one, n = read_stats(pinned, "vit.pre_tail"), pinned.numbers
     assert torch.allclose(
         one.mean, pinned.read_tokens("vit.pre_tail", n, n * 0).double().flatten(0, 1).mean(0), rtol=0, atol=1e-12
