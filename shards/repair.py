@@ -43,7 +43,7 @@ def files_to_remove(path: Path, problems: Iterable[Problem]) -> list[Path]:
         for problem in problems
         if problem.file != "plan.json"
     ]
-    if doomed:
+    if any(file.parent != path / "stats" for file in doomed):  # of moments the manifest tells nothing
         doomed.append(path / "manifest.json")
     return [file for file in dict.fromkeys(doomed) if exists(file)]
 

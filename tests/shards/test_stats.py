@@ -11,6 +11,7 @@ import torch
 from mrmae.shards.cache import open_cache
 from mrmae.shards.check import find_problems
 from mrmae.shards.drop import files_of_column
+from mrmae.shards.repair import files_to_remove
 from mrmae.shards.stats import Stats, compute_stats, moments, read_stats, write_stats
 
 Make = Callable[..., Path]
@@ -50,7 +51,9 @@ def test_a_bit_of_stored_moments_is_missed_nowhere(make_cache: Make, tmp_path: P
         file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
         with pytest.raises(ValueError, match="no moments of this column.*run inspect-cache stats"):
             read_stats(cache, "a.pre_tail")
-        assert [problem.file for problem in find_problems(path, full=True)] == ["stats/a.pre_tail.safetensors"]
+        problems = find_problems(path, full=True)
+        assert [problem.file for problem in problems] == ["stats/a.pre_tail.safetensors"]
+        assert files_to_remove(path, problems) == [file], "the cache stays finished"
     file.write_bytes(whole)
     assert read_stats(cache, "a.pre_tail").n == 6 * 16
 
